@@ -1,0 +1,1 @@
+"""Programs over the pretrain package; run each as ``python -m tools.NAME``."""
