@@ -1,0 +1,537 @@
+"""Every option of a run on one page.
+
+A config is nested, frozen and strict. Values come from three places, the later over the earlier: the
+defaults below, a YAML file, and ``section.key=value`` words from the command line. All problems of a
+config are found and reported at once, each as one line in the user's words; an unknown key is an error
+that names the nearest known one. The resolved config is what a run folder keeps.
+
+The trap: YAML 1.1 reads ``1e-4`` as a string, so the loader here has a resolver for it.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class UserError(ValueError):
+    """Something only the user can put right: one line saying what, where and what to do (exit code 2)."""
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown keys are errors, docstrings are the fields' descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Run(Section):
+    """Where the run lives and what makes it random."""
+
+    dir: str
+    """Folder of the run: config, ledger, metrics, checkpoints. One folder, one run; starting again continues it."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights (and of dropout)."""
+    data_seed: int = Field(0, ge=0)
+    """Seed of the order of documents and windows, and of the masks."""
+
+
+class Corpus(Section):
+    """What is read."""
+
+    train: str
+    """Prefix of the training corpus: PREFIX.bin, PREFIX.idx and the manifest PREFIX.json."""
+    valid: str | None = None
+    """Prefix of the held-out corpus; without one nothing is evaluated."""
+    tokenizer: str | None = None
+    """Tokenizer folder; default: the one that the manifest of `train` names."""
+    documents: Literal["packed"] = "packed"
+    """`packed`: windows run across documents, separated by </s>, and attention sees the whole window."""
+
+
+class Model(Section):
+    """The encoder, the place where the [MASK] rows join, and the decoder that is thrown away afterwards."""
+
+    block: Literal["roberta", "modern"] = "roberta"
+    """`roberta`: GELU, biases, learned positions. `modern`: GeGLU, no biases, rotary positions, embedding norm."""
+    num_layers: int = Field(12, ge=1)
+    """Encoder layers; what is exported."""
+    hidden_size: int = Field(768, ge=1)
+    """Width D."""
+    num_heads: int = Field(12, ge=1)
+    """Attention heads; the head width is hidden_size / num_heads."""
+    ffn_size: int = Field(3072, ge=1)
+    """Inner width of the feed-forward layer (of each half, in the GeGLU of the modern block)."""
+    max_positions: int = Field(512, ge=4)
+    """Positions the model can hold; the longest sequence it can ever see."""
+    norm: Literal["post", "pre"] | None = None
+    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; default: post for roberta, pre for modern."""
+    mask_from: int = Field(0, ge=0)
+    """Layer before which the [MASK] rows join: 0 = ordinary MLM, num_layers = they meet the decoder only."""
+    decoder_layers: int = Field(0, ge=0)
+    """Layers after the encoder that are discarded after pre-training."""
+    decoder: Literal["self", "cross", "query"] = "self"
+    """`self`: all rows attend to all. `cross`: self-attention, then attention to the encoder output.
+    `query`: only the predicted rows are updated, attending to all rows."""
+    decoder_positions: Literal["own", "shared"] = "own"
+    """Learned positions added to all decoder inputs: a table of its own, or the encoder's (roberta block only)."""
+    mask_vector: Literal["learned", "tied"] = "learned"
+    """What a late [MASK] row is made of: a vector of its own (3ML), or the [MASK] row of the word table (MAE-LM)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
+    decoder_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout inside the decoder; default: `dropout`."""
+    vocab_size: int | None = Field(None, ge=8)
+    """Pieces of the tokenizer; default: read from the tokenizer. Needed only to plan without one."""
+    vocab_multiple: int = Field(128, ge=1)
+    """The word table is padded to a multiple of this, whatever the tensor-parallel degree."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of every LayerNorm."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies (modern block)."""
+
+
+class Masking(Section):
+    """Which tokens are predicted, and what stands in their place. Counts are exact, the same in every row."""
+
+    rate: float = Field(0.15, gt=0, lt=1)
+    """Share of a window's tokens that is predicted."""
+    scheme: Literal["uniform"] = "uniform"
+    """How the predicted tokens are chosen: independently of each other."""
+    corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Of the predicted tokens: share replaced by [MASK], by a random piece, and kept."""
+    views: int = Field(1, ge=1)
+    """Fully-explored masking: K disjoint masks of one text (arXiv 2010.06040)."""
+    views_mode: Literal["epoch", "batch"] = "epoch"
+    """`epoch`: visit e of a text uses mask e mod K. `batch`: all K masks of a text in one update."""
+
+
+class Train(Section):
+    """One update, and how it is computed."""
+
+    batch_size: int = Field(256, ge=1)
+    """Sequences per update, over all ranks and micro-batches."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences per forward pass of one data-parallel rank; default: no accumulation."""
+    seq_length: int = Field(128, ge=8)
+    """Window length L in tokens, <s> and </s> included."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Arithmetic of the matrix products; default: bf16 where the device has it, else fp32."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """`torch`: plain (data-parallel) torch. `deepspeed`: ZeRO 0-3."""
+    compile: Literal["none", "default", "max-autotune"] = "none"
+    """torch.compile mode of the layers."""
+    recompute: Literal["none", "block"] = "none"
+    """`block`: keep only each layer's input and recompute the rest in backward (less memory, more hardware FLOPs)."""
+    deterministic: bool | None = None
+    """Bit-exact repetition; default: true on CPU, false on GPU (where it costs speed)."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0: no clipping."""
+
+
+class Optimizer(Section):
+    """AdamW. Biases, norms and vectors do not decay."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-6, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices and embeddings."""
+
+
+class Schedule(Section):
+    """Learning rate as a function of the spent share of the budget."""
+
+    kind: Literal["linear", "cosine", "trapezoid"] = "linear"
+    """Shape after the warm-up; `trapezoid` stays at the peak and falls linearly over the last fifth."""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the budget over which the rate rises linearly from 0."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """Rate at the end, as a share of the peak."""
+
+
+class Budget(Section):
+    """What the run may spend: exactly one unit. It is also the unit of progress."""
+
+    steps: int | None = Field(None, ge=1)
+    """Updates."""
+    tokens: float | None = Field(None, gt=0)
+    """Input slots (rows of input), padding and [MASK] included."""
+    flops: float | None = Field(None, gt=0)
+    """Model matmul FLOPs of training, head included."""
+    device_hours: float | None = Field(None, gt=0)
+    """Ranks x hours from process start to exit, over all attempts."""
+
+
+class Parallel(Section):
+    """How one model is spread over ranks."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel degree; ranks / tensor is the data-parallel degree."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage of the deepspeed engine: what is partitioned over data-parallel ranks."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the deepspeed engine keeps in host memory: optimizer state, or parameters too."""
+
+
+class Checkpoint(Section):
+    """When the run is saved, and how many saves stay."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save every so many updates."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """Save at least this often."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best by held-out loss is kept besides."""
+
+
+class Evaluate(Section):
+    """Held-out loss during training, under the same fixed 15 % mask for every method."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate every so many updates (and always at the end)."""
+    samples: int = Field(512, ge=1)
+    """Held-out windows; fewer if the corpus has fewer."""
+
+
+class Monitor(Section):
+    """What is written while training."""
+
+    log_every: int = Field(10, ge=1)
+    """Updates between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run."""
+
+
+class Config(Section):
+    """All options of a run."""
+
+    run: Run
+    corpus: Corpus
+    model: Model = Model()
+    masking: Masking = Masking()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    monitor: Monitor = Monitor()
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; a key that contradicts an option above is an error."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+# What may differ when a run continues (DESIGN of the contract: layout, cadence and budget, nothing that
+# changes the samples, the masks or the mathematics).
+FREE_TO_CHANGE = (
+    "run.dir",
+    "corpus.train",
+    "corpus.valid",
+    "corpus.tokenizer",
+    "train.micro_batch_size",
+    "train.engine",
+    "budget",
+    "parallel",
+    "checkpoint",
+    "evaluate",
+    "monitor",
+    "deepspeed",
+)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{key!r} is given twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the YAML mapping in `path`, UserError if there is none."""
+    try:
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror}); check the path") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; keep one of them") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value or {}, dict):
+        raise UserError(f"{path}: expected sections (run:, corpus:, ...), found {type(value).__name__}")
+    return value or {}
+
+
+def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
+    """``["train.batch_size=8"]`` -> ``{"train": {"batch_size": 8}}``; deeper keys nest (deepspeed.a.b=1)."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or "." not in path:
+            raise UserError(f"{word!r}: an override is written section.key=value")
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        try:
+            node[leaf] = yaml.load(text, Loader=_Loader)  # noqa: S506
+        except yaml.YAMLError:
+            raise UserError(f"{word!r}: the value is not YAML; quote it") from None
+    return tree
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value
+    return merged
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads, overrides, checks and completes a config; UserError lists every problem, one a line."""
+    tree = _merge(read_yaml(path), parse_overrides(overrides or []))
+    return build(tree, str(path))
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """A checked and completed Config from nested dicts; UserError lists every problem, one a line."""
+    found: list[str] = []
+    sections: dict[str, Any] = {}
+    for name in tree.keys() - Config.model_fields.keys():
+        found.append(f"unknown section {name!r}{_nearest(name, list(Config.model_fields))}")
+    for name, kind in SECTIONS.items():
+        sections[name] = _section(name, kind, tree.get(name), found)
+    if not isinstance(tree.get("deepspeed", {}), dict):
+        found.append("deepspeed: expected a mapping of DeepSpeed's own keys")
+    config = Config.model_construct(**sections, deepspeed=tree.get("deepspeed") or {})
+    found += _contradictions(config)
+    if found:
+        raise UserError("\n".join(f"{where}: {problem}" for problem in found))
+    return _complete(config)
+
+
+def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Section:
+    """Validates one section; notes problems in `found` and goes on with what is good."""
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        found.append(f"{name}: expected keys ({', '.join(list(kind.model_fields)[:3])}, ...)")
+        given = {}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        bad = set()
+        for item in error.errors():
+            bad.add(item["loc"][0])
+            found.append(_problem(name, kind, item))
+        return kind.model_construct(**{k: v for k, v in given.items() if k not in bad})
+
+
+def _problem(name: str, kind: type[Section], item: Any) -> str:
+    key = ".".join([name, *(str(part) for part in item["loc"])])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(str(item['loc'][0]), list(kind.model_fields), name + '.')}"
+    if item["type"] == "missing":
+        return f"{key} is missing; {kind.model_fields[str(item['loc'][0])].description}"
+    text = item["msg"].replace("Input should be", "should be")
+    return f"{key} = {item['input']!r}: {text}"
+
+
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+# ---- checks between keys -------------------------------------------------------------------------
+
+
+def _contradictions(config: Config) -> list[str]:
+    return [
+        problem
+        for check in (_check_model, _check_masking, _check_train, _check_budget, _check_parallel)
+        for problem in check(config)
+    ]
+
+
+def _check_model(config: Config) -> list[str]:
+    m, found = config.model, []
+    if m.hidden_size % m.num_heads:
+        found.append(
+            f"model.hidden_size = {m.hidden_size} is no multiple of model.num_heads = {m.num_heads}"
+        )
+    elif m.block == "modern" and (m.hidden_size // m.num_heads) % 2:
+        found.append(
+            f"model.hidden_size / model.num_heads = {m.hidden_size // m.num_heads}: rotary positions"
+            " need an even head width"
+        )
+    if m.block == "modern" and m.norm == "post":
+        found.append("model.norm = 'post': the modern block is pre-LN only; leave it out")
+    late = m.mask_from == m.num_layers and m.decoder_layers >= 1
+    if not (late or (m.mask_from < m.num_layers and m.decoder_layers == 0)):
+        found.append(
+            f"model.mask_from = {m.mask_from} with model.decoder_layers = {m.decoder_layers}: allowed are"
+            f" 0 <= mask_from < {m.num_layers} without a decoder, or mask_from = {m.num_layers}"
+            " (num_layers) with decoder_layers >= 1"
+        )
+    return found
+
+
+def _check_masking(config: Config) -> list[str]:
+    k, found = config.masking, []
+    if min(k.corruption) < 0 or abs(sum(k.corruption) - 1) > 1e-9:
+        found.append(
+            f"masking.corruption = {list(k.corruption)}: three shares (mask, random, keep) that sum to 1"
+        )
+    if round(k.rate * (config.train.seq_length - 2)) < 1:
+        found.append(
+            f"masking.rate = {k.rate} of train.seq_length = {config.train.seq_length} predicts nothing;"
+            " raise either"
+        )
+    elif k.views > 1 and (config.train.seq_length - 2) // k.views < 1:
+        found.append(f"masking.views = {k.views} is more than the tokens of a sequence")
+    if k.views > 1 and k.views_mode == "batch" and config.train.batch_size % k.views:
+        found.append(
+            f"train.batch_size = {config.train.batch_size} is no multiple of masking.views = {k.views}"
+            " (views_mode batch)"
+        )
+    return found
+
+
+def _check_train(config: Config) -> list[str]:
+    t, found = config.train, []
+    if t.seq_length > config.model.max_positions:
+        found.append(
+            f"train.seq_length = {t.seq_length} exceeds model.max_positions = {config.model.max_positions}"
+        )
+    if t.micro_batch_size and t.batch_size % t.micro_batch_size:
+        found.append(
+            f"train.batch_size = {t.batch_size} is no multiple of train.micro_batch_size ="
+            f" {t.micro_batch_size}"
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        found.append(f"optimizer.betas = {list(config.optimizer.betas)}: both must lie in [0, 1)")
+    return found
+
+
+def _check_budget(config: Config) -> list[str]:
+    given = {k: v for k, v in config.budget.model_dump().items() if v is not None}
+    if len(given) == 1:
+        return []
+    units = ", ".join(Budget.model_fields)
+    if not given:
+        return [f"budget is missing; give one of {units}"]
+    return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one"]
+
+
+def _check_parallel(config: Config) -> list[str]:
+    p, m, found = config.parallel, config.model, []
+    for name in ("num_heads", "ffn_size", "vocab_multiple"):
+        if getattr(m, name) % p.tensor:
+            found.append(
+                f"model.{name} = {getattr(m, name)} is no multiple of parallel.tensor = {p.tensor}"
+            )
+    if config.train.engine == "torch":
+        if p.zero:
+            found.append(f"parallel.zero = {p.zero} needs train.engine = deepspeed")
+        if p.offload != "none":
+            found.append(f"parallel.offload = {p.offload} needs train.engine = deepspeed")
+        if config.deepspeed:
+            found.append("deepspeed: these keys need train.engine = deepspeed")
+    elif p.offload == "optimizer" and p.zero == 0:
+        found.append("parallel.offload = optimizer needs parallel.zero of 1 or more")
+    elif p.offload == "all" and p.zero != 3:
+        found.append("parallel.offload = all needs parallel.zero = 3")
+    return found
+
+
+def warnings(config: Config) -> list[str]:
+    """Settings that differ from their default and have no effect here, one line each."""
+    m, found = config.model, []
+    default = Model()
+    late = m.mask_from > 0
+    for name, used, why in (
+        ("decoder", m.decoder_layers > 0, "there is no decoder"),
+        ("decoder_positions", m.decoder_layers > 0 and m.block == "roberta", "no learned decoder positions"),
+        ("mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
+        ("rope_theta", m.block == "modern", "only the modern block rotates"),
+    ):
+        if not used and getattr(m, name) != getattr(default, name):
+            found.append(f"model.{name} has no effect: {why}")
+    return found
+
+
+def _complete(config: Config) -> Config:
+    """Fills the defaults that depend on other keys."""
+    m = config.model
+    model = m.model_copy(
+        update={
+            "norm": m.norm or ("pre" if m.block == "modern" else "post"),
+            "decoder_dropout": m.dropout if m.decoder_dropout is None else m.decoder_dropout,
+        }
+    )
+    return config.model_copy(update={"model": model})
+
+
+# ---- reading a config as a whole -----------------------------------------------------------------
+
+
+def method(config: Config) -> str:
+    """The name under which the literature knows this combination of settings."""
+    m = config.model
+    if m.mask_from == 0:
+        return "mlm"
+    if m.decoder_layers == 0:
+        return "shared-depth"
+    all_mask = config.masking.corruption[0] == 1.0
+    if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
+        return "mae-lm"
+    return f"3ml-{m.decoder}"
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """``section.key: old -> new`` for each difference that a continued run must not have."""
+    before, after, found = old.model_dump(mode="json"), new.model_dump(mode="json"), []
+    for section in before:
+        if section in FREE_TO_CHANGE:
+            continue
+        for key in before[section]:
+            old_value, new_value = before[section][key], after[section][key]
+            if old_value != new_value and f"{section}.{key}" not in FREE_TO_CHANGE:
+                found.append(f"{section}.{key}: {old_value} -> {new_value}")
+    return found
