@@ -1,0 +1,440 @@
+"""Text to token ids behind one face, whatever made the vocabulary.
+
+A tokenizer is a folder. ``tokenizer.model`` in it is a SentencePiece model (the kind trained here),
+otherwise any ``tokenizer.json`` is read through the ``tokenizers`` package. The one idea: whatever
+masking, sampling and export need to know about a vocabulary is a table computed once at load (which
+ids are special, which may replace a token at random, which start a word), so nobody else ever looks
+at a piece's spelling.
+
+The trap: text is only text. A document that contains the letters ``<mask>`` or ``</s>`` must not
+produce the special id, so ``<mask>`` is a CONTROL piece here and a tokenizer that maps its letters
+to the id is refused.
+
+SentencePiece models are finished after training by rewriting a few fields of the file (see
+`_finish_model`), so that the Hugging Face ``tokenizer.json`` derived from them gives identical ids
+on every text.
+"""
+
+import hashlib
+import io
+import json
+import struct
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config import UserError
+
+IdArray: TypeAlias = npt.NDArray[np.int32]
+
+MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+PROVENANCE_FILE = "provenance.json"
+
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+"""bos, pad, eos, unk, mask. In a model trained here: ids 0, 1, 2, 3 and the last."""
+
+_BERT_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+
+SPACES = (
+    *(0x9, 0xA, 0xB, 0xC, 0xD, 0x85, 0xA0, 0x1680),
+    *range(0x2000, 0x200B),
+    *(0x2028, 0x2029, 0x202F, 0x205F, 0x3000),
+    0x2581,
+)
+"""The 25 code points that become a plain space before encoding: Unicode white space, and U+2581
+itself, which SentencePiece uses for a space and which could not be told apart from one."""
+
+_SCORE_GRID = 128
+"""Unigram scores are multiples of 1/128. SentencePiece adds them in float32, Hugging Face in
+float64; on this grid both sums are exact below 2**17, so ties break alike. 1/1024 is too fine for
+documents of megabytes."""
+
+_LONGEST_LINE = 1 << 20
+"""Characters. The trainer drops longer lines than its byte limit with a mere warning, so we cut
+them."""
+
+_TRAINER_THREADS = 4
+"""Fixed, not the core count: the trainer's float sums depend on it, and the same text must give the
+same model."""
+
+
+class Tokenizer(ABC):
+    """A vocabulary with its encoder. Made by `load_tokenizer`; immutable.
+
+    Attributes:
+        kind: "unigram", "bpe" (both SentencePiece) or "json".
+        vocab_size: number of ids W; every id is in [0, W).
+        hash: sha256 (hex) of the file that defines the vocabulary.
+        bos, pad, eos, unk, mask: the special ids.
+        random_ids: int32 [R], ascending: every id that is not special, the pool for random
+            replacement.
+        word_starts: bool [W]: this piece begins a word. Specials do, so no word reaches across one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        pieces: Sequence[str],
+        specials: Sequence[str],
+        hidden: set[int],
+    ) -> None:
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        missing = [name for name in specials if name not in ids]
+        if missing:
+            raise UserError(
+                f"{path}: no piece {' '.join(missing)} in the vocabulary; "
+                "train one with python -m tools.train_tokenizer or add the special tokens"
+            )
+        self.kind = kind
+        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.vocab_size = len(pieces)
+        self.bos, self.pad, self.eos, self.unk, self.mask = (ids[name] for name in specials)
+        self._pieces = tuple(pieces)
+        special = np.zeros(self.vocab_size, dtype=bool)
+        special[[ids[name] for name in specials]] = True
+        special[list(hidden)] = True
+        self.random_ids: IdArray = np.flatnonzero(~special).astype(np.int32)
+        self.word_starts = _word_starts(pieces) | special
+        self._refuse_live_specials(path, specials)
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[IdArray]:
+        """Token ids of each text (read-only int32 [n]), without specials. Texts must be valid
+        Unicode."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
+        """Text of the ids; specials vanish, white space comes back as single spaces
+        (SentencePiece)."""
+
+    def encode(self, text: str) -> IdArray:
+        """Token ids of one text (read-only int32 [n]), without specials."""
+        return self.encode_batch([text])[0]
+
+    def piece(self, id: int) -> str:
+        """Spelling of one id in the vocabulary's own alphabet, such as "\u2581the"."""
+        return self._pieces[id]
+
+    def _refuse_live_specials(self, path: Path, specials: Sequence[str]) -> None:
+        ids = {self.bos, self.pad, self.eos, self.mask}
+        for name in specials:
+            if not ids.isdisjoint(self.encode(f"a {name} b").tolist()):
+                raise UserError(
+                    f"{path}: the letters {name} in a text become the special id; "
+                    "declare it as a control symbol, not as a user-defined one"
+                )
+
+
+class _SentencePieceTokenizer(Tokenizer):
+    """``tokenizer.model``; the numpy route, several times the speed of Python lists."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error})") from error
+        pieces = model_pieces(path)
+        hidden = {
+            i for i, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE, USER_DEFINED)
+        }
+        kind = "bpe" if _trainer_field(path.read_bytes(), _MODEL_TYPE) == 2 else "unigram"
+        super().__init__(path, kind, [piece.text for piece in pieces], SPECIALS, hidden)
+
+    def encode_batch(self, texts: list[str]) -> list[IdArray]:
+        arrays: list[IdArray] = self._processor.encode_as_numpy(texts, num_threads=1)
+        return arrays
+
+    def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+
+class _JsonTokenizer(Tokenizer):
+    """Any ``tokenizer.json`` whose vocabulary names the five specials, RoBERTa's or BERT's
+    spelling."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception for every kind of damage
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # their letters in a text stay text
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        pieces = [""] * (max(ids.values()) + 1)
+        for piece, i in ids.items():
+            pieces[i] = piece
+        hidden = {i for i, piece in enumerate(pieces) if not piece}  # ids that nothing has
+        hidden |= {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        specials = SPECIALS if SPECIALS[-1] in ids else _BERT_SPECIALS
+        super().__init__(path, "json", pieces, specials, hidden)
+
+    def encode_batch(self, texts: list[str]) -> list[IdArray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``."""
+    folder = Path(directory)
+    if (folder / MODEL_FILE).is_file():
+        return _SentencePieceTokenizer(folder / MODEL_FILE)
+    if (folder / JSON_FILE).is_file():
+        return _JsonTokenizer(folder / JSON_FILE)
+    raise UserError(
+        f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; "
+        "make one with python -m tools.train_tokenizer"
+    )
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    directory: str | Path,
+    kind: Literal["unigram", "bpe"] = "unigram",
+    vocab_size: int = 32_000,
+    provenance: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """Train a SentencePiece vocabulary of exactly `vocab_size` ids on `texts` and write its folder.
+
+    The same texts give the same bytes on any machine. `provenance` is written beside the model for
+    people to read; nothing depends on it. All texts are held in memory by the trainer (some ten
+    times their size).
+    """
+    model = _finish_model(
+        _train(texts, kind, vocab_size), vocab_size, round_scores=kind == "unigram"
+    )
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{MODEL_FILE}.partial"
+    partial.write_bytes(model)
+    partial.replace(folder / MODEL_FILE)
+    tokenizer = load_tokenizer(folder)
+    about = {
+        "kind": kind,
+        "vocab_size": vocab_size,
+        "specials": {name: tokenizer._pieces.index(name) for name in SPECIALS},
+        "sha256": tokenizer.hash,
+        **(provenance or {}),
+    }
+    (folder / PROVENANCE_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    return tokenizer
+
+
+def _train(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
+    """The raw model of `vocab_size` - 1 pieces: all but <mask>, which the trainer cannot put
+    last."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    options: dict[str, Any] = {
+        "model_type": kind,
+        "vocab_size": vocab_size - 1,
+        "byte_fallback": True,
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": True,
+        "allow_whitespace_only_pieces": False,
+        "max_sentence_length": 4 * _LONGEST_LINE,
+        "num_threads": _TRAINER_THREADS,
+        "minloglevel": 2,
+    }
+    for i, name in enumerate(("bos", "pad", "eos", "unk")):
+        options |= {f"{name}_id": i, f"{name}_piece": SPECIALS[i]}
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.writelines(f"{point:X}\t20\n" for point in SPACES)
+        rules.flush()
+        options["normalization_rule_tsv"] = rules.name
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(texts), model_writer=model, **options
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().rpartition("] ")[2]
+            raise UserError(
+                f"cannot train a vocabulary of {vocab_size} on this text: {reason} "
+                "Lower --vocab-size or give more text"
+            ) from error
+    return model.getvalue()
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Non-empty lines, cut to the trainer's limit. Encoding by line equals encoding the whole
+    document."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _LONGEST_LINE):
+                yield line[start : start + _LONGEST_LINE]
+
+
+def _word_starts(pieces: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which pieces begin a word, by the convention that marks most pieces of this vocabulary.
+
+    U+2581 marks a space before a piece (SentencePiece); so does U+0120 in byte-level BPE, where the
+    other white space bytes have letters of their own; "##" marks a continuation (WordPiece).
+    Without any: each its own word.
+    """
+    rules = {
+        "\u2581": ("\u2581",),
+        "\u0120": (
+            "\u0120",
+            "\u010a",
+            "\u010d",
+            "\u0109",
+        ),  # space, line feed, carriage return, tab
+        "##": (),
+    }
+    counts = {mark: sum(piece.startswith(mark) for piece in pieces) for mark in rules}
+    mark = max(counts, key=lambda key: counts[key])
+    if counts[mark] == 0:
+        return np.ones(len(pieces), dtype=bool)
+    if mark == "##":
+        return np.array([not piece.startswith("##") for piece in pieces])
+    return np.array([piece.startswith(rules[mark]) for piece in pieces])
+
+
+# The SentencePiece model file is a protobuf message. Reading and rewriting a few of its fields
+# takes the thirty lines below, against a generated module and a protobuf runtime whose versions
+# must agree.
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Piece types of sentencepiece_model.proto."""
+
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
+_TEXT, _SCORE, _TYPE = 1, 2, 3  # fields of SentencePiece
+_MODEL_TYPE, _VOCAB_SIZE = 3, 4  # fields of TrainerSpec
+_RULE_FILE = 6  # field of NormalizerSpec
+_VARINT, _BYTES, _FLOAT = 0, 2, 5  # wire types
+_WIDTHS = {1: 8, _FLOAT: 4}
+
+
+class Piece(NamedTuple):
+    """One entry of a SentencePiece vocabulary."""
+
+    text: str
+    score: float
+    type: int
+
+
+class _Field(NamedTuple):
+    number: int
+    wire: int
+    value: bytes
+
+
+def model_pieces(path: str | Path) -> list[Piece]:
+    """Pieces of a ``tokenizer.model`` in id order, with the scores and types that an exporter
+    needs."""
+    return [_piece(f.value) for f in _parse(Path(path).read_bytes()) if f.number == _PIECE]
+
+
+def _piece(message: bytes) -> Piece:
+    values = {field.number: field.value for field in _parse(message)}
+    score = struct.unpack("<f", values[_SCORE])[0] if _SCORE in values else 0.0
+    kind = _read_varint(values[_TYPE], 0)[0] if _TYPE in values else NORMAL
+    return Piece(values[_TEXT].decode(), score, kind)
+
+
+def _trainer_field(model: bytes, number: int) -> int | None:
+    for spec in (field.value for field in _parse(model) if field.number == _TRAINER):
+        for field in _parse(spec):
+            if field.number == number:
+                return _read_varint(field.value, 0)[0]
+    return None
+
+
+def _finish_model(model: bytes, vocab_size: int, round_scores: bool) -> bytes:
+    """The model with <mask> appended as a CONTROL piece, scores on the grid and no path of this
+    machine in it."""
+    fields = [field for field in _parse(model) if field.number != _PIECE]
+    pieces = [_piece(field.value) for field in _parse(model) if field.number == _PIECE]
+    if round_scores:
+        pieces = [
+            p._replace(score=round(p.score * _SCORE_GRID) / _SCORE_GRID) if p.type == NORMAL else p
+            for p in pieces
+        ]
+    pieces.append(Piece(SPECIALS[-1], 0.0, CONTROL))
+    assert len(pieces) == vocab_size
+    specs = {
+        _TRAINER: lambda spec: _replace(spec, _Field(_VOCAB_SIZE, _VARINT, _varint(vocab_size))),
+        _NORMALIZER: lambda spec: _replace(spec, _Field(_RULE_FILE, _BYTES, b"")),
+    }
+    return _serialize(
+        [_Field(_PIECE, _BYTES, _piece_message(piece)) for piece in pieces]
+        + [f._replace(value=specs[f.number](f.value)) if f.number in specs else f for f in fields]
+    )
+
+
+def _piece_message(piece: Piece) -> bytes:
+    return _serialize(
+        [
+            _Field(_TEXT, _BYTES, piece.text.encode()),
+            _Field(_SCORE, _FLOAT, struct.pack("<f", piece.score)),
+            _Field(_TYPE, _VARINT, _varint(piece.type)),
+        ]
+    )
+
+
+def _replace(message: bytes, new: _Field) -> bytes:
+    return _serialize([f for f in _parse(message) if f.number != new.number] + [new])
+
+
+def _parse(message: bytes) -> list[_Field]:
+    """Fields of one protobuf message in file order; nested messages stay bytes."""
+    fields, at = [], 0
+    while at < len(message):
+        key, start = _read_varint(message, at)
+        wire = key & 7
+        if wire == _BYTES:
+            length, start = _read_varint(message, start)
+            at = start + length
+        elif wire == _VARINT:
+            at = _read_varint(message, start)[1]
+        else:
+            at = start + _WIDTHS[wire]
+        fields.append(_Field(key >> 3, wire, message[start:at]))
+    return fields
+
+
+def _serialize(fields: Sequence[_Field]) -> bytes:
+    out = bytearray()
+    for number, wire, value in fields:
+        out += _varint(number << 3 | wire)
+        if wire == _BYTES:
+            out += _varint(len(value))
+        out += value
+    return bytes(out)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Value of the varint at `at`, and the offset after it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
