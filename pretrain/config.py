@@ -279,7 +279,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the YAML mapping in `path`, UserError if there is none."""
     try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); check the path") from None
     except UserError as error:
@@ -303,7 +303,7 @@ def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
         for parent in parents:
             node = node.setdefault(parent, {})
         try:
-            node[leaf] = yaml.load(text, Loader=_Loader)  # noqa: S506
+            node[leaf] = _Loader(text).get_single_data()
         except yaml.YAMLError:
             raise UserError(f"{word!r}: the value is not YAML; quote it") from None
     return tree

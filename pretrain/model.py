@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import config, rng
+from pretrain.flops import padded_vocab
 from pretrain.loss import ChunkedCrossEntropy
 
 Rotation = tuple[Tensor, Tensor] | None
@@ -181,11 +182,11 @@ class Decoder(nn.Module):
 class Head(nn.Module):
     """dense, GELU, norm; then the word table (tied, so it belongs to the model) with this bias."""
 
-    def __init__(self, m: config.Model, padded_vocab: int) -> None:
+    def __init__(self, m: config.Model, rows: int) -> None:
         super().__init__()
         self.dense = nn.Linear(m.hidden_size, m.hidden_size, bias=m.block == "roberta")
         self.norm = norm(m)
-        self.bias = nn.Parameter(torch.zeros(padded_vocab))
+        self.bias = nn.Parameter(torch.zeros(rows))
 
     def forward(self, x_NPD: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(x_NPD)))
@@ -194,11 +195,6 @@ class Head(nn.Module):
 def norm(m: config.Model) -> nn.LayerNorm:
     """The LayerNorm of this block (the modern block has no biases)."""
     return nn.LayerNorm(m.hidden_size, eps=m.norm_eps, bias=m.block == "roberta")
-
-
-def padded_vocab(vocab_size: int, multiple: int) -> int:
-    """Rows of the word table: the vocabulary rounded up, independent of any parallel layout."""
-    return -(-vocab_size // multiple) * multiple
 
 
 class LateMaskModel(nn.Module):

@@ -1,0 +1,27 @@
+"""Learning-rate curves: pure functions of progress, the spent share of the budget in [0, 1].
+
+Progress may come from steps, tokens, FLOPs or hours; the curves do not know (the idea of 24hBERT's
+time-based schedule, Izsak et al. 2021, arXiv 2104.07705).
+"""
+
+import math
+
+# Share of the budget over which a trapezoid comes down (Hagele et al. 2024, arXiv 2405.18392: 10-20 %).
+_DESCENT = 0.2
+
+
+def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
+    """Factor on the peak rate. progress, warmup, floor in [0, 1]; returns [0, 1].
+
+    Rises linearly from 0 over the first `warmup` of the budget; then `linear` and `cosine` fall to
+    `floor` at the end, `trapezoid` stays at 1 and falls linearly over the last fifth.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if kind == "trapezoid":
+        rest = min(1.0, (1.0 - progress) / min(_DESCENT, 1.0 - warmup))
+    else:
+        rest = 1.0 - (progress - warmup) / (1.0 - warmup)
+        if kind == "cosine":
+            rest = 0.5 * (1.0 - math.cos(math.pi * rest))
+    return floor + (1.0 - floor) * max(0.0, rest)
