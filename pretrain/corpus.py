@@ -1,0 +1,585 @@
+"""Megatron indexed datasets: the tokens of all documents in one flat file, mapped, never loaded.
+
+A corpus is three files. ``PREFIX.bin`` holds token ids and nothing else; ``PREFIX.idx`` (MMIDIDX
+version 1, byte for byte what megatron-core's IndexedDataset writes and reads) cuts them into
+sequences and documents; ``PREFIX.json`` is ours: the manifest with counts, provenance and one
+sha256 per 16 MiB, so that damage is found and named. The manifest is written last: without one a
+corpus is foreign or unfinished.
+
+The one idea: everything streams. The writer keeps lengths in a file beside the tokens, so its
+memory does not grow with the corpus; the reader maps both files and answers with views.
+
+The trap: fairseq's mmap index has the same magic and version and another layout. Only the size
+tells them apart.
+
+Layout of the index, little-endian: magic (9 bytes), version ``<Q``, dtype code ``<B``, sequences S
+``<Q``, length of the document table D ``<Q``; then int32 [S] lengths in tokens, int64 [S] byte
+offsets in the .bin, int64 [D] document table: 0, then the number of sequences at the end of each
+document. An empty document repeats an entry.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pretrain.config import UserError
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+TokenArray: TypeAlias = npt.NDArray[np.integer[Any]]
+Progress: TypeAlias = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+MAGIC = b"MMIDIDX\x00\x00"
+_OLD_MAGIC = b"TNTIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_FAIRSEQ_HEADER_BYTES = 26
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""Megatron's codes of integer types; 6 and 7 are floats, which no token id is."""
+
+_UINT16_LIMIT = 65_500
+"""Megatron's rule: smaller vocabularies are uint16, all others int32."""
+
+BLOCK_BYTES = 16 << 20
+"""Span of a file that one sha256 of the manifest covers."""
+
+_CHUNK = 1 << 20
+"""Items of an index array handled at a time."""
+
+FORMAT = 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Type of the ids in the .bin, by Megatron's rule."""
+    return np.dtype(np.uint16 if vocab_size < _UINT16_LIMIT else np.int32)
+
+
+def corpus_file(prefix: str | Path, extension: str) -> Path:
+    """PREFIX.bin, PREFIX.idx or PREFIX.json; a prefix may contain dots."""
+    return Path(f"{prefix}.{extension}")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TokenizerRecord(_Record):
+    """Which vocabulary the ids belong to."""
+
+    path: str
+    """Where it was when the corpus was written; the hash decides, not the path."""
+    kind: str
+    hash: str
+    vocab_size: int
+
+
+class Tally(_Record):
+    """What one source of text contributed."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+class InputFile(_Record):
+    """A file that was read, with its size on disk."""
+
+    path: str
+    bytes: int
+
+
+class Origin(_Record):
+    """Where the tokens of a corpus came from."""
+
+    tokenizer: TokenizerRecord | None = None
+    text_bytes: int | None = None
+    """UTF-8 bytes of the text, for bits per byte; None where only tokens were seen."""
+    sources: dict[str, Tally] = {}
+    """By kind of text: the part of the `source` field before its first slash."""
+    inputs: list[InputFile] = []
+    history: dict[str, Any] = {}
+    """How it was made, for people: holdout, rejected lines, merged prefixes, version."""
+
+
+class Manifest(Origin):
+    """PREFIX.json."""
+
+    format: int = FORMAT
+    dtype: str
+    documents: int
+    sequences: int
+    tokens: int
+    empty_documents: int
+    block_bytes: int = BLOCK_BYTES
+    bin_blocks: list[str]
+    idx_blocks: list[str]
+    fingerprint: str = ""
+    """sha256 of everything that defines the content: the same tokens in the same documents."""
+
+
+def load_manifest(prefix: str | Path) -> Manifest:
+    """The manifest of a finished corpus; UserError where there is none or it was edited."""
+    path = corpus_file(prefix, "json")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no manifest; the corpus is unfinished, or another program wrote it: then run "
+            f"python -m tools.verify_corpus {prefix} --write-manifest --tokenizer DIR"
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: not a corpus manifest: {where}: {first['msg']}") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}")
+    if manifest.fingerprint != _fingerprint(manifest):
+        raise UserError(f"{path}: does not match its own fingerprint; it was edited or damaged")
+    return manifest
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    content = {
+        "dtype": manifest.dtype,
+        "counts": [manifest.documents, manifest.sequences, manifest.tokens],
+        "blocks": [manifest.bin_blocks, manifest.idx_blocks],
+        "tokenizer": manifest.tokenizer.hash if manifest.tokenizer else None,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class IndexedReader:
+    """A Megatron indexed dataset, ours or anybody's, mapped and checked for consistency.
+
+    Attributes:
+        dtype: type of the ids.
+        sequence_lengths: int32 [S], tokens of each sequence.
+        document_table: int64 [N + 1], number of sequences before each document, and S.
+        tokens: flat view of the whole .bin [T].
+        num_documents, num_sequences, num_tokens: N, S, T.
+
+    Raises UserError that names the file and what is wrong with it.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        index_path, tokens_path = corpus_file(prefix, "idx"), corpus_file(prefix, "bin")
+        index = _map(index_path)
+        self.dtype, self.num_sequences, entries = _read_header(index_path, index)
+        self.num_documents = entries - 1
+        at = _HEADER.size
+        self.sequence_lengths = index[at : at + 4 * self.num_sequences].view("<i4")
+        at += 4 * self.num_sequences
+        pointers = index[at : at + 8 * self.num_sequences].view("<i8")
+        at += 8 * self.num_sequences
+        self.document_table = index[at : at + 8 * entries].view("<i8")
+        raw = _map(tokens_path)
+        self._check_index(index_path, pointers)
+        expected = self.num_tokens * self.dtype.itemsize
+        if raw.size != expected:
+            what = "truncated" if raw.size < expected else "too long"
+            raise UserError(
+                f"{tokens_path}: {what}: {raw.size} bytes where its index asks for {expected}; "
+                "copy or encode it again"
+            )
+        self.tokens: TokenArray = raw.view(self.dtype)
+
+    def _check_index(self, path: Path, pointers: Int64Array) -> None:
+        """Lengths, byte offsets and document table tell one story: sequences lie end to end."""
+        total = 0
+        for start in range(0, self.num_sequences, _CHUNK):
+            lengths = self.sequence_lengths[start : start + _CHUNK].astype(np.int64)
+            if lengths.min() < 0:
+                raise UserError(f"{path}: damaged: negative sequence length; encode it again")
+            ends = total + np.cumsum(lengths)
+            if not np.array_equal(
+                pointers[start : start + _CHUNK], (ends - lengths) * self.dtype.itemsize
+            ):
+                raise UserError(
+                    f"{path}: damaged: byte offsets do not follow from the lengths "
+                    f"in sequences {start} to {start + len(lengths) - 1}; encode it again"
+                )
+            total = int(ends[-1])
+        table = self.document_table
+        if table[0] != 0 or table[-1] != self.num_sequences or np.any(table[1:] < table[:-1]):
+            raise UserError(
+                f"{path}: damaged: the document table does not run from 0 up to the "
+                f"{self.num_sequences} sequences; encode it again"
+            )
+        self.num_tokens = total
+
+    @cached_property
+    def document_bounds(self) -> Int64Array:
+        """First token of each document, then T: int64 [N + 1]."""
+        starts = np.zeros(self.num_sequences + 1, dtype=np.int64)
+        np.cumsum(self.sequence_lengths, dtype=np.int64, out=starts[1:])
+        bounds: Int64Array = starts[self.document_table]
+        return bounds
+
+    @property
+    def document_offsets(self) -> Int64Array:
+        """First token of each document: int64 [N]."""
+        return self.document_bounds[:-1]
+
+    @cached_property
+    def document_lengths(self) -> Int64Array:
+        """Tokens of each document: int64 [N]; empty documents have 0."""
+        return np.diff(self.document_bounds)
+
+    def document(self, i: int) -> TokenArray:
+        """Tokens of document i, a view."""
+        return self.tokens[self.document_bounds[i] : self.document_bounds[i + 1]]
+
+
+def _map(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's bytes as a plain read-only array (slices of numpy.memmap itself are slow)."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
+                return np.empty(0, dtype=np.uint8)
+            return np.frombuffer(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
+            )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file; give the prefix of a corpus (without .bin or .idx), "
+            "as written by python -m tools.encode_corpus"
+        ) from error
+
+
+def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
+    """Token type, sequences S, length of the document table D."""
+    head = index[: _HEADER.size].tobytes()
+    if head.startswith(_OLD_MAGIC):
+        raise UserError(
+            f"{path}: TNTIDX, the old cached format of fairseq and Megatron-DeepSpeed; "
+            "encode the text again"
+        )
+    if not head.startswith(MAGIC) and len(head) >= len(MAGIC):
+        raise UserError(f"{path}: not a Megatron index (it does not start with MMIDIDX)")
+    if len(head) < _HEADER.size:
+        raise UserError(f"{path}: truncated: {index.size} bytes are less than a header")
+    _, version, code, sequences, entries = _HEADER.unpack(head)
+    if index.size == _FAIRSEQ_HEADER_BYTES + 12 * sequences:
+        raise UserError(
+            f"{path}: fairseq's mmap format, which only looks like Megatron's; "
+            "encode the text again"
+        )
+    if version != 1:
+        raise UserError(f"{path}: index version {version}; only version 1 is known")
+    if code not in _DTYPES:
+        raise UserError(f"{path}: dtype code {code} is not an integer type of Megatron's")
+    expected = _HEADER.size + 12 * sequences + 8 * entries
+    if entries < 1 or index.size not in (expected, expected + sequences):  # + modes (multimodal)
+        what = "truncated" if index.size < expected else "too long"
+        raise UserError(
+            f"{path}: {what}: {index.size} bytes where its header asks for {expected}; "
+            "copy or encode it again"
+        )
+    return np.dtype(_DTYPES[code]).newbyteorder("<"), sequences, entries
+
+
+class CorpusWriter:
+    """Writes a corpus as it comes, in constant memory, and names it only when it is whole.
+
+    ::
+
+        with CorpusWriter("out/train", token_dtype(tokenizer.vocab_size)) as writer:
+            writer.append_documents(tokens, lengths)
+            writer.finish(Origin(tokenizer=record))
+
+    Leaving the block without `finish`, by an error or not, removes what was written.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[Any], overwrite: bool = False) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype)
+        self.documents = self.sequences = self.tokens = self.empty_documents = 0
+        if not overwrite:
+            refuse_existing(prefix)
+        corpus_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
+        self._bin = _HashedFile(self._partial("bin"))
+        # One int32 a sequence, one int64 a document; the index is put together from them at the end.
+        self._lengths = self._partial("lengths").open("w+b")
+        self._table = self._partial("table").open("w+b")
+        self._table.write(np.zeros(1, dtype="<i8").tobytes())
+
+    def append_documents(self, tokens: TokenArray, lengths: npt.ArrayLike) -> None:
+        """Add documents of one sequence each: their tokens end to end, and tokens per document [n].
+
+        A length of 0 is an empty document: an entry of the table and no sequence.
+        """
+        sizes = np.asarray(lengths, dtype=np.int64)
+        self.append(tokens, sizes[sizes > 0], np.cumsum(sizes > 0))
+
+    def append(
+        self, tokens: TokenArray, lengths: npt.ArrayLike, document_ends: npt.ArrayLike
+    ) -> None:
+        """Add sequences (lengths [s]) and documents (ends [d], counted in these sequences)."""
+        sizes = np.asarray(lengths, dtype=np.int64)
+        ends = np.asarray(document_ends, dtype=np.int64)
+        assert sizes.sum() == len(tokens), "lengths and tokens disagree"
+        assert (ends[-1] if len(ends) else 0) == len(sizes), "a sequence outside the documents"
+        if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
+            raise UserError(
+                f"{self.prefix}: a sequence of {sizes.max()} tokens; the format ends at 2**31-1"
+            )
+        bounds = np.concatenate(([0], np.cumsum(sizes)))[np.concatenate(([0], ends))]
+        self.empty_documents += int(np.count_nonzero(np.diff(bounds) == 0))
+        self._bin.write(np.asarray(tokens, dtype=self.dtype).tobytes())
+        self._lengths.write(sizes.astype("<i4").tobytes())
+        self._table.write((self.sequences + ends).astype("<i8").tobytes())
+        self.sequences += len(sizes)
+        self.documents += len(ends)
+        self.tokens += len(tokens)
+
+    def finish(self, origin: Origin | None = None) -> Manifest:
+        """Write index and manifest and give the corpus its name; the manifest appears last."""
+        bin_blocks, idx_blocks = self._bin.finish(), self._write_index()
+        corpus_file(self.prefix, "json").unlink(missing_ok=True)
+        for extension in ("bin", "idx"):
+            self._partial(extension).replace(corpus_file(self.prefix, extension))
+        counts = (self.documents, self.sequences, self.tokens, self.empty_documents)
+        return _seal(self.prefix, self.dtype, counts, bin_blocks, idx_blocks, origin or Origin())
+
+    def _write_index(self) -> list[str]:
+        index = _HashedFile(self._partial("idx"))
+        code = next(code for code, kind in _DTYPES.items() if kind == self.dtype)
+        index.write(_HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1))
+        for lengths in _read_chunks(self._lengths, "<i4"):
+            index.write(lengths.tobytes())
+        total = 0
+        for lengths in _read_chunks(self._lengths, "<i4"):
+            ends = total + np.cumsum(lengths, dtype=np.int64)
+            index.write(((ends - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
+            total = int(ends[-1])
+        for entries in _read_chunks(self._table, "<i8"):
+            index.write(entries.tobytes())
+        return index.finish()
+
+    def _partial(self, extension: str) -> Path:
+        return corpus_file(self.prefix, f"{extension}.partial")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in (self._bin.file, self._lengths, self._table):
+            file.close()
+        for extension in ("bin", "idx", "lengths", "table", "json"):
+            self._partial(extension).unlink(missing_ok=True)
+
+
+def refuse_existing(prefix: str | Path) -> None:
+    """UserError where any file of a corpus has this name already."""
+    for extension in ("json", "idx", "bin"):
+        path = corpus_file(prefix, extension)
+        if path.exists():
+            raise UserError(f"{path}: exists already; choose another --output or add --overwrite")
+
+
+class _HashedFile:
+    """A file that is hashed, block by block, as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self._digests: list[str] = []
+        self._hash, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        self.file.write(view)
+        while len(view):
+            self._hash.update(view[: self._room])
+            taken = min(self._room, len(view))
+            view, self._room = view[taken:], self._room - taken
+            if self._room == 0:
+                self._digests.append(self._hash.hexdigest())
+                self._hash, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def finish(self) -> list[str]:
+        """Force it to the disk and close it; digests of all blocks."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        last = [self._hash.hexdigest()] if self._room < BLOCK_BYTES else []
+        return self._digests + last
+
+
+def _read_chunks(file: BinaryIO, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    file.seek(0)
+    while data := file.read(_CHUNK * np.dtype(dtype).itemsize):
+        yield np.frombuffer(data, dtype=dtype)
+
+
+def _seal(
+    prefix: str | Path,
+    dtype: np.dtype[Any],
+    counts: tuple[int, int, int, int],
+    bin_blocks: list[str],
+    idx_blocks: list[str],
+    origin: Origin,
+) -> Manifest:
+    """Write PREFIX.json: `counts` are documents, sequences, tokens, empty documents."""
+    documents, sequences, tokens, empty_documents = counts
+    manifest = Manifest(
+        dtype=dtype.name,
+        documents=documents,
+        sequences=sequences,
+        tokens=tokens,
+        empty_documents=empty_documents,
+        bin_blocks=bin_blocks,
+        idx_blocks=idx_blocks,
+        **dict(origin),
+    )
+    manifest = manifest.model_copy(update={"fingerprint": _fingerprint(manifest)})
+    partial = corpus_file(prefix, "json.partial")
+    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
+    partial.replace(corpus_file(prefix, "json"))
+    return manifest
+
+
+def adopt(prefix: str | Path, origin: Origin, progress: Progress = lambda done: None) -> Manifest:
+    """Write the manifest of a corpus that another program made, after checking every id."""
+    reader = IndexedReader(prefix)
+    check_ids(reader, origin.tokenizer)
+    empty_documents = int(np.count_nonzero(reader.document_lengths == 0))
+    counts = (reader.num_documents, reader.num_sequences, reader.num_tokens, empty_documents)
+    bin_blocks, idx_blocks = (
+        list(_block_digests(corpus_file(prefix, extension), BLOCK_BYTES, progress))
+        for extension in ("bin", "idx")
+    )
+    return _seal(prefix, reader.dtype, counts, bin_blocks, idx_blocks, origin)
+
+
+def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manifest:
+    """Check every byte against the manifest; UserError names the first range that differs."""
+    manifest = load_manifest(prefix)
+    reader = IndexedReader(prefix)
+    found = [reader.num_documents, reader.num_sequences, reader.num_tokens, reader.dtype.name]
+    noted = [manifest.documents, manifest.sequences, manifest.tokens, manifest.dtype]
+    if found != noted:
+        raise UserError(
+            f"{corpus_file(prefix, 'idx')}: documents, sequences, tokens, dtype are {found}, "
+            f"the manifest says {noted}; another corpus was copied over this one"
+        )
+    for extension, noted_blocks in (("bin", manifest.bin_blocks), ("idx", manifest.idx_blocks)):
+        path = corpus_file(prefix, extension)
+        digests = _block_digests(path, manifest.block_bytes, progress)
+        for i, (digest, expected) in enumerate(zip(digests, noted_blocks, strict=True)):
+            if digest != expected:
+                start = i * manifest.block_bytes
+                end = min(start + manifest.block_bytes, path.stat().st_size)
+                raise UserError(
+                    f"{path}: bytes {start} to {end - 1} differ from the manifest; "
+                    "the file was damaged or changed: copy or encode it again"
+                )
+    check_ids(reader, manifest.tokenizer)
+    return manifest
+
+
+def check_ids(reader: IndexedReader, tokenizer: TokenizerRecord | None) -> None:
+    """UserError unless every id is one of the tokenizer's (of a foreign corpus above all)."""
+    limit = tokenizer.vocab_size if tokenizer else np.iinfo(reader.dtype).max + 1
+    for start in range(0, reader.num_tokens, _CHUNK):
+        chunk = reader.tokens[start : start + _CHUNK]
+        wrong = np.flatnonzero((chunk < 0) | (chunk >= limit))
+        if len(wrong):
+            raise UserError(
+                f"{reader.prefix}.bin: token {start + wrong[0]} has id {chunk[wrong[0]]}, outside "
+                f"the {limit} ids of the vocabulary; it was encoded with another tokenizer"
+            )
+
+
+def _block_digests(path: Path, block_bytes: int, progress: Progress) -> Iterator[str]:
+    with path.open("rb") as file:
+        while block := file.read(block_bytes):
+            yield hashlib.sha256(block).hexdigest()
+            progress(len(block))
+
+
+def merge(
+    prefixes: Sequence[str | Path],
+    output: str | Path,
+    overwrite: bool = False,
+    progress: Progress = lambda done: None,
+) -> Manifest:
+    """Join finished corpora of one tokenizer, in the order given, in constant memory."""
+    manifests = [load_manifest(prefix) for prefix in prefixes]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.dtype != manifests[0].dtype or _hash_of(manifest) != _hash_of(manifests[0]):
+            raise UserError(
+                f"{prefix}: its tokenizer or dtype is not that of {prefixes[0]}; "
+                "only corpora of one tokenizer can be merged"
+            )
+        if corpus_file(prefix, "bin").resolve() == corpus_file(output, "bin").resolve():
+            raise UserError(f"{output}: is also an input of the merge; choose another --output")
+    with CorpusWriter(output, np.dtype(manifests[0].dtype), overwrite) as writer:
+        for prefix in prefixes:
+            _append_corpus(writer, IndexedReader(prefix), progress)
+        return writer.finish(_merged_origin(prefixes, manifests))
+
+
+def _hash_of(manifest: Manifest) -> str | None:
+    return manifest.tokenizer.hash if manifest.tokenizer else None
+
+
+def _append_corpus(writer: CorpusWriter, reader: IndexedReader, progress: Progress) -> None:
+    """Whole documents, about a block of tokens at a time."""
+    table, bounds = reader.document_table, reader.document_bounds
+    first = 0
+    while first < reader.num_documents:
+        limit = bounds[first] + BLOCK_BYTES
+        last = max(first + 1, int(np.searchsorted(bounds, limit, side="right")) - 1)
+        last = min(last, first + _CHUNK)
+        tokens = reader.tokens[bounds[first] : bounds[last]]
+        lengths = reader.sequence_lengths[table[first] : table[last]]
+        writer.append(tokens, lengths, table[first + 1 : last + 1] - table[first])
+        progress(tokens.nbytes)
+        first = last
+
+
+def _merged_origin(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> Origin:
+    sources: dict[str, Tally] = {}
+    for manifest in manifests:
+        sources = add_tallies(sources, manifest.sources)
+    sizes = [manifest.text_bytes for manifest in manifests]
+    merged = [
+        {"prefix": str(prefix), "fingerprint": manifest.fingerprint}
+        for prefix, manifest in zip(prefixes, manifests, strict=True)
+    ]
+    return Origin(
+        tokenizer=manifests[0].tokenizer,
+        text_bytes=None if None in sizes else sum(size for size in sizes if size is not None),
+        sources=sources,
+        inputs=[file for manifest in manifests for file in manifest.inputs],
+        history={"merged": merged},
+    )
+
+
+def add_tallies(left: Mapping[str, Tally], right: Mapping[str, Tally]) -> dict[str, Tally]:
+    """Sum by source."""
+    total = dict(left)
+    for name, tally in right.items():
+        old = total.get(name, Tally(documents=0, tokens=0, text_bytes=0))
+        total[name] = Tally(
+            documents=old.documents + tally.documents,
+            tokens=old.tokens + tally.tokens,
+            text_bytes=old.text_bytes + tally.text_bytes,
+        )
+    return total
