@@ -1,0 +1,91 @@
+"""What the programs share: exit codes, one line for a user's mistake, a progress bar, --version and
+--json.
+
+Standard output carries the result and nothing else; progress and errors go to standard error.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from pretrain import __version__
+from pretrain.config import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with what `main` returns; 2 and one line where the user must change something.
+
+    A Ctrl-C or SIGTERM unwinds the stack, so that half-written files are removed on the way out.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:  # a full disk, a missing permission
+        code = fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def fail(message: str) -> int:
+    """Print the one line of a user's error; its exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def parser(name: str, description: str, reports: bool = False) -> argparse.ArgumentParser:
+    """An argument parser for ``python -m tools.NAME``; ``--json`` where it `reports`.
+
+    An argument ``@FILE`` stands for the lines of FILE.
+    """
+    result = argparse.ArgumentParser(
+        prog=f"python -m tools.{name}",
+        description=description,
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    result.add_argument("--version", action="version", version=f"LateMask {__version__}")
+    if reports:
+        result.add_argument(
+            "--json", action="store_true", help="print one JSON document instead of text"
+        )
+    return result
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a ``--json`` run."""
+    print(json.dumps(document, indent=1))
+
+
+@contextmanager
+def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on standard error; yields the function that takes bytes
+    done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda done: bar.advance(task, done)
