@@ -48,7 +48,9 @@ class ChunkedCrossEntropy(nn.Module):
         """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        total, right = _Function.apply(hidden, weight, bias, target, self, dtype)
+        # Inside the function the grad mode is off and inputs look alike in training and scoring.
+        train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        total, right = _Function.apply(hidden, weight, bias, target, self, dtype, train)
         return total, right
 
 
@@ -62,8 +64,8 @@ class _Function(torch.autograd.Function):
         target: Tensor,
         table: ChunkedCrossEntropy,
         dtype: torch.dtype,
+        train: bool,
     ) -> tuple[Tensor, Tensor]:
-        train = any(ctx.needs_input_grad)
         exact = torch.promote_types(dtype, torch.float32)
         h_ND, w_WD = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=exact, device=hidden.device)
@@ -82,7 +84,7 @@ class _Function(torch.autograd.Function):
                 grad_h[rows] = g_nW @ w_WD
                 grad_b += residual.sum(0)
                 if dtype == exact:
-                    grad_w.addmm_(g_nW.t(), h_ND[rows])
+                    torch.addmm(grad_w, g_nW.t(), h_ND[rows], out=grad_w)
                 else:
                     grad_w += g_nW.t() @ h_ND[rows]
         if train:
@@ -96,8 +98,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_w, grad_b = ctx.saved_tensors
-        return grad_h * grad_total, grad_w * grad_total, grad_b * grad_total, None, None, None
+        grads = (grad * grad_total for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 def _chunk(

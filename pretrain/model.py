@@ -21,6 +21,8 @@ The trap: under tensor parallelism a rank holds some of the heads, so views infe
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from pretrain import config, rng
 from pretrain.flops import padded_vocab
 from pretrain.loss import ChunkedCrossEntropy
+
+Array = npt.NDArray[np.int64]
 
 Rotation = tuple[Tensor, Tensor] | None
 """cos and sin, each [B, S, 1, E], of the rows' positions; None where positions are learned."""
@@ -45,6 +49,14 @@ class Batch(NamedTuple):
     """[B, P] true pieces of the last P rows."""
     num_masked: int
     """M."""
+
+    @classmethod
+    def of(cls, ids: Array, positions: Array, targets: Array, num_masked: int, device: torch.device) -> "Batch":
+        """From numpy arrays of the same meaning, moved to `device` without waiting for it."""
+        tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, positions, targets))
+        if device.type == "cuda":
+            tensors = (t.pin_memory() for t in tensors)
+        return cls(*(t.to(device, non_blocking=True) for t in tensors), num_masked)
 
 
 class Attention(nn.Module):

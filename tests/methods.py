@@ -1,0 +1,43 @@
+"""Small configs of every method, for the tests."""
+
+from pretrain import config
+
+METHODS = {
+    "mlm": {},
+    "3ml-self": {"mask_from": 2, "decoder_layers": 2, "decoder": "self"},
+    "3ml-cross": {"mask_from": 2, "decoder_layers": 2, "decoder": "cross"},
+    "3ml-query": {"mask_from": 2, "decoder_layers": 2, "decoder": "query"},
+    "mae-lm": {"mask_from": 2, "decoder_layers": 4, "decoder": "self", "mask_vector": "tied"},
+    "shared-depth": {"mask_from": 1},
+}
+BLOCKS = {
+    "post": {"block": "roberta", "norm": "post"},
+    "pre": {"block": "roberta", "norm": "pre"},
+    "modern": {"block": "modern"},
+}
+
+
+def small(method: str = "mlm", block: str = "post", **sections: dict) -> config.Config:
+    """A 2 x 32 model of the method; keyword arguments add to the sections."""
+    model = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "ffn_size": 48,
+        "max_positions": 40,
+        **METHODS[method],
+        **BLOCKS[block],
+    }
+    masking = {"corruption": [1, 0, 0]} if method == "mae-lm" else {}
+    tree = {
+        "run": {"dir": "run"},
+        "corpus": {"train": "corpus"},
+        "model": model,
+        "masking": {"rate": 0.5, **masking},
+        "train": {"seq_length": 24, "batch_size": 8, "precision": "fp32"},
+        "budget": {"steps": 5},
+    }
+    for section, values in sections.items():
+        kept = {} if section == "budget" else tree.get(section, {})
+        tree[section] = {**kept, **values}
+    return config.build(tree)

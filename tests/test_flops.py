@@ -1,0 +1,133 @@
+"""The closed forms against torch's own counters."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import flops, model
+from pretrain.masking import counts
+from tests.methods import BLOCKS, METHODS, small
+
+VOCAB = 150
+
+
+def build(method, block, **sections):
+    config = small(method, block, **sections)
+    c = counts(config.masking, config.train.seq_length)
+    built = model.LateMaskModel(
+        config.model, VOCAB, VOCAB - 1, config.train.recompute == "block"
+    )
+    model.init_weights(built, 0)
+    rows = flops.Rows(c.length, c.visible, c.predicted)
+    ids = torch.randint(4, VOCAB, (3, c.length))
+    positions = torch.arange(c.length).expand(3, -1)
+    return config, built, rows, model.Batch(ids, positions, ids[:, -c.predicted :], c.masked)
+
+
+def counted(module, batch):
+    # The fused CPU kernel counts as 0 (pytorch issue 195460): the maths kernel is what can be counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(batch).backward()
+    return counter
+
+
+@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, BLOCKS)))
+@pytest.mark.parametrize("rate", [0.15, 0.5])
+def test_training_flops_equal_torchs_counter(method, block, rate):
+    config, built, rows, batch = build(method, block, masking={"rate": rate})
+    expected = flops.training(config.model, rows, VOCAB) * 3
+    assert counted(built, batch).get_total_flops() == expected.total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_equal_torchs_counter(method):
+    """Encoder and head counted as modules; what is left is the decoder."""
+    config, built, rows, batch = build(method, "post")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as encoder:
+            built.encode(batch.ids, batch.positions, batch.num_masked)
+        with FlopCounterMode(display=False) as body:
+            built.predicted_rows(batch)
+        with FlopCounterMode(display=False) as everything:
+            built(batch)
+    part = flops.forward(config.model, rows, VOCAB) * 3
+    assert encoder.get_total_flops() == part.encoder
+    assert body.get_total_flops() == part.encoder + part.decoder
+    assert everything.get_total_flops() == part.total
+
+
+@pytest.mark.parametrize("method", ["mlm", "3ml-query"])
+def test_recomputation_counts_in_hardware_flops(method):
+    config, built, rows, batch = build(method, "pre", train={"recompute": "block"})
+    cost = flops.step_cost(config.model, rows, VOCAB, 3, "block")
+    assert counted(built.train(), batch).get_total_flops() == cost.hardware_flops > cost.flops.total
+
+
+@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, BLOCKS)))
+def test_parameters_equal_the_models(method, block):
+    config, built, _, _ = build(method, block)
+    parts = flops.parameters(config.model, VOCAB)
+    assert parts["total"] == sum(p.numel() for p in built.parameters())
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert parts["encoder"] == count(built.layers) + count(built.final_norm)
+    assert parts["head"] == count(built.head)
+    decoder = (count(built.decoder) if built.decoder else 0) + getattr(
+        built, "mask_vector", torch.empty(0)
+    ).numel()
+    assert parts["decoder"] == decoder
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "method", "ratio"),
+    # Relative to mlm at 15 %, V 50,265, 80/10/10, derived independently from the papers' formulas.
+    [
+        ("base", 128, "3ml-self", 0.923),
+        ("base", 512, "3ml-self", 0.895),
+        ("large", 128, "3ml-self", 0.745),
+        ("large", 512, "3ml-self", 0.728),
+        ("base", 128, "3ml-cross", 0.966),
+        ("large", 512, "3ml-cross", 0.751),
+        ("base", 128, "3ml-query", 0.857),
+        ("base", 512, "3ml-query", 0.828),
+        ("large", 128, "3ml-query", 0.711),
+        ("large", 512, "3ml-query", 0.693),
+        ("base", 128, "mae-lm", 1.169),
+        ("large", 512, "mae-lm", 1.007),
+    ],
+)
+def test_published_sizes_cost_what_the_papers_arithmetic_says(size, length, method, ratio):
+    layers, width = {"base": (12, 768), "large": (24, 1024)}[size]
+    shape = {"num_layers": layers, "hidden_size": width, "num_heads": 16, "ffn_size": 4 * width,
+             "max_positions": 512, "vocab_multiple": 1}  # fmt: skip
+
+    def cost(name, rate):
+        late = {**METHODS[name], **({"mask_from": layers} if name != "mlm" else {})}
+        config = small(
+            name, model={**shape, **late}, masking={"rate": rate}, train={"seq_length": length}
+        )
+        c = counts(config.masking, length)
+        return flops.training(config.model, flops.Rows(length, c.visible, c.predicted), 50265).total
+
+    rate = 0.15 if method == "mae-lm" else 0.5
+    # Whole rows of a whole sequence: within half a per cent of the formulas' fractional ones.
+    assert cost(method, rate) / cost("mlm", 0.15) == pytest.approx(ratio, abs=0.006)
+
+
+def test_token_layers_of_base_are_the_papers_three_quarters():
+    """12 + 2 layers, rate 0.5, 80/10/10: (12 x 0.6 + 2) / 12 = 0.767 of the baseline's."""
+    late = small("3ml-self", model={"num_layers": 12, "mask_from": 12})
+    plain = small("mlm", model={"num_layers": 12})
+    rows = flops.Rows(512, 308, 255)
+    ratio = flops.token_layers(late.model, rows) / flops.token_layers(plain.model, rows)
+    assert ratio == pytest.approx((12 * 308 / 512 + 2) / 12)
+
+
+def test_peaks_name_the_device_or_nothing():
+    assert flops.peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert flops.peak("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert flops.peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert flops.peak("AMD EPYC 9B45", "bf16") is None
+    assert flops.peak("NVIDIA H1000", "bf16") is None
