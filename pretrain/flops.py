@@ -108,7 +108,7 @@ def training(model: Model, rows: Rows, vocab_size: int) -> Flops:
 def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recompute: str) -> StepCost:
     """Cost of one update of `batch_size` sequences."""
     once = forward(model, rows, vocab_size)
-    again = once.encoder + once.decoder if recompute == "block" else 0
+    again = _recomputed(model, rows, once) if recompute == "block" else 0
     return StepCost(
         samples=batch_size,
         tokens_seen=batch_size * rows.length,
@@ -116,6 +116,19 @@ def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recomp
         flops=once * (3 * batch_size),
         hardware_flops=batch_size * (3 * once.total + again),
     )
+
+
+def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
+    """Forward FLOPs that a backward pass with block recomputation repeats.
+
+    Recomputation stops when nothing more is needed. A pre-LN layer without dropout ends in a sum, which
+    needs neither of its terms, so the last product (F x D) of each layer is not repeated.
+    """
+    last = 2 * model.ffn_size * model.hidden_size if model.norm == "pre" else 0
+    asking = rows.predicted if model.decoder == "query" else rows.length
+    encoder = 0 if model.dropout else last * sum(_encoder_rows(rows, model))
+    decoder = 0 if model.decoder_dropout else last * model.decoder_layers * asking
+    return once.encoder + once.decoder - encoder - decoder
 
 
 def token_layers(model: Model, rows: Rows) -> float:
