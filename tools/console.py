@@ -57,7 +57,6 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
         prog=f"python -m tools.{name}",
         description=description,
         fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     result.add_argument("--version", action="version", version=f"LateMask {__version__}")
     if reports:
@@ -65,6 +64,13 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
             "--json", action="store_true", help="print one JSON document instead of text"
         )
     return result
+
+
+def available_cores() -> int:
+    """Cores this process may run on: a job's share of a node, not the node."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def print_json(document: Any) -> None:

@@ -1,14 +1,11 @@
-"""Raw text files as documents: JSON lines or plain text, as they are or compressed with gzip or
-zstd.
+"""Raw text files as documents: JSON lines or plain text, plain or compressed with gzip or zstd.
 
 The one idea: a file is read as blocks of a few megabytes that never cut a document, so that blocks
-    can be
-parsed anywhere, in any number of processes, and put back in order. Nothing unreadable is dropped
-silently: each bad line is a `Rejected` with its number.
+can be parsed anywhere, in any number of processes, and put back in order. Nothing unreadable is
+dropped silently: each bad line is a `Rejected` with its number.
 
 The trap: lines end at b"\\n" only. Python's splitlines also breaks at U+2028, form feeds and
-    others, which occur
-inside JSON strings and would shift every line number.
+others, which occur inside JSON strings and would shift every line number.
 """
 
 import glob
@@ -135,7 +132,8 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
     """The file's content, whatever its compression; damage found while reading is a UserError."""
     try:
         if path.suffix == ".gz":
-            yield gzip.open(raw)  # type: ignore[misc]
+            with gzip.open(raw) as file:
+                yield file  # type: ignore[misc]
         elif path.suffix == ".zst":
             yield io.BufferedReader(_ZstdFile(raw))  # type: ignore[misc]
         else:

@@ -1,0 +1,71 @@
+"""Check every byte of corpora against their manifests, or write the manifest of a foreign one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain import __version__
+from pretrain.config import UserError
+from pretrain.corpus import Origin, TokenizerRecord, adopt, corpus_file, verify
+from pretrain.tokenizer import load_tokenizer
+from tools import console
+from tools.encode_corpus import summary
+
+
+def tokenizer_record(directory: str) -> TokenizerRecord:
+    """What a manifest says about a tokenizer folder."""
+    tokenizer = load_tokenizer(directory)
+    return TokenizerRecord(
+        path=str(Path(directory).resolve()),
+        kind=tokenizer.kind,
+        hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("verify_corpus", "Check every byte against the manifest", True)
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="corpora to check")
+    parser.add_argument(
+        "--write-manifest",
+        action="store_true",
+        help="make the missing PREFIX.json of Megatron files that another program wrote",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="theirs, with --write-manifest")
+    args = parser.parse_args(arguments)
+    if args.write_manifest != bool(args.tokenizer):
+        raise UserError("--write-manifest and --tokenizer DIR belong together; give both or none")
+    if args.write_manifest:
+        for prefix in args.prefixes:
+            if corpus_file(prefix, "json").exists():
+                raise UserError(
+                    f"{prefix}.json: exists already; verify it without --write-manifest"
+                )
+    files = [corpus_file(prefix, end) for prefix in args.prefixes for end in ("bin", "idx")]
+    total = sum(file.stat().st_size for file in files if file.exists())
+    origin = Origin(history={"version": __version__, "adopted": True})
+    manifests = []
+    with console.progress("verify", total) as advance:
+        if args.write_manifest:
+            record = tokenizer_record(args.tokenizer)
+            origin = origin.model_copy(update={"tokenizer": record})
+        for prefix in args.prefixes:
+            manifests.append(
+                adopt(prefix, origin, advance) if args.write_manifest else verify(prefix, advance)
+            )
+    reports = [
+        {"prefix": prefix, "good": True} | summary(manifest)
+        for prefix, manifest in zip(args.prefixes, manifests, strict=True)
+    ]
+    if args.json:
+        console.print_json(reports)
+        return 0
+    for report in reports:
+        print(
+            f"{report['prefix']}: good, {report['documents']:,} documents, "
+            f"{report['tokens']:,} tokens, fingerprint {report['fingerprint'][:16]}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)
