@@ -1,0 +1,478 @@
+"""The run folder and the checkpoints in it.
+
+A checkpoint is three safetensors files (parameters and both moments of AdamW: full fp32 tensors
+under the model's own names, whatever TP x DP x ZeRO layout wrote them), `state.json` and a
+manifest of sizes and hashes. Nothing is ever unpickled.
+
+The one idea: a checkpoint becomes visible by one rename, after every byte of it is on disk, and
+becomes the one to resume from by a second rename, that of the pointer `latest`. A kill at any
+instant therefore leaves the old state or the new one. The trap: a rename survives a power cut
+only once its folder is synced too.
+
+Importing this does not import torch, so that programs that only read a run start at once.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from pretrain import __version__, config
+from pretrain.config import Config, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+FILES = {
+    "param": "model.safetensors",
+    "exp_avg": "exp_avg.safetensors",
+    "exp_avg_sq": "exp_avg_sq.safetensors",
+}
+STATE, MANIFEST = "state.json", "manifest.json"
+TEMPORARY = ".tmp-"  # whatever starts with this is the remains of an interrupted write
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "megatron-core",
+    "deepspeed",
+    "sentencepiece",
+    "tokenizers",
+)
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What a checkpoint needs from an engine. `tensors` is collective: every rank iterates to the end."""
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor"]]:
+        """Yields (name, full fp32 CPU tensor) for kind param, exp_avg or exp_avg_sq, on all ranks."""
+
+    def load_tensors(self, kind: str, get: Callable[[str], "Tensor"]) -> None:
+        """Takes what this rank needs of ``get(name)``."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a checkpoint that is no tensor."""
+
+    step: int
+    samples: int
+    """Sequences consumed by the surviving updates: the whole state of the data order."""
+    optimizer_step: int
+    config: dict[str, Any]
+    """``Config.model_dump(mode="json")`` of the attempt that wrote it."""
+    fingerprints: dict[str, str]
+    """Name -> hash of what was read: the corpora and the tokenizer."""
+    ledger_head: str
+    """Hash of the ledger's line of this save (`Ledger.save`)."""
+    loss: float | None = None
+    """Held-out loss at this step, if it was evaluated; the lowest decides `best`."""
+    layout: dict[str, Any] | None = None
+    """Engine, ranks, TP, ZeRO stage of the writer: for people, loading does not depend on it."""
+    format: int = FORMAT
+
+
+# ---- durable files -------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's bytes, or the folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a text file; after a kill at any instant it holds the old text or the new one."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def mend(path: Path) -> bytes:
+    """Cuts a line without an end (killed while writing) off an append-only file and returns it."""
+    if not path.exists():
+        return b""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return data[whole:]
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """One run. Rank 0 claims it before it writes; reading needs no claim."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
+
+        The lock belongs to the process: however that ends, the folder is free again.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another run.dir"
+            ) from None
+        _lock_or_refuse(self._lock, self.path)
+        for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
+            _remove(remains)
+
+    def release(self) -> None:
+        """Lets another process claim the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, resolved: Config) -> None:
+        """Keeps the config of this attempt as config.yaml."""
+        write_atomic(self.path / "config.yaml", config.dump(resolved))
+
+    def add_provenance(self, **details: Any) -> None:
+        """Appends what produces this attempt (code, packages, host, command) to provenance.json."""
+        path = self.path / "provenance.json"
+        attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_atomic(path, _json([*attempts, {**_provenance(), **details}]))
+
+    def write_status(self, state: str, step: int, reason: str = "", exit_code: int | None = None) -> None:
+        """Tells a queue how the run stands: `state` is running, finished, stopped or failed."""
+        assert state in ("running", "finished", "stopped", "failed"), state
+        status = {
+            "state": state,
+            "exit_code": exit_code,
+            "step": step,
+            "reason": reason,
+            "time": time.time(),
+        }
+        write_atomic(self.path / "status.json", _json(status))
+
+
+def _lock_or_refuse(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        log.warning(
+            "%s: cannot be locked (%s); make sure that no second process uses it",
+            path,
+            error.strerror,
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "commit": _commit(),
+        "command": shlex.join(sys.orig_argv),
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this code, with -dirty if it was edited; None outside a git checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def save(folder: RunFolder, engine: Engine, state: State, keep_last: int, is_main: bool = True) -> Path:
+    """Writes a checkpoint, moves the pointers to it and retires old ones; collective over all ranks.
+
+    Only the main rank writes, one kind of tensor at a time in memory. A step whose good
+    checkpoint is `latest` already is not written again. If writing fails (disk full), the main
+    rank still takes part in all collectives and raises UserError after them.
+    """
+    final = folder.checkpoints / _name(state.step)
+    writes = is_main and not (pointed(folder.path, "latest") == final and problem(final) is None)
+    temporary = folder.checkpoints / (TEMPORARY + final.name)
+    failure: Exception | None = None
+    for kind in FILES:
+        tensors = {name: tensor for name, tensor in engine.tensors(kind) if is_main}
+        if writes and not failure:
+            failure = _failure(_write_tensors, temporary, state, kind, tensors)
+    if writes and not failure:
+        failure = _failure(_publish, folder, temporary, state, keep_last)
+    if failure:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{final}: cannot be saved ({failure}); free space or fix the disk, then start again")
+    return final
+
+
+def _failure(write: Callable[..., None], *arguments: Any) -> Exception | None:
+    try:
+        write(*arguments)
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _write_tensors(temporary: Path, state: State, kind: str, tensors: dict[str, "Tensor"]) -> None:
+    from safetensors.torch import save_file  # imports torch, which the readers of a run do without
+
+    if kind == "param":
+        temporary.mkdir()
+        (temporary / STATE).write_text(_json(asdict(state)), encoding="utf-8")
+    path = temporary / FILES[kind]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    shutil.copymode(temporary / STATE, path)  # safetensors creates 0600, whatever the umask
+
+
+def _publish(folder: RunFolder, temporary: Path, state: State, keep_last: int) -> None:
+    """The order here is the promise: bytes, manifest, rename, pointers; only then is anything deleted."""
+    final = folder.checkpoints / _name(state.step)
+    _seal(temporary)
+    if final.exists():  # a bad one, or one of a future that the run went back from
+        _retire(final)
+    os.replace(temporary, final)
+    sync(folder.checkpoints)
+    if _is_best(folder, state):
+        write_atomic(folder.checkpoints / "best", final.name + "\n")
+    write_atomic(folder.checkpoints / "latest", final.name + "\n")
+    _retain(folder, state.step, keep_last)
+
+
+def _seal(temporary: Path) -> None:
+    """Brings every file to disk and writes the manifest, last."""
+    paths = [temporary / name for name in (*FILES.values(), STATE)]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        digests = list(pool.map(_digest, paths))
+        list(pool.map(sync, paths))
+    files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+    (temporary / MANIFEST).write_text(_json({"format": FORMAT, "files": files}), encoding="utf-8")
+    sync(temporary / MANIFEST)
+    sync(temporary)
+
+
+def _is_best(folder: RunFolder, state: State) -> bool:
+    if state.loss is None:
+        return False
+    try:
+        best = pointed(folder.path, "best")
+        loss = read_state(best).loss if best else None
+    except UserError:  # unreadable: no rival
+        loss = None
+    return state.loss < (math.inf if loss is None else loss)
+
+
+def _retain(folder: RunFolder, step: int, keep_last: int) -> None:
+    """Keeps the newest up to `step` and what is pointed at; beyond `step` is what the run went back from."""
+    keep = {folder.checkpoints / _name(s) for s in [s for s in steps(folder.path) if s <= step][-keep_last:]}
+    keep |= {path for name in ("latest", "best") if (path := pointed(folder.path, name))}
+    for old in steps(folder.path):
+        if (path := folder.checkpoints / _name(old)) not in keep:
+            _retire(path)
+
+
+def _retire(path: Path) -> None:
+    """Deletes a checkpoint; the rename first, so that half of one is never taken for a whole."""
+    doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+    os.replace(path, doomed)
+    _remove(doomed)
+
+
+# ---- finding and reading -------------------------------------------------------------------------
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(run: str | Path) -> list[int]:
+    """Steps of which the run has a checkpoint, good or bad, ascending."""
+    names = (path.name for path in (Path(run) / "checkpoints").glob("step-*"))
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
+
+
+def pointed(run: str | Path, pointer: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names; None without a readable pointer."""
+    path = Path(run) / "checkpoints" / pointer
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return path.with_name(name) if re.fullmatch(r"step-\d{8,}", name) else None
+
+
+def find(run: str | Path, which: str | int = "latest") -> Path:
+    """The folder of a checkpoint, every byte of it verified; `which` is latest, best or a step.
+
+    For `latest` a bad checkpoint is named in a warning and the newest good other one is taken; a
+    bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
+    it on one rank.
+    """
+    known = steps(run)
+    if not known:
+        raise UserError(f"{run}: has no checkpoint; check the run's path")
+    if which == "latest":
+        return _newest_good(Path(run), known)
+    path = pointed(run, "best") if which == "best" else _explicit(Path(run), which)
+    if path is None or not path.is_dir():
+        have = ", ".join(map(str, known))
+        raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or a step of {have}")
+    if bad := problem(path):
+        raise UserError(f"{path}: {bad}; take another (--checkpoint latest, or a step)")
+    return path
+
+
+def _explicit(run: Path, which: str | int) -> Path | None:
+    return run / "checkpoints" / _name(int(which)) if str(which).isdecimal() else None
+
+
+def _newest_good(run: Path, known: list[int]) -> Path:
+    candidates = [run / "checkpoints" / _name(step) for step in reversed(known)]
+    latest = pointed(run, "latest")
+    candidates.sort(key=lambda path: path != latest)  # stable: the pointed one, then the newest
+    for path in candidates:
+        bad = problem(path)
+        if bad is None:
+            return path
+        log.warning("%s: %s; refused, looking for an older one", path, bad)
+    raise UserError(
+        f"{run}: none of its {len(known)} checkpoints is whole; restore one,"
+        " or move checkpoints/ away to start over"
+    )
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = [(path / name, manifest["files"][name]) for name in (STATE, *FILES.values())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
+    with ThreadPoolExecutor(len(expected)) as pool:
+        return next(filter(None, pool.map(lambda pair: _file_problem(*pair), expected)), None)
+
+
+def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        if path.stat().st_size != expected["size"]:  # cheap, and says more than a wrong hash
+            return f"{path.name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        return None if _digest(path) == expected else f"{path.name} is corrupt (wrong sha256)"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+
+
+def read_state(path: Path) -> State:
+    """The state of a checkpoint; UserError if another version of this program wrote it."""
+    try:
+        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(f"{path}: format {values['format']}, this program reads {FORMAT}; update it")
+        return State(**values)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path / STATE}: unreadable ({error}); take another checkpoint") from None
+
+
+def load(path: Path, engine: Engine) -> None:
+    """Gives the engine its tensors, on every rank; `path` comes from `find`, which verified it."""
+    for kind, name in FILES.items():
+        with safe_open(path / name, framework="pt") as file:
+            engine.load_tensors(kind, file.get_tensor)
+
+
+def read_tensors(path: Path, kind: str = "param") -> dict[str, "Tensor"]:
+    """Name -> full fp32 CPU tensor, for programs that want the weights without an engine."""
+    with safe_open(path / FILES[kind], framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def check_continues(old: State, new: Config, fingerprints: dict[str, str]) -> None:
+    """UserError, one line per change, if the checkpoint cannot go on under this config and these data."""
+    changes = config.changed_keys(config.build(old.config, "config of the checkpoint"), new)
+    changes += [
+        f"corpus: {name} has other content than at step {old.step} ({before[:12]} -> {now[:12]})"
+        for name, before in old.fingerprints.items()
+        if (now := fingerprints.get(name, before)) != before
+    ]
+    if changes:
+        advice = "a run cannot continue with this changed; set it back, or choose another run.dir"
+        raise UserError("\n".join(f"{change}: {advice}" for change in changes))
