@@ -202,9 +202,7 @@ class IndexedReader:
             if lengths.min() < 0:
                 raise UserError(f"{path}: damaged: negative sequence length; encode it again")
             ends = total + np.cumsum(lengths)
-            if not np.array_equal(
-                pointers[start : start + _CHUNK], (ends - lengths) * self.dtype.itemsize
-            ):
+            if not np.array_equal(pointers[start : start + _CHUNK], (ends - lengths) * self.dtype.itemsize):
                 raise UserError(
                     f"{path}: damaged: byte offsets do not follow from the lengths "
                     f"in sequences {start} to {start + len(lengths) - 1}; encode it again"
@@ -247,9 +245,7 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
                 return np.empty(0, dtype=np.uint8)
-            return np.frombuffer(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-            )
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; give the prefix of a corpus (without .bin or .idx), "
@@ -262,8 +258,7 @@ def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any
     head = index[: _HEADER.size].tobytes()
     if head.startswith(_OLD_MAGIC):
         raise UserError(
-            f"{path}: TNTIDX, the old cached format of fairseq and Megatron-DeepSpeed; "
-            "encode the text again"
+            f"{path}: TNTIDX, the old cached format of fairseq and Megatron-DeepSpeed; encode the text again"
         )
     if not head.startswith(MAGIC) and len(head) >= len(MAGIC):
         raise UserError(f"{path}: not a Megatron index (it does not start with MMIDIDX)")
@@ -272,8 +267,7 @@ def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any
     _, version, code, sequences, entries = _HEADER.unpack(head)
     if index.size == _FAIRSEQ_HEADER_BYTES + 12 * sequences:
         raise UserError(
-            f"{path}: fairseq's mmap format, which only looks like Megatron's; "
-            "encode the text again"
+            f"{path}: fairseq's mmap format, which only looks like Megatron's; encode the text again"
         )
     if version != 1:
         raise UserError(f"{path}: index version {version}; only version 1 is known")
@@ -322,18 +316,14 @@ class CorpusWriter:
         sizes = np.asarray(lengths, dtype=np.int64)
         self.append(tokens, sizes[sizes > 0], np.cumsum(sizes > 0))
 
-    def append(
-        self, tokens: TokenArray, lengths: npt.ArrayLike, document_ends: npt.ArrayLike
-    ) -> None:
+    def append(self, tokens: TokenArray, lengths: npt.ArrayLike, document_ends: npt.ArrayLike) -> None:
         """Add sequences (lengths [s]) and documents (ends [d], counted in these sequences)."""
         sizes = np.asarray(lengths, dtype=np.int64)
         ends = np.asarray(document_ends, dtype=np.int64)
         assert sizes.sum() == len(tokens), "lengths and tokens disagree"
         assert (ends[-1] if len(ends) else 0) == len(sizes), "a sequence outside the documents"
         if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
-            raise UserError(
-                f"{self.prefix}: a sequence of {sizes.max()} tokens; the format ends at 2**31-1"
-            )
+            raise UserError(f"{self.prefix}: a sequence of {sizes.max()} tokens; the format ends at 2**31-1")
         bounds = np.concatenate(([0], np.cumsum(sizes)))[np.concatenate(([0], ends))]
         self.empty_documents += int(np.count_nonzero(np.diff(bounds) == 0))
         self._bin.write(np.asarray(tokens, dtype=self.dtype).tobytes())

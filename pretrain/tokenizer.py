@@ -143,9 +143,7 @@ class _SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
         pieces = model_pieces(path)
-        hidden = {
-            i for i, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE, USER_DEFINED)
-        }
+        hidden = {i for i, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE, USER_DEFINED)}
         kind = "bpe" if _trainer_field(path.read_bytes(), _MODEL_TYPE) == 2 else "unigram"
         super().__init__(path, kind, [piece.text for piece in pieces], SPECIALS, hidden)
 
@@ -198,8 +196,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if (folder / JSON_FILE).is_file():
         return _JsonTokenizer(folder / JSON_FILE)
     raise UserError(
-        f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; "
-        "make one with python -m tools.train_tokenizer"
+        f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; make one with python -m tools.train_tokenizer"
     )
 
 
@@ -216,9 +213,7 @@ def train_sentencepiece(
     people to read; nothing depends on it. All texts are held in memory by the trainer (some ten
     times their size).
     """
-    model = _finish_model(
-        _train(texts, kind, vocab_size), vocab_size, round_scores=kind == "unigram"
-    )
+    model = _finish_model(_train(texts, kind, vocab_size), vocab_size, round_scores=kind == "unigram")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{MODEL_FILE}.partial"

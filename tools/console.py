@@ -60,9 +60,7 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
     )
     result.add_argument("--version", action="version", version=f"LateMask {__version__}")
     if reports:
-        result.add_argument(
-            "--json", action="store_true", help="print one JSON document instead of text"
-        )
+        result.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return result
 
 

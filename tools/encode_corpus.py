@@ -40,7 +40,7 @@ from pretrain.corpus import (
     refuse_existing,
     token_dtype,
 )
-from pretrain.tokenizer import load_tokenizer
+from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
 from tools.text_files import (
     TXT_UNITS,
@@ -122,9 +122,7 @@ def held_out(utf8: bytes, share: float) -> bool:
     return key < share * 2**64
 
 
-def _tally(
-    documents: list[Document], lengths: npt.NDArray[np.int64], sizes: list[int]
-) -> dict[str, Tally]:
+def _tally(documents: list[Document], lengths: npt.NDArray[np.int64], sizes: list[int]) -> dict[str, Tally]:
     counts: dict[str, list[int]] = {}
     for document, tokens, size in zip(documents, lengths.tolist(), sizes, strict=True):
         if document.source is not None:
@@ -210,9 +208,7 @@ class _RejectedFile:
 
     def write(self, rejected: Sequence[Rejected]) -> None:
         if rejected and not self.keep_going:
-            raise UserError(
-                f"{rejected[0]}; correct it, or add --keep-going to set such lines aside"
-            )
+            raise UserError(f"{rejected[0]}; correct it, or add --keep-going to set such lines aside")
         for item in rejected:
             if self._file is None:
                 partial = Path(f"{self.path}.partial")
@@ -243,8 +239,7 @@ def encode(args: Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         outputs = [
-            _Output(stack.enter_context(CorpusWriter(prefix, dtype, args.overwrite)))
-            for prefix in prefixes
+            _Output(stack.enter_context(CorpusWriter(prefix, dtype, args.overwrite))) for prefix in prefixes
         ]
         rejected = _RejectedFile(args.output, args.keep_going, stack)
         advance = stack.enter_context(console.progress("encode", sum(sizes)))
@@ -256,12 +251,7 @@ def encode(args: Namespace) -> dict[str, Any]:
         if not outputs[0].writer.documents:
             raise UserError(f"no documents in {args.input[0]}; nothing to write")
         origin = Origin(
-            tokenizer=TokenizerRecord(
-                path=str(Path(args.tokenizer).resolve()),
-                kind=tokenizer.kind,
-                hash=tokenizer.hash,
-                vocab_size=tokenizer.vocab_size,
-            ),
+            tokenizer=tokenizer_record(args.tokenizer, tokenizer),
             inputs=[
                 InputFile(path=str(file.resolve()), bytes=size)
                 for file, size in zip(files, sizes, strict=True)
@@ -284,6 +274,16 @@ def encode(args: Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "megabytes_per_second": sum(output.text_bytes for output in outputs) / 1e6 / seconds,
     }
+
+
+def tokenizer_record(directory: str, tokenizer: Tokenizer) -> TokenizerRecord:
+    """What a manifest says about a tokenizer folder."""
+    return TokenizerRecord(
+        path=str(Path(directory).resolve()),
+        kind=tokenizer.kind,
+        hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

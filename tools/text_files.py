@@ -72,9 +72,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         files += [Path(match) for match in matches]
     for file in files:
         if not file.is_file():
-            raise UserError(
-                f"{file}: no such file; --input takes files, patterns and @lists of them"
-            )
+            raise UserError(f"{file}: no such file; --input takes files, patterns and @lists of them")
         file_unit(file, "line")
     repeated = {str(file) for file in files if files.count(file) > 1}
     if repeated:
@@ -150,9 +148,7 @@ class _ZstdFile(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(
-                ".zst files need the zstandard package: pip install zstandard"
-            ) from error
+            raise UserError(".zst files need the zstandard package: pip install zstandard") from error
         self._raw, self._error = raw, zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: zstandard.ZstdDecompressionObj | None = None
@@ -191,7 +187,8 @@ def _chunks(block: Block) -> Iterator[tuple[int, bytes]]:
     if block.unit == "file":
         yield block.first_line, block.data
         return
-    start, lines = block.first_line, []
+    start = block.first_line
+    lines: list[bytes] = []
     for number, line in enumerate(block.data.split(b"\n"), block.first_line):
         blank = not line.strip()
         if not blank:

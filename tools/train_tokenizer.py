@@ -13,7 +13,7 @@ from pretrain import __version__
 from pretrain.config import UserError
 from pretrain.tokenizer import MODEL_FILE, train_sentencepiece
 from tools import console
-from tools.text_files import TXT_UNITS, Document, Rejected, find_files, parse, read_blocks
+from tools.text_files import TXT_UNITS, Document, Rejected, Unit, find_files, parse, read_blocks
 
 
 def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], int]:
@@ -33,7 +33,7 @@ def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], in
     return [utf8.decode() for _, utf8 in sorted(heap, reverse=True)], total
 
 
-def read_documents(files: Sequence[Path], text_key: str, txt_document: str) -> Iterator[Document]:
+def read_documents(files: Sequence[Path], text_key: str, txt_document: Unit) -> Iterator[Document]:
     """All documents; UserError at the first that cannot be read."""
     with console.progress("read", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--input", nargs="+", required=True, help=".jsonl or .txt [.gz, .zst] files or patterns"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder")
-    parser.add_argument(
-        "--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)"
-    )
+    parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     parser.add_argument(
         "--vocab-size", type=int, default=32_000, help="all ids, specials included (%(default)s)"
     )

@@ -1,25 +1,13 @@
 """Check every byte of corpora against their manifests, or write the manifest of a foreign one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pretrain import __version__
 from pretrain.config import UserError
-from pretrain.corpus import Origin, TokenizerRecord, adopt, corpus_file, verify
+from pretrain.corpus import Origin, adopt, corpus_file, verify
 from pretrain.tokenizer import load_tokenizer
 from tools import console
-from tools.encode_corpus import summary
-
-
-def tokenizer_record(directory: str) -> TokenizerRecord:
-    """What a manifest says about a tokenizer folder."""
-    tokenizer = load_tokenizer(directory)
-    return TokenizerRecord(
-        path=str(Path(directory).resolve()),
-        kind=tokenizer.kind,
-        hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-    )
+from tools.encode_corpus import summary, tokenizer_record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,16 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.write_manifest:
         for prefix in args.prefixes:
             if corpus_file(prefix, "json").exists():
-                raise UserError(
-                    f"{prefix}.json: exists already; verify it without --write-manifest"
-                )
+                raise UserError(f"{prefix}.json: exists already; verify it without --write-manifest")
     files = [corpus_file(prefix, end) for prefix in args.prefixes for end in ("bin", "idx")]
     total = sum(file.stat().st_size for file in files if file.exists())
     origin = Origin(history={"version": __version__, "adopted": True})
     manifests = []
     with console.progress("verify", total) as advance:
         if args.write_manifest:
-            record = tokenizer_record(args.tokenizer)
+            record = tokenizer_record(args.tokenizer, load_tokenizer(args.tokenizer))
             origin = origin.model_copy(update={"tokenizer": record})
         for prefix in args.prefixes:
             manifests.append(
