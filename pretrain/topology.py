@@ -1,0 +1,414 @@
+"""Who am I: rank, ranks, device and groups, from whatever started this process.
+
+`identify` reads the launcher's variables and nothing else, so it can be tested with a dictionary;
+`connect` starts torch.distributed where there is more than one rank and returns a `Topology`, the
+one object that the rest is given. No other file reads a rank from the environment.
+
+torchrun, deepspeed    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+mpirun                 OMPI_COMM_WORLD_* (Open MPI), PMI_* with MPI_LOCALRANKID (MPICH, Intel MPI)
+srun                   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
+none of these          one process
+
+The trap: variables are inherited. torchrun under srun sees SLURM_PROCID, mpirun in a job starts its
+daemons with srun, and a batch shell has SLURM_PROCID=0 and SLURM_NTASKS=8 though it is one process.
+So the order above is the order of trust, and only a step (SLURM_STEP_NUM_TASKS) counts as srun.
+"""
+
+import os
+import re
+import socket
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config import UserError
+
+RENDEZVOUS = timedelta(minutes=10)
+"""How long the first rank waits for the last one; imports from a slow file system take minutes."""
+COLLECTIVE = timedelta(minutes=30)
+"""How long a rank waits for the others later on, e.g. while rank 0 reads or writes a checkpoint."""
+
+
+# ---- what the launcher says ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identity:
+    """This process among the processes of the run; no address = ask MPI for one."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str | None = None
+    port: int | None = None
+
+
+def identify(environ: Mapping[str, str]) -> Identity:
+    """Reads the launcher's variables; UserError if they are half set or contradict each other."""
+    found = _from_torch(environ) or _from_mpi(environ) or _from_slurm(environ) or _alone(environ)
+    if not (0 <= found.rank < found.world_size and found.local_rank >= 0):
+        raise UserError(
+            f"{found.launcher}: rank {found.rank} (local {found.local_rank}) of {found.world_size}"
+            " cannot be; check the variables that your launcher sets"
+        )
+    for name, value in (("WORLD_SIZE", found.world_size), ("LOCAL_RANK", found.local_rank)):
+        if _number(environ, name, value) != value:
+            raise UserError(
+                f"{name}={environ[name]}, but {found.launcher} says {value}; unset {name}, or set all"
+                " of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+            )
+    return found
+
+
+def _from_torch(environ: Mapping[str, str]) -> Identity | None:
+    if "RANK" not in environ:
+        return None
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in environ]:
+        raise UserError(
+            f"RANK is set, but not {', '.join(missing)}; set all five, unset RANK, or start with"
+            " torchrun, deepspeed, srun or mpirun"
+        )
+    marks = {"TORCHELASTIC_RUN_ID": "torchrun", "LOCAL_SIZE": "deepspeed"}
+    launcher = next((name for mark, name in marks.items() if mark in environ), "RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return _identity(launcher, environ, names, environ["MASTER_ADDR"], _port(environ))
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Identity | None:
+    # srun's PMI-2 plugin sets PMI_RANK too; MPI_LOCALRANKID comes only from MPICH's own starter.
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    elif "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
+        names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
+    else:
+        return None
+    return _identity("mpirun", environ, names, *_given_address(environ))
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Identity | None:
+    if "SLURM_STEP_NUM_TASKS" not in environ:
+        return None
+    address, port = _given_address(environ)
+    if address is None:
+        # Rank 0 of a step runs on its first node. Two steps of a job may run side by side.
+        job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID", 0)
+        address = first_host(_text(environ, "SLURM_STEP_NODELIST"))
+        port = 10000 + (job + 997 * step) % 20000
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return _identity("srun", environ, names, address, port)
+
+
+def _identity(
+    launcher: str,
+    environ: Mapping[str, str],
+    names: tuple[str, str, str],
+    address: str | None,
+    port: int | None,
+) -> Identity:
+    rank, world_size, local_rank = (_number(environ, name) for name in names)
+    return Identity(launcher, rank, world_size, local_rank, address, port)
+
+
+def _alone(environ: Mapping[str, str]) -> Identity:
+    if "SLURM_JOB_ID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1:
+        warnings.warn(
+            f"this is one process in an allocation of {environ['SLURM_NTASKS']} tasks; start it with"
+            " srun to use them all",
+            stacklevel=2,
+        )
+    return Identity("python", 0, 1, 0)
+
+
+def _given_address(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """MASTER_ADDR and MASTER_PORT, which job scripts like to export; both or neither."""
+    given = {name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ}
+    if len(given) == 1:
+        raise UserError(f"only {given.pop()} is set; set MASTER_ADDR and MASTER_PORT, or neither")
+    if not given:
+        return None, None
+    return environ["MASTER_ADDR"], _port(environ)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT={port} is no port; choose one from 1024 to 65535")
+    return port
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if name not in environ:
+        raise UserError(
+            f"{name} is missing beside its launcher's other variables; use srun or mpirun"
+        )
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in environ:
+        return default
+    text = _text(environ, name)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} is not a number; check what set it")
+    return int(text)
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a Slurm node list: ``gpu[03-05,9],n1`` -> ``gpu03``."""
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\]]*)\]", lambda group: re.split("[-,]", group[1])[0], first)
+
+
+# ---- the ranks, connected ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Topology:
+    """TP x DP: a tensor group shares one model, a data group the samples of an update.
+
+    A group of one rank is None and its collectives do nothing. `flags` is a gloo group over all
+    ranks for small decisions on the CPU (None: one process).
+    """
+
+    launcher: str = "python"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    tensor_group: dist.ProcessGroup | None = None
+    data_rank: int = 0
+    data_size: int = 1
+    data_group: dist.ProcessGroup | None = None
+    flags: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes and prints."""
+        return self.rank == 0
+
+    def agree(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over all ranks: a flag raised anywhere is raised everywhere."""
+        if self.flags is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.flags)
+        return tensor.tolist()
+
+    def broadcast_float(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        if self.flags is None:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(tensor, 0, self.flags)
+        return tensor.item()
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """In-place sum over the ranks that saw different samples; returns `tensor`."""
+        if self.data_group is not None:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_over_tensor(self, tensor: Tensor) -> Tensor:
+        """In-place sum over the ranks that hold parts of one model; returns `tensor`."""
+        if self.tensor_group is not None:
+            dist.all_reduce(tensor, group=self.tensor_group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Returns when every rank is here."""
+        self.agree([0])
+
+    def mpu(self) -> "ModelParallelUnit | None":
+        """The face that DeepSpeed wants; None without tensor parallelism: it makes its own groups."""
+        return None if self.tensor_group is None else ModelParallelUnit(self)
+
+    def close(self) -> None:
+        """Leaves the groups; nothing collective may follow."""
+        if self.tensor_group is not None:
+            _parallel_state().destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            # A gloo worker that drops its last work while Python finalises aborts the process (exit
+            # 134, torch 2.13); given a moment it is done before that.
+            time.sleep(0.1)
+
+
+class ModelParallelUnit:
+    """megatron-core's parallel_state, and the two names that DeepSpeed 0.19 misses in it."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._state = _parallel_state()
+        self._topology = topology
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank among those that share a model: tensor parallelism is the only kind here."""
+        return self._topology.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks that share a model."""
+        return self._topology.tensor_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def connect(tensor: int = 1, needs_group: bool = False, local_rank: int | None = None) -> Topology:
+    """Finds the other ranks and groups them; collective over all of them.
+
+    tensor: tensor-parallel degree. needs_group: start torch.distributed for a single process too
+    (DeepSpeed). local_rank: what a launcher's --local_rank said, checked. UserError if the ranks
+    cannot be found or divided.
+    """
+    me = identify(os.environ)
+    if local_rank is not None and local_rank != me.local_rank:
+        raise UserError(
+            f"--local_rank={local_rank}, but {me.launcher} says {me.local_rank}; leave the option out"
+        )
+    if me.world_size % tensor:
+        raise UserError(
+            f"parallel.tensor = {tensor} does not divide the {me.world_size} ranks that {me.launcher}"
+            f" started; start a multiple of {tensor}"
+        )
+    device = _pin_device(me.local_rank)
+    topology = Topology(me.launcher, me.rank, me.world_size, me.local_rank, device)
+    if me.world_size == 1:
+        if needs_group and not dist.is_initialized():
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        return topology
+    if not dist.is_initialized():
+        _start(me, device)
+    return _grouped(topology, tensor)
+
+
+def _pin_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # One visible device is this rank's own: Slurm can hide the others from each task.
+    if count > 1 and local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU ({count} visible); start one rank per GPU of a node"
+        )
+    device = torch.device("cuda", local_rank % count)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _start(me: Identity, device: torch.device) -> None:
+    """Joins the default process group, and leaves behind the variables that libraries look for."""
+    if me.address is None:
+        me = _ask_mpi(me)
+    os.environ.update(
+        RANK=str(me.rank),
+        WORLD_SIZE=str(me.world_size),
+        LOCAL_RANK=str(me.local_rank),
+        MASTER_ADDR=str(me.address),
+        MASTER_PORT=str(me.port),
+    )
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {me.rank} of {me.world_size} (by {me.launcher}) did not meet the others at"
+            f" {me.address}:{me.port} ({reason}); start all ranks, where they can reach that address"
+        ) from None
+    dist.init_process_group(
+        _backend(device), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
+    )
+
+
+def _ask_mpi(me: Identity) -> Identity:
+    """Rank 0 picks an address and a free port, MPI carries them to the others, and is done."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by mpirun, but mpi4py does not work here ({error}); install it with the MPI that"
+            " you use, or pass MASTER_ADDR and MASTER_PORT to all ranks"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.Get_size() != me.world_size:
+        raise UserError(
+            f"mpirun started {me.world_size} ranks, but mpi4py sees {world.Get_size()}: they belong"
+            " to different MPI libraries; install mpi4py with the MPI that you use"
+        )
+    hosts = world.gather(socket.gethostname())
+    address = None
+    if hosts is not None:
+        address = ("127.0.0.1" if len(set(hosts)) == 1 else hosts[0], _free_port())
+    host, port = world.bcast(address)
+    # Now, since a program that leaves without this is reported by mpirun as failed.
+    MPI.Finalize()
+    return replace(me, address=host, port=port)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _grouped(topology: Topology, tensor: int) -> Topology:
+    """The topology with its groups; neighbouring ranks share a model, as they share a node."""
+    on_cpu = topology.device.type == "cpu"
+    flags = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=COLLECTIVE)
+    if tensor == 1:
+        return replace(
+            topology,
+            data_rank=topology.rank,
+            data_size=topology.world_size,
+            data_group=dist.group.WORLD,
+            flags=flags,
+        )
+    state = _parallel_state()
+    state.initialize_model_parallel(tensor, create_gloo_process_groups=False)
+    data_size = topology.world_size // tensor
+    return replace(
+        topology,
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        tensor_group=state.get_tensor_model_parallel_group(),
+        data_rank=state.get_data_parallel_rank(),
+        data_size=data_size,
+        data_group=state.get_data_parallel_group() if data_size > 1 else None,
+        flags=flags,
+    )
+
+
+def _parallel_state() -> ModuleType:
+    with warnings.catch_warnings():
+        # At import it says six times that TransformerEngine and Apex are missing; neither is used.
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+    return parallel_state
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself: ``NVIDIA H200``, or the model name of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "CPU"
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else "CPU"
