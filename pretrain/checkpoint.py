@@ -163,6 +163,11 @@ class RunFolder:
         for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
             _remove(remains)
 
+    @property
+    def claimed(self) -> bool:
+        """True while this process holds the folder."""
+        return self._lock is not None
+
     def release(self) -> None:
         """Lets another process claim the folder."""
         if self._lock:
@@ -190,6 +195,12 @@ class RunFolder:
             "time": time.time(),
         }
         write_atomic(self.path / "status.json", _json(status))
+
+    def status(self) -> dict[str, Any]:
+        """What `write_status` wrote last; {} if nothing yet."""
+        path = self.path / "status.json"
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return status
 
 
 def _lock_or_refuse(file: IO[str], path: Path) -> None:

@@ -235,6 +235,10 @@ class LateMaskModel(nn.Module):
         self.head = Head(m, rows)
         self.cross_entropy = ChunkedCrossEntropy(vocab_size)
 
+    def all_layers(self) -> list[nn.Module]:
+        """Layers of the encoder and of the decoder."""
+        return [*self.layers, *(self.decoder.layers if self.decoder else [])]
+
     # -- training and scoring: everything that touches the word table is inside this one forward
 
     def forward(self, batch: Batch, score: bool = False) -> Tensor:

@@ -216,6 +216,17 @@ class Topology:
         dist.broadcast(tensor, 0, self.flags)
         return tensor.item()
 
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.flags is None:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        (size,) = self.agree([len(data) if self.is_main else 0])
+        if not self.is_main:
+            data = torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(data, 0, self.flags)
+        return bytes(data.tolist()).decode()
+
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """In-place sum over the ranks that saw different samples; returns `tensor`."""
         if self.data_group is not None:

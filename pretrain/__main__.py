@@ -1,0 +1,148 @@
+"""``python -m pretrain CONFIG [section.key=value ...]``: one run, alone or under any launcher.
+
+Exit codes: 0 the budget is spent; 75 stopped early on request, start me again; 2 the user must change
+something; 1 a defect. Launchers change exit codes, so run.dir/status.json says the same.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+
+from pretrain import __version__, config, flops
+from pretrain.config import Config, UserError
+
+USER, DEFECT = 2, 1
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; overrides are the words with a = in them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain",
+        description="Pre-train an encoder as CONFIG says. One run.dir is one run: starting it again continues it.",
+        epilog="Also: torchrun -m pretrain ..., srun python -m pretrain ..., mpirun python -m pretrain ...,"
+        " deepspeed --module pretrain ...",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file (configs/ has one for each method)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values over those of CONFIG"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; checked")
+    parser.add_argument("--version", action="version", version=f"LateMask {__version__}")
+    return parser.parse_intermixed_args(argv)
+
+
+def plan(options: Config, data_size: int, windows: int) -> str:
+    """What the run will do and the arithmetic behind it, for the reader of a log."""
+    from pretrain.masking import counts
+    from pretrain.train import micro_batch, step_cost
+
+    m, t = options.model, options.train
+    assert m.vocab_size
+    c, cost, micro = counts(options.masking, t.seq_length), step_cost(options), micro_batch(options, data_size)
+    size = flops.parameters(m, m.vocab_size)
+    parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
+    update = cost.flops
+    shares = "  ".join(
+        f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
+    )
+    lines = [
+        f"method      {config.method(options)}: {m.num_layers} + {m.decoder_layers} layers x {m.hidden_size},"
+        f" {m.block} {m.norm}-LN, {m.vocab_size} pieces",
+        f"parameters  {parts}",
+        f"sequence    {c.length} rows: {c.predicted} predicted ({c.masked} [MASK], {c.random} random,"
+        f" {c.predicted - c.masked - c.random} kept); the encoder sees"
+        f" {c.visible if m.mask_from else c.length}",
+        f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
+        f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
+        f"budget      {_budget(options, cost, windows)}",
+    ]
+    return "\n".join(lines)
+
+
+def _budget(options: Config, cost: flops.StepCost, windows: int) -> str:
+    ((unit, total),) = ((k, v) for k, v in options.budget.model_dump().items() if v is not None)
+    each = {"steps": 1, "tokens": cost.tokens_seen, "flops": cost.flops.total}.get(unit)
+    if each is None:
+        return f"{total:g} {unit}"
+    steps = int(total // each)
+    epochs = steps * cost.samples / windows
+    return (
+        f"{total:g} {unit} = {steps:,} updates = {steps * cost.flops.total:.3g} FLOPs"
+        f" = {steps * cost.tokens_seen:.3g} rows = {epochs:.2f} epochs of {windows:,} windows"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; returns the exit code."""
+    args = arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        options = config.load(args.config, args.overrides)
+        return _dry_run(options) if args.dry_run else _run(options, args.local_rank)
+    except UserError as error:
+        return _say(error)
+
+
+def _say(error: UserError) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return USER
+
+
+def _dry_run(options: Config) -> int:
+    import torch
+
+    from pretrain.sampler import Sampler
+    from pretrain.train import check_budget, open_data, resolve, step_cost
+
+    data = open_data(options.corpus)
+    options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
+    check_budget(options, step_cost(options))
+    bos, eos = data.tokenizer.bos, data.tokenizer.eos
+    sampler = Sampler(data.train, options.masking, options.train.seq_length, 0, bos, eos)
+    print(config.dump(options))
+    print(plan(options, 1, sampler.samples_per_epoch))
+    return 0
+
+
+def _run(options: Config, local_rank: int | None) -> int:
+    from pretrain.checkpoint import RunFolder
+    from pretrain.topology import Topology, connect
+    from pretrain.train import build, close, train
+
+    for warning in config.warnings(options):
+        logging.warning("warning: %s", warning)
+    folder, topology = RunFolder(options.run.dir), Topology()
+    try:
+        topology = connect(options.parallel.tensor, options.train.engine == "deepspeed", local_rank)
+        run = build(options, topology, folder)
+        if topology.is_main:
+            logging.info(plan(run.config, topology.data_size, run.windows))
+        code = train(run)
+        if topology.is_main:
+            logging.info("%s: %s", folder.path, folder.status()["reason"])
+        close(run)
+        topology.close()
+        return code
+    except UserError as error:
+        code, reason = USER, str(error)
+        if topology.is_main:
+            _say(error)
+    except BaseException as error:
+        code, reason = DEFECT, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    if topology.is_main and folder.claimed:
+        folder.write_status("failed", folder.status().get("step", 0), reason, code)
+    if topology.world_size == 1:
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The other ranks may be waiting in a collective: nothing tidy is possible any more.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
