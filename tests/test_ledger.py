@@ -1,0 +1,440 @@
+"""The ledger under a fake clock: every figure is exact."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain import config, ledger
+from pretrain.config import UserError
+from pretrain.flops import Flops, StepCost
+from pretrain.ledger import Budget, Ledger
+from tools import ledger as program
+
+COST = StepCost(
+    samples=4,
+    tokens_seen=512,
+    tokens_predicted=76,
+    flops=Flops(encoder=3000, decoder=600, head=90),
+    hardware_flops=4890,
+)
+
+
+class Clock:
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+    def work(self, account, steps, seconds=2.0):
+        for _ in range(steps):
+            self.now += seconds
+            account.step(COST)
+
+    def spend(self, account, category, seconds):
+        with account.time(category):
+            self.now += seconds
+
+
+def opened(run, clock, ranks=2):
+    return Ledger.open(run, ranks, "cpu", clock, started=clock.now)
+
+
+def device_seconds(**given):
+    parts = {**dict.fromkeys((*ledger.CATEGORIES, "lost"), 0.0), **given}
+    return {**parts, "total": sum(parts.values())}
+
+
+def test_every_figure_of_an_undisturbed_attempt(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    clock.now += 5
+    account.begin()
+    clock.work(account, 2)
+    clock.spend(account, "evaluate", 3)
+    clock.work(account, 1)
+    account.save()
+    clock.spend(account, "checkpoint", 4)
+    clock.now += 1.5  # nobody claims this
+    account.note("finish", reason="budget")
+    expected = {
+        "steps": 3,
+        "samples": 12,
+        "tokens_seen": 1536,
+        "tokens_predicted": 228,
+        "flops": {"encoder": 9000, "decoder": 1800, "head": 270, "total": 11070},
+        "hardware_flops": 14670,
+        "device_seconds": device_seconds(
+            productive=12.0, evaluate=6.0, checkpoint=8.0, startup=10.0, idle=3.0
+        ),
+        "lost_flops": 0,
+        "joules": None,
+        "attempts": 1,
+    }
+    assert account.totals() == expected
+    assert ledger.total([tmp_path]) == expected
+
+
+def test_each_line_is_a_full_statement(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    clock.work(account, 1)
+    account.note("evaluate", loss=6.5)
+    start, line = ledger.read(tmp_path)
+    assert start["event"] == "start" and start["previous"] == "" and start["attempt"] == 1
+    assert line["previous"] == ledger._hash(json.dumps(start).encode())
+    assert {name: line[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
+        "event": "evaluate",
+        "loss": 6.5,
+        "time": 1002.0,
+        "device": "cpu",
+        "ranks": 2,
+        "step": 1,
+    }
+    assert line["seconds"] == {
+        "productive": 2.0, "evaluate": 0.0, "checkpoint": 0.0, "startup": 0.0, "idle": 0.0
+    }  # fmt: skip
+
+
+def test_what_a_killed_attempt_did_after_the_checkpoint_is_lost(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    clock.now += 5
+    account.begin()
+    clock.work(account, 3)
+    head = account.save()
+    clock.spend(account, "checkpoint", 1)
+    clock.work(account, 4)
+    clock.spend(account, "evaluate", 3)  # 12 s after the save's line: a heartbeat
+    clock.work(account, 1)  # never written
+    clock.now += 100  # killed; nothing runs
+
+    again = opened(tmp_path, clock)
+    clock.now += 7
+    again.begin(3, head)
+    clock.work(again, 2)
+    totals = again.totals()
+    assert totals["steps"] == 5 and totals["attempts"] == 2
+    assert totals["flops"]["total"] == 5 * COST.flops.total
+    assert totals["lost_flops"] == 4 * COST.flops.total
+    assert totals["device_seconds"] == device_seconds(
+        productive=2 * (6.0 + 4.0), checkpoint=2.0, startup=2 * (5.0 + 7.0), lost=2 * (8.0 + 3.0)
+    )
+    resumed = ledger.read(tmp_path)[-1]
+    assert resumed["event"] == "resume" and resumed["head"] == head and resumed["lost_steps"] == 4
+    assert ledger.check(tmp_path) == 4
+
+
+def test_a_run_without_a_checkpoint_starts_over_and_keeps_the_bill(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    clock.work(account, 6)  # the heartbeat of step 5 is the last word
+    again = opened(tmp_path, clock, ranks=4)
+    again.begin()
+    totals = again.totals()
+    assert totals["steps"] == 0 and totals["samples"] == 0 and totals["flops"]["total"] == 0
+    assert totals["lost_flops"] == 5 * COST.flops.total
+    assert totals["device_seconds"] == device_seconds(lost=20.0)
+
+
+def test_seconds_of_attempts_with_other_ranks_add_up(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock, ranks=2)
+    account.begin()
+    clock.work(account, 3)
+    head = account.save()
+    again = opened(tmp_path, clock, ranks=8)
+    again.begin(3, head)
+    clock.work(again, 1)
+    assert again.totals()["device_seconds"] == device_seconds(productive=2 * 6.0 + 8 * 2.0)
+
+
+def test_falling_back_beyond_one_attempt_counts_nothing_twice(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock, ranks=1)
+    account.begin()
+    clock.work(account, 1)
+    old = account.save()
+    clock.work(account, 2)
+    new = account.save()
+    second = opened(tmp_path, clock, ranks=1)
+    second.begin(3, new)
+    clock.work(second, 5)  # 10 s: a heartbeat at step 8
+    third = opened(tmp_path, clock, ranks=1)
+    third.begin(1, old)  # the checkpoint of step 3 was found corrupt
+    totals = third.totals()
+    assert totals["lost_flops"] == 7 * COST.flops.total
+    assert totals["device_seconds"] == device_seconds(productive=2.0, lost=14.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_vanishes_whatever_is_killed(tmp_path, seed):
+    """Steps of 12 s, so that each has its line; saves, kills and fallbacks at random."""
+    dice, clock = random.Random(seed), Clock()
+    saves, taken, spent = [(0, "")], 0, 0.0
+    for _ in range(6):
+        step, head = dice.choice(saves)
+        account = opened(tmp_path, clock, ranks=3)
+        begun = clock.now
+        clock.now += dice.randint(0, 9)
+        account.begin(step, head)
+        for _ in range(dice.randint(0, 8)):
+            clock.work(account, 1, 12.0)
+            taken += 1
+            if dice.random() < 0.3:
+                clock.spend(account, "checkpoint", 11)
+                saves.append((account.totals()["steps"], account.save()))
+        spent += 3 * (clock.now - begun)
+        clock.now += 1000
+    totals = ledger.total([tmp_path])
+    assert totals["steps"] * COST.flops.total == totals["flops"]["total"]
+    assert totals["flops"]["total"] + totals["lost_flops"] == taken * COST.flops.total
+    assert totals["device_seconds"]["total"] == spent
+    assert totals["device_seconds"]["productive"] == 36 * totals["steps"]
+    assert totals["device_seconds"]["lost"] == 36 * (taken - totals["steps"])
+    ledger.check(tmp_path)
+
+
+def test_heartbeats_come_every_ten_seconds_and_not_more(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    clock.work(account, 100, 3.0)
+    beats = [line["time"] for line in ledger.read(tmp_path) if line["event"] == "heartbeat"]
+    assert beats == [1012.0 + 12 * i for i in range(25)]
+
+
+def test_stretches_of_time_must_not_overlap(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    with pytest.raises(AssertionError), account.time("checkpoint"):
+        clock.now += 1
+        clock.spend(account, "evaluate", 1)
+
+
+def test_a_failing_block_is_still_charged(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock, ranks=1)
+    account.begin()
+    with pytest.raises(OSError), account.time("checkpoint"):
+        clock.now += 2
+        raise OSError
+    assert account.totals()["device_seconds"] == device_seconds(checkpoint=2.0)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def written(run):
+    clock = Clock()
+    account = opened(run, clock)
+    account.begin()
+    clock.work(account, 10)
+    clock.now += 1
+    head = account.save()
+    return clock, head
+
+
+def test_a_line_torn_at_any_byte_is_cut_off_and_recorded(tmp_path):
+    clock, head = written(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    whole = path.read_bytes()
+    opened(tmp_path, clock).begin(10, head)
+    extra = path.read_bytes()[len(whole) :]
+    for cut in range(1, len(extra)):
+        path.write_bytes(whole + extra[:cut])
+        assert len(ledger.read(tmp_path)) == whole.count(b"\n")
+        opened(tmp_path, clock).begin(10, head)
+        *_, repaired, resumed = ledger.read(tmp_path)
+        assert (repaired["event"], resumed["event"]) == ("repaired", "resume")
+        assert repaired["torn"].encode() == extra[:cut]
+        ledger.check(tmp_path)
+
+
+def test_every_change_to_a_line_is_found_and_its_line_named(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    for index in range(len(lines) - 1):
+        changed = lines[index].replace(b'"samples": ', b'"samples": 1')
+        for wrong in ([changed], []):  # changed, taken out
+            path.write_bytes(b"".join([*lines[:index], *wrong, *lines[index + 1 :]]))
+            number = index + 1 + len(wrong)
+            with pytest.raises(UserError, match=f"jsonl:{number}: does not follow"):
+                ledger.check(tmp_path)
+            with pytest.raises(UserError, match="does not follow"):
+                opened(tmp_path, Clock())
+    path.write_bytes(lines[0] + b"{}\n" + lines[1])
+    with pytest.raises(UserError, match="jsonl:2: not a line of a ledger"):
+        ledger.read(tmp_path)
+
+
+def test_a_last_line_that_does_not_add_up_is_found(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    *before, last = path.read_bytes().splitlines(keepends=True)
+
+    def wrong(**changes):
+        line = json.loads(last)
+        for name, value in changes.items():
+            line[name].update(value) if isinstance(value, dict) else line.update({name: value})
+        path.write_bytes(b"".join(before) + json.dumps(line).encode() + b"\n")
+        with pytest.raises(UserError) as caught:
+            ledger.check(tmp_path)
+        return str(caught.value)
+
+    assert "jsonl:4: the parts of flops" in wrong(flops={"head": 1})
+    assert "jsonl:4: the parts of device_seconds" in wrong(device_seconds={"idle": 7.0})
+    assert "jsonl:4: device_seconds are not ranks x elapsed" in wrong(ranks=3)
+    assert "jsonl:4: the counters are not those" in wrong(event="resume", head="", step=10)
+
+
+def test_a_checkpoint_of_another_ledger_is_refused(tmp_path):
+    clock, head = written(tmp_path)
+    for step, wrong in ((10, "f" * 64), (9, head)):
+        with pytest.raises(UserError, match="to which the checkpoint refers"):
+            opened(tmp_path, clock).begin(step, wrong)
+
+
+# ---- budget --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"tokens": 7 * 512 + 511}, 7),
+        ({"tokens": 7 * 512}, 7),
+        ({"flops": 7 * 3690.0}, 7),
+        ({"flops": 7 * 3690.0 - 1}, 6),
+        ({"device_hours": 2 * 14.1 / 3600}, 7),  # 2 ranks, 2 s a step
+        ({"device_hours": 2 * 15.9 / 3600}, 7),
+    ],
+)
+def test_a_step_that_would_exceed_the_budget_is_not_taken(tmp_path, budget, steps):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    limit = Budget(config.Budget(**budget), COST)
+    shares = []
+    while limit.allows_step(account):
+        shares.append(limit.progress(account))
+        clock.work(account, 1)
+    assert account.totals()["steps"] == steps
+    assert shares == pytest.approx([taken * shares[1] for taken in range(steps)], rel=1e-9)
+    assert limit.spent(account) <= limit.total
+    assert shares[0] == 0 and shares[-1] < limit.progress(account) <= 1
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
+def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, unit):
+    total = {"steps": 9, "tokens": 9 * 512, "flops": 9 * 3690}[unit]
+    limit, clock = Budget(config.Budget(**{unit: total}), COST), Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    clock.work(account, 4)
+    head = account.save()
+    clock.work(account, 5)
+    again = opened(tmp_path, clock)
+    again.begin(4, head)
+    assert limit.progress(again) == 4 / 9
+    while limit.allows_step(again):
+        clock.work(again, 1)
+    assert again.totals()["steps"] == 9
+
+
+def test_device_hours_charge_lost_work_and_restarts(tmp_path):
+    limit, clock = Budget(config.Budget(device_hours=1.0), COST), Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    head = account.save()
+    clock.work(account, 1, 900)
+    assert limit.progress(account) == 0.5
+    again = opened(tmp_path, clock)
+    clock.now += 360
+    again.begin(0, head)
+    assert limit.progress(again) == 0.7 and limit.spent(again) == 0.7
+    clock.work(again, 1, 300)
+    assert not limit.allows_step(again)  # the next 300 s of 2 ranks do not fit into 240
+
+
+def test_no_device_hour_is_spent_beyond_the_budget_by_long_pauses(tmp_path):
+    limit, clock = Budget(config.Budget(device_hours=1.0), COST), Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    clock.spend(account, "evaluate", 4000)
+    assert limit.progress(account) == 1.0 and not limit.allows_step(account)
+
+
+# ---- the outside ---------------------------------------------------------------------------------
+
+
+def test_the_process_start_is_known():
+    code = "from pretrain import ledger; print(ledger.process_start(), ledger.now())"
+    before = time.time()
+    start, asked = map(float, subprocess.check_output([sys.executable, "-c", code]).split())
+    assert before - 0.1 <= start <= asked <= time.time() + 0.1
+    assert asked - start > 0.03  # the interpreter and its imports are charged
+
+
+def test_the_ledger_and_its_program_do_not_import_torch():
+    code = "import sys, tools.ledger; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_total_adds_runs_up(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name)
+    one, both = ledger.total([tmp_path / "a"]), ledger.total([tmp_path / "a", tmp_path / "b"])
+    assert both["steps"] == 20 and both["attempts"] == 2 and both["joules"] is None
+    assert both["flops"] == {part: 2 * value for part, value in one["flops"].items()}
+    assert both["device_seconds"]["productive"] == 80.0
+
+
+def run_program(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.ledger", *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_program_total_prints_one_json_document(tmp_path):
+    written(tmp_path)
+    done = run_program("total", tmp_path, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == ledger.total([tmp_path])
+
+
+def test_program_refuses_in_one_line(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"heartbeat", b"heartbeet"))
+    for words in (("check", tmp_path), ("total", tmp_path / "none")):
+        done = run_program(*words)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_program_show_keeps_the_heartbeat_that_an_attempt_ends_with(tmp_path):
+    clock, head = written(tmp_path)
+    account = opened(tmp_path, clock)
+    account.begin(10, head)
+    clock.work(account, 12)  # two heartbeats, then killed
+    opened(tmp_path, clock).begin(10, head)
+    report, text = program.show([str(tmp_path)])
+    assert len(report[0]["lines"]) == 8
+    events = [line.split()[3] for line in text.splitlines()[2:]]
+    assert events == ["start", "save", "resume", "heartbeat", "resume"]
+    assert text.endswith("lost_steps 10")
+
+
+def test_program_total_shows_hours(tmp_path):
+    written(tmp_path)
+    _, text = program.total([str(tmp_path)])
+    assert "device-hours, productive           0.0111" in text.splitlines()
