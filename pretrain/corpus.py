@@ -120,7 +120,7 @@ class Manifest(Origin):
     sequences: int
     tokens: int
     empty_documents: int
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int
     bin_blocks: list[str]
     idx_blocks: list[str]
     fingerprint: str = ""
@@ -433,6 +433,7 @@ def _seal(
         sequences=sequences,
         tokens=tokens,
         empty_documents=empty_documents,
+        block_bytes=BLOCK_BYTES,
         bin_blocks=bin_blocks,
         idx_blocks=idx_blocks,
         **dict(origin),

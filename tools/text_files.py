@@ -133,7 +133,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
             with gzip.open(raw) as file:
                 yield file  # type: ignore[misc]
         elif path.suffix == ".zst":
-            yield io.BufferedReader(_ZstdFile(raw))  # type: ignore[misc]
+            yield io.BufferedReader(_ZstdFile(raw))
         else:
             yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

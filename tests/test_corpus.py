@@ -1,0 +1,348 @@
+"""The corpus files against megatron-core's own reader and writer, and against damage."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from pretrain import corpus
+from pretrain.config import UserError
+from pretrain.corpus import (
+    CorpusWriter,
+    IndexedReader,
+    Origin,
+    Tally,
+    TokenizerRecord,
+    adopt,
+    load_manifest,
+    merge,
+    token_dtype,
+    verify,
+)
+
+# Sequences of each document: several, none at all, an empty one at either end.
+DOCUMENTS = [[], [3], [2, 5, 1], [], [], [4], [7, 7], [1], []]
+
+
+def numbers(dtype: type[np.integer], seed: int = 0) -> np.ndarray:
+    total = sum(sum(lengths) for lengths in DOCUMENTS)
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, total).astype(dtype)
+
+
+def record(digest: str = "a" * 64, vocab_size: int = 2**31) -> TokenizerRecord:
+    return TokenizerRecord(path="/t", kind="unigram", hash=digest, vocab_size=vocab_size)
+
+
+def write(prefix: Path, tokens: np.ndarray, origin: Origin | None = None) -> corpus.Manifest:
+    lengths = [length for document in DOCUMENTS for length in document]
+    ends = np.cumsum([len(document) for document in DOCUMENTS])
+    with CorpusWriter(prefix, tokens.dtype) as writer:
+        writer.append(tokens, lengths, ends)
+        return writer.finish(origin)
+
+
+def write_with_megatron(prefix: Path, tokens: np.ndarray) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=tokens.dtype.type)
+    at = 0
+    for document in DOCUMENTS:
+        for length in document:
+            builder.add_item(torch.from_numpy(tokens[at : at + length].astype(np.int64)))
+            at += length
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_our_files_are_megatrons_to_the_byte(dtype: type[np.integer], tmp_path: Path) -> None:
+    tokens = numbers(dtype)
+    write(tmp_path / "ours", tokens)
+    write_with_megatron(tmp_path / "theirs", tokens)
+    for extension in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{name}.{extension}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megatron_reads_ours(dtype: type[np.integer], tmp_path: Path) -> None:
+    tokens = numbers(dtype)
+    write(tmp_path / "c", tokens)
+    theirs = IndexedDataset(str(tmp_path / "c"))
+    lengths = [length for document in DOCUMENTS for length in document]
+    assert theirs.sequence_lengths.tolist() == lengths
+    assert theirs.document_indices.tolist() == [0, *np.cumsum([len(d) for d in DOCUMENTS])]
+    for i, expected in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
+        assert theirs[i].dtype == dtype
+        assert np.array_equal(theirs[i], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_we_read_megatrons(dtype: type[np.integer], tmp_path: Path) -> None:
+    tokens = numbers(dtype)
+    write_with_megatron(tmp_path / "c", tokens)
+    reader = IndexedReader(tmp_path / "c")
+    assert type(reader.tokens) is np.ndarray and reader.dtype == dtype
+    assert np.array_equal(reader.tokens, tokens)
+    lengths = np.array([sum(document) for document in DOCUMENTS])
+    assert reader.document_lengths.dtype == reader.document_offsets.dtype == np.int64
+    assert np.array_equal(reader.document_lengths, lengths)
+    assert np.array_equal(reader.document_offsets, np.cumsum(lengths) - lengths)
+    assert np.array_equal(reader.document(2), tokens[3:11])
+    counts = (reader.num_documents, reader.num_sequences, reader.num_tokens)
+    assert counts == (len(DOCUMENTS), sum(map(len, DOCUMENTS)), len(tokens))
+
+
+def test_streaming_equals_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_CHUNK", 3)  # the index is put together three entries at a time
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 10)
+    lengths = np.array([3, 0, 5, 2, 0, 0, 9, 1, 4, 0])
+    tokens = np.arange(lengths.sum(), dtype=np.int32)
+    for name, cuts in (("whole", [10]), ("pieces", [1, 2, 5, 6, 10])):
+        with CorpusWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
+            first = 0
+            for last in cuts:
+                part = slice(lengths[:first].sum(), lengths[:last].sum())
+                writer.append_documents(tokens[part], lengths[first:last])
+                first = last
+            writer.finish()
+    whole, pieces = load_manifest(tmp_path / "whole"), load_manifest(tmp_path / "pieces")
+    assert whole == pieces and whole.empty_documents == 4 and len(whole.bin_blocks) == 5
+    assert np.array_equal(IndexedReader(tmp_path / "pieces").document_lengths, lengths)
+    assert verify(tmp_path / "pieces") == whole
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "c", np.dtype(np.uint16)) as writer:
+        writer.append_documents(np.empty(0, np.uint16), [0, 0])
+        writer.finish()
+    reader = IndexedReader(tmp_path / "c")
+    assert (reader.num_documents, reader.num_tokens) == (2, 0)
+    assert verify(tmp_path / "c").empty_documents == 2
+
+
+def test_megatrons_dtype_rule() -> None:
+    assert [token_dtype(n) for n in (65_499, 65_500)] == [np.uint16, np.int32]
+
+
+def test_nothing_is_left_of_an_unfinished_corpus(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), CorpusWriter(tmp_path / "c", np.dtype(np.uint16)) as writer:
+        writer.append_documents(np.arange(3), [3])
+        assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    first = write(tmp_path / "c", numbers(np.uint16))
+    with pytest.raises(UserError, match="c.json: exists already; .* --overwrite"):
+        CorpusWriter(tmp_path / "c", np.dtype(np.uint16))
+    with CorpusWriter(tmp_path / "c", np.dtype(np.uint16), overwrite=True) as writer:
+        writer.append_documents(np.arange(3), [3])
+        assert load_manifest(tmp_path / "c") == first  # untouched until the new one is whole
+        writer.finish()
+    assert load_manifest(tmp_path / "c").tokens == 3
+
+
+# Damage: (file, what is done to its bytes, what the message says).
+HEADER = struct.Struct("<9sQBQQ")
+SEQUENCES, ENTRIES = sum(map(len, DOCUMENTS)), len(DOCUMENTS) + 1
+
+
+def altered_header(**changes: int) -> bytes:
+    values = {"version": 1, "code": 8, "sequences": SEQUENCES, "entries": ENTRIES} | changes
+    return HEADER.pack(b"MMIDIDX\x00\x00", *values.values())
+
+
+def at(offset: int, new: bytes):
+    return lambda data: data[:offset] + new + data[offset + len(new) :]
+
+
+TABLE_AT = HEADER.size + 12 * SEQUENCES
+DAMAGE = {
+    "bin truncated": ("bin", lambda data: data[:-1], "c.bin: truncated: 59 bytes where .* 60"),
+    "bin too long": ("bin", lambda data: data + b"\0\0", "c.bin: too long: 62 bytes where .* 60"),
+    "bin empty": ("bin", lambda data: b"", "c.bin: truncated: 0 bytes"),
+    "idx truncated": ("idx", lambda data: data[:-8], "c.idx: truncated"),
+    "idx too long": ("idx", lambda data: data + b"\0", "c.idx: too long"),
+    "idx cut in the header": ("idx", lambda data: data[:20], "c.idx: truncated: 20 bytes"),
+    "idx empty": ("idx", lambda data: b"", "c.idx: truncated: 0 bytes"),
+    "magic": ("idx", at(0, b"X"), "c.idx: not a Megatron index"),
+    "old format": ("idx", at(0, b"TNTIDX\0\0\0"), "c.idx: TNTIDX, the old cached format"),
+    "version": ("idx", at(0, altered_header(version=2)), "c.idx: index version 2"),
+    "float": ("idx", at(0, altered_header(code=7)), "c.idx: dtype code 7"),
+    "no such dtype": ("idx", at(0, altered_header(code=77)), "c.idx: dtype code 77"),
+    "other dtype": ("idx", at(0, altered_header(code=4)), "c.idx: damaged: byte offsets"),
+    "huge count": ("idx", at(0, altered_header(sequences=1 << 60)), "c.idx: truncated"),
+    "no table": ("idx", at(0, altered_header(entries=0)), "c.idx: too long"),
+    "length": ("idx", at(34, b"\4"), "c.idx: damaged: byte offsets .* sequences 0 to"),
+    "negative length": ("idx", at(34, b"\xff\xff\xff\xff"), "c.idx: damaged: negative sequence length"),
+    "offset": ("idx", at(34 + 4 * SEQUENCES + 8, b"\x07"), "c.idx: damaged: byte offsets"),
+    "table start": ("idx", at(TABLE_AT, b"\1"), "c.idx: damaged: the document table"),
+    "table order": ("idx", at(TABLE_AT + 16, b"\7"), "c.idx: damaged: the document table"),
+    "table end": ("idx", at(TABLE_AT + 8 * ENTRIES - 8, b"\7"), "c.idx: damaged: the document table"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "c", numbers(np.uint16))
+    extension, change, message = DAMAGE[name]
+    path = tmp_path / f"c.{extension}"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        IndexedReader(tmp_path / "c")
+
+
+@pytest.mark.parametrize("extension", ["bin", "idx"])
+def test_missing_files_are_named(extension: str, tmp_path: Path) -> None:
+    write(tmp_path / "c", numbers(np.uint16))
+    (tmp_path / f"c.{extension}").unlink()
+    with pytest.raises(UserError, match=f"c.{extension}: no such file; give the prefix"):
+        IndexedReader(tmp_path / "c")
+
+
+def test_fairseqs_index_is_told_apart(tmp_path: Path) -> None:
+    sizes, offsets = np.array([3, 4], np.int32), np.array([0, 12], np.int64)
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 4, 2)
+    (tmp_path / "c.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes())
+    (tmp_path / "c.bin").write_bytes(bytes(28))
+    with pytest.raises(UserError, match="c.idx: fairseq's mmap format"):
+        IndexedReader(tmp_path / "c")
+
+
+def test_multimodal_modes_are_skipped(tmp_path: Path) -> None:
+    tokens = numbers(np.uint16)
+    write(tmp_path / "c", tokens)
+    with (tmp_path / "c.idx").open("ab") as index:
+        index.write(bytes(SEQUENCES))
+    assert np.array_equal(IndexedReader(tmp_path / "c").tokens, tokens)
+
+
+def test_verify_names_the_first_bad_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 16)
+    write(tmp_path / "c", numbers(np.uint16))
+    done: list[int] = []
+    verify(tmp_path / "c", done.append)
+    assert sum(done) == sum((tmp_path / f"c.{end}").stat().st_size for end in ("bin", "idx"))
+    path = tmp_path / "c.bin"
+    data = bytearray(path.read_bytes())
+    for i, span in ((57, "48 to 59"), (20, "16 to 31")):
+        data[i] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"c.bin: bytes {span} differ from the manifest"):
+            verify(tmp_path / "c")
+
+
+def test_verify_notices_another_corpus(tmp_path: Path) -> None:
+    write(tmp_path / "c", numbers(np.uint16))
+    with CorpusWriter(tmp_path / "d", np.dtype(np.uint16)) as writer:
+        writer.append_documents(np.arange(3), [3])
+        writer.finish()
+    for extension in ("bin", "idx"):
+        shutil.copy(tmp_path / f"d.{extension}", tmp_path / f"c.{extension}")
+    with pytest.raises(UserError, match="another corpus was copied over this one"):
+        verify(tmp_path / "c")
+
+
+def test_ids_outside_the_vocabulary_are_found(tmp_path: Path) -> None:
+    tokens = np.arange(30, dtype=np.uint16)
+    write(tmp_path / "c", tokens, Origin(tokenizer=record(vocab_size=30)))
+    verify(tmp_path / "c")
+    write(tmp_path / "d", tokens, Origin(tokenizer=record(vocab_size=29)))
+    with pytest.raises(UserError, match="token 29 has id 29, outside the 29 ids"):
+        verify(tmp_path / "d")
+
+
+def test_manifest_tells_content(tmp_path: Path) -> None:
+    tokens = numbers(np.uint16)
+    origin = Origin(tokenizer=record(), text_bytes=99, history={"holdout": 0.1})
+    first = write(tmp_path / "a", tokens, origin)
+    assert load_manifest(tmp_path / "a") == first
+    counts = (first.documents, first.sequences, first.tokens, first.empty_documents, first.dtype)
+    assert counts == (len(DOCUMENTS), SEQUENCES, len(tokens), 4, "uint16")
+    elsewhere = origin.model_copy(update={"history": {}, "inputs": []})
+    assert write(tmp_path / "b", tokens, elsewhere).fingerprint == first.fingerprint
+    others = [
+        write(tmp_path / "c", tokens[::-1].copy(), origin),
+        write(tmp_path / "d", tokens, Origin(tokenizer=record("b" * 64))),
+        write(tmp_path / "e", tokens.astype(np.int32), origin),
+    ]
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 31}, "does not match its own fingerprint"),
+        ({"format": 2}, "manifest format 2, this version reads 1"),
+        ({"tokens": "many"}, "not a corpus manifest: tokens: "),
+        ({"colour": 1}, "not a corpus manifest: colour: "),
+    ],
+)
+def test_edited_manifests_are_refused(change: dict, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "c", numbers(np.uint16))
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"c.json: {message}"):
+        load_manifest(tmp_path / "c")
+    path.write_text("{")
+    with pytest.raises(UserError, match="c.json: not a corpus manifest"):
+        load_manifest(tmp_path / "c")
+    path.unlink()
+    with pytest.raises(UserError, match="c.json: no manifest"):
+        load_manifest(tmp_path / "c")
+
+
+def test_adopt_a_foreign_corpus(tmp_path: Path) -> None:
+    tokens, origin = numbers(np.uint16), Origin(tokenizer=record())
+    write_with_megatron(tmp_path / "theirs", tokens)
+    adopted = adopt(tmp_path / "theirs", origin)
+    assert adopted == write(tmp_path / "ours", tokens, origin) == verify(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_merge_equals_megatrons(
+    dtype: type[np.integer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 6)  # a few documents at a time
+    prefixes = [tmp_path / name for name in "abc"]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for i, prefix in enumerate(prefixes):
+        tally = Tally(documents=1, tokens=2, text_bytes=i)
+        sources = {"novels": tally, prefix.name: tally}
+        write(prefix, numbers(dtype, i), Origin(tokenizer=record(), text_bytes=i, sources=sources))
+        builder.add_index(str(prefix))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    manifest = merge(prefixes, tmp_path / "ours")
+    for extension in ("bin", "idx"):
+        assert (tmp_path / f"ours.{extension}").read_bytes() == (
+            tmp_path / f"theirs.{extension}"
+        ).read_bytes()
+    assert verify(tmp_path / "ours") == manifest
+    assert (manifest.documents, manifest.empty_documents, manifest.text_bytes) == (27, 12, 3)
+    assert manifest.sources["novels"] == Tally(documents=3, tokens=6, text_bytes=3)
+    assert set(manifest.sources) == {"novels", "a", "b", "c"}
+    assert [entry["fingerprint"] for entry in manifest.history["merged"]] == [
+        load_manifest(prefix).fingerprint for prefix in prefixes
+    ]
+
+
+def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
+    tokens = numbers(np.uint16)
+    write(tmp_path / "a", tokens, Origin(tokenizer=record()))
+    write(tmp_path / "b", tokens, Origin(tokenizer=record("b" * 64)))
+    write(tmp_path / "c", tokens.astype(np.int32), Origin(tokenizer=record()))
+    write_with_megatron(tmp_path / "d", tokens)
+    for other in "bc":
+        with pytest.raises(UserError, match=f"{other}: its tokenizer or dtype is not that of"):
+            merge([tmp_path / "a", tmp_path / other], tmp_path / "out")
+    with pytest.raises(UserError, match="d.json: no manifest"):
+        merge([tmp_path / "a", tmp_path / "d"], tmp_path / "out")
+    with pytest.raises(UserError, match="is also an input"):
+        merge([tmp_path / "a"], tmp_path / "a", overwrite=True)
+    assert load_manifest(tmp_path / "a").tokens == len(tokens)
+    assert not list(tmp_path.glob("out*"))
