@@ -425,13 +425,14 @@ def test_program_show_keeps_the_heartbeat_that_an_attempt_ends_with(tmp_path):
     clock, head = written(tmp_path)
     account = opened(tmp_path, clock)
     account.begin(10, head)
+    account.note("evaluate", held_out={"loss": 6.54321})
     clock.work(account, 12)  # two heartbeats, then killed
     opened(tmp_path, clock).begin(10, head)
     report, text = program.show([str(tmp_path)])
-    assert len(report[0]["lines"]) == 8
+    assert len(report[0]["lines"]) == 9
     events = [line.split()[3] for line in text.splitlines()[2:]]
-    assert events == ["start", "save", "resume", "heartbeat", "resume"]
-    assert text.endswith("lost_steps 10")
+    assert events == ["start", "save", "resume", "evaluate", "heartbeat", "resume"]
+    assert "held-out loss 6.5432\n" in text and text.endswith("lost_steps 10")
 
 
 def test_program_total_shows_hours(tmp_path):

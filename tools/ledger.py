@@ -92,8 +92,10 @@ def _row(line: ledger.Line) -> str:
 
 
 def _details(line: ledger.Line) -> str:
-    known = ("loss", "name", "reason", "lost_steps")
-    return ", ".join(f"{name} {line[name]}" for name in known if name in line)
+    words = [f"{name} {line[name]}" for name in ("reason", "lost_steps") if name in line]
+    if "held_out" in line:
+        words.append(f"held-out loss {line['held_out']['loss']:.4f}")
+    return ", ".join(words)
 
 
 def total(runs: list[str]) -> tuple[Any, str]:
