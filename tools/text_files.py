@@ -119,9 +119,11 @@ def _read_block(file: BinaryIO, unit: Unit) -> bytes:
     if unit == "file":
         pieces.append(file.read())
     elif pieces[0]:
-        pieces.append(file.readline())
-        while unit == "blank-line" and pieces[-1].strip():
+        pieces.append(file.readline())  # the rest of a line, which may be its "\n" alone
+        blank = unit != "blank-line"
+        while not blank:
             pieces.append(file.readline())
+            blank = not pieces[-1].strip()
     return b"".join(pieces)
 
 
