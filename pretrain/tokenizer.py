@@ -142,10 +142,11 @@ class _SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
-        pieces = model_pieces(path)
-        hidden = {i for i, piece in enumerate(pieces) if piece.type not in (NORMAL, BYTE, USER_DEFINED)}
+        everything = list(range(self._processor.vocab_size()))
+        flags = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
+        hidden = {i for i in everything if any(flag(i) for flag in flags)}
         kind = "bpe" if _trainer_field(path.read_bytes(), _MODEL_TYPE) == 2 else "unigram"
-        super().__init__(path, kind, [piece.text for piece in pieces], SPECIALS, hidden)
+        super().__init__(path, kind, self._processor.id_to_piece(everything), SPECIALS, hidden)
 
     def encode_batch(self, texts: list[str]) -> list[IdArray]:
         arrays: list[IdArray] = self._processor.encode_as_numpy(texts, num_threads=1)

@@ -398,3 +398,10 @@ def test_the_split_is_for_ever() -> None:
     """Those who encode again, with a later version too, hold out the same documents."""
     assert encode_corpus.held_out(b"a good line", 0.212958)
     assert not encode_corpus.held_out(b"a good line", 0.212957)
+
+
+def test_a_dead_worker_is_an_error_and_no_hang(folder: str) -> None:
+    blocks = [Block("in.jsonl", 1, "json", GOOD, len(GOOD))] * 9
+    job = encode_corpus.Job(f"{folder}/none", "text", 0.0)  # its start fails, as a killed one's work does
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(encode_corpus.encode_blocks(blocks, job, 2))

@@ -154,7 +154,7 @@ class _ZstdFile(io.RawIOBase):
         self._raw, self._error = raw, zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = self._output = b""
+        self._input, self._output = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -166,7 +166,7 @@ class _ZstdFile(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the last frame has no end")
                 return 0
-            self._output = self._decompress()
+            self._output = memoryview(self._decompress())
         taken = self._output[: len(buffer)]
         buffer[: len(taken)] = taken
         self._output = self._output[len(taken) :]
