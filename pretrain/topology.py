@@ -150,9 +150,7 @@ def _port(environ: Mapping[str, str]) -> int:
 
 def _text(environ: Mapping[str, str], name: str) -> str:
     if name not in environ:
-        raise UserError(
-            f"{name} is missing beside its launcher's other variables; use srun or mpirun"
-        )
+        raise UserError(f"{name} is missing beside its launcher's other variables; use srun or mpirun")
     return environ[name]
 
 
@@ -298,6 +296,7 @@ def connect(tensor: int = 1, needs_group: bool = False, local_rank: int | None =
     topology = Topology(me.launcher, me.rank, me.world_size, me.local_rank, device)
     if me.world_size == 1:
         if needs_group and not dist.is_initialized():
+            _export(replace(me, address="127.0.0.1", port=0))
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
         return topology
     if not dist.is_initialized():
@@ -324,16 +323,10 @@ def _backend(device: torch.device) -> str:
 
 
 def _start(me: Identity, device: torch.device) -> None:
-    """Joins the default process group, and leaves behind the variables that libraries look for."""
+    """Joins the default process group."""
     if me.address is None:
         me = _ask_mpi(me)
-    os.environ.update(
-        RANK=str(me.rank),
-        WORLD_SIZE=str(me.world_size),
-        LOCAL_RANK=str(me.local_rank),
-        MASTER_ADDR=str(me.address),
-        MASTER_PORT=str(me.port),
-    )
+    _export(me)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
     except (dist.DistError, RuntimeError) as error:
@@ -344,6 +337,17 @@ def _start(me: Identity, device: torch.device) -> None:
         ) from None
     dist.init_process_group(
         _backend(device), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
+    )
+
+
+def _export(me: Identity) -> None:
+    """The five variables that torch and DeepSpeed look for, whatever the launcher set."""
+    os.environ.update(
+        RANK=str(me.rank),
+        WORLD_SIZE=str(me.world_size),
+        LOCAL_RANK=str(me.local_rank),
+        MASTER_ADDR=str(me.address),
+        MASTER_PORT=str(me.port),
     )
 
 

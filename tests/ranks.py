@@ -19,9 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
-def run(
-    world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120
-) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
     """``[function(*args) of rank 0, of rank 1, ...]``."""
     context = multiprocessing.get_context("spawn")
     with closing(socket.socket()) as probe:

@@ -102,7 +102,9 @@ def compare(whole: LateMaskModel, method: str, block: str, place: topology.Topol
         assert parts.keys() == expected.keys()
         for name, part in parts.items():
             full = tensor_parallel.gather(name, part, place)
-            torch.testing.assert_close(full, expected[name], rtol=1e-7, atol=1e-10, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                full, expected[name], rtol=1e-7, atol=1e-10, msg=lambda m: f"{name}: {m}"
+            )
         norm = tensor_parallel.square_norm(parts.items(), place).sqrt()
         reference = torch.nn.utils.get_total_norm(list(expected.values()))
         torch.testing.assert_close(norm, reference, rtol=1e-9, atol=0)
