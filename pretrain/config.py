@@ -342,12 +342,16 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
 
 
 def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Section:
-    """Validates one section; notes problems in `found` and goes on with what is good."""
+    """Validates one section; notes problems in `found` and goes on with what is good.
+
+    A null is as good as no value: it asks for the default.
+    """
     if given is None:
         given = {}
     if not isinstance(given, dict):
         found.append(f"{name}: expected keys ({', '.join(list(kind.model_fields)[:3])}, ...)")
         given = {}
+    given = {key: value for key, value in given.items() if value is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -355,7 +359,8 @@ def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Se
         for item in error.errors():
             bad.add(item["loc"][0])
             found.append(_problem(name, kind, item))
-        return kind.model_construct(**{k: v for k, v in given.items() if k not in bad})
+        good = {key: value for key, value in given.items() if key not in bad}
+        return kind.model_construct(_fields_set=set(given), **good)
 
 
 def _problem(name: str, kind: type[Section], item: Any) -> str:
@@ -445,12 +450,11 @@ def _check_train(config: Config) -> list[str]:
 
 
 def _check_budget(config: Config) -> list[str]:
-    given = {k: v for k, v in config.budget.model_dump().items() if v is not None}
+    given = [unit for unit in Budget.model_fields if unit in config.budget.model_fields_set]
     if len(given) == 1:
         return []
-    units = ", ".join(Budget.model_fields)
     if not given:
-        return [f"budget is missing; give one of {units}"]
+        return [f"budget is missing; give one of {', '.join(Budget.model_fields)}"]
     return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one"]
 
 
@@ -458,9 +462,7 @@ def _check_parallel(config: Config) -> list[str]:
     p, m, found = config.parallel, config.model, []
     for name in ("num_heads", "ffn_size", "vocab_multiple"):
         if getattr(m, name) % p.tensor:
-            found.append(
-                f"model.{name} = {getattr(m, name)} is no multiple of parallel.tensor = {p.tensor}"
-            )
+            found.append(f"model.{name} = {getattr(m, name)} is no multiple of parallel.tensor = {p.tensor}")
     if config.train.engine == "torch":
         if p.zero:
             found.append(f"parallel.zero = {p.zero} needs train.engine = deepspeed")
