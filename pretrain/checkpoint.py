@@ -366,6 +366,7 @@ def _retire(path: Path) -> None:
     """Deletes a checkpoint; the rename first, so that half of one is never taken for a whole."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
     os.replace(path, doomed)
+    sync(path.parent)
     _remove(doomed)
 
 
