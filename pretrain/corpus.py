@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pretrain import config
 from pretrain.config import UserError
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -156,6 +157,16 @@ def _fingerprint(manifest: Manifest) -> str:
         "tokenizer": manifest.tokenizer.hash if manifest.tokenizer else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_folder(options: config.Corpus) -> str:
+    """The tokenizer of a config's corpus: the one it names, else the one that the manifest names."""
+    if options.tokenizer:
+        return options.tokenizer
+    record = load_manifest(options.train).tokenizer
+    if record is None:
+        raise UserError(f"{options.train}: its manifest names no tokenizer; set corpus.tokenizer")
+    return record.path
 
 
 class IndexedReader:

@@ -296,7 +296,7 @@ def connect(tensor: int = 1, needs_group: bool = False, local_rank: int | None =
     topology = Topology(me.launcher, me.rank, me.world_size, me.local_rank, device)
     if me.world_size == 1:
         if needs_group and not dist.is_initialized():
-            _export(replace(me, address="127.0.0.1", port=0))
+            _export(replace(me, address=me.address or "localhost", port=me.port or 29500))
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
         return topology
     if not dist.is_initialized():

@@ -21,7 +21,7 @@ from torch import Tensor
 from pretrain import checkpoint, config, engine, flops, model, rng, schedule
 from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
-from pretrain.corpus import IndexedReader, Manifest, load_manifest
+from pretrain.corpus import IndexedReader, Manifest, load_manifest, tokenizer_folder
 from pretrain.evaluate import HeldOut, masker
 from pretrain.ledger import Budget, Ledger
 from pretrain.masking import Masker, counts
@@ -45,7 +45,6 @@ class Data:
     """The corpora and the tokenizer of a run, checked against each other."""
 
     tokenizer: Tokenizer
-    tokenizer_dir: str
     train: IndexedReader
     manifest: Manifest
     fingerprints: dict[str, str]
@@ -53,10 +52,7 @@ class Data:
 
 def open_data(options: config.Corpus) -> Data:
     """Opens what `options` names; UserError if something is missing or does not fit together."""
-    manifest = load_manifest(options.train)
-    folder = options.tokenizer or (manifest.tokenizer and manifest.tokenizer.path)
-    if not folder:
-        raise UserError(f"{options.train}: its manifest names no tokenizer; set corpus.tokenizer")
+    manifest, folder = load_manifest(options.train), tokenizer_folder(options)
     tokenizer = load_tokenizer(folder)
     if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
         raise UserError(
@@ -64,7 +60,7 @@ def open_data(options: config.Corpus) -> Data:
             f" ({manifest.tokenizer.path}); give that one, or encode the corpus again"
         )
     fingerprints = {"train": manifest.fingerprint, "tokenizer": tokenizer.hash}
-    return Data(tokenizer, folder, IndexedReader(options.train), manifest, fingerprints)
+    return Data(tokenizer, IndexedReader(options.train), manifest, fingerprints)
 
 
 def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
@@ -208,6 +204,7 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     built = engine.build(options, _module(options, tokenizer), topology, micro)
     if state:
         checkpoint.load(Path(start), built)
+        built.optimizer_step = state.optimizer_step
     ledger, monitor = _open_books(options, topology, folder, built, state)
     feed = Feed(_prepare(options, topology, sampler, mask, micro), t.batch_size)
     run = Run(
@@ -441,7 +438,7 @@ def save(run: Run) -> None:
     state = State(
         step=run.step,
         samples=run.samples,
-        optimizer_step=run.step,
+        optimizer_step=run.engine.optimizer_step,
         config=run.config.model_dump(mode="json"),
         fingerprints=run.data.fingerprints,
         ledger_head=run.ledger.save() if run.ledger else "",

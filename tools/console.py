@@ -93,3 +93,20 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar that counts things, with their rate and the time left, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} {unit}/s" if task.speed else "")
+
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
