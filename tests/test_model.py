@@ -454,7 +454,7 @@ def test_every_parameter_is_exported_or_named(block: str, method: str) -> None:
     state = {name: torch.full_like(p, float(i + 1)) for i, (name, p) in names}
     theirs = hugging_face_state(model.m, state, VOCAB, head)
     carried = {int(value) for tensor in theirs.values() for value in tensor.unique()} - {0}
-    gone = left_out(model.m, state, head)
+    gone = left_out(state, head)
     expected = {i + 1 for i, name in enumerate(state) if name not in gone}
     assert carried == expected
     assert bool(gone) == (method != "mlm")

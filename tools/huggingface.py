@@ -130,7 +130,12 @@ def _rename(ours: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str,
     }
 
 
-def left_out(m: Model, ours: Mapping[str, Tensor], head: bool) -> list[str]:
+def model_class(m: Model, head: bool) -> str:
+    """Name of the transformers class that holds this model."""
+    return _CLASSES[model_type(m)] + ("ForMaskedLM" if head else "Model")
+
+
+def left_out(ours: Mapping[str, Tensor], head: bool) -> list[str]:
     """Names of our parameters that the export does not carry: decoder, mask vector, head."""
     gone = ("decoder.", "mask_vector") + (() if head else ("head.",))
     return [name for name in ours if name.startswith(gone)]
@@ -139,10 +144,9 @@ def left_out(m: Model, ours: Mapping[str, Tensor], head: bool) -> list[str]:
 def hugging_face_config(config: Config, tokenizer: Tokenizer, head: bool) -> dict[str, Any]:
     """config.json of the exported folder, every value that matters written out."""
     m = config.model
-    kind = model_type(m)
     common = {
-        "architectures": [_CLASSES[kind] + ("ForMaskedLM" if head else "Model")],
-        "model_type": kind,
+        "architectures": [model_class(m, head)],
+        "model_type": model_type(m),
         "vocab_size": tokenizer.vocab_size,
         "hidden_size": m.hidden_size,
         "num_hidden_layers": m.num_layers,

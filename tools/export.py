@@ -1,0 +1,232 @@
+"""A Hugging Face folder from a run: encoder, config, tokenizer, model card.
+
+Nothing is believed: the written folder is loaded by transformers and must give the training model's
+logits (or, after a late method, hidden states) and the training tokenizer's ids before it appears under
+its final name.
+
+What a late method trained beside the encoder (decoder, mask vector, head) is left out.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain import config, ledger
+from pretrain.config import Config, UserError
+from pretrain.corpus import Manifest, corpus_file, load_manifest, tokenizer_folder
+from pretrain.model import LateMaskModel
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+from tools import console
+from tools.huggingface import hugging_face_config, hugging_face_state, left_out, model_class
+from tools.huggingface_tokenizer import check_tokenizer, write_tokenizer
+from tools.model_card import model_card
+from tools.run_model import add_checkpoint_argument, load_model
+
+WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+TOLERANCE = 1e-4
+"""Largest difference of an output, relative to the largest output."""
+CHECK_TOKENS = 512
+"""More than 66: a ModernBERT with local layers is right up to there and wrong beyond."""
+
+
+class ExportError(RuntimeError):
+    """The written folder does not compute what the training model does: a defect, not the user's."""
+
+
+def export_folder(
+    model: LateMaskModel,
+    options: Config,
+    tokenizer_dir: str | Path,
+    output: str | Path,
+    card: str,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes, checks and only then names the folder `output`; returns a report.
+
+    card: text of README.md. overwrite: replace an earlier export there. UserError if `output` is
+    something else; ExportError, and nothing left behind, if the check fails.
+    """
+    output = Path(output).absolute()
+    _refuse(output, overwrite)
+    head = config.method(options) == "mlm"
+    tokenizer = load_tokenizer(tokenizer_dir)
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        parameters = _write(partial, model, options, tokenizer, head)
+        write_tokenizer(tokenizer_dir, tokenizer, partial, options.train.seq_length)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        difference = check_model(partial, model, tokenizer, head)
+        check_tokenizer(partial, tokenizer)
+        _publish(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "path": str(output),
+        "class": model_class(options.model, head),
+        "method": config.method(options),
+        "parameters": parameters,
+        "parameters_left_out": count_left_out(model, head),
+        "largest_difference": difference,
+    }
+
+
+def count_left_out(model: LateMaskModel, head: bool) -> int:
+    """Parameters that the export does not carry (padded rows of the word table apart)."""
+    state = model.state_dict()
+    return sum(state[name].numel() for name in left_out(state, head))
+
+
+def _refuse(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / SETTINGS).is_file():
+        raise UserError(f"{output}: exists and is no exported model; choose another --output")
+    if not overwrite:
+        raise UserError(f"{output}: holds a model already; choose another --output or add --overwrite")
+
+
+def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, head: bool) -> int:
+    state = hugging_face_state(options.model, model.state_dict(), tokenizer.vocab_size, head)
+    settings = json.dumps(hugging_face_config(options, tokenizer, head), indent=2)
+    (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+    save_file({name: tensor.float() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors creates 0600, whatever the umask
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def _publish(partial: Path, output: Path) -> None:
+    old = output.with_name(f".old-{output.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- checking ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, head: bool) -> float:
+    """Largest difference between transformers and `model`, relative to scale; ExportError if too large.
+
+    One sequence of full length and one padded to it, in natural order, random pieces and masks.
+    """
+    theirs = _load(folder, head)
+    model = model.eval()
+    length = min(model.m.max_positions, CHECK_TOKENS)
+    worst = 0.0
+    ids = _probe(tokenizer, length, masks=head)
+    lengths = (length, length // 2 + 1)
+    attention = torch.tensor([[i < n for i in range(length)] for n in lengths]).long()
+    padded = torch.where(attention.bool(), ids, tokenizer.pad)
+    answer = theirs(input_ids=padded, attention_mask=attention)
+    for row, n in enumerate(lengths):
+        expected = _outputs(model, ids[row : row + 1, :n], tokenizer.vocab_size, head)
+        found = (answer.logits if head else answer.last_hidden_state)[row : row + 1, :n]
+        worst = max(
+            worst, ((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf).item()
+        )
+    if worst > TOLERANCE:
+        raise ExportError(
+            f"the exported model differs from the trained one by {worst:.1e} of its outputs' scale"
+            f" (allowed {TOLERANCE:.0e}); nothing was written. This is a defect: please report it"
+        )
+    return worst
+
+
+def _load(folder: Path, head: bool) -> torch.nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
+    model, info = auto.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    # Base classes bring a pooler that pre-training knows nothing about.
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ExportError(f"transformers does not take the weights: {info}")
+    return model.eval()
+
+
+def _probe(tokenizer: Tokenizer, length: int, masks: bool) -> Tensor:
+    """Two rows [2, length] of random pieces between <s> and </s>, every seventh a [MASK] if `masks`."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.from_numpy(tokenizer.random_ids).long()
+    ids = pool[torch.randint(len(pool), (2, length), generator=generator)]
+    ids[:, 0], ids[:, -1] = tokenizer.bos, tokenizer.eos
+    if masks:
+        ids[:, 3::7] = tokenizer.mask
+    return ids
+
+
+def _outputs(model: LateMaskModel, ids: Tensor, vocab_size: int, head: bool) -> Tensor:
+    """Logits [1, n, W], or the encoder's output [1, n, D], of the training model in natural order."""
+    hidden = model.encode(ids, torch.arange(ids.shape[1])[None])
+    if not head:
+        return hidden
+    return model.head(hidden) @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("export", "Write a run's encoder as a Hugging Face folder", reports=True)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    add_checkpoint_argument(parser)
+    parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    args = parser.parse_args(arguments)
+    _refuse(Path(args.output), args.overwrite)  # before minutes of reading
+    model, options, tokenizer, state = load_model(args.run, args.checkpoint)
+    head = config.method(options) == "mlm"
+    card = model_card(
+        Path(args.output).absolute().name,
+        options,
+        tokenizer.piece(tokenizer.mask),
+        count_left_out(model, head),
+        state,
+        _manifest(options),
+        ledger.total([args.run]),
+        args.license,
+    )
+    folder = tokenizer_folder(options.corpus)
+    report = export_folder(model, options, folder, args.output, card, args.overwrite)
+    report = {"checkpoint": state.step, **report}
+    if args.json:
+        console.print_json(report)
+    else:
+        print(_text(report))
+    return 0
+
+
+def _manifest(options: Config) -> Manifest | None:
+    """Of the training corpus, if it is still where the run found it."""
+    present = corpus_file(options.corpus.train, "json").is_file()
+    return load_manifest(options.corpus.train) if present else None
+
+
+def _text(report: dict[str, Any]) -> str:
+    left = report["parameters_left_out"]
+    gone = f"; left out: {left:,} parameters of decoder, mask vector and head" if left else ""
+    step, parameters = f"{report['checkpoint']:,}", f"{report['parameters']:,}"
+    return (
+        f"{report['path']}: {report['class']} of step {step}, {parameters} parameters{gone}."
+        f" transformers agrees with the training model to {report['largest_difference']:.1e}."
+    )
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,92 @@
+"""Fill in the masks of a text with the pre-training model itself, whatever its method.
+
+An exported encoder of a late method has no head; here the masks join where they joined in training. The
+text is read as an exported tokenizer reads it: <mask> stands for a token, and takes the space before it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as JsonTokenizer
+
+from pretrain.config import UserError
+from pretrain.corpus import tokenizer_folder
+from pretrain.model import Batch, LateMaskModel
+from tools import console
+from tools.huggingface_tokenizer import hugging_face_tokenizer
+from tools.run_model import add_checkpoint_argument, load_model
+
+TOP = 5
+
+
+@torch.no_grad()
+def fill_mask(
+    model: LateMaskModel, tokenizer: JsonTokenizer, text: str, top: int = TOP
+) -> list[list[dict[str, Any]]]:
+    """For each mask of `text`, the `top` pieces as transformers' pipeline reports them.
+
+    tokenizer: of `hugging_face_tokenizer`. Each answer has score, token, token_str and sequence, where
+    the other masks stay. UserError if the text has no mask or too many tokens.
+    """
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    masked = ids == model.mask_id
+    mask = tokenizer.id_to_token(model.mask_id)
+    if not masked.any():
+        raise UserError(f"{text!r}: has no {mask}; put one where a word is to be filled in")
+    if len(ids) > model.m.max_positions:
+        raise UserError(
+            f"the text has {len(ids)} tokens, the model {model.m.max_positions} positions; cut it"
+        )
+    order = torch.cat((torch.arange(len(ids))[~masked], torch.arange(len(ids))[masked]))[None]
+    M = int(masked.sum())
+    batch = Batch(ids[order], order, torch.zeros(1, M, dtype=torch.int64), M)
+    hidden = model.eval().head(model.predicted_rows(batch))[0]
+    vocab_size = model.cross_entropy.vocab_size
+    logits = hidden @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
+    scores, pieces = logits.softmax(-1).topk(top)
+    return [
+        [
+            _answer(tokenizer, ids, int(order[0, row]), token, score)
+            for score, token in zip(*pair, strict=True)
+        ]
+        for row, pair in enumerate(zip(scores.tolist(), pieces.tolist(), strict=True), len(ids) - M)
+    ]
+
+
+def _answer(
+    tokenizer: JsonTokenizer, ids: torch.Tensor, place: int, token: int, score: float
+) -> dict[str, Any]:
+    filled = ids[1:-1].tolist()
+    filled[place - 1] = token
+    return {
+        "score": score,
+        "token": token,
+        "token_str": tokenizer.decode([token]),
+        "sequence": tokenizer.decode(filled, skip_special_tokens=False),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("fill_mask", "Fill in the masks of a text", reports=True)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("text", help='such as "The weather is <mask> today."')
+    add_checkpoint_argument(parser)
+    parser.add_argument("--top", type=int, default=TOP, help="answers per mask (%(default)s)")
+    args = parser.parse_args(arguments)
+    model, options, _, _ = load_model(args.run, args.checkpoint)
+    tokenizer = hugging_face_tokenizer(tokenizer_folder(options.corpus))
+    answers = fill_mask(model, tokenizer, args.text, args.top)
+    if args.json:
+        console.print_json(answers)
+    else:
+        print("\n\n".join("\n".join(map(_line, group)) for group in answers))
+    return 0
+
+
+def _line(answer: dict[str, Any]) -> str:
+    return f"{answer['score']:7.2%}  {answer['token_str']!r:16} {answer['sequence']}"
+
+
+if __name__ == "__main__":
+    console.run(main)

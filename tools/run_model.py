@@ -1,0 +1,51 @@
+"""The model of a run, for the programs that use one: export, evaluate, fill_mask, analyze."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain import checkpoint, config
+from pretrain.checkpoint import State
+from pretrain.config import Config, UserError
+from pretrain.corpus import tokenizer_folder
+from pretrain.model import LateMaskModel
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+
+
+class RunModel(NamedTuple):
+    """A checkpoint brought to life."""
+
+    model: LateMaskModel
+    """On the CPU, float32, in evaluation mode."""
+    config: Config
+    tokenizer: Tokenizer
+    state: State
+
+
+def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
+    """The model of a run's checkpoint (latest, best or a step), every byte of it verified."""
+    path = checkpoint.find(run, which)
+    state = checkpoint.read_state(path)
+    options = run_config(run)
+    tokenizer = load_tokenizer(tokenizer_folder(options.corpus))
+    if state.fingerprints.get("tokenizer", tokenizer.hash) != tokenizer.hash:
+        raise UserError(
+            f"{tokenizer_folder(options.corpus)}: not the tokenizer that {run} was trained with; put that one"
+            " back"
+        )
+    model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
+    model.load_state_dict(checkpoint.read_tensors(path))
+    return RunModel(model.eval(), options, tokenizer, state)
+
+
+def run_config(run: str | Path) -> Config:
+    """The resolved config that a run keeps."""
+    path = Path(run) / "config.yaml"
+    return config.build(config.read_yaml(path), str(path))
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint latest|best|STEP``."""
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="latest, best or a step (%(default)s)"
+    )
