@@ -20,7 +20,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; overrides are the words with a = in them."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
-        description="Pre-train an encoder as CONFIG says. One run.dir is one run: starting it again continues it.",
+        description="Pre-train an encoder as CONFIG says. Starting a run.dir again continues its run.",
         epilog="Also: torchrun -m pretrain ..., srun python -m pretrain ..., mpirun python -m pretrain ...,"
         " deepspeed --module pretrain ...",
     )
@@ -28,7 +28,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values over those of CONFIG"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; checked")
     parser.add_argument("--version", action="version", version=f"LateMask {__version__}")
     return parser.parse_intermixed_args(argv)
@@ -41,7 +43,11 @@ def plan(options: Config, data_size: int, windows: int) -> str:
 
     m, t = options.model, options.train
     assert m.vocab_size
-    c, cost, micro = counts(options.masking, t.seq_length), step_cost(options), micro_batch(options, data_size)
+    c, cost, micro = (
+        counts(options.masking, t.seq_length),
+        step_cost(options),
+        micro_batch(options, data_size),
+    )
     size = flops.parameters(m, m.vocab_size)
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
     update = cost.flops

@@ -18,22 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class UserError(ValueError):
-    """Something only the user can put right: one line saying what, where and what to do (exit code 2)."""
+    """Something only the user can put right: what, where and what to do, in a line (exit code 2)."""
 
 
 class Section(BaseModel):
     """A frozen group of options; unknown keys are errors, docstrings are the fields' descriptions."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Section):
     """Where the run lives and what makes it random."""
 
     dir: str
-    """Folder of the run: config, ledger, metrics, checkpoints. One folder, one run; starting again continues it."""
+    """Folder of the run: config, ledger, metrics, checkpoints. Starting it again continues the run."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights (and of dropout)."""
     data_seed: int = Field(0, ge=0)
@@ -50,14 +48,14 @@ class Corpus(Section):
     tokenizer: str | None = None
     """Tokenizer folder; default: the one that the manifest of `train` names."""
     documents: Literal["packed"] = "packed"
-    """`packed`: windows run across documents, separated by </s>, and attention sees the whole window."""
+    """`packed`: windows run across documents, joined by </s>, and attention sees the whole window."""
 
 
 class Model(Section):
     """The encoder, the place where the [MASK] rows join, and the decoder that is thrown away afterwards."""
 
     block: Literal["roberta", "modern"] = "roberta"
-    """`roberta`: GELU, biases, learned positions. `modern`: GeGLU, no biases, rotary positions, embedding norm."""
+    """`roberta`: GELU, biases, learned positions. `modern`: GeGLU, no biases, rotary positions."""
     num_layers: int = Field(12, ge=1)
     """Encoder layers; what is exported."""
     hidden_size: int = Field(768, ge=1)
@@ -69,7 +67,7 @@ class Model(Section):
     max_positions: int = Field(512, ge=4)
     """Positions the model can hold; the longest sequence it can ever see."""
     norm: Literal["post", "pre"] | None = None
-    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; default: post for roberta, pre for modern."""
+    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; the modern block is `pre` only."""
     mask_from: int = Field(0, ge=0)
     """Layer before which the [MASK] rows join: 0 = ordinary MLM, num_layers = they meet the decoder only."""
     decoder_layers: int = Field(0, ge=0)
@@ -78,9 +76,9 @@ class Model(Section):
     """`self`: all rows attend to all. `cross`: self-attention, then attention to the encoder output.
     `query`: only the predicted rows are updated, attending to all rows."""
     decoder_positions: Literal["own", "shared"] = "own"
-    """Learned positions added to all decoder inputs: a table of its own, or the encoder's (roberta block only)."""
+    """Learned positions added to all decoder inputs: own table, or the encoder's (roberta block only)."""
     mask_vector: Literal["learned", "tied"] = "learned"
-    """What a late [MASK] row is made of: a vector of its own (3ML), or the [MASK] row of the word table (MAE-LM)."""
+    """What a late [MASK] row is: a vector of its own (3ML), or the word table's [MASK] row (MAE-LM)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
@@ -128,7 +126,7 @@ class Train(Section):
     compile: Literal["none", "default", "max-autotune"] = "none"
     """torch.compile mode of the layers."""
     recompute: Literal["none", "block"] = "none"
-    """`block`: keep only each layer's input and recompute the rest in backward (less memory, more hardware FLOPs)."""
+    """`block`: keep only each layer's input and recompute the rest (less memory, more hardware FLOPs)."""
     deterministic: bool | None = None
     """Bit-exact repetition; default: true on CPU, false on GPU (where it costs speed)."""
     clip: float = Field(1.0, ge=0)
@@ -313,8 +311,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if both else value
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if nested else value
     return merged
 
 
@@ -392,9 +390,7 @@ def _contradictions(config: Config) -> list[str]:
 def _check_model(config: Config) -> list[str]:
     m, found = config.model, []
     if m.hidden_size % m.num_heads:
-        found.append(
-            f"model.hidden_size = {m.hidden_size} is no multiple of model.num_heads = {m.num_heads}"
-        )
+        found.append(f"model.hidden_size = {m.hidden_size} is no multiple of model.num_heads = {m.num_heads}")
     elif m.block == "modern" and (m.hidden_size // m.num_heads) % 2:
         found.append(
             f"model.hidden_size / model.num_heads = {m.hidden_size // m.num_heads}: rotary positions"

@@ -58,8 +58,7 @@ class HeldOut:
         self.masker = masker(_FIXED, length, tokenizer)
         self.samples = min(samples, self.sampler.samples_per_epoch)
         self.predicted_tokens = self.samples * self.masker.counts.predicted
-        known = manifest.text_bytes is not None and manifest.tokens > 0
-        self.tokens_per_byte = manifest.tokens / manifest.text_bytes if known else None
+        self.tokens_per_byte = manifest.tokens / manifest.text_bytes if manifest.text_bytes else None
 
     def questions(self, first: int, count: int) -> Masked:
         """The masked windows `first` to `first + count - 1`."""

@@ -90,9 +90,7 @@ class _Function(torch.autograd.Function):
         if train:
             # Each rank has the part of the hidden gradient that its pieces give.
             grad_h = table.reduce(grad_h, "sum")
-            ctx.save_for_backward(
-                grad_h.to(hidden.dtype), grad_w.to(weight.dtype), grad_b.to(bias.dtype)
-            )
+            ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w.to(weight.dtype), grad_b.to(bias.dtype))
         ctx.mark_non_differentiable(right)
         return total, right
 

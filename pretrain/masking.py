@@ -97,12 +97,12 @@ class Masker:
 
     def __call__(self, tokens: Tokens, keys: rng.Uint64, view: npt.NDArray[np.int64]) -> Masked:
         """tokens [B, L] natural order; keys [B] one per (seed, text, partition); view [B] in [0, views)."""
-        c, (B, L) = self.counts, tokens.shape
+        c, L = self.counts, tokens.shape[1]
         assert c.length == L
-        tokens = tokens.astype(np.int64)
+        tokens_BL = tokens.astype(np.int64)
         words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
-        order = self._order(words, self.special[tokens], view)
-        ids = np.take_along_axis(tokens, order, 1)
+        order = self._order(words, self.special[tokens_BL], view)
+        ids = np.take_along_axis(tokens_BL, order, 1)
         targets = ids[:, L - c.predicted :].copy()
         self._corrupt(ids, keys)
         chosen = int(self.special[targets].sum())

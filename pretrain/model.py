@@ -51,12 +51,18 @@ class Batch(NamedTuple):
     """M."""
 
     @classmethod
-    def of(cls, ids: Array, positions: Array, targets: Array, num_masked: int, device: torch.device) -> "Batch":
+    def of(
+        cls, ids: Array, positions: Array, targets: Array, num_masked: int, device: torch.device
+    ) -> "Batch":
         """From numpy arrays of the same meaning, moved to `device` without waiting for it."""
-        tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, positions, targets))
-        if device.type == "cuda":
-            tensors = (t.pin_memory() for t in tensors)
-        return cls(*(t.to(device, non_blocking=True) for t in tensors), num_masked)
+
+        def moved(array: Array) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return cls(moved(ids), moved(positions), moved(targets), num_masked)
 
 
 class Attention(nn.Module):

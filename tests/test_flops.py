@@ -18,9 +18,7 @@ def build(method, block, **sections):
     sections["model"] = {**METHODS[method], **BLOCKS[block], **sections.get("model", {})}
     config = small(method, block, **sections)
     c = counts(config.masking, config.train.seq_length)
-    built = model.LateMaskModel(
-        config.model, VOCAB, VOCAB - 1, config.train.recompute == "block"
-    )
+    built = model.LateMaskModel(config.model, VOCAB, VOCAB - 1, config.train.recompute == "block")
     model.init_weights(built, 0)
     rows = flops.Rows(c.length, c.visible, c.predicted)
     ids = torch.randint(4, VOCAB, (3, c.length))

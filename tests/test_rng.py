@@ -18,7 +18,7 @@ def test_permute_point_by_point_equals_permute_at_once():
 
 
 def test_permute_reaches_every_place_equally_often():
-    """Chi-square of where item 0 lands, 64 places x 6,400 keys: 99.99 % of true permutations stay below 113."""
+    """Chi-square of where item 0 lands, 64 places, 6,400 keys: 99.99 % of fair draws stay below 113."""
     landed = np.bincount([int(rng.permute(0, 64, key)) for key in range(6400)], minlength=64)
     assert ((landed - 100.0) ** 2 / 100).sum() < 113
 

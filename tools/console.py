@@ -99,7 +99,14 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar that counts things, with their rate and the time left, on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(ProgressColumn):

@@ -21,8 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (the run's corpus.valid)")
     add_checkpoint_argument(parser)
-    parser.add_argument("--samples", type=int, metavar="N", help="windows; all if there are fewer (the run's)")
-    parser.add_argument("--micro-batch", type=int, default=32, metavar="N", help="windows at a time (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="windows; all if there are fewer (the run's)"
+    )
+    parser.add_argument(
+        "--micro-batch", type=int, default=32, metavar="N", help="windows at a time (%(default)s)"
+    )
     args = parser.parse_args(arguments)
     model, options, tokenizer, state = load_model(args.run, args.checkpoint)
     prefix = args.corpus or options.corpus.valid
