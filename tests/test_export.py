@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tools import fill_mask as fill_mask_program
 from tools.export import ExportError, export_folder
 from tools.fill_mask import fill_mask
 from tools.huggingface_tokenizer import CHECK_TEXTS, hugging_face_tokenizer, write_tokenizer
+from tools.model_card import model_card
 from tools.run_model import load_model
 
 SAMPLE = Path(__file__).parent.parent / "tools" / "sample"
@@ -357,6 +359,21 @@ def test_fill_mask_refuses_what_it_cannot_do(tokenizer_dir: Path) -> None:
         fill_mask(model, tokenizer, "nothing here")
     with pytest.raises(UserError, match="100 positions"):
         fill_mask(model, tokenizer, "<mask>" + " people" * 200)
+
+
+@pytest.mark.parametrize("method", ["mlm", "3ml-self"])
+def test_example_of_the_card_runs(
+    method: str, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output, _ = exported(tmp_path, tokenizer_dir, method)
+    card = model_card("name", options_of(method, "post"), "<mask>", left_out=7)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(output)), names)
+    if method == "mlm":
+        assert "token_str" in capsys.readouterr().out
+    else:
+        assert names["hidden"].shape[-1] == 32
 
 
 # ---- nothing wrong is ever published -------------------------------------------------------------

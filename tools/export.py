@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, options, tokenizer, state = load_model(args.run, args.checkpoint)
     head = config.method(options) == "mlm"
     card = model_card(
-        Path(args.output).absolute().name,
+        Path(args.run).absolute().name,
         options,
         tokenizer.piece(tokenizer.mask),
         count_left_out(model, head),

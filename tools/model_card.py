@@ -21,14 +21,14 @@ _METHODS = {
 
 _FILL_MASK = """from transformers import pipeline
 
-fill = pipeline("fill-mask", model="{name}")
+fill = pipeline("fill-mask", model="path/to/this/folder")
 print(fill("The weather is {mask} today."))
 """
 
 _ENCODE = """from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-encoder = AutoModel.from_pretrained("{name}")
+folder = "path/to/this/folder"
+tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
 hidden = encoder(**tokenizer("The weather is fine today.", return_tensors="pt")).last_hidden_state
 """
 
@@ -45,11 +45,11 @@ def model_card(
 ) -> str:
     """Markdown with Hugging Face's front matter.
 
-    left_out: parameters of the pre-training model that are not exported. state: the checkpoint;
-    manifest: of the training corpus; totals: of the ledger. What is None is said to be unknown.
+    name: its title. left_out: parameters of the pre-training model that are not exported. state: the
+    checkpoint; manifest: of the training corpus; totals: of the ledger. What is None is said to be unknown.
     """
     head = config.method(options) == "mlm"
-    example = (_FILL_MASK if head else _ENCODE).format(name=name, mask=mask_token)
+    example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token)
     sections = [
         _front_matter(options, head, licence),
         f"# {name}\n\n{_what(options, left_out)}",
