@@ -30,10 +30,7 @@ from pretrain.flops import StepCost
 
 CATEGORIES = ("productive", "evaluate", "checkpoint", "startup", "idle")
 COUNTERS = ("step", "samples", "tokens_seen", "tokens_predicted", "flops", "hardware_flops")
-REPEATED = (
-    "productive",
-    "evaluate",
-)  # what an attempt does again after it went back to a checkpoint
+REPEATED = ("productive", "evaluate")  # what is done again after going back to a checkpoint
 EVENTS = (
     "start",  # first attempt
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -312,6 +313,7 @@ def test_claiming_clears_the_remains_of_kills_and_nothing_else(folder):
     folder.release()
     folder.claim()
     assert {p.name for p in folder.path.iterdir()} == {".lock", "checkpoints", "notes.txt"}
+    assert (folder.path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert {p.name for p in folder.checkpoints.iterdir()} == {"latest", path.name}
 
 

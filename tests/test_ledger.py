@@ -1,6 +1,7 @@
 """The ledger under a fake clock: every figure is exact."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -55,11 +56,12 @@ def test_every_figure_of_an_undisturbed_attempt(tmp_path):
     clock.now += 5
     account.begin()
     clock.work(account, 2)
+    clock.now += 0.5  # nobody claims this
     clock.spend(account, "evaluate", 3)
     clock.work(account, 1)
     account.save()
     clock.spend(account, "checkpoint", 4)
-    clock.now += 1.5  # nobody claims this
+    clock.now += 1.5  # nor this
     account.note("finish", reason="budget")
     expected = {
         "steps": 3,
@@ -69,7 +71,7 @@ def test_every_figure_of_an_undisturbed_attempt(tmp_path):
         "flops": {"encoder": 9000, "decoder": 1800, "head": 270, "total": 11070},
         "hardware_flops": 14670,
         "device_seconds": device_seconds(
-            productive=12.0, evaluate=6.0, checkpoint=8.0, startup=10.0, idle=3.0
+            productive=12.0, evaluate=6.0, checkpoint=8.0, startup=10.0, idle=4.0
         ),
         "lost_flops": 0,
         "joules": None,
@@ -210,6 +212,17 @@ def test_heartbeats_come_every_ten_seconds_and_not_more(tmp_path):
     assert beats == [1012.0 + 12 * i for i in range(25)]
 
 
+def test_a_line_is_on_disk_before_its_hash_is_given_away(tmp_path, monkeypatch):
+    account = opened(tmp_path, Clock())
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor)))
+    account.begin()
+    account.save()
+    file = (tmp_path / "ledger.jsonl").stat()
+    assert [status.st_ino for status in synced] == [file.st_ino] * 2
+    assert synced[-1].st_size == file.st_size
+
+
 def test_stretches_of_time_must_not_overlap(tmp_path):
     clock = Clock()
     account = opened(tmp_path, clock)
@@ -294,7 +307,9 @@ def test_a_last_line_that_does_not_add_up_is_found(tmp_path):
     assert "jsonl:4: the parts of flops" in wrong(flops={"head": 1})
     assert "jsonl:4: the parts of device_seconds" in wrong(device_seconds={"idle": 7.0})
     assert "jsonl:4: device_seconds are not ranks x elapsed" in wrong(ranks=3)
-    assert "jsonl:4: the counters are not those" in wrong(event="resume", head="", step=10)
+    assert "jsonl:4: the counters are not those" in wrong(event="resume", head="")
+    ancestor = json.loads(last)["previous"]  # of the same step
+    assert "jsonl:4: the counters are not those" in wrong(event="resume", head=ancestor, samples=1)
 
 
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path):
