@@ -154,12 +154,13 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another run.dir"
             ) from None
-        _lock_or_refuse(self._lock, self.path)
+        _lock_or_refuse(lock, self.path)
+        self._lock = lock
         for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
             _remove(remains)
 
