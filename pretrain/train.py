@@ -454,8 +454,9 @@ def save(run: Run) -> None:
 
 def finish(run: Run, turn: Turn) -> int:
     """Says how it ended, in the ledger and in status.json."""
-    # A signal that comes with the last step of the budget does not undo that it is spent.
-    code = DONE if not turn.step_fits else STOPPED
+    # A signal that comes with the last step leaves no more than the evaluation for the next start.
+    complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)
+    code = DONE if complete else STOPPED
     reason = "the budget is spent" if code == DONE else f"stopped by {run.signals.received or 'another rank'}"
     if run.ledger:
         if turn.stop:
