@@ -452,6 +452,8 @@ def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
         return None if _digest(path) == expected else f"{path.name} is corrupt (wrong sha256)"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
+    except (KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
 
 
 def read_state(path: Path) -> State:
