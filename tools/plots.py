@@ -1,0 +1,131 @@
+"""Quiet line plots: one style, two themes, colours and markers that colour-blind readers tell apart.
+
+Figures are made without pyplot, so that nothing global changes and no window system is asked for.
+The trap: matplotlib reads its settings both when a figure is made and when it is saved, so both must
+happen inside `theme`.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which white swallows; lightened where the page is dark.
+_COLOURS = {
+    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"),
+    "dark": ("#4BA3E3", "#F5853F", "#2CC497", "#E59CC8", "#F2B63C", "#A5D8F7", "#BBBBBB"),
+}
+_INKS = {  # page, text, axes, grid
+    "light": ("#ffffff", "#222222", "#767676", "#dddddd"),
+    "dark": ("#16181c", "#e6e6e6", "#9a9a9a", "#34383f"),
+}
+_MARKERS = "osD^v"  # 5 and 7 have no common factor: 35 lines before a pair repeats
+_MARKS = 10
+"""Markers on a line, at most about."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series; an empty one keeps its place in the legend."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line to compare with."""
+
+    label: str
+    y: float
+
+
+@contextmanager
+def theme(name: str) -> Iterator[None]:
+    """Makes and saves figures in `name`: light or dark."""
+    background, ink, faint, grid = _INKS[name]
+    settings: dict[str, Any] = {
+        "figure.facecolor": background,
+        "axes.facecolor": background,
+        "savefig.facecolor": background,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": faint,
+        "xtick.color": faint,
+        "ytick.color": faint,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "ytick.major.size": 0,  # the grid says where
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.prop_cycle": cycler(color=_COLOURS[name]),
+        "font.size": 11,
+        "legend.frameon": False,
+        "svg.hashsalt": "plots",  # the same figure is the same bytes
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """A row of panels that share their vertical scale."""
+    made = Figure(figsize=(5.4 * panels, 4.2), layout="constrained")
+    return made, made.subplots(1, panels, sharey=True, squeeze=False)[0]
+
+
+def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: str, y_label: str) -> None:
+    """Draws one panel, from x = 0; without a point it says so."""
+    for number, line in enumerate(lines):
+        axes.plot(
+            line.x,
+            line.y,
+            label=line.label,
+            color=f"C{number}",
+            marker=_MARKERS[number % len(_MARKERS)],
+            markevery=max(1, math.ceil(len(line.x) / _MARKS)),
+            markersize=4.5,
+            linewidth=1.6,
+        )
+    for level in levels:
+        axes.axhline(level.y, color=matplotlib.rcParams["xtick.color"], linestyle="--", linewidth=1.1)
+        # Its name stands on it, at the right end, where the lines have fallen below.
+        at = (0.995, level.y)
+        axes.annotate(
+            level.label, at, (0, 3), axes.get_yaxis_transform(), "offset points", ha="right", va="bottom",
+            fontsize=9.5, color=matplotlib.rcParams["text.color"],
+        )  # fmt: skip
+    if any(len(line.x) for line in lines):
+        axes.set_xlim(left=0)
+    else:
+        axes.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+
+
+def legend(drawn: Figure, axes: Axes) -> None:
+    """One legend over all panels, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    letters = 11 * drawn.get_figwidth()  # that fit on a line
+    columns = max(1, int(letters / (max(map(len, labels), default=0) + 8)))
+    drawn.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
+
+
+def encode(drawn: Figure, kind: str) -> bytes:
+    """The bytes of a png or svg file."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()

@@ -1,0 +1,433 @@
+"""The pages of a report: its document as Markdown, as one HTML file and as a picture.
+
+The one idea: a column is a title, a cell and the sentence that says what the number means, so that no
+figure is shown without its meaning. The trap: names come from folders, so both kinds of page escape them.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from tools import plots
+
+Described = dict[str, Any]  # one run of the document
+
+
+class Column(NamedTuple):
+    """One figure of every run."""
+
+    title: str
+    cell: Callable[[Described], str]
+    meaning: str
+
+
+class Table(NamedTuple):
+    """A row a run; the first column, its name, is understood."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+
+# ---- numbers as text -----------------------------------------------------------------------------
+
+NONE = "-"
+
+
+def _scientific(value: float) -> str:
+    """Four digits: 2.050e10; what is small is written out."""
+    if value < 1e5:
+        return f"{value:,.6g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}" if value < 1e9 else _scientific(value)
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.1f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _score(run: Described, part: str, name: str) -> str:
+    """A figure of the last evaluation (held_out) or of the unigram baseline, where there is one."""
+    value = run[part] and run[part][name]
+    if value is None:
+        return NONE
+    return _share(value) if name == "accuracy" else f"{value:.4f}"
+
+
+def _evaluated(run: Described) -> str:
+    return f"{run['held_out']['step']:,}" if run["held_out"] else "none yet"
+
+
+def _relative(run: Described, name: str) -> str:
+    value = run["relative"][name]
+    return NONE if value is None else f"{value:.3f} x"
+
+
+def _size(run: Described) -> str:
+    return "{num_layers} x {hidden_size} {block}".format(**run["model"])
+
+
+def _devices(run: Described) -> str:
+    return f"{run['ranks']} x {' / '.join(run['devices'])}" if run["ranks"] else NONE
+
+
+def _budget(run: Described) -> str:
+    budget = run["budget"]
+    return f"{_scientific(budget['total'])} {_UNITS[budget['unit']]}"
+
+
+_UNITS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "device_hours": "device-hours"}
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+RESULT = Table(
+    "Held-out result",
+    (
+        Column("method", lambda r: r["method"], "the combination of settings under its published name"),
+        Column("step", _evaluated, "update after which this row was measured, the last one so far"),
+        Column(
+            "loss",
+            lambda r: _score(r, "held_out", "loss"),
+            "mean negative log-likelihood, in nats, of a hidden token of held-out text; the same 15 % of it"
+            " are hidden for every method, all of them as [MASK], whatever the run trained with",
+        ),
+        Column(
+            "bits per byte",
+            lambda r: _score(r, "held_out", "bits_per_byte"),
+            "that loss in bits, spread over the UTF-8 bytes of the text: comparable across tokenizers",
+        ),
+        Column(
+            "accuracy",
+            lambda r: _score(r, "held_out", "accuracy"),
+            "share of the hidden tokens whose piece the model ranks first",
+        ),
+        Column(
+            "unigram loss",
+            lambda r: _score(r, "unigram", "loss"),
+            "loss of guessing by the frequencies of the training corpus, blind to the context: a model above"
+            " it has not even learned those (a dash: the corpora cannot be opened from here)",
+        ),
+        Column(
+            "unigram accuracy",
+            lambda r: _score(r, "unigram", "accuracy"),
+            "accuracy of always naming the most frequent piece",
+        ),
+    ),
+)
+
+COSTS = Table(
+    "Four costs",
+    (
+        Column(
+            "token-layers",
+            lambda r: _scientific(r["costs"]["token_layers"]),
+            "products with weights in all layers, in units of one self-attention layer on one token; blind to"
+            " attention scores and to the head",
+        ),
+        Column("vs mlm", lambda r: _relative(r, "token_layers"), ""),
+        Column(
+            "FLOPs without head",
+            lambda r: _scientific(r["costs"]["flops_without_head"]),
+            "model FLOPs of encoder and decoder, forward and backward, attention included",
+        ),
+        Column("vs mlm", lambda r: _relative(r, "flops_without_head"), ""),
+        Column(
+            "FLOPs with head",
+            lambda r: _scientific(r["costs"]["flops_with_head"]),
+            "those and the prediction head, which grows with the share of tokens predicted",
+        ),
+        Column("vs mlm", lambda r: _relative(r, "flops_with_head"), ""),
+        Column(
+            "update time",
+            lambda r: f"{_hours(r['costs']['device_seconds'])} h",
+            "measured device-hours of the updates that the model is made of, and of nothing else",
+        ),
+        Column(
+            "vs mlm",
+            lambda r: _relative(r, "device_time"),
+            "the same cost for ordinary MLM at 15 % with an encoder of this size, trained on as many"
+            " sequences of this length, is 1; the first three by formula, time by the mlm runs of this report"
+            " on the same device in the same precision (a dash: there is none)",
+        ),
+    ),
+)
+
+WORK = Table(
+    "Work",
+    (
+        Column("steps", lambda r: _count(r["totals"]["steps"]), "updates that the model is made of"),
+        Column("sequences", lambda r: _count(r["totals"]["samples"]), "windows of text in these updates"),
+        Column(
+            "tokens seen",
+            lambda r: _count(r["totals"]["tokens_seen"]),
+            "places in these windows, those that hold a [MASK] included",
+        ),
+        Column(
+            "tokens predicted",
+            lambda r: _count(r["totals"]["tokens_predicted"]),
+            "places that the training loss asks about",
+        ),
+        *(
+            Column(f"FLOPs {part}", lambda r, part=part: _scientific(r["totals"]["flops"][part]), meaning)
+            for part, meaning in (
+                ("encoder", "matrix products of the layers that are kept, 2 a multiply-add, 3 x forward"),
+                ("decoder", "the same of the layers that are thrown away"),
+                ("head", "the same of the prediction head: predicted tokens x padded vocabulary"),
+                ("total", "their sum; recomputed activations are not counted"),
+            )
+        ),
+    ),
+)
+
+ACCOUNT = Table(
+    "Account",
+    (
+        Column(
+            "state",
+            lambda r: r["state"] or "not begun",
+            "what the run last said of itself; one that was killed still says running",
+        ),
+        Column("budget", _budget, "what the run may spend"),
+        Column(
+            "used",
+            lambda r: _share(r["budget"]["spent"] / r["budget"]["total"]),
+            "share of it that is spent; an update that would exceed it is not begun",
+        ),
+        Column("device", _devices, "ranks of the last attempt, and what each of them drives"),
+        Column(
+            "device-hours",
+            lambda r: _hours(r["totals"]["device_seconds"]["total"]),
+            "ranks x hours from start to exit, over all attempts, whatever the time went into",
+        ),
+        Column(
+            "lost hours",
+            lambda r: _hours(r["totals"]["device_seconds"]["lost"]),
+            "those of them whose work was gone after a crash and done again",
+        ),
+        Column(
+            "lost FLOPs",
+            lambda r: _scientific(r["totals"]["lost_flops"]),
+            "FLOPs of that work, in no other column",
+        ),
+        Column("attempts", lambda r: f"{r['totals']['attempts']}", "how often the run was started"),
+    ),
+)
+
+MODEL = Table(
+    "Model",
+    (
+        Column("encoder", _size, "layers x width, and the kind of block"),
+        Column("length", lambda r: f"{r['seq_length']}", "tokens of a training sequence"),
+        Column("predicted", lambda r: _share(r["rate"]), "share of them that the training loss asks about"),
+        Column(
+            "encoder parameters",
+            lambda r: _count(r["parameters"]["encoder"]),
+            "embeddings and encoder layers: what fine-tuning starts from",
+        ),
+        Column(
+            "discarded parameters",
+            lambda r: _count(r["parameters"]["discarded"]),
+            "decoder, mask vector and prediction head: what fine-tuning does not use",
+        ),
+    ),
+)
+
+TABLES = (RESULT, COSTS, WORK, ACCOUNT, MODEL)
+
+
+def _meanings(table: Table) -> list[tuple[str, str]]:
+    return [(column.title, column.meaning) for column in table.columns if column.meaning]
+
+
+def _subtitle(document: dict[str, Any]) -> str:
+    runs = document["runs"]
+    when = document["time"].replace("T", " ").replace("+00:00", " UTC")
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, as of {when}, LateMask {document['version']}"
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+Axis = tuple[str, list[list[float]]]  # its label, and the places on it of every run's evaluations
+
+
+def _scored(run: Described) -> list[dict[str, Any]]:
+    """Evaluations with a finite loss."""
+    return [one for one in run["evaluations"] if one["loss"] is not None]
+
+
+def _flops_axis(runs: Sequence[Described]) -> Axis:
+    values = [[float(one["flops"]) for one in _scored(run)] for run in runs]
+    exponent = math.floor(math.log10(max([1.0, *sum(values, [])])))
+    unit = f" ($10^{{{exponent}}}$)" if exponent > 3 else ""
+    scale = 10.0**exponent if unit else 1.0
+    return f"training FLOPs, head included{unit}", [[value / scale for value in row] for row in values]
+
+
+def _time_axis(runs: Sequence[Described]) -> Axis:
+    hours = [[one["device_hours"] for one in _scored(run)] for run in runs]
+    longest = max([0.0, *sum(hours, [])])
+    unit, scale = next(
+        ((unit, scale) for unit, scale in (("hours", 1), ("minutes", 60)) if longest * scale >= 1),
+        ("seconds", 3600),
+    )
+    return f"device-{unit}, everything included", [[value * scale for value in row] for row in hours]
+
+
+def _levels(runs: Sequence[Described]) -> list[plots.Level]:
+    """Unigram baselines; one where the runs share it."""
+    by_loss: dict[float, list[str]] = {}
+    for run in runs:
+        if run["unigram"]:
+            by_loss.setdefault(round(run["unigram"]["loss"], 4), []).append(run["name"])
+    alone = len(by_loss) == 1
+    return [
+        plots.Level("unigram" if alone else f"unigram, {', '.join(names)}", loss)
+        for loss, names in by_loss.items()
+    ]
+
+
+def _drawn(document: dict[str, Any], axes_wanted: Sequence[Callable[..., Axis]], kind: str) -> bytes:
+    runs = document["runs"]
+    figure, panels = plots.figure(len(axes_wanted))
+    for number, (panel, axis) in enumerate(zip(panels, axes_wanted, strict=True)):
+        label, values = axis(runs)
+        lines = [
+            plots.Line(run["name"], x, [one["loss"] for one in _scored(run)])
+            for run, x in zip(runs, values, strict=True)
+        ]
+        plots.draw(panel, lines, _levels(runs), label, "" if number else "held-out loss (nats)")
+    plots.legend(figure, panels[0])
+    return plots.encode(figure, kind)
+
+
+def picture(document: dict[str, Any]) -> bytes:
+    """loss.png: held-out loss against FLOPs and against device-hours."""
+    with plots.theme("light"):
+        return _drawn(document, (_flops_axis, _time_axis), "png")
+
+
+# ---- Markdown ------------------------------------------------------------------------------------
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """report.md; it shows the loss.png beside it."""
+    parts = [f"# Pre-training report\n\n{_subtitle(document)}"]
+    parts += [f"> **Warning:** {_plain(warning)}" for warning in document["warnings"]]
+    for table in TABLES:
+        parts += [f"## {table.title}", _markdown_table(table, document["runs"])]
+        parts.append("\n".join(f"* **{title}**: {meaning}." for title, meaning in _meanings(table)))
+        if table is RESULT:
+            parts.append("![Held-out loss against FLOPs and device-hours](loss.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table, runs: Sequence[Described]) -> str:
+    rows = [["run", *(column.title for column in table.columns)]]
+    rows += [[run["name"], *(column.cell(run) for column in table.columns)] for run in runs]
+    lines = [f"| {' | '.join(map(_plain, row))} |" for row in rows]
+    return "\n".join([lines[0], f"|---|{'---:|' * len(table.columns)}", *lines[1:]])
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves alone."""
+    return "".join(f"\\{letter}" if letter in r"\|`*_<>[]" else letter for letter in text)
+
+
+# ---- HTML ----------------------------------------------------------------------------------------
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #222222; --faint: #5f6368; --line: #dddddd;
+  --warn: #fff4e0; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #e6e6e6; --faint: #a3a8b0;
+  --line: #34383f; --warn: #3a2d14; } }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0 0; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.subtitle, dl { color: var(--faint); }
+.warning { background: var(--warn); border-left: 4px solid #d98200; padding: .5rem .75rem; margin: 1rem 0;
+  overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { font-weight: 600; }
+thead th { font-size: .875rem; color: var(--faint); vertical-align: bottom; }
+th:first-child { position: sticky; left: 0; background: var(--page); padding-left: 0; text-align: left; }
+th span { display: inline-block; width: max-content; max-width: 9rem; white-space: normal;
+  overflow-wrap: anywhere; }
+dl { font-size: .875rem; margin: .75rem 0; }
+dt { float: left; clear: left; font-weight: 600; padding-right: .4em; }
+dt::after { content: ":"; }
+dd { margin: 0; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+.figures picture { flex: 1 1 20rem; min-width: 0; }
+img { display: block; width: 100%; max-width: 40rem; height: auto; }
+"""
+
+
+def html(document: dict[str, Any]) -> str:
+    """report.html: style and figures inside, nothing fetched, no script."""
+    body = [f'<h1>Pre-training report</h1>\n<p class="subtitle">{escape(_subtitle(document))}</p>']
+    body += [f'<p class="warning">{escape(warning)}</p>' for warning in document["warnings"]]
+    for table in TABLES:
+        body += [f"<h2>{table.title}</h2>", _html_table(table, document["runs"])]
+        if table is RESULT:
+            body.append(_html_figures(document))
+        terms = "\n".join(
+            f"<dt>{escape(title)}</dt><dd>{escape(meaning)}.</dd>" for title, meaning in _meanings(table)
+        )
+        body.append(f"<dl>\n{terms}\n</dl>")
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Pre-training report</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            *body,
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _html_table(table: Table, runs: Sequence[Described]) -> str:
+    head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in table.columns)
+    rows = [
+        f'<tr><th scope="row"><span>{escape(run["name"])}</span></th>'
+        + "".join(f"<td>{escape(column.cell(run))}</td>" for column in table.columns)
+        + "</tr>"
+        for run in runs
+    ]
+    return "\n".join(
+        [
+            f'<div class="scroll">\n<table>\n<thead><tr><th scope="col">run</th>{head}</tr></thead>\n<tbody>',
+            *rows,
+            "</tbody>\n</table>\n</div>",
+        ]
+    )
+
+
+def _html_figures(document: dict[str, Any]) -> str:
+    """A figure a panel, so that they stack on a phone, each in both themes."""
+    figures = []
+    for axis, against in ((_flops_axis, "FLOPs"), (_time_axis, "device-hours")):
+        sources = {}
+        for name in ("light", "dark"):
+            with plots.theme(name):
+                data = base64.b64encode(_drawn(document, (axis,), "svg")).decode("ascii")
+            sources[name] = f"data:image/svg+xml;base64,{data}"
+        figures.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
+            f'<img alt="Held-out loss against {against}" src="{sources["light"]}"></picture>'
+        )
+    return '<div class="figures">\n' + "\n".join(figures) + "\n</div>"
