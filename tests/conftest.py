@@ -1,0 +1,60 @@
+"""What the tests of whole runs start from: a tokenizer, three corpora and a config, all tiny."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.tokenizer import train_sentencepiece
+from tools import encode_corpus
+
+SAMPLE = Path(__file__).parent.parent / "tools" / "sample"
+
+
+def encode(texts: list[str], tokenizer: Path, prefix: Path) -> None:
+    """Writes texts as a corpus."""
+    source = prefix.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    words = ["--input", source, "--tokenizer", tokenizer, "--output", prefix, "--workers", "1"]
+    encode_corpus.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer/`, `tiny.yaml`, and the corpora `train`, `valid` and `short`.
+
+    `train` has about 1,700 windows of 24, `short` about 60: eight updates are an epoch of it.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    with gzip.open(SAMPLE / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"][:2000] for line in file]
+    train_sentencepiece(texts, folder / "tokenizer", "unigram", 400)
+    encode(texts[:28], folder / "tokenizer", folder / "train")
+    encode(texts[28:], folder / "tokenizer", folder / "valid")
+    encode([text[:700] for text in texts[:3]], folder / "tokenizer", folder / "short")
+    config = {
+        "run": {"dir": str(folder / "run")},
+        "corpus": {"train": str(folder / "train"), "valid": str(folder / "valid")},
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40},
+        "masking": {"rate": 0.5},
+        "train": {"seq_length": 24, "batch_size": 8, "precision": "fp32"},
+        "optimizer": {"lr": 3e-3},
+        "budget": {"steps": 8},
+        "evaluate": {"every_steps": 3, "samples": 20},
+        "monitor": {"log_every": 1, "tensorboard": False},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """``words("a", "budget.steps=9")``: a command line for the run `tmp_path / "a"`."""
+
+    def command(name: str, *overrides: str) -> list[str]:
+        return [str(tiny / "tiny.yaml"), f"run.dir={tmp_path / name}", *overrides]
+
+    return command
