@@ -5,6 +5,7 @@ something; 1 a defect. Launchers change exit codes, so run.dir/status.json says 
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from pretrain import __version__, config, flops
 from pretrain.config import Config, UserError
 
 USER, DEFECT = 2, 1
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,18 +130,17 @@ def _run(options: Config, local_rank: int | None) -> int:
         if topology.is_main:
             logging.info(plan(run.config, topology.data_size, run.windows))
         code = train(run)
+        close(run)
         if topology.is_main:
             logging.info("%s: %s", folder.path, folder.status()["reason"])
-        close(run)
         topology.close()
         return code
-    except UserError as error:
-        code, reason = USER, str(error)
-        if topology.is_main:
-            _say(error)
     except BaseException as error:
-        code, reason = DEFECT, f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+        code, reason = _verdict(error)
+        if code == DEFECT:
+            traceback.print_exc()
+        elif topology.is_main:
+            _say(UserError(reason))
     if topology.is_main and folder.claimed:
         folder.write_status("failed", folder.status().get("step", 0), reason, code)
     if topology.world_size == 1:
@@ -148,6 +149,15 @@ def _run(options: Config, local_rank: int | None) -> int:
     sys.stderr.flush()
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.
     os._exit(code)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason of a run that ended with `error`."""
+    if isinstance(error, UserError):
+        return USER, str(error)
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        return USER, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place"
+    return DEFECT, f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

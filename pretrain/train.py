@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -187,34 +187,49 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     micro = micro_batch(options, topology.data_size)
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     state = checkpoint.read_state(Path(start)) if start else None
+    ledger = _open_ledger(topology, folder, state)
+    with timed(ledger, "startup"):
+        run = _assemble(options, topology, folder, data, micro, ledger)
+        if state:
+            checkpoint.load(Path(start), run.engine)
+            run.engine.optimizer_step = state.optimizer_step
+            run.step, run.samples, run.saved = state.step, state.samples, state.step
+            run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
+    return run
 
-    t = options.train
+
+def _assemble(
+    options: Config, topology: Topology, folder: RunFolder, data: Data, micro: int, ledger: Ledger | None
+) -> Run:
+    """The parts of a run that has not started."""
+    t, tokenizer = options.train, data.tokenizer
     prepare_torch(bool(t.deterministic))
-    tokenizer, length = data.tokenizer, t.seq_length
-    sampler = Sampler(
-        data.train, options.masking, length, options.run.data_seed, tokenizer.bos, tokenizer.eos
-    )
+    seed, length = options.run.data_seed, t.seq_length
+    sampler = Sampler(data.train, options.masking, length, seed, tokenizer.bos, tokenizer.eos)
     mask = masker(options.masking, length, tokenizer)
     heldout = None
     if options.corpus.valid:
         heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples)
     cost = step_cost(options)
     check_budget(options, cost)
-
     built = engine.build(options, _module(options, tokenizer), topology, micro)
-    if state:
-        checkpoint.load(Path(start), built)
-        built.optimizer_step = state.optimizer_step
-    ledger, monitor = _open_books(options, topology, folder, built, state)
-    feed = Feed(_prepare(options, topology, sampler, mask, micro), t.batch_size)
-    run = Run(
-        options, topology, folder, data, cost, built, feed, heldout, ledger, monitor, Signals(), micro,
-        sampler.samples_per_epoch,
-    )  # fmt: skip
-    if state:
-        run.step, run.samples, run.saved = state.step, state.samples, state.step
-        run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
-    return run
+    if built.deepspeed_json and topology.is_main:
+        checkpoint.write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
+    return Run(
+        config=options,
+        topology=topology,
+        folder=folder,
+        data=data,
+        cost=cost,
+        engine=built,
+        feed=Feed(_prepare(options, topology, sampler, mask, micro), t.batch_size),
+        heldout=heldout,
+        ledger=ledger,
+        monitor=_open_monitor(options, topology, ledger),
+        signals=Signals(),
+        micro=micro,
+        windows=sampler.samples_per_epoch,
+    )
 
 
 def _module(options: Config, tokenizer: Tokenizer) -> model.LateMaskModel:
@@ -275,29 +290,32 @@ def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
     return start
 
 
-def _open_books(
-    options: Config, topology: Topology, folder: RunFolder, built: engine.Engine, state: State | None
-) -> tuple[Ledger | None, Monitor | None]:
-    """The ledger and the monitor of rank 0, and what belongs in the run folder beside them."""
+def _open_ledger(topology: Topology, folder: RunFolder, state: State | None) -> Ledger | None:
+    """The ledger of rank 0, as early as it is known where the run goes on: a start-up costs too."""
     if not topology.is_main:
-        return None, None
-    assert options.train.precision
+        return None
     device, ranks = device_name(topology.device), topology.world_size
     folder.add_provenance(device=device, ranks=ranks, launcher=topology.launcher)
-    if built.deepspeed_json:
-        checkpoint.write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
     ledger = Ledger.open(folder.path, ranks, device)
     ledger.begin(*(state.step, state.ledger_head) if state else ())
     folder.write_status("running", ledger.totals()["steps"])
-    monitor = Monitor(
-        folder.path,
-        config.method(options),
-        ledger.totals(),
-        ranks,
-        flops.peak(device, options.train.precision),
-        options.monitor.tensorboard,
-    )
-    return ledger, monitor
+    return ledger
+
+
+def _open_monitor(options: Config, topology: Topology, ledger: Ledger | None) -> Monitor | None:
+    """What rank 0 shows."""
+    if ledger is None:
+        return None
+    assert options.train.precision
+    peak = flops.peak(device_name(topology.device), options.train.precision)
+    totals, ranks = ledger.totals(), topology.world_size
+    board = options.monitor.tensorboard
+    return Monitor(options.run.dir, config.method(options), totals, ranks, peak, board)
+
+
+def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:
+    """Claims the time of a block for `category`, where there is a ledger."""
+    return ledger.time(category) if ledger else nullcontext()
 
 
 def _prepare(
@@ -403,7 +421,7 @@ def evaluate(run: Run, turn: Turn) -> None:
     """Held-out loss under the fixed mask; all ranks take part."""
     assert run.heldout
     begin = time.monotonic()
-    with run.ledger.time("evaluate") if run.ledger else nullcontext():
+    with timed(run.ledger, "evaluate"):
         t = run.topology
         run.engine.module.eval()
         score = run.heldout.score(
@@ -445,8 +463,15 @@ def save(run: Run) -> None:
         loss=run.scored[1] if run.scored[0] == run.step else None,
         layout={"engine": run.config.train.engine, "ranks": t.world_size, "tensor": p.tensor, "zero": p.zero},
     )
-    with run.ledger.time("checkpoint") if run.ledger else nullcontext():
-        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
+    failure = ""
+    with timed(run.ledger, "checkpoint"):
+        try:
+            checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
+        except UserError as error:  # of the rank that writes; the others are to stop with it
+            failure = str(error)
+        failure = t.broadcast_text(failure)
+    if failure:
+        raise UserError(failure)
     run.saved, run.saved_at = run.step, time.monotonic()
     if t.is_main:
         run.folder.write_status("running", run.step)
