@@ -79,6 +79,9 @@ class Model(Section):
     """Learned positions added to all decoder inputs: own table, or the encoder's (roberta block only)."""
     mask_vector: Literal["learned", "tied"] = "learned"
     """What a late [MASK] row is: a vector of its own (3ML), or the word table's [MASK] row (MAE-LM)."""
+    mask_leak: float = Field(0.0, ge=0, le=1)
+    """Share of the [MASK] rows that the encoder sees all the same, as the word table's [MASK] (MAE-LM's
+    transition): at 1 there are no late masks, and without a decoder that is `mlm`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
@@ -100,14 +103,22 @@ class Masking(Section):
 
     rate: float = Field(0.15, gt=0, lt=1)
     """Share of a window's tokens that is predicted."""
-    scheme: Literal["uniform"] = "uniform"
-    """How the predicted tokens are chosen: independently of each other."""
+    scheme: Literal["uniform", "whole_word", "span"] = "uniform"
+    """What is drawn as one: a token, a whole word, or a span of 1 to `span_max` whole words (SpanBERT,
+    arXiv 1907.10529). Counts stay exact: the last word or span is cut."""
+    span_stop: float = Field(0.2, gt=0, lt=1)
+    """Chance that a span ends at a word: lengths are geometric up to `span_max` (mean 3.8 words)."""
+    span_max: int = Field(10, ge=1)
+    """Longest span in words."""
     corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Of the predicted tokens: share replaced by [MASK], by a random piece, and kept."""
     views: int = Field(1, ge=1)
     """Fully-explored masking: K disjoint masks of one text (arXiv 2010.06040)."""
     views_mode: Literal["epoch", "batch"] = "epoch"
     """`epoch`: visit e of a text uses mask e mod K. `batch`: all K masks of a text in one update."""
+    views_partition: Literal["random", "contiguous"] = "random"
+    """How the tokens of a text are divided among its K masks: at random, or into K segments of the text
+    (from a random place on and round its end), drawn anew every K visits."""
 
 
 class Train(Section):
@@ -476,17 +487,22 @@ def _check_parallel(config: Config) -> list[str]:
 
 def warnings(config: Config) -> list[str]:
     """Settings that differ from their default and have no effect here, one line each."""
-    m, found = config.model, []
-    default = Model()
-    late = m.mask_from > 0
-    for name, used, why in (
-        ("decoder", m.decoder_layers > 0, "there is no decoder"),
-        ("decoder_positions", m.decoder_layers > 0 and m.block == "roberta", "no learned decoder positions"),
-        ("mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
-        ("rope_theta", m.block == "modern", "only the modern block rotates"),
+    m, k, found = config.model, config.masking, []
+    late, decoder = m.mask_from > 0, m.decoder_layers > 0
+    for section, name, used, why in (
+        ("model", "decoder", decoder, "there is no decoder"),
+        ("model", "decoder_positions", decoder and m.block == "roberta", "no learned decoder positions"),
+        ("model", "mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
+        ("model", "mask_leak", late, "the encoder sees all [MASK]s when mask_from = 0"),
+        ("model", "rope_theta", m.block == "modern", "only the modern block rotates"),
+        ("masking", "span_stop", k.scheme == "span", "masking.scheme is not span"),
+        ("masking", "span_max", k.scheme == "span", "masking.scheme is not span"),
+        ("masking", "views_mode", k.views > 1, "masking.views is 1"),
+        ("masking", "views_partition", k.views > 1, "masking.views is 1"),
     ):
-        if not used and getattr(m, name) != getattr(default, name):
-            found.append(f"model.{name} has no effect: {why}")
+        default = SECTIONS[section].model_fields[name].default
+        if not used and getattr(getattr(config, section), name) != default:
+            found.append(f"{section}.{name} has no effect: {why}")
     return found
 
 

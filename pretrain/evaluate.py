@@ -110,4 +110,4 @@ def masker(masking: config.Masking, length: int, tokenizer: Tokenizer) -> Masker
     """The masker of a tokenizer's ids."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
     specials = np.setdiff1d(everything, tokenizer.random_ids)
-    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials)
+    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, tokenizer.word_starts)

@@ -8,10 +8,13 @@ from pretrain.masking import Masker, counts
 
 VOCAB, MASK = 200, 199
 RANDOM_IDS, SPECIALS = np.arange(4, 199), np.array([0, 1, 2, 3, 199])
+WORD_STARTS = np.arange(VOCAB) < 100  # as a tokenizer's table: specials start a word
+WORD_STARTS[SPECIALS] = True
+UNITS = ("whole_word", "span")
 
 
-def make(length=64, **options):
-    return Masker(config.Masking(**options), length, MASK, RANDOM_IDS, SPECIALS)
+def make(length=64, word_starts=WORD_STARTS, **options):
+    return Masker(config.Masking(**options), length, MASK, RANDOM_IDS, SPECIALS, word_starts)
 
 
 def windows(batch, length, seed=0):
@@ -43,9 +46,10 @@ def test_counts(rate, corruption, expected):
     assert c.visible == 128 - c.masked
 
 
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
 @pytest.mark.parametrize("rate", [0.15, 0.5, 0.9])
-def test_rows_are_a_permutation_with_the_right_content(rate):
-    masker = make(rate=rate)
+def test_rows_are_a_permutation_with_the_right_content(rate, scheme):
+    masker = make(rate=rate, scheme=scheme)
     tokens, m = run(masker)
     c, L = masker.counts, 64
     assert (np.sort(m.positions, 1) == np.arange(L)).all()
@@ -90,34 +94,147 @@ def test_random_pieces_are_uniform():
     assert ((pieces - mean) ** 2 / mean).sum() < 275
 
 
-def test_specials_only_where_nothing_else_is_left():
-    masker = make(rate=0.5)
+@pytest.mark.parametrize("partition", ["random", "contiguous"])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
+def test_specials_only_where_nothing_else_is_left(scheme, views, partition):
+    masker = make(rate=0.5, scheme=scheme, views=views, views_partition=partition)
     tokens = windows(8, 64)
     tokens[:, 1:41] = 2  # documents' ends: 42 specials in all, 22 words, P = 31
-    m = masker(tokens, rng.key(np.arange(8)), np.zeros(8, np.int64))
-    assert m.specials_chosen == 8 * (31 - 22)
+    chosen = [masker(tokens, rng.key(np.arange(8)), np.full(8, v)).specials_chosen for v in range(views)]
+    assert chosen == [8 * (31 - 22), 8 * 31][:views]
 
 
+def predicted(masker, m):
+    """bool [B, L] in the order of the text."""
+    chosen = np.zeros(m.positions.shape, bool)
+    np.put_along_axis(chosen, m.positions[:, masker.counts.length - masker.counts.predicted :], True, 1)
+    return chosen
+
+
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
+@pytest.mark.parametrize("partition", ["random", "contiguous"])
 @pytest.mark.parametrize(("rate", "views"), [(0.15, 7), (0.5, 2), (0.15, 4)])
-def test_views_are_disjoint_and_equal(rate, views):
-    masker = make(rate=rate, views=views)
+def test_views_are_disjoint_and_equal(rate, views, partition, scheme):
+    masker = make(rate=rate, views=views, views_partition=partition, scheme=scheme)
     assert masker.counts.predicted == min(round(rate * 62), 62 // views)
-    seen = np.zeros((256, 64), int)
-    for view in range(views):
-        _, m = run(masker, view=view)
-        np.put_along_axis(
-            seen,
-            m.positions[:, 64 - masker.counts.predicted :],
-            np.take_along_axis(seen, m.positions[:, 64 - masker.counts.predicted :], 1) + 1,
-            1,
-        )
+    seen = sum(predicted(masker, run(masker, view=view)[1]).astype(int) for view in range(views))
     assert seen.max() == 1 and seen.sum() == 256 * views * masker.counts.predicted
+    assert seen[:, 0].sum() == seen[:, -1].sum() == 0
 
 
-def test_mask_is_a_function_of_the_key_alone():
-    masker, tokens = make(rate=0.5), windows(16, 64)
+# ---- words and spans -----------------------------------------------------------------------------
+
+
+def words_of(row):
+    """The words of a window as lists of places, the slow way; a special is a word of its own."""
+    words = []
+    for place, piece in enumerate(row):
+        after_special = place > 0 and row[place - 1] in SPECIALS
+        if WORD_STARTS[piece] or after_special or not words:
+            words.append([])
+        words[-1].append(place)
+    return words
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_words_are_predicted_and_corrupted_whole(views):
+    """But for the one at the border between two kinds of rows, of which a beginning is taken."""
+    masker = make(rate=0.4, scheme="whole_word", views=views)
+    cut = 0
+    for view in range(views):
+        tokens, m = run(masker, view=view)
+        c = masker.counts
+        assert m.units_cut > 0
+        for row, order in zip(tokens, m.positions, strict=True):
+            kinds = np.zeros(64, int)
+            for rows in (c.predicted, c.masked + c.random, c.masked):
+                kinds[order[64 - rows :]] += 1
+            words = [kinds[word] for word in words_of(row)]
+            split = [word for word in words if len(set(word)) > 1]
+            assert len(split) <= 3 + (views > 1)
+            cut += sum(min(word) == 0 for word in split)
+            if views == 1:  # what is taken of a word is its beginning
+                assert all((np.diff(word) <= 0).all() for word in split)
+        assert m.units_cut == cut
+        cut = 0
+
+
+def test_words_of_equal_length_are_chosen_uniformly():
+    """60 tokens in words of 3, P = 31 = 10 words and the beginning of an 11th; 5 standard errors."""
+    masker = make(length=62, rate=31 / 60, scheme="whole_word")
+    tokens = np.tile(np.arange(60) % 3 * 50 + 99, (20000, 1))  # 99 starts a word, 149 and 199 do not
+    tokens = np.where(tokens == MASK, 150, tokens)
+    tokens = np.pad(tokens, ((0, 0), (1, 1)), constant_values=2)
+    m = masker(tokens, rng.key(3, np.arange(20000)), np.zeros(20000, np.int64))
+    share = predicted(masker, m)[:, 1:61].mean(0).reshape(20, 3)
+    for column, expected in zip(share.T, (11 / 20, 10 / 20, 10 / 20), strict=True):
+        assert abs(column - expected).max() < 5 * np.sqrt(expected * (1 - expected) / 20000)
+    assert m.units_cut == 20000
+
+
+def test_span_lengths_are_geometric_and_stationary():
+    """Of 1 to 10 words; P(length = n) ~ 0.8^n, mean 3.8; any place begins a span with chance 1 / mean."""
+    masker = make(length=130, scheme="span", word_starts=None)
+    begins = masker._span_begins(np.ones((20000, 130), bool), rng.key(1, np.arange(20000)))
+    odds = 0.8 ** np.arange(10) / (0.8 ** np.arange(10)).sum()
+    mean = (odds * np.arange(1, 11)).sum()
+    assert mean == pytest.approx(3.8, abs=0.01)
+    rates = begins[:, 1:].mean(0)  # the first place begins the rest of a span
+    assert abs(rates - 1 / mean).max() < 5 * np.sqrt(1 / mean / 20000)
+    rows, places = np.nonzero(begins)
+    inside = (np.diff(rows) == 0) & (places[:-1] > 0) & (places[:-1] < 119)
+    found = np.bincount(np.diff(places)[inside], minlength=11)[1:]
+    expected = odds * found.sum()
+    assert len(found) == 10
+    assert ((found - expected) ** 2 / expected).sum() < 33  # chi-square, 9 degrees, 99.99 %
+
+
+def test_spans_are_runs_of_whole_words_between_specials():
+    masker = make(length=128, rate=0.15, scheme="span", corruption=(1, 0, 0))
+    tokens = windows(512, 128)
+    tokens[:, 60] = 2
+    m = masker(tokens, rng.key(0, np.arange(512)), np.zeros(512, np.int64))
+    chosen = predicted(masker, m)
+    assert not chosen[:, 60].any()
+    whole = runs = 0
+    for row, places in zip(tokens, chosen, strict=True):
+        parts = [places[word] for word in words_of(row)]
+        assert sum(0 < part.sum() < len(part) for part in parts) <= 1
+        whole += sum(part.all() for part in parts)
+        runs += (np.diff([0, *(int(part.all()) for part in parts)]) == 1).sum()
+    assert m.units_cut <= 512
+    assert whole / runs > 2.5  # single words chosen at 15 % would give 1.2
+
+
+# ---- segments of the text ------------------------------------------------------------------------
+
+
+def test_contiguous_views_are_segments_at_uniform_places():
+    masker = make(rate=0.5, views=4, views_partition="contiguous", corruption=(0.4, 0.3, 0.3))
+    _, m = run(masker, batch=20000, view=2)
+    c = masker.counts
+    chosen = predicted(masker, m)[:, 1:63]
+    changes = (chosen != np.roll(chosen, 1, 1)).sum(1)
+    assert c.predicted == 15 and (changes == 2).all()
+    share = chosen.mean(0)
+    assert abs(share - 15 / 62).max() < 5 * np.sqrt(15 / 62 / 20000)
+    # Within the segment the kinds of rows are spread evenly.
+    first = np.flatnonzero(chosen[0])
+    assert len(first) == 15
+    starts = (chosen & ~np.roll(chosen, 1, 1)).argmax(1) + 1
+    masked = np.zeros((20000, 64), bool)
+    np.put_along_axis(masked, m.positions[:, 64 - c.masked :], True, 1)
+    at_start = masked[np.arange(20000), starts].mean()
+    assert at_start == pytest.approx(c.masked / 15, abs=5 * np.sqrt(0.25 / 20000))
+
+
+@pytest.mark.parametrize("views", [{}, {"views": 3, "views_partition": "contiguous"}])
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
+def test_mask_is_a_function_of_the_key_alone(scheme, views):
+    masker, tokens = make(rate=0.5, scheme=scheme, **views), windows(16, 64)
     keys = rng.key(7, np.arange(16))
-    whole = masker(tokens, keys, np.zeros(16, np.int64))
-    part = masker(tokens[5:9], keys[5:9], np.zeros(4, np.int64))
+    whole = masker(tokens, keys, np.ones(16, np.int64))
+    part = masker(tokens[5:9], keys[5:9], np.ones(4, np.int64))
     assert (whole.ids[5:9] == part.ids).all() and (whole.positions[5:9] == part.positions).all()
     assert (whole.positions[0] != whole.positions[1]).any()
