@@ -27,8 +27,9 @@ _INKS = {  # page, text, axes, grid
     "dark": ("#16181c", "#e6e6e6", "#9a9a9a", "#34383f"),
 }
 _MARKERS = "osD^v"  # 5 and 7 have no common factor: 35 lines before a pair repeats
-_MARKS = 10
-"""Markers on a line, at most about."""
+_MARKS = 10  # on a line, at most
+_LABEL = 40  # letters of a legend's longest entry; of a longer one the end is shown
+_LETTERS = 11  # of a legend, that fit on an inch
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def theme(name: str) -> Iterator[None]:
 
 def figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     """A row of panels that share their vertical scale."""
-    made = Figure(figsize=(5.4 * panels, 4.2), layout="constrained")
+    made = Figure(figsize=(5.4 * panels, 3.9), layout="constrained")
     return made, made.subplots(1, panels, sharey=True, squeeze=False)[0]
 
 
@@ -92,23 +93,17 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
         axes.plot(
             line.x,
             line.y,
-            label=line.label,
+            label=_literal(line.label),
             color=f"C{number}",
             marker=_MARKERS[number % len(_MARKERS)],
             markevery=max(1, math.ceil(len(line.x) / _MARKS)),
             markersize=4.5,
             linewidth=1.6,
         )
-    for level in levels:
-        axes.axhline(level.y, color=matplotlib.rcParams["xtick.color"], linestyle="--", linewidth=1.1)
-        # Its name stands on it, at the right end, where the lines have fallen below.
-        at = (0.995, level.y)
-        axes.annotate(
-            level.label, at, (0, 3), axes.get_yaxis_transform(), "offset points", ha="right", va="bottom",
-            fontsize=9.5, color=matplotlib.rcParams["text.color"],
-        )  # fmt: skip
     if any(len(line.x) for line in lines):
         axes.set_xlim(left=0)
+        for level in levels:
+            _draw_level(axes, level)
     else:
         axes.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
@@ -116,12 +111,28 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
     axes.set_ylabel(y_label)
 
 
+def _literal(text: str) -> str:
+    """Text as matplotlib shows it as it is: no formula, and not hidden from the legend."""
+    return text.replace("$", r"\$").replace("_", " _", int(text.startswith("_")))
+
+
+def _draw_level(axes: Axes, level: Level) -> None:
+    """A dashed line; its name stands on it at the right end, where the lines have fallen below."""
+    axes.axhline(level.y, color=matplotlib.rcParams["xtick.color"], linestyle="--", linewidth=1.1)
+    place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+    at = axes.get_yaxis_transform()
+    name = axes.annotate(_literal(level.label), (0.995, level.y), xycoords=at, fontsize=9.5, **place)
+    name.set_in_layout(False)  # a long one must not squeeze the panel
+
+
 def legend(drawn: Figure, axes: Axes) -> None:
-    """One legend over all panels, in as many columns as fit."""
+    """One legend over all panels, in as many columns as fit; the figure grows by its rows."""
     handles, labels = axes.get_legend_handles_labels()
-    letters = 11 * drawn.get_figwidth()  # that fit on a line
-    columns = max(1, int(letters / (max(map(len, labels), default=0) + 8)))
-    drawn.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
+    labels = [label if len(label) <= _LABEL else f"...{label[3 - _LABEL :]}" for label in labels]
+    longest = max(map(len, labels)) + 8  # with the sample of the line
+    columns = min(len(labels), max(1, int(_LETTERS * drawn.get_figwidth() / longest)))
+    drawn.set_figheight(drawn.get_figheight() + 0.24 * math.ceil(len(labels) / columns))
+    drawn.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
 def encode(drawn: Figure, kind: str) -> bytes:

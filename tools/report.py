@@ -97,10 +97,14 @@ class Run:
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """Each run once, in the order given; UserError names what is no run."""
-    unique = list({Path(path).resolve(): path for path in paths}.values())
-    short = [Path(path).resolve().name for path in unique]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, unique, strict=True)]
-    return [_read_run(path, name) for path, name in zip(unique, names, strict=True)]
+    unique: dict[Path, str] = {}
+    for path in paths:
+        unique.setdefault(Path(path).resolve(), path)
+    short = [folder.name for folder in unique]
+    return [
+        _read_run(path, folder.name if short.count(folder.name) == 1 else path)
+        for folder, path in unique.items()
+    ]
 
 
 def _read_run(path: str, name: str) -> Run:

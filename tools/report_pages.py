@@ -285,14 +285,15 @@ def _time_axis(runs: Sequence[Described]) -> Axis:
 
 
 def _levels(runs: Sequence[Described]) -> list[plots.Level]:
-    """Unigram baselines; one where the runs share it."""
+    """Unigram baselines: one where the runs share it."""
     by_loss: dict[float, list[str]] = {}
     for run in runs:
         if run["unigram"]:
             by_loss.setdefault(round(run["unigram"]["loss"], 4), []).append(run["name"])
-    alone = len(by_loss) == 1
+    if len(by_loss) == 1:
+        return [plots.Level("unigram", loss) for loss in by_loss]
     return [
-        plots.Level("unigram" if alone else f"unigram, {', '.join(names)}", loss)
+        plots.Level(f"unigram, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}", loss)
         for loss, names in by_loss.items()
     ]
 
@@ -371,7 +372,7 @@ dl { font-size: .875rem; margin: .75rem 0; }
 dt { float: left; clear: left; font-weight: 600; padding-right: .4em; }
 dt::after { content: ":"; }
 dd { margin: 0; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
 .figures picture { flex: 1 1 20rem; min-width: 0; }
 img { display: block; width: 100%; max-width: 40rem; height: auto; }
 """

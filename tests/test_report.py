@@ -1,0 +1,461 @@
+"""Reports against runs whose every figure is known: a real ledger and real metrics under a fake clock."""
+
+import base64
+import gzip
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain import config, flops
+from pretrain.checkpoint import RunFolder
+from pretrain.config import Config, UserError
+from pretrain.corpus import IndexedReader, load_manifest
+from pretrain.evaluate import HeldOut
+from pretrain.ledger import Ledger
+from pretrain.masking import counts
+from pretrain.monitor import Monitor
+from pretrain.tokenizer import load_tokenizer, train_sentencepiece
+from tests.methods import METHODS, small
+from tools import encode_corpus, report, report_pages
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 600
+
+
+class Corpora:
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = folder / "tokenizer"
+        sample = ROOT / "tools" / "sample" / "valid.jsonl.gz"
+        lines = gzip.decompress(sample.read_bytes()).splitlines(keepends=True)
+        train_sentencepiece(
+            [json.loads(line)["text"] for line in lines], self.tokenizer, "unigram", VOCABULARY
+        )
+        self.train = self._encoded(folder / "train", lines[6:30])
+        self.valid = self._encoded(folder / "valid", lines[:6])
+        self.other = self._encoded(folder / "other", lines[30:])
+
+    def _encoded(self, prefix: Path, lines: list[bytes]) -> str:
+        text = prefix.with_suffix(".jsonl")
+        text.write_bytes(b"".join(lines))
+        files = ["--input", str(text), "--tokenizer", str(self.tokenizer), "--output", str(prefix)]
+        encode_corpus.main([*files, "--workers", "1"])
+        return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
+    return Corpora(tmp_path_factory.mktemp("corpora"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class MadeRun:
+    """A run without a model: 2 ranks, 5 s of start-up, then what the test makes of it."""
+
+    def __init__(self, path: Path, options: Config, device: str = "cpu", step_seconds: float = 2.0) -> None:
+        self.path, self.options, self.step_seconds = path, options, step_seconds
+        c = counts(options.masking, options.train.seq_length)
+        rows, t = flops.Rows(c.length, c.visible, c.predicted), options.train
+        self.cost = flops.step_cost(options.model, rows, VOCABULARY, t.batch_size, t.recompute)
+        self.clock, folder = Clock(), RunFolder(path)
+        folder.claim()
+        folder.write_config(options)
+        self.ledger = Ledger.open(path, 2, device, self.clock, self.clock.now)
+        self.clock.now += 5
+        self.ledger.begin()
+        folder.write_status("running", 0)
+        folder.release()
+        self.monitor = Monitor(path, "any", self.ledger.totals(), 2, stream=io.StringIO(), clock=self.clock)
+
+    def work(self, steps: int) -> "MadeRun":
+        for _ in range(steps):
+            self.clock.now += self.step_seconds
+            self.ledger.step(self.cost)
+        self.ledger.note("heartbeat")
+        self.monitor.log(0.5, self.ledger.totals(), loss=9.0)
+        return self
+
+    def score(self, loss: float, accuracy: float = 0.25, predicted: int = 100) -> "MadeRun":
+        bits = loss / math.log(2) / 4
+        with self.ledger.time("evaluate"):
+            self.clock.now += 3
+        self.ledger.note("evaluate", held_out={"loss": loss, "predicted_tokens": predicted})
+        scores = {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_bits_per_byte": bits}
+        self.monitor.log(0.5, self.ledger.totals(), **scores)
+        return self
+
+
+def options_of(corpora: Corpora | None, method: str = "mlm", **sections: dict[str, Any]) -> Config:
+    named = (
+        {"train": corpora.train, "valid": corpora.valid} if corpora else {"train": "gone", "valid": "gone"}
+    )
+    named |= sections.pop("corpus", {})
+    masking = {"rate": 0.15 if method == "mlm" else 0.5, **sections.pop("masking", {})}
+    model = {"vocab_size": VOCABULARY, **METHODS[method], **sections.pop("model", {})}
+    return small(method, corpus=named, masking=masking, model=model, **sections)
+
+
+@pytest.fixture
+def pair(corpora: Corpora, tmp_path: Path) -> list[str]:
+    """mlm: 4 steps of 2 s; 3ml: 3 steps of 1.5 s."""
+    MadeRun(tmp_path / "base", options_of(corpora)).work(2).score(5.0).work(2).score(4.5, 0.375)
+    late = options_of(corpora, "3ml-self", budget={"tokens": 1000})
+    MadeRun(tmp_path / "late", late, step_seconds=1.5).work(2).score(4.75).work(1).score(4.25)
+    return [str(tmp_path / "base"), str(tmp_path / "late")]
+
+
+def cells(page: str, title: str) -> dict[str, dict[str, str]]:
+    """Run -> column -> cell of a table of report.md; of equal titles the later have '+' at the end."""
+    lines = page.split(f"## {title}\n\n")[1].split("\n\n")[0].split("\n")
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    head: list[str] = []
+    for name in rows[0]:
+        head.append(name + "+" * sum(name == before.rstrip("+") for before in head))
+    assert all(len(row) == len(head) for row in rows[2:])
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows[2:]}
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def test_counts_and_account(pair: list[str]) -> None:
+    page = report_pages.markdown(report.gather(pair))
+    work, account = cells(page, "Work"), cells(page, "Account")
+    # 8 sequences of 24: 15 % of 22 is 3 predicted; late: 11.
+    assert [work["base"][name] for name in ("steps", "sequences", "tokens seen")] == ["4", "32", "768"]
+    assert (work["base"]["tokens predicted"], work["late"]["tokens predicted"]) == ("96", "264")
+    assert work["base"]["FLOPs decoder"] == "0"
+    assert (account["base"]["budget"], account["base"]["used"]) == ("5 steps", "80.0 %")
+    assert account["late"]["used"] == "57.6 %" and account["late"]["budget"] == "1,000 tokens"
+    # 2 ranks x (5 s of start-up + 4 x 2 s + 2 evaluations x 3 s)
+    assert account["base"]["device-hours"] == f"{2 * (5 + 8 + 6) / 3600:.3g}"
+    assert account["base"]["device"] == "2 x cpu" and account["base"]["state"] == "running"
+    assert (account["base"]["lost hours"], account["base"]["attempts"]) == ("0", "1")
+
+
+def test_costs_are_relative_to_mlm_at_15_percent(pair: list[str]) -> None:
+    document = report.gather(pair)
+    base, late = document["runs"]
+    assert base["relative"] == dict.fromkeys(base["relative"], 1.0)
+    # D 32, F 48, L 24, V 15 (11 predicted, 9 of them [MASK]), P 11 against 3, 640 padded rows.
+    layer = {n: n * (8 * 32**2 + 4 * 32 * 48) + 4 * n * n * 32 for n in (15, 24)}
+    inner, plain = 2 * layer[15] + 2 * layer[24], 2 * layer[24]
+    head = 2 * 32**2 + 2 * 32 * 640
+    assert late["relative"]["token_layers"] == (2 * 15 + 2 * 24) / (2 * 24)
+    assert late["relative"]["flops_without_head"] == inner / plain
+    assert late["relative"]["flops_with_head"] == (inner + 11 * head) / (plain + 3 * head)
+    assert late["relative"]["device_time"] == pytest.approx(1.5 / 2, rel=1e-12)
+    assert late["costs"] == {
+        "token_layers": 24 * (2 * 15 + 2 * 24),
+        "flops_without_head": 3 * 24 * inner,
+        "flops_with_head": 3 * 24 * (inner + 11 * head),
+        "device_seconds": pytest.approx(2 * 3 * 1.5),
+    }
+    row = cells(report_pages.markdown(document), "Four costs")["late"]
+    assert [row["vs mlm" + "+" * n] for n in range(4)] == [
+        f"{ratio:.3f} x" for ratio in late["relative"].values()
+    ]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mlm"])
+def test_baseline_is_the_mlm_config_of_that_size(method: str) -> None:
+    modern = {"block": "modern", "norm": None}
+    mine, plain = options_of(None, method, model=modern), options_of(None, "mlm", model=modern)
+    assert report.sequence_costs(report.baseline(mine)) == report.sequence_costs(plain)
+    assert config.method(report.baseline(mine)) == "mlm"
+
+
+def test_device_time_only_against_the_same_size_device_and_precision(
+    corpora: Corpora, tmp_path: Path
+) -> None:
+    late = MadeRun(tmp_path / "late", options_of(corpora, "3ml-self")).work(1)
+    others = {
+        "wider": options_of(corpora, model={"ffn_size": 64}),
+        "longer": options_of(corpora, train={"seq_length": 32}),
+        "precise": options_of(corpora, train={"precision": "bf16"}),
+        "rate": options_of(corpora, masking={"rate": 0.4}),
+        "elsewhere": options_of(corpora),
+        "idle": options_of(corpora),
+    }
+    for name, options in others.items():
+        made = MadeRun(tmp_path / name, options, device="gpu" if name == "elsewhere" else "cpu")
+        if name != "idle":
+            made.work(1)
+    paths = [str(late.path), *(str(tmp_path / name) for name in others)]
+    runs = report.gather(paths)["runs"]
+    assert runs[0]["relative"]["device_time"] is None
+    assert runs[1 + list(others).index("elsewhere")]["relative"]["device_time"] == 1
+    # Two baselines count together: 2 s and 4 s a step.
+    for name, seconds in (("fit", 2.0), ("slow", 4.0)):
+        MadeRun(tmp_path / name, options_of(corpora), step_seconds=seconds).work(1)
+    runs = report.gather([*paths, str(tmp_path / "fit"), str(tmp_path / "slow")])["runs"]
+    assert runs[0]["relative"]["device_time"] == pytest.approx(2 / 3, rel=1e-12)
+
+
+def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
+    from pretrain.model import LateMaskModel
+
+    options = options_of(corpora, "3ml-cross")
+    module = LateMaskModel(options.model, VOCABULARY, VOCABULARY - 1)
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    found = report._parameters(options)
+    assert found["total"] == sum(sizes.values()) == found["encoder"] + found["discarded"]
+    plain = LateMaskModel(report.baseline(options).model, VOCABULARY, VOCABULARY - 1)
+    head = VOCABULARY // 128 * 128 + 128 + 32 * 32 + 32 + 64
+    assert found["encoder"] == sum(parameter.numel() for parameter in plain.parameters()) - head
+
+
+def test_held_out_is_the_last_evaluation_beside_the_unigram(pair: list[str], corpora: Corpora) -> None:
+    document = report.gather(pair)
+    row = cells(report_pages.markdown(document), "Held-out result")["base"]
+    assert (row["method"], row["step"], row["loss"], row["accuracy"]) == ("mlm", "4", "4.5000", "37.5 %")
+    assert row["bits per byte"] == f"{4.5 / math.log(2) / 4:.4f}"
+    assert [one["loss"] for one in document["runs"][0]["evaluations"]] == [5.0, 4.5]
+    assert document["runs"][0]["evaluations"][1]["device_hours"] == pytest.approx(2 * 19 / 3600)
+
+    tokenizer = load_tokenizer(corpora.tokenizer)
+    questions = HeldOut(corpora.valid, tokenizer, 24, 512)
+    targets = questions.questions(0, questions.samples).targets.ravel().tolist()
+    seen = Counter(np.asarray(IndexedReader(corpora.train).tokens).tolist())
+    every = seen.total() + VOCABULARY
+    loss = math.fsum(-math.log((seen[token] + 1) / every) for token in targets) / len(targets)
+    best = max(range(VOCABULARY), key=lambda token: seen[token])
+    assert float(row["unigram loss"]) == pytest.approx(loss, abs=6e-5)
+    assert row["unigram accuracy"] == f"{100 * targets.count(best) / len(targets):.1f} %"
+
+
+def test_lost_work_and_attempts(corpora: Corpora, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", options_of(corpora)).work(1)
+    head = made.ledger.save()
+    made.work(2)  # and killed
+    made.clock.now += 100
+    again = Ledger.open(made.path, 2, "cpu", made.clock, made.clock.now)
+    made.clock.now += 1
+    again.begin(1, head)
+    row = cells(report_pages.markdown(report.gather([str(made.path)])), "Account")["run"]
+    assert row["attempts"] == "2"
+    assert row["lost hours"] == f"{2 * 2 * 2.0 / 3600:.3g}"
+    assert float(row["lost FLOPs"].replace(",", "")) == pytest.approx(2 * made.cost.flops.total, rel=1e-3)
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+def test_incomparable_losses_are_told(corpora: Corpora, tmp_path: Path) -> None:
+    MadeRun(tmp_path / "a", options_of(corpora)).work(1).score(5.0)
+    other = options_of(corpora, corpus={"valid": corpora.other})
+    MadeRun(tmp_path / "b", options_of(corpora)).work(1).score(5.0)
+    MadeRun(tmp_path / "c", other).work(1).score(5.0, predicted=90)
+    MadeRun(tmp_path / "d", options_of(corpora, train={"seq_length": 32})).work(1).score(5.0)
+    MadeRun(tmp_path / "e", options_of(None)).work(1).score(5.0)
+    MadeRun(tmp_path / "f", other).work(1)  # has no loss to compare
+
+    def told(*names: str) -> list[str]:
+        return report.gather([str(tmp_path / name) for name in names])["warnings"]
+
+    assert told("a") == told("a", "b") == told("a", "b", "f") == []
+    fingerprints = [load_manifest(prefix).fingerprint[:12] for prefix in (corpora.valid, corpora.other)]
+    listed = "(a: {}, c: {})".format(*fingerprints)
+    predictions, corpus = sorted(told("a", "c"), key=lambda text: listed in text)
+    assert "differ in held-out corpus " + listed in corpus and "(a: 100, c: 90)" in predictions
+    (length,) = told("a", "d")
+    assert "sequence length (a: 24, d: 32)" in length
+    assert [text.partition(":")[0] for text in told("a", "e")] == [
+        "Not checked that the runs have the same tokenizer",
+        "Not checked that the runs have the same held-out corpus",
+    ]
+    document = report.gather([str(tmp_path / "a"), str(tmp_path / "d")])
+    assert length in report_pages.html(document) and "> **Warning:** The" in report_pages.markdown(document)
+
+
+# ---- runs that are not finished ------------------------------------------------------------------
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new")
+    folder.claim()
+    folder.write_config(options_of(None))
+    made = MadeRun(tmp_path / "begun", options_of(None))
+    report.main([str(folder.path), str(made.path), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert {row["step"] for row in cells(page, "Held-out result").values()} == {"none yet"}
+    assert {row["unigram loss"] for row in cells(page, "Held-out result").values()} == {"-"}
+    assert [row["state"] for row in cells(page, "Account").values()] == ["not begun", "running"]
+    made.work(1)
+    with (made.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "held_out')  # being written
+    (run,) = report.gather([str(made.path)])["runs"]
+    assert (run["totals"]["steps"], run["held_out"]) == (1, None)
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_figure(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", options_of(None)).work(1).score(5.0).work(1)
+    made.monitor.log(0.9, made.ledger.totals(), held_out_loss=math.nan, held_out_accuracy=0.0)
+    document = report.gather([str(made.path)])
+    row = cells(report_pages.markdown(document), "Held-out result")["run"]
+    assert (row["step"], row["loss"], row["accuracy"]) == ("2", "-", "0.0 %")
+    assert len(report_pages.picture(document)) > 1000
+
+
+@pytest.mark.parametrize("name", ["nothing", "file", "empty"])
+def test_what_is_no_run_is_named(name: str, pair: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        report.main([*pair, str(tmp_path / name), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Attributes that could fetch something, and the text of the tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.addresses: list[str] = []
+        self.cells: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.addresses += [
+            value or "" for name, value in attributes if name in ("src", "srcset", "href", "data")
+        ]
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in ("meta", "img", "source"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._open):
+            self.cells[-1] += data
+
+
+def test_html_fetches_nothing_and_shows_every_figure(pair: list[str]) -> None:
+    document = report.gather(pair)
+    text = report_pages.html(document)
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    assert len(page.addresses) == 4  # two panels, two themes
+    for address in page.addresses:
+        kind, data = address.split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    assert len(set(page.addresses)) == 4
+    shown = [cell for table in report_pages.TABLES for run in document["runs"] for cell in _row(table, run)]
+    assert [cell for cell in page.cells if cell in set(shown)] and not Counter(shown) - Counter(page.cells)
+
+
+def _row(table: report_pages.Table, run: dict[str, Any]) -> list[str]:
+    return [run["name"], *(column.cell(run) for column in table.columns)]
+
+
+def test_every_column_says_what_it_means() -> None:
+    for table in report_pages.TABLES:
+        meant = {column.title for column in table.columns if column.meaning}
+        assert meant == {column.title for column in table.columns}
+        assert not any(column.meaning.endswith(".") for column in table.columns)
+
+
+def test_names_are_escaped_and_told_apart(tmp_path: Path) -> None:
+    names = ["_<b>|$x$&", "one/same", "two/same"]
+    for name in names:
+        MadeRun(tmp_path / name, options_of(None)).work(1).score(5.0)
+    document = report.gather([*(str(tmp_path / name) for name in names), str(tmp_path / "one/../one/same")])
+    assert [run["name"] for run in document["runs"]] == [
+        names[0],
+        str(tmp_path / "one/same"),
+        str(tmp_path / "two/same"),
+    ]
+    page = Page(report_pages.html(document))
+    assert names[0] in page.cells and page.tags["b"] == 0
+    assert r"| \_\<b\>\|$x$& |" in report_pages.markdown(document)
+    assert len(report_pages.picture(document)) > 1000
+
+
+def test_picture_shows_the_lines(pair: list[str]) -> None:
+    image = Image.open(io.BytesIO(report_pages.picture(report.gather(pair))))
+    image.load()
+    assert image.format == "PNG" and min(image.size) > 500
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    halves = np.array_split(pixels, 2, axis=1)
+    for half in halves:
+        body = half[len(half) // 8 :]  # below the legend
+        for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+            drawn = (np.abs(body - colour).max(axis=2) < 8).sum()
+            assert drawn > 100
+    assert (pixels == 255).all(axis=2).mean() > 0.8  # quiet
+
+
+def test_axes_have_fitting_units() -> None:
+    def run(flops: float, hours: float) -> dict[str, Any]:
+        return {"evaluations": [{"loss": 1.0, "flops": flops, "device_hours": hours}, {"loss": None}]}
+
+    assert report_pages._flops_axis([run(2.5e19, 0), run(5e18, 0)]) == (
+        "training FLOPs, head included ($10^{19}$)",
+        [[2.5], [0.5]],
+    )
+    assert report_pages._flops_axis([run(500, 0)])[1] == [[500]]
+    for hours, label, value in ((30.0, "hours", 30.0), (0.5, "minutes", 30.0), (0.01, "seconds", 36.0)):
+        axis = report_pages._time_axis([run(1, hours)])
+        assert axis == (f"device-{label}, everything included", [[pytest.approx(value)]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.5, "1.5"),
+        (99_999, "99,999"),
+        (123_456, "1.235e5"),
+        (4e13, "4.000e13"),
+        (9.9999e9, "1.000e10"),
+    ],
+)
+def test_large_numbers(value: float, text: str) -> None:
+    assert report_pages._scientific(value) == text
+
+
+def test_program_prints_only_json_and_replaces_whole_files(pair: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    command = [sys.executable, "-m", "tools.report", *pair, "--output", str(output)]
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [run["name"] for run in document["runs"]] == ["base", "late"]
+    assert document["runs"][1]["held_out"]["loss"] == 4.25
+    assert sorted(path.name for path in output.iterdir()) == ["loss.png", "report.html", "report.md"]
+    first = (output / "report.md").stat().st_ino
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.split() == [str(output / name) for name in ("report.md", "report.html", "loss.png")]
+    assert (output / "report.md").stat().st_ino != first
+    bad = subprocess.run([*command[:3], "nowhere", *command[-2:]], cwd=ROOT, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "") and "nowhere" in bad.stderr
