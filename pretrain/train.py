@@ -34,7 +34,7 @@ from pretrain.topology import Topology, device_name
 DONE, STOPPED = 0, 75
 """Exit codes: the budget is spent; stopped early on request, start me again."""
 
-_PROGRESS_UNITS = 2**53  # progress travels as an integer, exact to the last bit of a double
+_PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
 
 
 # ---- what a run reads ----------------------------------------------------------------------------
@@ -348,8 +348,10 @@ def train(run: Run) -> int:
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
         if evaluation_due(run, turn):
             evaluate(run, turn)
+            continue  # it took time, which may be what the budget is made of, or what a signal gives
         if turn.save_due or (ending and run.saved != run.step):
             save(run)
+            continue
         if ending:
             return finish(run, turn)
 
