@@ -1,0 +1,214 @@
+"""Budgets, rates, layouts and refusals of whole runs."""
+
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from signal import SIGTERM
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain import config, engine, ledger, schedule, train
+from pretrain.checkpoint import RunFolder
+from pretrain.monitor import read_metrics
+from pretrain.topology import Topology
+from tests.conftest import encode
+from tests.runs import Outcome, Strike, attempt, finish, losses
+
+Words = Callable[..., list[str]]
+
+QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
+BARE = ("corpus.valid=",)
+
+
+def cost(words: list[str]) -> Any:
+    """Of an update of tiny.yaml with these overrides."""
+    options = config.load(words[0], [*words[1:], "model.vocab_size=400"])
+    return train.step_cost(options)
+
+
+# ---- the budget ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
+@pytest.mark.parametrize("updates", [4.0, 4.99])
+def test_budget_is_spent_and_never_exceeded(unit: str, updates: float, words: Words, tmp_path: Path) -> None:
+    one = cost(words("a", *QUERY))
+    each = {"steps": 1, "tokens": one.tokens_seen, "flops": one.flops.total}[unit]
+    amount = int(updates * each)
+    finish(words("a", "budget.steps=null", f"budget.{unit}={amount}", *QUERY))
+    totals = ledger.total([tmp_path / "a"])
+    assert (totals["steps"], totals["samples"]) == (4, 4 * 8)
+    assert totals["tokens_seen"] == 4 * one.tokens_seen
+    assert totals["flops"]["total"] == 4 * one.flops.total
+    assert [line["progress"] for line in read_metrics(tmp_path / "a")] == pytest.approx(
+        [n * each / amount for n in (1, 2, 3, 4)], rel=1e-15
+    )
+
+
+def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
+    """Every second counts on each rank, in all attempts."""
+    endless = attempt(words("a", "budget.steps=null", "budget.device_hours=9"), 2, Strike(SIGTERM, 20))
+    assert endless.codes == [75, 75]
+    first = ledger.total([tmp_path / "a"])
+    budget = (first["device_seconds"]["total"] + 6) / 3600
+    finish(words("a", "budget.steps=null", f"budget.device_hours={budget}"), 2)
+    lines = read_metrics(tmp_path / "a")[20:]
+    # The last update may take longer than the one before it, by which it was let in.
+    assert all(line["device_hours"] <= budget for line in lines[:-1])
+    for before, line in pairwise(lines):
+        assert before["device_hours"] <= line["progress"] * budget * 1.000001
+        assert line["progress"] * budget <= line["device_hours"] * 1.000001
+    spent = ledger.total([tmp_path / "a"])
+    assert spent["attempts"] == 2 and spent["lost_flops"] == 0
+    assert spent["device_seconds"]["total"] > first["device_seconds"]["total"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
+def test_rate_follows_the_spent_share(
+    kind: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = words("a", f"schedule.kind={kind}", "schedule.warmup=0.3", "schedule.floor=0.1", *BARE)
+    each, amount = cost(command).tokens_seen, 2000
+    options = config.load(command[0], [*command[1:], "budget.steps=null", f"budget.tokens={amount}"])
+    rates: list[float] = []
+    step = engine.TorchEngine.step
+    monkeypatch.setattr(engine.TorchEngine, "step", lambda self, lr: rates.append(lr) or step(self, lr))
+    monkeypatch.setattr(train, "Signals", lambda: SimpleNamespace(received=None))
+    run = train.build(options, Topology(), RunFolder(tmp_path / "a"))
+    assert train.train(run) == 0
+    train.close(run)
+    spent = [n * each / amount for n in range(amount // each + 1)]
+    scales = [schedule.scale(kind, progress, 0.3, 0.1) for progress in spent]
+    assert rates == pytest.approx([3e-3 * scale for scale in scales[:-1]], rel=1e-14)
+    # A line tells the rate of the update that follows it.
+    logged = [line["lr"] for line in read_metrics(tmp_path / "a")]
+    assert logged == pytest.approx([3e-3 * scale for scale in scales[1:]], rel=1e-14)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops"])
+def test_budget_below_one_update_is_refused(unit: str, words: Words) -> None:
+    (line,) = refused(attempt(words("a", "budget.steps=null", f"budget.{unit}=100")))
+    assert f"budget.{unit} = 100 is less than one update costs" in line
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+ZERO = "train.engine=deepspeed", "parallel.zero=1"
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "accumulated": (1, ("train.micro_batch_size=2",)),
+    "data": (2, ()),
+    "data, accumulated": (2, ("train.micro_batch_size=2",)),
+    "tensor": (2, ("parallel.tensor=2",)),
+    "tensor x data": (4, ("parallel.tensor=2",)),
+    "zero": (2, ZERO),
+    "zero, tensor x data": (4, ("parallel.tensor=2", *ZERO)),
+}
+MODEL = (*QUERY, "train.batch_size=12", "masking.views=2", "evaluate.samples=23")
+
+
+def check_losses(run: Path, expected: list[Any]) -> None:
+    """Steps and losses of a run, up to float32 rounding."""
+    for found, wanted in zip(losses(run), expected, strict=True):
+        assert [value is None for value in found] == [value is None for value in wanted]
+        assert [value or 0 for value in found] == pytest.approx([value or 0 for value in wanted], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Losses of one rank that does a batch at once."""
+    run = tmp_path_factory.mktemp("alone")
+    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", *MODEL])
+    return losses(run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(layout: str, alone: list[Any], words: Words, tmp_path: Path) -> None:
+    ranks, options = LAYOUTS[layout]
+    finish(words("a", *MODEL, *options), ranks)
+    check_losses(tmp_path / "a", alone)
+
+
+def test_a_run_goes_through_all_layouts(alone: list[Any], words: Words, tmp_path: Path) -> None:
+    for ranks, options in LAYOUTS.values():
+        outcome = attempt(words("a", *MODEL, *options), ranks, Strike(SIGTERM, 1, rank=ranks - 1))
+        assert outcome.codes == [75] * ranks, outcome.text
+    finish(words("a", *MODEL))
+    check_losses(tmp_path / "a", alone)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def refused(outcome: Outcome) -> list[str]:
+    """The error lines of an attempt that all ranks left with exit code 2."""
+    assert set(outcome.codes) == {2}, outcome.text
+    assert "Traceback" not in outcome.text
+    return [line.removeprefix("error: ") for line in outcome.text.splitlines() if line.startswith("error: ")]
+
+
+def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path) -> None:
+    bad = ("model.num_layer=3", "train.batch_size=many", "budget.tokens=1e6", "optimzer.lr=1")
+    lines = refused(attempt(words("a", *bad)))
+    parts = [
+        "unknown section 'optimzer'; did you mean optimizer?",
+        "unknown key model.num_layer; did you mean model.num_layers?",
+        "train.batch_size = 'many'",
+        "budget has 2 units (steps, tokens)",
+    ]
+    assert len(lines) == len(parts)
+    for part in parts:
+        assert any(part in line for line in lines), (part, lines)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "part"),
+    [
+        (1, ("corpus.train=/no/where",), "/no/where.json"),
+        (2, ("corpus.train=/no/where",), "/no/where.json"),
+        (2, ("corpus.valid=/no/where",), "/no/where"),
+        (3, (), "train.batch_size = 8 is no multiple of data-parallel ranks"),
+        (2, ("train.micro_batch_size=8",), "train.batch_size = 8 is no multiple of data-parallel ranks"),
+        (2, ("parallel.tensor=4",), "parallel.tensor = 4 does not divide the 2 ranks"),
+        (1, ("parallel.tensor=2",), "parallel.tensor = 2 does not divide the 1 ranks"),
+        (1, ("corpus.tokenizer=/no/where",), "/no/where"),
+        (2, ("run.dir=/proc/run",), "/proc/run: cannot be written"),
+        (
+            1,
+            (*ZERO, "deepspeed.gradient_clipping=3"),
+            "deepspeed.gradient_clipping = 3 contradicts train.clip",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(ranks: int, options: tuple[str, ...], part: str, words: Words) -> None:
+    (line,) = set(refused(attempt(words("a", *options), ranks)))
+    assert part in line
+
+
+def test_corpus_without_manifest_is_refused(words: Words, tiny: Path, tmp_path: Path) -> None:
+    for end in ("bin", "idx"):
+        shutil.copy(tiny / f"short.{end}", tmp_path / f"bare.{end}")
+    (line,) = refused(attempt(words("a", f"corpus.train={tmp_path}/bare")))
+    assert str(tmp_path / "bare.json") in line
+
+
+def test_corpus_below_one_window_is_refused(words: Words, tiny: Path, tmp_path: Path) -> None:
+    encode(["a few words"], tiny / "tokenizer", tmp_path / "few")
+    (line,) = refused(attempt(words("a", f"corpus.train={tmp_path}/few")))
+    assert "do not fill one window of train.seq_length = 24" in line
+
+
+def test_setting_without_effect_is_told(words: Words) -> None:
+    outcome = finish(words("a", "model.mask_vector=tied", "budget.steps=1"))
+    assert "warning: model.mask_vector has no effect" in outcome.text
+
+
+def test_dry_run_leaves_nothing(words: Words, tmp_path: Path) -> None:
+    outcome = finish(words("a", "--dry-run", *QUERY))
+    assert "method      3ml-query: 2 + 2 layers x 32" in outcome.text
+    assert config.build(yaml.safe_load(outcome.text.split("method ")[0])).model.vocab_size == 400
+    assert not (tmp_path / "a").exists()
