@@ -28,9 +28,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pretrain import word_cache
 from pretrain.config import UserError
 
 IdArray: TypeAlias = npt.NDArray[np.int32]
+Lengths: TypeAlias = npt.NDArray[np.int64]
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -54,6 +56,17 @@ _SCORE_GRID = 128
 """Unigram scores are multiples of 1/128. SentencePiece adds them in float32, Hugging Face in
 float64; on this grid both sums are exact below 2**17, so ties break alike. 1/1024 is too fine for
 documents of megabytes."""
+
+_PROBE = (
+    "The quick brown fox's 1,234.56 don't we'll I'VE it'd a_b-c/d@e.org -- ... (x) [y] {z} \"q\"",
+    "  two  spaces   three\n\n new\tlines \r\n and\x0b\x0c the end  ",
+    "<s> </s> <pad> <unk> <mask> a<mask>b <|endoftext|>",
+    "caf\u00e9 cafe\u0301 na\u00efve \u2019s \u201cquoted\u201d\u2014dash \u00bd \u2167 \u0661\u0662 \ufb01",
+    "no\u00a0break em\u2003wide\u3000line\u2028par\u2029next\u0085zero\u200bwidth\ufeff\u00ad",
+    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0627\u0644 \u0e44\u0e17\u0e22 \U0001f468\u200d\U0001f469 \U0010ffff \x00\x1b\x1c.\x1f\x7f",
+    "a" * 70 + " " * 9 + "=" * 70 + "\n" * 5 + "0" * 70,
+)
+"""Where byte-level encoders differ: contractions, white space, literal specials, scripts, long runs."""
 
 _LONGEST_LINE = 1 << 20
 """Characters. The trainer drops longer lines than its byte limit with a mere warning, so we cut
@@ -105,9 +118,14 @@ class Tokenizer(ABC):
         self._refuse_live_specials(path, specials)
 
     @abstractmethod
+    def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
+        """Token ids of all texts end to end (int32), without specials, and ids per text [n]. Texts
+        must be valid Unicode."""
+
     def encode_batch(self, texts: list[str]) -> list[IdArray]:
-        """Token ids of each text (read-only int32 [n]), without specials. Texts must be valid
-        Unicode."""
+        """Token ids of each text (int32 [n], a view), without specials."""
+        tokens, lengths = self.encode_flat(texts)
+        return np.split(tokens, np.cumsum(lengths)[:-1]) if texts else []
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
@@ -115,8 +133,8 @@ class Tokenizer(ABC):
         (SentencePiece)."""
 
     def encode(self, text: str) -> IdArray:
-        """Token ids of one text (read-only int32 [n]), without specials."""
-        return self.encode_batch([text])[0]
+        """Token ids of one text (int32 [n]), without specials."""
+        return self.encode_flat([text])[0]
 
     def piece(self, id: int) -> str:
         """Spelling of one id in the vocabulary's own alphabet, such as "\u2581the"."""
@@ -133,7 +151,7 @@ class Tokenizer(ABC):
 
 
 class _SentencePieceTokenizer(Tokenizer):
-    """``tokenizer.model``; the numpy route, several times the speed of Python lists."""
+    """``tokenizer.model``; numpy arrays, several times the speed of Python lists, and for BPE a cache."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -146,11 +164,30 @@ class _SentencePieceTokenizer(Tokenizer):
         flags = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         hidden = {i for i in everything if any(flag(i) for flag in flags)}
         kind = "bpe" if _trainer_field(path.read_bytes(), _MODEL_TYPE) == 2 else "unigram"
-        super().__init__(path, kind, self._processor.id_to_piece(everything), SPECIALS, hidden)
+        pieces = self._processor.id_to_piece(everything)
+        self._cache = None
+        if kind == "bpe" and self._encodes_by_word(pieces):
+            self._cache = word_cache.WordCache(self._processor.encode)
+            self._split = word_cache.space_splitter(SPACES)
+        super().__init__(path, kind, pieces, SPECIALS, hidden)
 
-    def encode_batch(self, texts: list[str]) -> list[IdArray]:
+    def _encodes_by_word(self, pieces: Sequence[str]) -> bool:
+        """Whether words can be encoded one by one: normalised by our rule, and no piece has a space
+        inside."""
+        points = [chr(point) for point in range(0x10000) if not 0xD800 <= point < 0xE000]
+        spaced = "".join(f"a{point}" for point in points)
+        ours = "".join("a " if ord(point) in SPACES or point == " " else f"a{point}" for point in points)
+        normal = "\u2581" + ours.replace(" ", "\u2581")
+        return not any("\u2581" in piece[1:] for piece in pieces) and (
+            self._processor.normalize(spaced) == normal and not self._processor.encode("  ")
+        )
+
+    def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
+        if self._cache is not None:
+            return word_cache.encode_flat(texts, self._split, self._cache)
         arrays: list[IdArray] = self._processor.encode_as_numpy(texts, num_threads=1)
-        return arrays
+        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        return np.concatenate([np.empty(0, np.int32), *arrays]), lengths
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
         text: str = self._processor.decode([int(i) for i in ids])
@@ -158,10 +195,13 @@ class _SentencePieceTokenizer(Tokenizer):
 
 
 class _JsonTokenizer(Tokenizer):
-    """Any ``tokenizer.json`` whose vocabulary names the five specials, RoBERTa's or BERT's
-    spelling."""
+    """Any ``tokenizer.json`` whose vocabulary names the five specials, RoBERTa's or BERT's spelling.
 
-    def __init__(self, path: Path) -> None:
+    GPT-2's kind of byte-level BPE is encoded by fastokens where that is installed and gives the same
+    ids on a probe, else through a cache of words; all others by the package itself.
+    """
+
+    def __init__(self, path: Path, use_fastokens: bool) -> None:
         import tokenizers
 
         try:
@@ -178,27 +218,58 @@ class _JsonTokenizer(Tokenizer):
         hidden = {i for i, piece in enumerate(pieces) if not piece}  # ids that nothing has
         hidden |= {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         specials = SPECIALS if SPECIALS[-1] in ids else _BERT_SPECIALS
+        spec = json.loads(self._tokenizer.to_str())
+        self._cache = self._fast = None
+        if word_cache.is_byte_level(spec):
+            self._fast = self._fastokens(spec) if use_fastokens else None
+            self._cache = None if self._fast else word_cache.byte_level_cache(self._tokenizer)
         super().__init__(path, "json", pieces, specials, hidden)
 
-    def encode_batch(self, texts: list[str]) -> list[IdArray]:
+    def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
+        if self._fast is not None:
+            ids, offsets = self._fast.encode_batch_flat(texts)
+            return np.frombuffer(ids, np.int32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        if self._cache is not None:
+            return word_cache.encode_flat(texts, word_cache.split_byte_level, self._cache)
+        arrays = [np.array(ids, np.int32) for ids in self._reference_ids(texts)]
+        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        return np.concatenate([np.empty(0, np.int32), *arrays]), lengths
+
+    def _reference_ids(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
+
+    def _fastokens(self, spec: dict[str, Any]) -> Any:
+        """The encoder of the fastokens package, None where it is missing or differs."""
+        try:
+            from fastokens import Tokenizer as FastTokenizer
+
+            # Without added tokens their letters are ordinary text.
+            encoder = FastTokenizer.from_json_str(
+                json.dumps(spec | {"added_tokens": [], "post_processor": None})
+            )
+        except (ImportError, ValueError):
+            return None
+        probe = [*_PROBE, " ".join(_PROBE)]
+        ids = np.frombuffer(encoder.encode_batch_flat(probe)[0], np.uint32).tolist()
+        return encoder if ids == [i for text in self._reference_ids(probe) for i in text] else None
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path, use_fastokens: bool = True) -> Tokenizer:
     """The tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``."""
     folder = Path(directory)
     if (folder / MODEL_FILE).is_file():
         return _SentencePieceTokenizer(folder / MODEL_FILE)
     if (folder / JSON_FILE).is_file():
-        return _JsonTokenizer(folder / JSON_FILE)
-    raise UserError(
-        f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; make one with python -m tools.train_tokenizer"
-    )
+        return _JsonTokenizer(folder / JSON_FILE, use_fastokens)
+    hint = "make one with python -m tools.train_tokenizer"
+    if any((folder / name).is_file() for name in ("vocab.json", "encoder.json")):
+        hint = f"convert its files with python -m tools.train_tokenizer --import {folder} --output DIR"
+    raise UserError(f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; {hint}")
 
 
 def train_sentencepiece(

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"config", "schedule", "flops", "rng"},
+    {"config", "schedule", "flops", "rng", "word_cache"},
     {"tokenizer", "corpus", "sampler", "masking", "model", "loss", "optimizer"},
     {"topology", "tensor_parallel", "engine", "checkpoint"},
     {"ledger", "evaluate", "monitor"},
@@ -32,7 +32,7 @@ HOMES = {
     "sentencepiece": {"pretrain/tokenizer.py"},
     "mpi4py": {"pretrain/topology.py", "tools/encode_corpus.py"},
 }
-WITHOUT_TORCH = {"config", "flops", "schedule", "rng", "tokenizer", "corpus"}
+WITHOUT_TORCH = {"config", "flops", "schedule", "rng", "word_cache", "tokenizer", "corpus"}
 
 
 def imports(path):
