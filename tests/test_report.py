@@ -28,7 +28,7 @@ from pretrain.masking import counts
 from pretrain.monitor import Monitor
 from pretrain.tokenizer import load_tokenizer, train_sentencepiece
 from tests.methods import METHODS, small
-from tools import encode_corpus, report, report_pages
+from tools import encode_corpus, plots, report, report_pages
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 600
@@ -360,6 +360,7 @@ class Page(HTMLParser):
 def test_html_fetches_nothing_and_shows_every_figure(pair: list[str]) -> None:
     document = report.gather(pair)
     text = report_pages.html(document)
+    assert text == report_pages.html(document)  # the same figures are the same bytes
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     style = text.split("<style>")[1].split("</style>")[0]
@@ -413,6 +414,18 @@ def test_picture_shows_the_lines(pair: list[str]) -> None:
             drawn = (np.abs(body - colour).max(axis=2) < 8).sum()
             assert drawn > 100
     assert (pixels == 255).all(axis=2).mean() > 0.8  # quiet
+
+
+def test_legend_shows_every_name_as_it_is() -> None:
+    names = ["_hidden", "$x$", "a" * 100, *(f"run-{i}" for i in range(40))]
+    with plots.theme("dark"):
+        figure, (axes,) = plots.figure(1)
+        plots.draw(axes, [plots.Line(name, [1.0], [2.0]) for name in names], [], "x", "y")
+        plots.legend(figure, axes)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [" _hidden", r"\$x\$", "..." + "a" * 37, *names[3:]]
+    looks = {(line.get_color(), line.get_marker()) for line in axes.get_lines()}
+    assert len(looks) == 35
 
 
 def test_axes_have_fitting_units() -> None:
