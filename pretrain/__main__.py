@@ -62,7 +62,7 @@ def plan(options: Config, data_size: int, windows: int) -> str:
         f"parameters  {parts}",
         f"sequence    {c.length} rows: {c.predicted} predicted ({c.masked} [MASK], {c.random} random,"
         f" {c.predicted - c.masked - c.random} kept); the encoder sees"
-        f" {c.visible if m.mask_from else c.length}",
+        f" {c.length - (flops.late_masks(m, c.masked) if m.mask_from else 0)}",
         f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
         f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
         f"budget      {_budget(options, cost, windows)}",

@@ -33,7 +33,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a sequence: all, those the encoder sees, those predicted."""
+    """Rows of a sequence: all, those that are no [MASK], those predicted."""
 
     length: int
     visible: int
@@ -59,6 +59,16 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def late_masks(model: Model, masked: int) -> int:
+    """How many of M [MASK] rows join late; the encoder sees the rest, `mask_leak` of them, halves up."""
+    return masked - int(model.mask_leak * masked + 0.5 + 1e-9)
+
+
+def _encoded(rows: Rows, model: Model) -> int:
+    """V, rows that the encoder's first layers see."""
+    return rows.length - late_masks(model, rows.length - rows.visible)
+
+
 def _attention(n: int, m: int, D: int) -> int:
     return 4 * n * m * D  # scores and mixing, 2 n m D each
 
@@ -74,7 +84,7 @@ def _self_layer(n: int, model: Model) -> int:
 
 
 def _decoder_layer(rows: Rows, model: Model) -> int:
-    D, L, V, P = model.hidden_size, rows.length, rows.visible, rows.predicted
+    D, L, V, P = model.hidden_size, rows.length, _encoded(rows, model), rows.predicted
     if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
         return 4 * P * D * D + 4 * L * D * D + _attention(P, L, D) + _ffn(P, model)
     layer = _self_layer(L, model)
@@ -86,7 +96,7 @@ def _decoder_layer(rows: Rows, model: Model) -> int:
 def _encoder_rows(rows: Rows, model: Model) -> list[int]:
     """Rows that each encoder layer works on."""
     late = min(model.mask_from, model.num_layers)
-    return [rows.visible] * late + [rows.length] * (model.num_layers - late)
+    return [_encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
 
 
 def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
@@ -141,7 +151,7 @@ def token_layers(model: Model, rows: Rows) -> float:
         attention = {
             "self": _attention(rows.length, rows.length, D),
             "query": _attention(rows.predicted, rows.length, D),
-            "cross": _attention(rows.length, rows.length + rows.visible, D),
+            "cross": _attention(rows.length, rows.length + _encoded(rows, model), D),
         }[model.decoder]
         linear += model.decoder_layers * (_decoder_layer(rows, model) - attention)
     return linear / unit

@@ -11,10 +11,11 @@ Attention does not see the order of rows, so joining the masks is a concatenatio
 the last P rows, and every shape is static. `mask_from` says before which layer the masks join and
 `decoder_layers` how many throw-away layers follow the encoder: (0, 0) is BERT's masked LM (Devlin et al.
 2019) as RoBERTa trains it, (num_layers, 2) is 3ML (Liao et al. 2022, arXiv 2211.04898), (num_layers, 4)
-with a tied mask vector is MAE-LM (Meng et al. 2023, arXiv 2302.02060).
+with a tied mask vector is MAE-LM (Meng et al. 2023, arXiv 2302.02060). `mask_leak` moves some of the
+[MASK] rows over to the visible ones, where they are pieces like others.
 
-Letters: B batch, L rows of a sequence, V visible, M masked, P predicted, S rows here, T rows attended
-to, D width, F inner width, H heads, E head width.
+Letters: B batch, L rows of a sequence, V visible, M late [MASK] rows, P predicted, S rows here, T rows
+attended to, D width, F inner width, H heads, E head width.
 
 The trap: under tensor parallelism a rank holds some of the heads, so views infer the head count (-1).
 """
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import config, rng
-from pretrain.flops import padded_vocab
+from pretrain.flops import late_masks, padded_vocab
 from pretrain.loss import ChunkedCrossEntropy
 
 Array = npt.NDArray[np.int64]
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
     targets: Tensor
     """[B, P] true pieces of the last P rows."""
     num_masked: int
-    """M."""
+    """[MASK] rows; without a `mask_leak` this is M."""
 
     @classmethod
     def of(
@@ -269,13 +270,14 @@ class LateMaskModel(nn.Module):
         With num_masked = 0 this is the exported encoder on ordinary input.
         """
         B, L = ids.shape
-        V = L - num_masked if self.m.mask_from else L
+        M = late_masks(self.m, num_masked)
+        V = L - M if self.m.mask_from else L
         rotation = self.rotation(positions)
         x = self._embed(self.tok(ids[:, :V]), positions[:, :V])
         for i, layer in enumerate(self.layers):
             if i == self.m.mask_from and V < L:
                 # Shared depth: a mask enters the stack as a word would, only later.
-                masks = self._embed(self._mask_rows(B, num_masked), positions[:, V:])
+                masks = self._embed(self._mask_rows(B, M), positions[:, V:])
                 x = torch.cat((x, masks), 1)
             x = self._run(layer, x, _rows(rotation, 0, x.shape[1]))
         return self.final_norm(x)
@@ -284,7 +286,8 @@ class LateMaskModel(nn.Module):
         d = self.decoder
         assert d is not None
         B, L = batch.ids.shape
-        x = torch.cat((encoded_BVD, self._mask_rows(B, batch.num_masked).to(encoded_BVD.dtype)), 1)
+        masks_BMD = self._mask_rows(B, L - encoded_BVD.shape[1])
+        x = torch.cat((encoded_BVD, masks_BMD.to(encoded_BVD.dtype)), 1)
         if self.m.block == "roberta":
             table = d.positions if self.m.decoder_positions == "own" else self.positions
             x = x + table(batch.positions)

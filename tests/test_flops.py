@@ -41,10 +41,11 @@ def test_training_flops_equal_torchs_counter(method, block, rate):
     assert counted(built, batch).get_total_flops() == expected.total
 
 
+@pytest.mark.parametrize("leak", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_parts_equal_torchs_counter(method):
+def test_parts_equal_torchs_counter(method, leak):
     """Encoder and head counted as modules; what is left is the decoder."""
-    config, built, rows, batch = build(method, "post")
+    config, built, rows, batch = build(method, "post", model={"mask_leak": leak})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as encoder:
             built.encode(batch.ids, batch.positions, batch.num_masked)

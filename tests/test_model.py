@@ -259,9 +259,11 @@ def _gelu(x: Tensor) -> Tensor:
 # ---- comparing -----------------------------------------------------------------------------------
 
 
-def gradients(model: LateMaskModel, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: LateMaskModel, loss: Tensor, unused: bool = False) -> dict[str, Tensor]:
+    """By name; `unused`: a parameter may have no part in the loss, its gradient is 0."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    found = torch.autograd.grad(loss, parameters, allow_unused=unused, materialize_grads=unused)
+    return dict(zip(names, found, strict=True))
 
 
 def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -316,6 +318,35 @@ def test_masks_of_any_number(block: str, method: str) -> None:
         batch = Batch(ids.gather(1, order), order, targets, masked)
         expected = reference_loss(model, natural).item()
         assert model(batch).item() == pytest.approx(expected, rel=1e-10), (predicted, masked)
+
+
+@blocks
+@late
+@pytest.mark.parametrize("leak, late_masks", [(0.4, 3), (0.5, 2), (1.0, 0)])
+def test_leaked_masks_are_pieces_like_others(block: str, method: str, leak: float, late_masks: int) -> None:
+    """Of five [MASK] rows the encoder sees the leaked ones (halves rounded up): the reference is told so
+    by what it takes for masked."""
+    model = make_model(block, method, mask_leak=leak).double()
+    natural, batch, order = make_batches()
+    natural = natural._replace(masked=order.argsort(1) >= L - late_masks)
+    loss, expected = model(batch), reference_loss(model, natural)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    ours, theirs = (gradients(model, loss, unused=True) for loss in (loss, expected))
+    assert_near(ours, theirs, 1e-10)
+
+
+@blocks
+def test_all_masks_leaked_is_mlm(block: str) -> None:
+    """With no decoder the same bits; with one, the encoder of mlm and a decoder after it."""
+    plain, batch = make_model(block, "mlm"), make_batches()[1]
+    for method in METHODS:
+        leaky = make_model(block, method, mask_leak=1.0)
+        leaky.load_state_dict(plain.state_dict(), strict=False)
+        if leaky.decoder is None:
+            assert torch.equal(leaky(batch), plain(batch))
+        encoded = leaky.encode(batch.ids, batch.positions, MASKED)
+        assert torch.equal(encoded, plain.encode(batch.ids, batch.positions, MASKED))
+        assert leaky.decoder is None or not torch.equal(leaky(batch), plain(batch))
 
 
 # ---- against torch.nn's own encoder --------------------------------------------------------------
