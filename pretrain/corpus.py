@@ -4,10 +4,12 @@ A corpus is three files. ``PREFIX.bin`` holds token ids and nothing else; ``PREF
 version 1, byte for byte what megatron-core's IndexedDataset writes and reads) cuts them into
 sequences and documents; ``PREFIX.json`` is ours: the manifest with counts, provenance and one
 sha256 per 16 MiB, so that damage is found and named. The manifest is written last: without one a
-corpus is foreign or unfinished.
+corpus is foreign or unfinished. Where the text came from several sources, ``PREFIX.src`` says which
+for each document (uint16; the names are in the manifest, 65535 is none); Megatron ignores it.
 
 The one idea: everything streams. The writer keeps lengths in a file beside the tokens, so its
-memory does not grow with the corpus; the reader maps both files and answers with views.
+memory does not grow with the corpus; the reader maps the files and answers with views; a merge lets
+the kernel copy the tokens.
 
 The trap: fairseq's mmap index has the same magic and version and another layout. Only the size
 tells them apart.
@@ -18,6 +20,7 @@ offsets in the .bin, int64 [D] document table: 0, then the number of sequences a
 document. An empty document repeats an entry.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -56,6 +59,15 @@ BLOCK_BYTES = 16 << 20
 
 _CHUNK = 1 << 20
 """Items of an index array handled at a time."""
+
+_COPY_BYTES = 4 << 20
+
+NO_SOURCE = 0xFFFF
+"""Code in PREFIX.src of a document whose source is not known."""
+
+_MAX_SOURCES = 1024
+"""Sources told apart; the rest are "other", or a corpus of addresses instead of kinds would make a
+manifest as long as itself."""
 
 FORMAT = 1
 
@@ -124,6 +136,9 @@ class Manifest(Origin):
     block_bytes: int
     bin_blocks: list[str]
     idx_blocks: list[str]
+    src_blocks: list[str] = []
+    source_names: list[str] = []
+    """Names of the codes in PREFIX.src; empty where there is no such file."""
     fingerprint: str = ""
     """sha256 of everything that defines the content: the same tokens in the same documents."""
 
@@ -191,11 +206,11 @@ class IndexedReader:
         at = _HEADER.size
         self.sequence_lengths = index[at : at + 4 * self.num_sequences].view("<i4")
         at += 4 * self.num_sequences
-        pointers = index[at : at + 8 * self.num_sequences].view("<i8")
+        self._pointers = index[at : at + 8 * self.num_sequences].view("<i8")
         at += 8 * self.num_sequences
         self.document_table = index[at : at + 8 * entries].view("<i8")
         raw = _map(tokens_path)
-        self._check_index(index_path, pointers)
+        self._check_index(index_path)
         expected = self.num_tokens * self.dtype.itemsize
         if raw.size != expected:
             what = "truncated" if raw.size < expected else "too long"
@@ -205,7 +220,7 @@ class IndexedReader:
             )
         self.tokens: TokenArray = raw.view(self.dtype)
 
-    def _check_index(self, path: Path, pointers: Int64Array) -> None:
+    def _check_index(self, path: Path) -> None:
         """Lengths, byte offsets and document table tell one story: sequences lie end to end."""
         total = 0
         for start in range(0, self.num_sequences, _CHUNK):
@@ -213,14 +228,17 @@ class IndexedReader:
             if lengths.min() < 0:
                 raise UserError(f"{path}: damaged: negative sequence length; encode it again")
             ends = total + np.cumsum(lengths)
-            if not np.array_equal(pointers[start : start + _CHUNK], (ends - lengths) * self.dtype.itemsize):
+            pointers = self._pointers[start : start + _CHUNK]
+            if not np.array_equal(pointers, (ends - lengths) * self.dtype.itemsize):
                 raise UserError(
                     f"{path}: damaged: byte offsets do not follow from the lengths "
                     f"in sequences {start} to {start + len(lengths) - 1}; encode it again"
                 )
             total = int(ends[-1])
         table = self.document_table
-        if table[0] != 0 or table[-1] != self.num_sequences or np.any(table[1:] < table[:-1]):
+        pieces = (table[start : start + _CHUNK + 1] for start in range(0, len(table), _CHUNK))
+        falls = any(np.any(piece[1:] < piece[:-1]) for piece in pieces)
+        if table[0] != 0 or table[-1] != self.num_sequences or falls:
             raise UserError(
                 f"{path}: damaged: the document table does not run from 0 up to the "
                 f"{self.num_sequences} sequences; encode it again"
@@ -245,9 +263,30 @@ class IndexedReader:
         """Tokens of each document: int64 [N]; empty documents have 0."""
         return np.diff(self.document_bounds)
 
+    def token_offsets(self, sequences: Int64Array) -> Int64Array:
+        """First token of each of these sequences; T for S. Needs no table of its own."""
+        offsets = np.full(len(sequences), self.num_tokens, dtype=np.int64)
+        inside = sequences < self.num_sequences
+        offsets[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        return offsets
+
     def document(self, i: int) -> TokenArray:
         """Tokens of document i, a view."""
         return self.tokens[self.document_bounds[i] : self.document_bounds[i + 1]]
+
+
+def read_sources(prefix: str | Path) -> tuple[list[str], npt.NDArray[np.uint16]]:
+    """Names of the sources of text, and each document's code [N]: an index of them or NO_SOURCE.
+
+    Nobody knows (no names, all NO_SOURCE) where there is no PREFIX.src.
+    """
+    manifest, path = load_manifest(prefix), corpus_file(prefix, "src")
+    if not manifest.source_names:
+        return [], np.full(manifest.documents, NO_SOURCE, dtype=np.uint16)
+    codes = _map(path).view("<u2")
+    if len(codes) != manifest.documents:
+        raise UserError(f"{path}: {len(codes)} entries for {manifest.documents} documents; encode it again")
+    return manifest.source_names, codes
 
 
 def _map(path: Path) -> npt.NDArray[np.uint8]:
@@ -310,24 +349,46 @@ class CorpusWriter:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = self.empty_documents = 0
+        self._source_codes: dict[str, int] = {}
         if not overwrite:
             refuse_existing(prefix)
         corpus_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _HashedFile(self._partial("bin"))
+        self._bin, self._sources = _HashedFile(self._partial("bin")), _HashedFile(self._partial("src"))
         # One int32 a sequence, one int64 a document; the index is put together from them at the end.
         self._lengths = self._partial("lengths").open("w+b")
         self._table = self._partial("table").open("w+b")
         self._table.write(np.zeros(1, dtype="<i8").tobytes())
 
-    def append_documents(self, tokens: TokenArray, lengths: npt.ArrayLike) -> None:
-        """Add documents of one sequence each: their tokens end to end, and tokens per document [n].
+    def source(self, name: str) -> int:
+        """The code of a source; that of "other" for a new one where there are too many already."""
+        codes = self._source_codes
+        if name not in codes and len(codes) >= _MAX_SOURCES:
+            name = "other"
+        return codes.setdefault(name, len(codes))
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the codes given out so far."""
+        return list(self._source_codes)
+
+    def append_documents(
+        self, tokens: TokenArray, lengths: npt.ArrayLike, sources: npt.ArrayLike | None = None
+    ) -> None:
+        """Add documents of one sequence each: their tokens end to end, tokens per document [n] and
+        codes of their sources [n].
 
         A length of 0 is an empty document: an entry of the table and no sequence.
         """
         sizes = np.asarray(lengths, dtype=np.int64)
-        self.append(tokens, sizes[sizes > 0], np.cumsum(sizes > 0))
+        self.append(tokens, sizes[sizes > 0], np.cumsum(sizes > 0), sources)
 
-    def append(self, tokens: TokenArray, lengths: npt.ArrayLike, document_ends: npt.ArrayLike) -> None:
+    def append(
+        self,
+        tokens: TokenArray,
+        lengths: npt.ArrayLike,
+        document_ends: npt.ArrayLike,
+        sources: npt.ArrayLike | None = None,
+    ) -> None:
         """Add sequences (lengths [s]) and documents (ends [d], counted in these sequences)."""
         sizes = np.asarray(lengths, dtype=np.int64)
         ends = np.asarray(document_ends, dtype=np.int64)
@@ -336,22 +397,59 @@ class CorpusWriter:
         if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
             raise UserError(f"{self.prefix}: a sequence of {sizes.max()} tokens; the format ends at 2**31-1")
         bounds = np.concatenate(([0], np.cumsum(sizes)))[np.concatenate(([0], ends))]
-        self.empty_documents += int(np.count_nonzero(np.diff(bounds) == 0))
         self._bin.write(np.asarray(tokens, dtype=self.dtype).tobytes())
         self._lengths.write(sizes.astype("<i4").tobytes())
-        self._table.write((self.sequences + ends).astype("<i8").tobytes())
-        self.sequences += len(sizes)
-        self.documents += len(ends)
         self.tokens += len(tokens)
+        self._append_table(ends, np.diff(bounds) == 0, sources)
+
+    def append_corpus(
+        self,
+        prefix: str | Path,
+        first: int = 0,
+        last: int | None = None,
+        progress: Progress = lambda done: None,
+    ) -> None:
+        """Add documents `first` to `last` - 1 (default: all) of a corpus of the same tokenizer."""
+        reader = IndexedReader(prefix)
+        names, codes = read_sources(prefix)
+        ours = np.array([self.source(name) for name in names] + [NO_SOURCE], dtype=np.uint16)
+        last = reader.num_documents if last is None else last
+        for start in range(first, last, _CHUNK):
+            ends = np.asarray(reader.document_table[start : min(start + _CHUNK, last) + 1])
+            bounds = reader.token_offsets(ends)
+            begin, size = int(bounds[0]), int(bounds[-1] - bounds[0])
+            itemsize = self.dtype.itemsize
+            self._bin.copy(corpus_file(prefix, "bin"), begin * itemsize, size * itemsize, progress)
+            for at in range(int(ends[0]), int(ends[-1]), _CHUNK):
+                stop = min(at + _CHUNK, int(ends[-1]))
+                self._lengths.write(reader.sequence_lengths[at:stop].tobytes())
+            self.tokens += size
+            some = codes[start : start + len(ends) - 1]
+            self._append_table(ends[1:] - ends[0], np.diff(bounds) == 0, ours[np.minimum(some, len(names))])
+
+    def _append_table(
+        self, ends: Int64Array, empty: npt.NDArray[np.bool_], sources: npt.ArrayLike | None
+    ) -> None:
+        """Note documents (ends counted in the sequences just written) with their sources."""
+        codes = np.full(len(ends), NO_SOURCE) if sources is None else np.asarray(sources)
+        assert len(codes) == len(ends), "sources and documents disagree"
+        self._sources.write(codes.astype("<u2").tobytes())
+        self._table.write((self.sequences + ends).astype("<i8").tobytes())
+        self.sequences += int(ends[-1]) if len(ends) else 0
+        self.documents += len(ends)
+        self.empty_documents += int(np.count_nonzero(empty))
 
     def finish(self, origin: Origin | None = None) -> Manifest:
         """Write index and manifest and give the corpus its name; the manifest appears last."""
-        bin_blocks, idx_blocks = self._bin.finish(), self._write_index()
+        blocks = {"bin": self._bin.finish(), "idx": self._write_index(), "src": self._sources.finish()}
+        if not self._source_codes:
+            blocks.pop("src")
         corpus_file(self.prefix, "json").unlink(missing_ok=True)
-        for extension in ("bin", "idx"):
+        corpus_file(self.prefix, "src").unlink(missing_ok=True)  # of a corpus that is overwritten
+        for extension in blocks:
             self._partial(extension).replace(corpus_file(self.prefix, extension))
         counts = (self.documents, self.sequences, self.tokens, self.empty_documents)
-        return _seal(self.prefix, self.dtype, counts, bin_blocks, idx_blocks, origin or Origin())
+        return _seal(self.prefix, self.dtype, counts, blocks, origin or Origin(), self.source_names)
 
     def _write_index(self) -> list[str]:
         index = _HashedFile(self._partial("idx"))
@@ -380,15 +478,15 @@ class CorpusWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._bin.file, self._lengths, self._table):
+        for file in (self._bin.file, self._sources.file, self._lengths, self._table):
             file.close()
-        for extension in ("bin", "idx", "lengths", "table", "json"):
+        for extension in ("bin", "idx", "src", "lengths", "table", "json"):
             self._partial(extension).unlink(missing_ok=True)
 
 
 def refuse_existing(prefix: str | Path) -> None:
     """UserError where any file of a corpus has this name already."""
-    for extension in ("json", "idx", "bin"):
+    for extension in ("json", "idx", "bin", "src"):
         path = corpus_file(prefix, extension)
         if path.exists():
             raise UserError(f"{path}: exists already; choose another --output or add --overwrite")
@@ -403,8 +501,23 @@ class _HashedFile:
         self._hash, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        self.file.write(view)
+        self.file.write(data)
+        self._update(memoryview(data))
+
+    def copy(self, path: Path, start: int, size: int, progress: Progress) -> None:
+        """Add `size` bytes of a file, moved by the kernel and read once for the hash."""
+        self.file.flush()
+        with path.open("rb") as source:
+            while size:
+                data = os.pread(source.fileno(), min(size, _COPY_BYTES), start)
+                if not data:
+                    raise UserError(f"{path}: truncated while it was copied; copy or encode it again")
+                _copy_range(source.fileno(), self.file.fileno(), start, data)
+                self._update(memoryview(data))
+                start, size = start + len(data), size - len(data)
+                progress(len(data))
+
+    def _update(self, view: memoryview) -> None:
         while len(view):
             self._hash.update(view[: self._room])
             taken = min(self._room, len(view))
@@ -422,6 +535,22 @@ class _HashedFile:
         return self._digests + last
 
 
+def _copy_range(source: int, target: int, start: int, data: bytes) -> None:
+    """Append the bytes `data` that stand at `start` in file `source` to file `target`."""
+    left = len(data)
+    try:
+        while left:
+            done = os.copy_file_range(source, target, left, offset_src=start + len(data) - left)
+            if not done:
+                break
+            left -= done
+    except OSError as error:  # another or an old file system
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+            raise
+    while left:
+        left -= os.write(target, memoryview(data)[len(data) - left :])
+
+
 def _read_chunks(file: BinaryIO, dtype: str) -> Iterator[npt.NDArray[Any]]:
     file.seek(0)
     while data := file.read(_CHUNK * np.dtype(dtype).itemsize):
@@ -432,11 +561,12 @@ def _seal(
     prefix: str | Path,
     dtype: np.dtype[Any],
     counts: tuple[int, int, int, int],
-    bin_blocks: list[str],
-    idx_blocks: list[str],
+    blocks: Mapping[str, list[str]],
     origin: Origin,
+    source_names: list[str],
 ) -> Manifest:
-    """Write PREFIX.json: `counts` are documents, sequences, tokens, empty documents."""
+    """Write PREFIX.json: `counts` are documents, sequences, tokens, empty documents; `blocks` the
+    digests of each file."""
     documents, sequences, tokens, empty_documents = counts
     manifest = Manifest(
         dtype=dtype.name,
@@ -445,8 +575,10 @@ def _seal(
         tokens=tokens,
         empty_documents=empty_documents,
         block_bytes=BLOCK_BYTES,
-        bin_blocks=bin_blocks,
-        idx_blocks=idx_blocks,
+        bin_blocks=blocks["bin"],
+        idx_blocks=blocks["idx"],
+        src_blocks=blocks.get("src", []),
+        source_names=source_names,
         **dict(origin),
     )
     manifest = manifest.model_copy(update={"fingerprint": _fingerprint(manifest)})
@@ -462,11 +594,11 @@ def adopt(prefix: str | Path, origin: Origin, progress: Progress = lambda done: 
     check_ids(reader, origin.tokenizer)
     empty_documents = int(np.count_nonzero(reader.document_lengths == 0))
     counts = (reader.num_documents, reader.num_sequences, reader.num_tokens, empty_documents)
-    bin_blocks, idx_blocks = (
-        list(_block_digests(corpus_file(prefix, extension), BLOCK_BYTES, progress))
+    blocks = {
+        extension: list(_block_digests(corpus_file(prefix, extension), BLOCK_BYTES, progress))
         for extension in ("bin", "idx")
-    )
-    return _seal(prefix, reader.dtype, counts, bin_blocks, idx_blocks, origin)
+    }
+    return _seal(prefix, reader.dtype, counts, blocks, origin, [])
 
 
 def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manifest:
@@ -480,7 +612,11 @@ def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manife
             f"{corpus_file(prefix, 'idx')}: documents, sequences, tokens, dtype are {found}, "
             f"the manifest says {noted}; another corpus was copied over this one"
         )
-    for extension, noted_blocks in (("bin", manifest.bin_blocks), ("idx", manifest.idx_blocks)):
+    read_sources(prefix)
+    blocks = {"bin": manifest.bin_blocks, "idx": manifest.idx_blocks}
+    if manifest.source_names:
+        blocks["src"] = manifest.src_blocks
+    for extension, noted_blocks in blocks.items():
         path = corpus_file(prefix, extension)
         digests = _block_digests(path, manifest.block_bytes, progress)
         for i, (digest, expected) in enumerate(zip(digests, noted_blocks, strict=True)):
@@ -533,27 +669,12 @@ def merge(
             raise UserError(f"{output}: is also an input of the merge; choose another --output")
     with CorpusWriter(output, np.dtype(manifests[0].dtype), overwrite) as writer:
         for prefix in prefixes:
-            _append_corpus(writer, IndexedReader(prefix), progress)
+            writer.append_corpus(prefix, progress=progress)
         return writer.finish(_merged_origin(prefixes, manifests))
 
 
 def _hash_of(manifest: Manifest) -> str | None:
     return manifest.tokenizer.hash if manifest.tokenizer else None
-
-
-def _append_corpus(writer: CorpusWriter, reader: IndexedReader, progress: Progress) -> None:
-    """Whole documents, about a block of tokens at a time."""
-    table, bounds = reader.document_table, reader.document_bounds
-    first = 0
-    while first < reader.num_documents:
-        limit = bounds[first] + BLOCK_BYTES
-        last = max(first + 1, int(np.searchsorted(bounds, limit, side="right")) - 1)
-        last = min(last, first + _CHUNK)
-        tokens = reader.tokens[bounds[first] : bounds[last]]
-        lengths = reader.sequence_lengths[table[first] : table[last]]
-        writer.append(tokens, lengths, table[first + 1 : last + 1] - table[first])
-        progress(tokens.nbytes)
-        first = last
 
 
 def _merged_origin(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> Origin:

@@ -63,7 +63,8 @@ _PROBE = (
     "<s> </s> <pad> <unk> <mask> a<mask>b <|endoftext|>",
     "caf\u00e9 cafe\u0301 na\u00efve \u2019s \u201cquoted\u201d\u2014dash \u00bd \u2167 \u0661\u0662 \ufb01",
     "no\u00a0break em\u2003wide\u3000line\u2028par\u2029next\u0085zero\u200bwidth\ufeff\u00ad",
-    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0627\u0644 \u0e44\u0e17\u0e22 \U0001f468\u200d\U0001f469 \U0010ffff \x00\x1b\x1c.\x1f\x7f",
+    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0627\u0644 \u0e44\u0e17\u0e22 \U0001f468\u200d\U0001f469 \U0010ffff",
+    "\x00\x1b\x1c.\x1f\x7f",
     "a" * 70 + " " * 9 + "=" * 70 + "\n" * 5 + "0" * 70,
 )
 """Where byte-level encoders differ: contractions, white space, literal specials, scripts, long runs."""
@@ -228,7 +229,8 @@ class _JsonTokenizer(Tokenizer):
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
         if self._fast is not None:
             ids, offsets = self._fast.encode_batch_flat(texts)
-            return np.frombuffer(ids, np.int32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+            bounds = np.frombuffer(offsets, np.int64)
+            return np.frombuffer(ids, np.int32), bounds[1:] - bounds[:-1]
         if self._cache is not None:
             return word_cache.encode_flat(texts, word_cache.split_byte_level, self._cache)
         arrays = [np.array(ids, np.int32) for ids in self._reference_ids(texts)]
