@@ -341,6 +341,7 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
@@ -351,6 +352,8 @@ def _import_deepspeed(topology: Topology) -> Any:
     """The package, told what it would otherwise guess, print or compile."""
     if topology.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Or it asks numactl for the number of devices, in a new process, at every reduction.
+        os.environ.setdefault("LOCAL_SIZE", str(topology.world_size))
     else:
         # It pins the device anew by this variable, also where a rank sees no GPU but its own.
         os.environ["LOCAL_RANK"] = str(topology.device.index)

@@ -18,6 +18,8 @@ from contextlib import closing
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
     """``[function(*args) of rank 0, of rank 1, ...]``."""
@@ -69,7 +71,9 @@ def _rank(
 ) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    # OMP_NUM_THREADS would come too late: torch was imported with the function.
+    torch.set_num_threads(1)
     faulthandler.dump_traceback_later(max(1.0, seconds - 5), exit=False)
     try:
         answer = (True, function(*args))

@@ -12,7 +12,7 @@ from pretrain.optimizer import build_optimizer
 from tests import ranks
 from tests.methods import BLOCKS, METHODS, small
 
-VOCAB, MASK = 40, 39
+VOCAB, MASK = 42, 41
 # The word table has 64 rows: with four ranks the last shard holds padding only.
 PADDED = 64
 CASES = [(method, block) for method in METHODS for block in BLOCKS]
@@ -102,9 +102,7 @@ def compare(whole: LateMaskModel, method: str, block: str, place: topology.Topol
         assert parts.keys() == expected.keys()
         for name, part in parts.items():
             full = tensor_parallel.gather(name, part, place)
-            torch.testing.assert_close(
-                full, expected[name], rtol=1e-7, atol=1e-10, msg=lambda m: f"{name}: {m}"
-            )
+            torch.testing.assert_close(full, expected[name], rtol=1e-7, atol=1e-10)
         norm = tensor_parallel.square_norm(parts.items(), place).sqrt()
         reference = torch.nn.utils.get_total_norm(list(expected.values()))
         torch.testing.assert_close(norm, reference, rtol=1e-9, atol=0)
@@ -128,20 +126,20 @@ def replicas_are_equal(place: topology.Topology) -> None:
 
 
 def recompute_and_autocast(place: topology.Topology) -> None:
-    """The two things that change how a layer is run: recomputation, bf16 (here against bf16)."""
+    """What changes how a layer is run: recomputation and bf16, no further from float64 than whole."""
     options = small("3ml-self", "modern", model={"vocab_multiple": PADDED})
-    whole, divided = make_model(options).float(), make_model(options, recompute=True).float()
+    exact, whole, divided = (make_model(options, recompute=True) for _ in range(3))
+    exact(make_batch(0)).backward()
     tensor_parallel.shard(divided, place)
-    for model in (whole, divided):
+    for model in (whole.float(), divided.float()):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(make_batch(0))
         loss.backward()
     for name, part in gradients(divided).items():
-        full = tensor_parallel.gather(name, part, place)
-        expected = whole.get_parameter(name).grad
-        assert expected is not None
-        error = (full - expected).norm() / expected.norm()
-        assert error < 0.03, f"{name}: {error}"
+        seen = tensor_parallel.gather(name, part, place)
+        truth, other = gradients(exact)[name], gradients(whole)[name]
+        error, allowed = (((g - truth).norm() / truth.norm()).item() for g in (seen, other))
+        assert error < 2 * allowed + 1e-3, f"{name}: {error}, whole {allowed}"
 
 
 def like_megatron(place: topology.Topology) -> None:
