@@ -86,6 +86,12 @@ class Model(Section):
     """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the decoder; default: `dropout`."""
+    init_from: str | None = None
+    """Hugging Face folder (safetensors) of a model to start from; what it has not is initialised. Read
+    before the first update only."""
+    token_type: bool = False
+    """A vector added to each token, and two rows kept for padding: what Hugging Face's RoBERTa has
+    besides. Set by `init_from` (roberta block)."""
     vocab_size: int | None = Field(None, ge=8)
     """Pieces of the tokenizer; default: read from the tokenizer. Needed only to plan without one."""
     vocab_multiple: int = Field(128, ge=1)
@@ -253,6 +259,7 @@ FREE_TO_CHANGE = (
     "corpus.train",
     "corpus.valid",
     "corpus.tokenizer",
+    "model.init_from",
     "train.micro_batch_size",
     "train.engine",
     "budget",
@@ -410,6 +417,8 @@ def _check_model(config: Config) -> list[str]:
         )
     if m.block == "modern" and m.norm == "post":
         found.append("model.norm = 'post': the modern block is pre-LN only; leave it out")
+    if m.block == "modern" and m.token_type:
+        found.append("model.token_type = true: only the roberta block has it; leave it out")
     late = m.mask_from == m.num_layers and m.decoder_layers >= 1
     if not (late or (m.mask_from < m.num_layers and m.decoder_layers == 0)):
         found.append(
@@ -513,6 +522,7 @@ def _complete(config: Config) -> Config:
         update={
             "norm": m.norm or ("pre" if m.block == "modern" else "post"),
             "decoder_dropout": m.dropout if m.decoder_dropout is None else m.decoder_dropout,
+            "token_type": m.token_type or (m.init_from is not None and m.block == "roberta"),
         }
     )
     return config.model_copy(update={"model": model})

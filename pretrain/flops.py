@@ -174,11 +174,12 @@ def parameters(model: Model, vocab_size: int) -> dict[str, int]:
     encoder = model.num_layers * _layer_parameters(model) + (norm if model.norm == "pre" else 0)
     encoder -= 0 if learned else norm  # the modern block's first layer has no attention norm
     table = padded_vocab(vocab_size, model.vocab_multiple)
+    kept = 3 * D if model.token_type else 0  # the token type and two rows of positions
     parts = {
         "encoder": encoder,
         "decoder": decoder,
         "head": _linear(D, D, learned) + norm + table,
-        "embeddings": table * D + norm + (model.max_positions * D if learned else 0),
+        "embeddings": table * D + norm + (model.max_positions * D if learned else 0) + kept,
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -229,6 +229,10 @@ class LateMaskModel(nn.Module):
         self.tok = nn.Embedding(rows, m.hidden_size)
         if m.block == "roberta":
             self.positions = nn.Embedding(m.max_positions, m.hidden_size)
+        if m.token_type:
+            self.token_type = nn.Parameter(torch.zeros(m.hidden_size))
+            # Never read, so never changed (vectors do not decay): they are kept for the export.
+            self.padding_positions = nn.Parameter(torch.zeros(2 * m.hidden_size))
         self.embedding_norm = norm(m)
         self.dropout = nn.Dropout(m.dropout)
         self.layers = nn.ModuleList(
@@ -310,6 +314,8 @@ class LateMaskModel(nn.Module):
         return layer(*inputs)
 
     def _embed(self, words_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        if self.m.token_type:
+            words_BSD = words_BSD + self.token_type
         if self.m.block == "roberta":
             words_BSD = words_BSD + self.positions(positions_BS)
         return self.dropout(self.embedding_norm(words_BSD))
@@ -347,14 +353,14 @@ def _both(first: Rotation, second: Rotation) -> Rotation:
 def init_weights(model: LateMaskModel, seed: int) -> None:
     """Every initial value, here and nowhere else. Each parameter is seeded by its own name.
 
-    matrices, embeddings, mask vector   N(0, init_std)
+    matrices, embeddings, vectors       N(0, init_std)
     norm gains                          1
-    biases                              0
+    biases, positions of padding        0
     padded rows of the word table       0 (they are never trained)
     """
     generator = torch.Generator()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or name == "padding_positions":
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1.0)

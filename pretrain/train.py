@@ -5,6 +5,7 @@ what any rank was told (a signal) travel in one small all-reduce per step, so th
 turn. Nothing else is shared but gradients.
 """
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, config, engine, flops, model, rng, schedule
+from pretrain import checkpoint, config, engine, flops, huggingface, model, rng, schedule
 from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
 from pretrain.corpus import IndexedReader, Manifest, load_manifest, tokenizer_folder
@@ -189,7 +190,8 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     state = checkpoint.read_state(Path(start)) if start else None
     ledger = _open_ledger(topology, folder, state)
     with timed(ledger, "startup"):
-        run = _assemble(options, topology, folder, data, micro, ledger)
+        module = _module(options, data.tokenizer, fresh=state is None)
+        run = _assemble(options, topology, folder, data, micro, ledger, module)
         if state:
             checkpoint.load(Path(start), run.engine)
             run.engine.optimizer_step = state.optimizer_step
@@ -199,7 +201,13 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
 
 
 def _assemble(
-    options: Config, topology: Topology, folder: RunFolder, data: Data, micro: int, ledger: Ledger | None
+    options: Config,
+    topology: Topology,
+    folder: RunFolder,
+    data: Data,
+    micro: int,
+    ledger: Ledger | None,
+    module: model.LateMaskModel,
 ) -> Run:
     """The parts of a run that has not started."""
     t, tokenizer = options.train, data.tokenizer
@@ -212,7 +220,7 @@ def _assemble(
         heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples)
     cost = step_cost(options)
     check_budget(options, cost)
-    built = engine.build(options, _module(options, tokenizer), topology, micro)
+    built = engine.build(options, module, topology, micro)
     if built.deepspeed_json and topology.is_main:
         checkpoint.write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
     return Run(
@@ -232,10 +240,14 @@ def _assemble(
     )
 
 
-def _module(options: Config, tokenizer: Tokenizer) -> model.LateMaskModel:
+def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
+    """The whole model; where a run is `fresh`, with the weights that `model.init_from` has."""
     t = options.train
     module = model.LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask, t.recompute == "block")
     model.init_weights(module, options.run.seed)
+    if fresh and options.model.init_from:
+        new = huggingface.load_folder(module, options.model, tokenizer)
+        logging.info("init_from   %s; new here: %s", options.model.init_from, ", ".join(new) or "nothing")
     if t.compile != "none":
         for layer in module.all_layers():
             layer.compile(mode=t.compile, dynamic=False)

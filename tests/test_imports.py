@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"config", "schedule", "flops", "rng", "word_cache"},
     {"tokenizer", "corpus", "sampler", "masking", "model", "loss", "optimizer"},
-    {"topology", "tensor_parallel", "engine", "checkpoint"},
+    {"topology", "tensor_parallel", "engine", "checkpoint", "huggingface"},
     {"ledger", "evaluate", "monitor"},
     {"train", "__main__"},
 ]

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain import config
+from pretrain.huggingface import hugging_face_state, left_out
 from pretrain.model import Batch, LateMaskModel, init_weights
 from tests.methods import BLOCKS, METHODS, small
-from tools.huggingface import hugging_face_config, hugging_face_state, left_out
+from tools.huggingface import hugging_face_config
 
 VOCAB, MASK, LAYERS, B, L = 50, 49, 2, 2, 20
 PREDICTED, MASKED = 8, 5

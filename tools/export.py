@@ -20,15 +20,15 @@ from torch import Tensor
 from pretrain import config, ledger
 from pretrain.config import Config, UserError
 from pretrain.corpus import Manifest, corpus_file, load_manifest, tokenizer_folder
+from pretrain.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model import LateMaskModel
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
-from tools.huggingface import hugging_face_config, hugging_face_state, left_out, model_class
+from tools.huggingface import hugging_face_config, model_class
 from tools.huggingface_tokenizer import check_tokenizer, write_tokenizer
 from tools.model_card import model_card
 from tools.run_model import add_checkpoint_argument, load_model
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output."""
 CHECK_TOKENS = 512
