@@ -342,10 +342,17 @@ class CorpusWriter:
             writer.append_documents(tokens, lengths)
             writer.finish(Origin(tokenizer=record))
 
-    Leaving the block without `finish`, by an error or not, removes what was written.
+    Leaving the block without `finish`, by an error or not, removes what was written. Not `durable`:
+    nothing waits for the disk, so a machine that goes down may leave a manifest of lost bytes.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype[Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: np.dtype[Any],
+        overwrite: bool = False,
+        durable: bool = True,
+    ) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = self.empty_documents = 0
@@ -353,7 +360,9 @@ class CorpusWriter:
         if not overwrite:
             refuse_existing(prefix)
         corpus_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
-        self._bin, self._sources = _HashedFile(self._partial("bin")), _HashedFile(self._partial("src"))
+        self._durable = durable
+        self._bin = _HashedFile(self._partial("bin"), durable)
+        self._sources = _HashedFile(self._partial("src"), durable)
         # One int32 a sequence, one int64 a document; the index is put together from them at the end.
         self._lengths = self._partial("lengths").open("w+b")
         self._table = self._partial("table").open("w+b")
@@ -405,27 +414,33 @@ class CorpusWriter:
     def append_corpus(
         self,
         prefix: str | Path,
-        first: int = 0,
-        last: int | None = None,
+        dropped: Sequence[int] | Int64Array = (),
         progress: Progress = lambda done: None,
     ) -> None:
-        """Add documents `first` to `last` - 1 (default: all) of a corpus of the same tokenizer."""
+        """Add the documents of a corpus of the same tokenizer, but for those `dropped` (ascending)."""
         reader = IndexedReader(prefix)
         names, codes = read_sources(prefix)
         ours = np.array([self.source(name) for name in names] + [NO_SOURCE], dtype=np.uint16)
-        last = reader.num_documents if last is None else last
-        for start in range(first, last, _CHUNK):
-            ends = np.asarray(reader.document_table[start : min(start + _CHUNK, last) + 1])
-            bounds = reader.token_offsets(ends)
-            begin, size = int(bounds[0]), int(bounds[-1] - bounds[0])
-            itemsize = self.dtype.itemsize
-            self._bin.copy(corpus_file(prefix, "bin"), begin * itemsize, size * itemsize, progress)
-            for at in range(int(ends[0]), int(ends[-1]), _CHUNK):
-                stop = min(at + _CHUNK, int(ends[-1]))
-                self._lengths.write(reader.sequence_lengths[at:stop].tobytes())
-            self.tokens += size
-            some = codes[start : start + len(ends) - 1]
-            self._append_table(ends[1:] - ends[0], np.diff(bounds) == 0, ours[np.minimum(some, len(names))])
+        first = 0
+        for gap in [*np.asarray(dropped, dtype=np.int64).tolist(), reader.num_documents]:
+            for start in range(first, gap, _CHUNK):
+                stop = min(start + _CHUNK, gap)
+                sources = ours[np.minimum(codes[start:stop], len(names))]
+                self._append_run(reader, start, stop, sources, progress)
+            first = gap + 1
+
+    def _append_run(
+        self, reader: IndexedReader, first: int, last: int, sources: npt.ArrayLike, progress: Progress
+    ) -> None:
+        """Add documents `first` to `last` - 1 as they are."""
+        ends = np.asarray(reader.document_table[first : last + 1])
+        bounds = reader.token_offsets(ends)
+        start, size = int(bounds[0]) * self.dtype.itemsize, int(bounds[-1] - bounds[0])
+        self._bin.copy(corpus_file(reader.prefix, "bin"), start, size * self.dtype.itemsize, progress)
+        for at in range(int(ends[0]), int(ends[-1]), _CHUNK):
+            self._lengths.write(reader.sequence_lengths[at : min(at + _CHUNK, int(ends[-1]))].tobytes())
+        self.tokens += size
+        self._append_table(ends[1:] - ends[0], np.diff(bounds) == 0, sources)
 
     def _append_table(
         self, ends: Int64Array, empty: npt.NDArray[np.bool_], sources: npt.ArrayLike | None
@@ -452,7 +467,7 @@ class CorpusWriter:
         return _seal(self.prefix, self.dtype, counts, blocks, origin or Origin(), self.source_names)
 
     def _write_index(self) -> list[str]:
-        index = _HashedFile(self._partial("idx"))
+        index = _HashedFile(self._partial("idx"), self._durable)
         code = next(code for code, kind in _DTYPES.items() if kind == self.dtype)
         index.write(_HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1))
         for lengths in _read_chunks(self._lengths, "<i4"):
@@ -495,8 +510,8 @@ def refuse_existing(prefix: str | Path) -> None:
 class _HashedFile:
     """A file that is hashed, block by block, as it is written."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+    def __init__(self, path: Path, durable: bool) -> None:
+        self.file, self._durable = path.open("wb"), durable
         self._digests: list[str] = []
         self._hash, self._room = hashlib.sha256(), BLOCK_BYTES
 
@@ -527,9 +542,10 @@ class _HashedFile:
                 self._hash, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def finish(self) -> list[str]:
-        """Force it to the disk and close it; digests of all blocks."""
+        """Force it to the disk if it is durable, and close it; digests of all blocks."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if self._durable:
+            os.fsync(self.file.fileno())
         self.file.close()
         last = [self._hash.hexdigest()] if self._room < BLOCK_BYTES else []
         return self._digests + last
@@ -695,14 +711,14 @@ def _merged_origin(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]
     )
 
 
-def add_tallies(left: Mapping[str, Tally], right: Mapping[str, Tally]) -> dict[str, Tally]:
-    """Sum by source."""
+def add_tallies(left: Mapping[str, Tally], right: Mapping[str, Tally], sign: int = 1) -> dict[str, Tally]:
+    """Sum (sign -1: difference) by source."""
     total = dict(left)
     for name, tally in right.items():
         old = total.get(name, Tally(documents=0, tokens=0, text_bytes=0))
         total[name] = Tally(
-            documents=old.documents + tally.documents,
-            tokens=old.tokens + tally.tokens,
-            text_bytes=old.text_bytes + tally.text_bytes,
+            documents=old.documents + sign * tally.documents,
+            tokens=old.tokens + sign * tally.tokens,
+            text_bytes=old.text_bytes + sign * tally.text_bytes,
         )
     return total

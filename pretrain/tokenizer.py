@@ -63,7 +63,7 @@ _PROBE = (
     "<s> </s> <pad> <unk> <mask> a<mask>b <|endoftext|>",
     "caf\u00e9 cafe\u0301 na\u00efve \u2019s \u201cquoted\u201d\u2014dash \u00bd \u2167 \u0661\u0662 \ufb01",
     "no\u00a0break em\u2003wide\u3000line\u2028par\u2029next\u0085zero\u200bwidth\ufeff\u00ad",
-    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0627\u0644 \u0e44\u0e17\u0e22 \U0001f468\u200d\U0001f469 \U0010ffff",
+    "\u65e5\u672c\u8a9e \u0440\u0443\u0441 \u0627\u0644 \u0e44\u0e17\u0e22 \U0001f468\u200d \U0010ffff",
     "\x00\x1b\x1c.\x1f\x7f",
     "a" * 70 + " " * 9 + "=" * 70 + "\n" * 5 + "0" * 70,
 )

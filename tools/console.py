@@ -64,6 +64,27 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
     return result
 
 
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """The options of programs that read raw text."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help=".jsonl or .txt [.gz .zst .bz2 .xz], .parquet, .arrow; files, folders, patterns, @lists or -",
+    )
+    parser.add_argument("--text-key", default="text", help="JSON key or column of the text (%(default)s)")
+    parser.add_argument(
+        "--txt-document",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what ends a document in .txt files (%(default)s)",
+    )
+    parser.add_argument(
+        "--stdin", choices=("jsonl", "txt"), default="jsonl", help="what - (standard input) is (%(default)s)"
+    )
+
+
 def available_cores() -> int:
     """Cores this process may run on: a job's share of a node, not the node."""
     if hasattr(os, "sched_getaffinity"):
@@ -77,9 +98,12 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on standard error; yields the function that takes bytes
     done."""
+    if quiet:
+        yield lambda done: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,289 +1,399 @@
-"""Encode raw text into a Megatron indexed dataset.
+"""Encode raw text into a Megatron indexed dataset, on any number of processes.
 
-Reads .jsonl and .txt files, plain, .gz or .zst, and writes PREFIX.bin, PREFIX.idx and the manifest
-PREFIX.json. The result depends on the text and the tokenizer only, not on the number of workers.
+Reads .jsonl, .txt, .parquet and .arrow files, plain or compressed, and writes PREFIX.bin, PREFIX.idx and
+the manifest PREFIX.json. The result depends on the text and the tokenizer only, not on the number of
+workers or ranks::
 
-The one idea: this process reads blocks of whole documents and writes token arrays; everything
-between, parsing and encoding, is a function of a block, run in worker processes, a bounded number
-of blocks at a time, and put back in order.
+    python -m tools.encode_corpus --input text/ --tokenizer T --output data/train --workers 16
+    mpirun -n 64 python -m tools.encode_corpus --input text/ --tokenizer T --output data/train
+
+The one idea: files are cut into pieces, each piece becomes a part in PREFIX.parts (`tools.encode_parts`),
+and rank 0 joins the parts. A job that was killed, at any time and in any way, finds its parts again: the
+same command goes on where it was. Memory does not grow with the corpus; the parts need as much disk as
+the result.
 """
 
-import hashlib
+import fcntl
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import threading
 import time
 from argparse import Namespace
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-import numpy.typing as npt
 
 from pretrain import __version__
 from pretrain.config import UserError
 from pretrain.corpus import (
     CorpusWriter,
+    IndexedReader,
     InputFile,
     Manifest,
     Origin,
     Tally,
-    TokenizerRecord,
     add_tallies,
+    corpus_file,
+    load_manifest,
+    read_sources,
     refuse_existing,
-    token_dtype,
 )
-from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.tokenizer import load_tokenizer
 from tools import console
-from tools.text_files import (
-    TXT_UNITS,
-    Block,
-    Document,
-    Rejected,
-    find_files,
-    parse,
-    read_blocks,
+from tools.duplicates import find_duplicates
+from tools.encode_parts import (
+    HASH,
+    Encoder,
+    Job,
+    Task,
+    finished,
+    part_name,
+    stop_file,
+    tally,
+    tokenizer_record,
 )
+from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed
 
-_MAX_SOURCES = 256
-"""Kinds of text counted apart; the rest are counted as "other", or a corpus of addresses instead of
-kinds would make a manifest as long as itself."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know."""
-
-    tokenizer: str
-    text_key: str
-    holdout: float
+_PIECES = 256
+"""Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
+_PIECE_BYTES = (1 << 20, 64 << 20)
+_EXPANSION = 3
+"""Guessed size of compressed text, decompressed."""
 
 
-class Part(NamedTuple):
-    """Documents of one block that go to one corpus: training or held out."""
-
-    tokens: npt.NDArray[Any]
-    """Ids in the type of the .bin, all documents end to end."""
-    lengths: npt.NDArray[np.int64]
-    text_bytes: int
-    sources: dict[str, Tally]
+# ---- who does what -------------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """A block after encoding."""
+class Ranks:
+    """The processes that mpirun or srun started, or this one alone."""
 
-    parts: list[Part]
-    """Training, then held out if there is a holdout."""
-    rejected: list[Rejected]
-    read_bytes: int
+    def __init__(self) -> None:
+        names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        self.rank, self.size, self._world = 0, 1, None
+        if tasks == 1 and not any(name in os.environ for name in names):
+            return
+        from mpi4py import MPI
+
+        self._world = MPI.COMM_WORLD
+        self.rank, self.size = self._world.rank, self._world.size
+        if tasks > 1 and self.size == 1:
+            raise UserError(
+                f"srun started {tasks} tasks that do not see each other; use srun --mpi=pmi2 (or pmix)"
+            )
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere."""
+        result, message = None, None
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        except BaseException as error:
+            if self._world:  # the others would wait for ever
+                sys.excepthook(type(error), error, error.__traceback__)
+                self._world.Abort(1)
+            raise
+        mine = (result, message)
+        everyone = self._world.allgather(mine) if self._world else [mine]
+        for _, problem in everyone:
+            if problem is not None:
+                raise UserError(problem)
+        return [answer for answer, _ in everyone]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result of `action`, on all ranks."""
+        return self.together(action if self.rank == 0 else lambda: None)[0]
 
 
-class Encoder:
-    """Block -> Encoded; lives in each worker."""
+def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
+    """All tasks, in an order in which they can be dealt out to `workers` processes in turn.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.tokenizer = load_tokenizer(job.tokenizer)
-        self.dtype = token_dtype(self.tokenizer.vocab_size)
-
-    def __call__(self, block: Block) -> Encoded:
-        groups: list[list[Document]] = [[], []] if self.job.holdout else [[]]
-        rejected = []
-        for item in parse(block, self.job.text_key):
-            if isinstance(item, Rejected):
-                rejected.append(item)
-            else:
-                groups[held_out(item.utf8, self.job.holdout)].append(item)
-        return Encoded([self._encode(group) for group in groups], rejected, block.read_bytes)
-
-    def _encode(self, documents: list[Document]) -> Part:
-        arrays = self.tokenizer.encode_batch([document.text for document in documents])
-        lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
-        tokens = np.concatenate([np.empty(0, np.int32), *arrays]).astype(self.dtype)
-        sizes = [len(document.utf8) for document in documents]
-        return Part(tokens, lengths, sum(sizes), _tally(documents, lengths, sizes))
-
-
-def held_out(utf8: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out corpus: a hash of its text falls below `share`.
-
-    So the split survives any reordering of the input, and copies of a text stay on one side.
+    Pieces depend on the input only. A compressed file is one task, or where there are fewer of them
+    than workers several tasks that read it side by side.
     """
-    if not share:
-        return False
-    key = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
-    return key < share * 2**64
+    text = sum(file.stat().st_size * (_EXPANSION if is_compressed(file) else 1) for file in files)
+    low, high = _PIECE_BYTES
+    piece_bytes = min(high, max(low, 1 << (text // _PIECES).bit_length()))
+    compressed = sum(map(is_compressed, files))
+    tasks = []
+    for i, file in enumerate(files):
+        step, pieces = cut(file, txt_document, piece_bytes)
+        shares = -(-workers // compressed) if pieces is None else pieces
+        tasks += [Task(i, str(file), step, pieces, first, shares) for first in range(shares)]
+    return tasks
 
 
-def _tally(documents: list[Document], lengths: npt.NDArray[np.int64], sizes: list[int]) -> dict[str, Tally]:
-    counts: dict[str, list[int]] = {}
-    for document, tokens, size in zip(documents, lengths.tolist(), sizes, strict=True):
-        if document.source is not None:
-            count = counts.setdefault(document.source.partition("/")[0], [0, 0, 0])
-            count[0] += 1
-            count[1] += tokens
-            count[2] += size
-    return {
-        name: Tally(documents=count[0], tokens=count[1], text_bytes=count[2])
-        for name, count in counts.items()
-    }
+def run_tasks(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
+    """Do the tasks in this process or in `workers` others."""
+    try:
+        if workers == 1:
+            encoder = Encoder(job)
+            for task in tasks:
+                encoder(task, advance)
+        else:
+            _run_in_workers(tasks, job, workers, advance)
+    except BaseException:
+        stop_file(job).touch()  # others need not go on
+        raise
 
 
-def encode_blocks(blocks: Iterable[Block], job: Job, workers: int) -> Iterator[Encoded]:
-    """Encode blocks in order; two a worker are in memory at most, and the one being written."""
-    if workers == 1:
-        yield from map(Encoder(job), blocks)
-        return
+def _run_in_workers(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
     # spawn: the parent has threads (the progress bar), which fork would copy in an unknown state
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    pending: deque[Future[Encoded]] = deque()
+    done, told = context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, done))
     try:
-        for block in blocks:
-            pending.append(pool.submit(_encode_in_worker, block))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        waiting: Any = [pool.submit(_work, task) for task in tasks]
+        while waiting:
+            ended, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            advance(done.value - told)
+            told = done.value
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, probably for want of memory; use fewer --workers"
         ) from error
     finally:
+        if waiting:
+            stop_file(job).touch()
         pool.shutdown(cancel_futures=True)
 
 
 _encoder: Encoder
+_done: Any
 
 
-def _start_worker(job: Job) -> None:
-    global _encoder
+def _start_worker(job: Job, done: Any) -> None:
+    global _encoder, _done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent cleans up
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core is one worker's share
-    _encoder = Encoder(job)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _encoder, _done = Encoder(job), done
 
 
-def _encode_in_worker(block: Block) -> Encoded:
-    return _encoder(block)
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
-@dataclass
-class _Output:
-    """One corpus being written."""
-
-    writer: CorpusWriter
-    text_bytes: int = 0
-    sources: dict[str, Tally] = field(default_factory=dict)
-
-    def append(self, part: Part) -> None:
-        self.writer.append_documents(part.tokens, part.lengths)
-        self.text_bytes += part.text_bytes
-        for name, tally in part.sources.items():
-            known = name in self.sources or len(self.sources) < _MAX_SOURCES
-            self.sources = add_tallies(self.sources, {name if known else "other": tally})
-
-    def finish(self, origin: Origin) -> Manifest:
-        counts = {"text_bytes": self.text_bytes, "sources": self.sources}
-        return self.writer.finish(origin.model_copy(update=counts))
+def _work(task: Task) -> None:
+    _encoder(task, _advance)
 
 
-class _RejectedFile:
-    """PREFIX.rejected.jsonl, opened at the first rejected line, or the error if none is allowed."""
-
-    def __init__(self, prefix: str, keep_going: bool, stack: ExitStack) -> None:
-        self.path, self.keep_going, self._stack = (
-            Path(f"{prefix}.rejected.jsonl"),
-            keep_going,
-            stack,
-        )
-        self.count = 0
-        self._file: TextIO | None = None
-
-    def write(self, rejected: Sequence[Rejected]) -> None:
-        if rejected and not self.keep_going:
-            raise UserError(f"{rejected[0]}; correct it, or add --keep-going to set such lines aside")
-        for item in rejected:
-            if self._file is None:
-                partial = Path(f"{self.path}.partial")
-                self._stack.callback(partial.unlink, missing_ok=True)
-                self._file = self._stack.enter_context(partial.open("w", encoding="utf-8"))
-            self._file.write(json.dumps(item._asdict(), ensure_ascii=False) + "\n")
-            self.count += 1
-
-    def finish(self) -> None:
-        self.path.unlink(missing_ok=True)  # of an earlier attempt
-        if self._file is not None:
-            self._file.close()
-            Path(self._file.name).replace(self.path)
+def _advance(disk_bytes: int) -> None:
+    with _done.get_lock():
+        _done.value += disk_bytes
 
 
-def encode(args: Namespace) -> dict[str, Any]:
-    """Do the work of the command line; the report."""
-    started = time.monotonic()
-    files = find_files(args.input)
-    tokenizer = load_tokenizer(args.tokenizer)
-    prefixes = [args.output, f"{args.output}-valid"] if args.holdout else [args.output]
-    if not args.overwrite:
-        for prefix in prefixes:
-            refuse_existing(prefix)
-    job = Job(args.tokenizer, args.text_key, args.holdout)
-    sizes = [file.stat().st_size for file in files]
-    blocks = (block for file in files for block in read_blocks(file, args.txt_document))
-    with ExitStack() as stack:
-        dtype = token_dtype(tokenizer.vocab_size)
-        outputs = [
-            _Output(stack.enter_context(CorpusWriter(prefix, dtype, args.overwrite))) for prefix in prefixes
-        ]
-        rejected = _RejectedFile(args.output, args.keep_going, stack)
-        advance = stack.enter_context(console.progress("encode", sum(sizes)))
-        for encoded in encode_blocks(blocks, job, args.workers):
-            rejected.write(encoded.rejected)
-            for output, part in zip(outputs, encoded.parts, strict=True):
-                output.append(part)
-            advance(encoded.read_bytes)
-        if not outputs[0].writer.documents:
-            raise UserError(f"no documents in {args.input[0]}; nothing to write")
-        origin = Origin(
-            tokenizer=tokenizer_record(args.tokenizer, tokenizer),
-            inputs=[
-                InputFile(path=str(file.resolve()), bytes=size)
-                for file, size in zip(files, sizes, strict=True)
-            ],
-            history={
-                "version": __version__,
-                "holdout": args.holdout,
-                "rejected": rejected.count,
-            },
-        )
-        manifests = [output.finish(origin) for output in outputs]
-        rejected.finish()
-    seconds = time.monotonic() - started
+# ---- the parts become the corpus -----------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What there is of one piece."""
+
+    prefix: str
+    file: int
+    lines: int
+    rejected: int
+
+
+def list_parts(tasks: Sequence[Task], job: Job) -> list[Part]:
+    """All parts in the order of their text."""
+    parts = []
+    for task in (task for task in tasks if task.first == 0):
+        piece = 0
+        while manifest := finished(job, task, piece):
+            noted = manifest.history
+            name = part_name(job.folder, task.file, piece)
+            parts.append(Part(name, task.file, noted["lines"], noted["rejected"]))
+            piece += 1
+    return parts
+
+
+def join(
+    parts: Sequence[Part], dropped: Iterator[Any], side: str, output: str, origin: Origin, advance: Any
+) -> Manifest:
+    """One corpus from the parts of its side, without the documents `dropped` of each part."""
+    text_bytes, sources = 0, dict[str, Tally]()
+    dtype = np.dtype(load_manifest(parts[0].prefix).dtype)
+    with CorpusWriter(output + side, dtype, overwrite=True) as writer:
+        for part in parts:
+            prefix, gone = part.prefix + side, next(dropped)
+            manifest = load_manifest(prefix)
+            writer.append_corpus(prefix, gone, advance)
+            lost_bytes, lost = _lost(prefix, gone) if len(gone) else (0, {})
+            text_bytes += (manifest.text_bytes or 0) - lost_bytes
+            sources = add_tallies(sources, _renamed(writer, manifest.sources))
+            sources = add_tallies(sources, _renamed(writer, lost), sign=-1)
+        sources = {name: entry for name, entry in sources.items() if entry.documents}
+        return writer.finish(origin.model_copy(update={"text_bytes": text_bytes, "sources": sources}))
+
+
+def _lost(prefix: str, gone: Any) -> tuple[int, dict[str, Tally]]:
+    """Bytes of the dropped documents of a part, and what they were to their sources."""
+    sizes = np.fromfile(f"{prefix}.hash", HASH)["bytes"][gone]
+    names, codes = read_sources(prefix)
+    return int(sizes.sum()), tally(names, codes[gone], IndexedReader(prefix).document_lengths[gone], sizes)
+
+
+def _renamed(writer: CorpusWriter, sources: dict[str, Tally]) -> dict[str, Tally]:
+    """By the names that the writer gives them: "other" for those beyond its limit."""
+    total: dict[str, Tally] = {}
+    for name, entry in sources.items():
+        total = add_tallies(total, {writer.source_names[writer.source(name)]: entry})
+    return total
+
+
+def write_rejected(parts: Sequence[Part], output: str) -> int:
+    """PREFIX.rejected.jsonl from the rejected lines of all parts; none, no file. Their number."""
+    path, partial = Path(f"{output}.rejected.jsonl"), Path(f"{output}.rejected.jsonl.partial")
+    total, before, file = 0, 0, -1
+    with partial.open("w", encoding="utf-8") as target:
+        for part in parts:
+            before = before if part.file == file else 0
+            file = part.file
+            if part.rejected:
+                with open(f"{part.prefix}.rejected", encoding="utf-8") as lines:
+                    for line in map(json.loads, lines):
+                        line["line"] += before
+                        target.write(json.dumps(line, ensure_ascii=False) + "\n")
+            before += part.lines
+            total += part.rejected
+    path.unlink(missing_ok=True)  # of an earlier attempt
+    partial.replace(path) if total else partial.unlink()
+    return total
+
+
+def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
+    """Parts -> corpora; the report."""
+    parts = list_parts(tasks, job)
+    sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
+    prefixes = [part.prefix + side for side in sides for part in parts]
+    if not any(load_manifest(prefix).documents for prefix in prefixes):
+        raise UserError(f"no documents in {args.input[0]}; nothing to write")
+    duplicates = 0
+    dropped: Iterator[Any] = itertools.repeat(())
+    if job.dedup:
+        hashes = [Path(f"{prefix}.hash") for prefix in prefixes]
+        duplicates, dropped = find_duplicates(hashes, HASH, Path(job.folder))
+    rejected = write_rejected(parts, args.output)
+    history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
+    history |= {"duplicates": duplicates} if job.dedup else {}
+    inputs = [InputFile(path=str(file.resolve()), bytes=file.stat().st_size) for file in files]
+    record = tokenizer_record(job.tokenizer, load_tokenizer(job.tokenizer))
+    origin = Origin(tokenizer=record, inputs=inputs, history=history)
+    sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
+    with console.progress("join", sum(sizes)) as advance:
+        manifests = {side: join(parts, dropped, side, args.output, origin, advance) for side in sides}
     return {
-        "corpora": [
-            {"prefix": prefix} | summary(manifest)
-            for prefix, manifest in zip(prefixes, manifests, strict=True)
-        ],
-        "rejected": rejected.count,
-        "seconds": seconds,
-        "megabytes_per_second": sum(output.text_bytes for output in outputs) / 1e6 / seconds,
+        "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
+        "rejected": rejected,
+        "duplicates": duplicates,
     }
 
 
-def tokenizer_record(directory: str, tokenizer: Tokenizer) -> TokenizerRecord:
-    """What a manifest says about a tokenizer folder."""
-    return TokenizerRecord(
-        path=str(Path(directory).resolve()),
-        kind=tokenizer.kind,
-        hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def encode(args: Namespace) -> dict[str, Any]:
+    """Do the work of the command line; the report (on rank 0)."""
+    started = time.monotonic()
+    ranks = Ranks()
+    workers = args.workers or (1 if ranks.size > 1 else console.available_cores())
+    folder = Path(f"{args.output}.parts")
+    with _workplace(folder, args, ranks):
+        files, job, tasks = ranks.on_first(lambda: _prepare(args, folder, workers * ranks.size))
+        mine = tasks[ranks.rank :: ranks.size]
+        total = sum(file.stat().st_size for file in files)
+
+        def work() -> None:
+            share = total * len(mine) // max(1, len(tasks))
+            with console.progress("encode", share, quiet=ranks.rank > 0) as advance:
+                run_tasks(mine, job, workers, advance)
+
+        ranks.together(work)
+        report = ranks.on_first(lambda: assemble(tasks, job, args, files))
+    seconds = time.monotonic() - started
+    text_bytes = sum(corpus["text_bytes"] for corpus in report["corpora"])
+    if ranks.rank > 0:
+        return {}
+    return report | {"seconds": seconds, "megabytes_per_second": text_bytes / 1e6 / seconds}
+
+
+@contextmanager
+def _workplace(folder: Path, args: Namespace, ranks: Ranks) -> Iterator[None]:
+    """The folder of the parts, for one job at a time; gone when all is done, kept to go on later."""
+    held: list[TextIO] = []
+    ranks.on_first(lambda: held.append(_claim(folder, args)))
+    if ranks.rank > 0:
+        yield
+        return
+    try:
+        yield
+        done = folder.with_name(f"{folder.name}.done")  # from here on the job is over
+        folder.rename(done)
+        shutil.rmtree(done)
+    finally:
+        if not any(folder.glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        held[0].close()
+
+
+def _claim(folder: Path, args: Namespace) -> TextIO:
+    """Make the folder and lock it for as long as this process lives; the open lock."""
+    _refuse_existing(args, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another encode_corpus is at work there; wait for it") from error
+    return lock
+
+
+def _refuse_existing(args: Namespace, folder: Path) -> None:
+    """An unfinished job of the same name may be finished, everything else is not overwritten unasked."""
+    shutil.rmtree(folder.with_name(f"{folder.name}.done"), ignore_errors=True)
+    if not args.overwrite and not folder.exists():
+        for side in ("", "-valid") if args.holdout else ("",):
+            refuse_existing(args.output + side)
+
+
+def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
+    stop = folder / "stop"
+    stop.unlink(missing_ok=True)
+    if "-" in args.input:
+        spool = folder / f"stdin.{args.stdin}"  # so that it can be cut into pieces like any file
+        with spool.open("wb") as target:
+            shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
+        args.input = [str(spool) if name == "-" else name for name in args.input]
+    files = find_files(args.input)
+    tokenizer = load_tokenizer(args.tokenizer)
+    job = Job(
+        folder=str(folder),
+        tokenizer=args.tokenizer,
+        tokenizer_hash=tokenizer.hash,
+        text_key=args.text_key,
+        txt_document=args.txt_document,
+        max_bytes=args.max_document_bytes,
+        holdout=args.holdout,
+        dedup=args.dedup,
+        keep_going=args.keep_going,
     )
+    return files, job, plan(files, args.txt_document, workers)
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -295,23 +405,20 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
-    parser.add_argument(
-        "--input", nargs="+", required=True, help=".jsonl or .txt [.gz, .zst] files or patterns"
-    )
+    console.add_input(parser)
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the corpus")
     parser.add_argument(
         "--workers",
         type=int,
-        default=console.available_cores(),
-        help="processes (default: the cores this job may use, %(default)s)",
+        help="processes (default: the cores this job may use; under mpirun or srun 1 a rank)",
     )
-    parser.add_argument("--text-key", default="text", help="JSON key of the text (%(default)s)")
     parser.add_argument(
-        "--txt-document",
-        choices=TXT_UNITS,
-        default="blank-line",
-        help="what ends a document in .txt files (%(default)s)",
+        "--max-document-bytes",
+        type=int,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help="longer documents are errors, for they would have to be held in memory (%(default)s)",
     )
     parser.add_argument(
         "--holdout",
@@ -321,29 +428,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="share of the documents that goes to PREFIX-valid instead (by a hash of the text)",
     )
     parser.add_argument(
+        "--dedup",
+        action="store_true",
+        help="keep one of several documents that differ in white space and letter case at most",
+    )
+    parser.add_argument(
         "--keep-going",
         action="store_true",
         help="set unreadable lines aside in PREFIX.rejected.jsonl instead of stopping at the first",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
     if not 0 <= args.holdout < 1:
         raise UserError(f"--holdout {args.holdout}: a share of the documents, from 0 to below 1")
+    if args.max_document_bytes < 1:
+        raise UserError(f"--max-document-bytes {args.max_document_bytes}: at least 1")
     report = encode(args)
-    if args.json:
+    if report and args.json:
         console.print_json(report)
-        return 0
+    elif report:
+        _show(report, args.output)
+    return 0
+
+
+def _show(report: dict[str, Any], output: str) -> None:
     for corpus in report["corpora"]:
         print(
             f"{corpus['prefix']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens "
             f"({corpus['dtype']}) from {corpus['text_bytes'] / 1e6:,.2f} MB of text"
         )
+    if report["duplicates"]:
+        print(f"{report['duplicates']:,} duplicates left out")
     if report["rejected"]:
-        print(f"{report['rejected']:,} rejected lines in {args.output}.rejected.jsonl")
+        print(f"{report['rejected']:,} rejected lines in {output}.rejected.jsonl")
     print(f"{report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB of text a second")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pretrain import __version__
 from pretrain.config import UserError
 from pretrain.tokenizer import MODEL_FILE, train_sentencepiece
 from tools import console
-from tools.text_files import TXT_UNITS, Document, Rejected, Unit, find_files, parse, read_blocks
+from tools.text_files import Document, Rejected, Unit, find_files, open_reader
 
 
 def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], int]:
@@ -37,12 +37,13 @@ def read_documents(files: Sequence[Path], text_key: str, txt_document: Unit) -> 
     """All documents; UserError at the first that cannot be read."""
     with console.progress("read", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
-            for block in read_blocks(file, txt_document):
-                for item in parse(block, text_key):
-                    if isinstance(item, Rejected):
-                        raise UserError(f"{item}; correct or remove the line")
-                    yield item
-                advance(block.read_bytes)
+            with open_reader(file, txt_document, text_key) as reader:
+                for batch in reader.read(None):
+                    for item in batch.items:
+                        if isinstance(item, Rejected):
+                            raise UserError(f"{item}; correct or remove the line")
+                        yield item
+                    advance(batch.disk_bytes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,8 @@ from pretrain.config import UserError
 from pretrain.corpus import Origin, adopt, corpus_file, verify
 from pretrain.tokenizer import load_tokenizer
 from tools import console
-from tools.encode_corpus import summary, tokenizer_record
+from tools.encode_corpus import summary
+from tools.encode_parts import tokenizer_record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
