@@ -64,12 +64,12 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
     return result
 
 
-def add_input(parser: argparse.ArgumentParser) -> None:
+def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of programs that read raw text."""
     parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
+        required=required,
         metavar="F",
         help=".jsonl or .txt [.gz .zst .bz2 .xz], .parquet, .arrow; files, folders, patterns, @lists or -",
     )

@@ -62,7 +62,7 @@ from tools.encode_parts import (
     tally,
     tokenizer_record,
 )
-from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed
+from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed, spool_stdin
 
 _PIECES = 256
 """Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
@@ -373,14 +373,7 @@ def _refuse_existing(args: Namespace, folder: Path) -> None:
 
 
 def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
-    stop = folder / "stop"
-    stop.unlink(missing_ok=True)
-    if "-" in args.input:
-        spool = folder / f"stdin.{args.stdin}"  # so that it can be cut into pieces like any file
-        with spool.open("wb") as target:
-            shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
-        args.input = [str(spool) if name == "-" else name for name in args.input]
-    files = find_files(args.input)
+    files = find_files(spool_stdin(args.input, args.stdin, folder))
     tokenizer = load_tokenizer(args.tokenizer)
     job = Job(
         folder=str(folder),
@@ -393,6 +386,7 @@ def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], J
         dedup=args.dedup,
         keep_going=args.keep_going,
     )
+    stop_file(job).unlink(missing_ok=True)
     return files, job, plan(files, args.txt_document, workers)
 
 

@@ -18,6 +18,8 @@ import gzip
 import io
 import json
 import lzma
+import shutil
+import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -100,6 +102,19 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     if repeated:
         raise UserError(f"{min(repeated)}: named twice as an input")
     return files
+
+
+def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
+    """`patterns` with "-" replaced by a file in `folder` that holds the standard input.
+
+    So it can be cut into pieces like any other.
+    """
+    if "-" not in patterns:
+        return list(patterns)
+    spool = folder / f"stdin.{kind}"
+    with spool.open("wb") as target:
+        shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
+    return [str(spool) if pattern == "-" else pattern for pattern in patterns]
 
 
 def _folder_files(folder: Path) -> list[Path]:

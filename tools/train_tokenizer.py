@@ -1,19 +1,34 @@
 """Train a SentencePiece vocabulary with the specials <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last.
 
 The trainer holds its text in memory, so of a larger input a sample is used: the documents whose
-hash is smallest, which depends on the texts alone and not on their order or on the files.
+hash is smallest, which depends on the texts alone and not on their order or on the files. One document
+in a hundred is not trained on: on these the vocabulary is measured.
+
+``--import DIR`` makes a tokenizer folder from the files of an existing byte-level vocabulary instead
+(RoBERTa's, or GPT-2's with fairseq's dict.txt).
 """
 
 import hashlib
 import heapq
+import tempfile
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pretrain import __version__
 from pretrain.config import UserError
-from pretrain.tokenizer import MODEL_FILE, train_sentencepiece
+from pretrain.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
 from tools import console
-from tools.text_files import Document, Rejected, Unit, find_files, open_reader
+from tools.encode_parts import held_out
+from tools.text_files import Document, Rejected, Unit, find_files, open_reader, spool_stdin
+
+_HELD_OUT = 0.01
+"""Share of the documents that measure; those of `encode_corpus --holdout 0.01` too."""
+
+_MEASURED_BYTES = 10_000_000
 
 
 def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], int]:
@@ -46,22 +61,58 @@ def read_documents(files: Sequence[Path], text_key: str, txt_document: Unit) -> 
                     advance(batch.disk_bytes)
 
 
+class Measure:
+    """Fertility of a vocabulary on texts it was not trained on; keeps at most `_MEASURED_BYTES`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.bytes = 0
+
+    def split(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Those to train on; some of the others stay here."""
+        for document in documents:
+            if not held_out(document.utf8, _HELD_OUT):
+                yield document
+            elif self.bytes + len(document.utf8) <= _MEASURED_BYTES:
+                self.texts.append(document.text)
+                self.bytes += len(document.utf8)
+
+    def report(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """What people compare vocabularies by; None without text."""
+        words = sum(len(text.split()) for text in self.texts)
+        tokens, _ = tokenizer.encode_flat(self.texts)
+        if not words or not len(tokens):
+            return None
+        byte_ids = [i for i in range(tokenizer.vocab_size) if _is_byte(tokenizer.piece(i))]
+        return {
+            "documents": len(self.texts),
+            "bytes": self.bytes,
+            "tokens_per_word": len(tokens) / words,
+            "bytes_per_token": self.bytes / len(tokens),
+            "unknown_rate": float(np.mean(tokens == tokenizer.unk)),
+            "byte_rate": float(np.mean(np.isin(tokens, byte_ids))),
+        }
+
+
+def _is_byte(piece: str) -> bool:
+    """Whether this is SentencePiece's spelling of a single byte, <0x41>."""
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("train_tokenizer", "Train a SentencePiece vocabulary", True)
+    console.add_input(parser, required=False)
     parser.add_argument(
-        "--input", nargs="+", required=True, help=".jsonl or .txt [.gz, .zst] files or patterns"
+        "--import",
+        dest="source",
+        metavar="DIR",
+        help="instead of training, take over vocab.json + merges.txt, encoder.json + vocab.bpe + dict.txt, or"
+        " tokenizer.json",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder")
     parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     parser.add_argument(
         "--vocab-size", type=int, default=32_000, help="all ids, specials included (%(default)s)"
-    )
-    parser.add_argument("--text-key", default="text", help="JSON key of the text (%(default)s)")
-    parser.add_argument(
-        "--txt-document",
-        choices=TXT_UNITS,
-        default="blank-line",
-        help="what ends a document in .txt files (%(default)s)",
     )
     parser.add_argument(
         "--max-megabytes",
@@ -71,29 +122,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer there")
     args = parser.parse_args(arguments)
-    model = Path(args.output) / MODEL_FILE
-    if model.exists() and not args.overwrite:
-        raise UserError(f"{model}: exists already; choose another --output or add --overwrite")
-    documents = read_documents(find_files(args.input), args.text_key, args.txt_document)
-    texts, total = sample(documents, int(args.max_megabytes * 1e6))
-    used = sum(len(text.encode()) for text in texts)
-    about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
-    tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
-    report = {
-        "path": args.output,
-        "kind": tokenizer.kind,
-        "vocab_size": tokenizer.vocab_size,
-        "hash": tokenizer.hash,
-        **about,
-    }
+    if bool(args.source) == bool(args.input):
+        raise UserError("give either --input to train on, or --import of an existing vocabulary")
+    for name in (MODEL_FILE, JSON_FILE):
+        if (Path(args.output) / name).exists() and not args.overwrite:
+            raise UserError(
+                f"{Path(args.output) / name}: exists already; choose another --output or add --overwrite"
+            )
+    report = _import(args) if args.source else _train(args)
     if args.json:
         console.print_json(report)
     else:
-        print(
-            f"{model}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, "
-            f"from {used / 1e6:,.1f} of {total / 1e6:,.1f} MB of text"
-        )
+        _show(report)
     return 0
+
+
+def _train(args: Namespace) -> dict[str, Any]:
+    measure = Measure()
+    with tempfile.TemporaryDirectory() as spool:
+        files = find_files(spool_stdin(args.input, args.stdin, Path(spool)))
+        documents = measure.split(read_documents(files, args.text_key, args.txt_document))
+        texts, total = sample(documents, int(args.max_megabytes * 1e6))
+    used = sum(len(text.encode()) for text in texts)
+    about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
+    tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
+    return _about(args.output, tokenizer) | about | {"held_out": measure.report(tokenizer)}
+
+
+def _import(args: Namespace) -> dict[str, Any]:
+    from tools.byte_level_files import convert
+
+    folder = Path(args.output)
+    text = convert(Path(args.source))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
+    partial = folder / f"{JSON_FILE}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / JSON_FILE)
+    return _about(args.output, load_tokenizer(folder))
+
+
+def _about(path: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "path": path,
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "hash": tokenizer.hash,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    print(f"{report['path']}: {report['kind']}, {report['vocab_size']:,} ids")
+    if "bytes" in report:
+        print(f"trained on {report['bytes_used'] / 1e6:,.1f} of {report['bytes'] / 1e6:,.1f} MB of text")
+    if held := report.get("held_out"):
+        print(
+            f"on {held['bytes'] / 1e6:,.2f} MB of held-out text: {held['tokens_per_word']:.3f} tokens a word,"
+            f" {held['bytes_per_token']:.2f} bytes a token, {held['unknown_rate']:.4%} unknown, "
+            f"{held['byte_rate']:.4%} spelt in bytes"
+        )
 
 
 if __name__ == "__main__":
