@@ -1,0 +1,112 @@
+"""The held-out score: the same questions for everybody, and the right answers to them."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import model
+from pretrain.config import UserError
+from pretrain.corpus import IndexedReader, load_manifest
+from pretrain.evaluate import HeldOut
+from pretrain.model import Batch
+from pretrain.tokenizer import load_tokenizer
+from tests.methods import small
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny):
+    return SimpleNamespace(
+        train=tiny / "train", valid=tiny / "valid", tokenizer=load_tokenizer(tiny / "tokenizer")
+    )
+
+
+@pytest.fixture(scope="module")
+def heldout(corpus):
+    return HeldOut(corpus.valid, corpus.tokenizer, LENGTH, 50)
+
+
+def build(corpus, method="mlm"):
+    built = model.LateMaskModel(
+        small(method).model, corpus.tokenizer.vocab_size, corpus.tokenizer.mask
+    ).eval()
+    model.init_weights(built, 0)
+    return built
+
+
+def test_fifteen_per_cent_all_masks_of_distinct_windows(corpus, heldout):
+    masked = heldout.questions(0, 50)
+    assert masked.num_masked == masked.targets.shape[1] == 3  # round(0.15 x 22)
+    assert (masked.ids[:, -3:] == corpus.tokenizer.mask).all()
+    assert heldout.predicted_tokens == 150
+    assert not np.isin(masked.targets, [0, 1, 2, 3, corpus.tokenizer.mask]).any()
+
+
+def test_questions_depend_on_nothing_but_the_corpus(corpus, heldout):
+    other = HeldOut(corpus.valid, corpus.tokenizer, LENGTH, 20)
+    assert (other.questions(0, 20).ids == heldout.questions(0, 20).ids).all()
+
+
+@pytest.mark.parametrize("method", ["mlm", "3ml-query"])
+def test_score_equals_plain_cross_entropy(corpus, heldout, method):
+    built = build(corpus, method)
+    masked = heldout.questions(0, 50)
+    with torch.no_grad():
+        batch = Batch.of(*masked[:4], torch.device("cpu"))
+        hidden = built.head(built.predicted_rows(batch))
+        words = corpus.tokenizer.vocab_size
+        logits = (hidden @ built.tok.weight.T + built.head.bias)[..., :words].flatten(0, 1)
+    targets = batch.targets.flatten()
+    score = heldout.score(built, 7, torch.device("cpu"))
+    assert score.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert score.accuracy == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
+    manifest = load_manifest(corpus.valid)
+    bits = score.loss / math.log(2) * manifest.tokens / manifest.text_bytes
+    assert score.bits_per_byte == pytest.approx(bits)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 7), (3, 16), (4, 50)])
+def test_any_number_of_ranks_gives_the_same_score(corpus, heldout, ranks, micro):
+    """Every rank makes as many calls as the others, and the sums add up to one rank's."""
+    built, calls, sums = build(corpus), [], []
+
+    def record(total):
+        sums.append(total.clone())
+        return total
+
+    for rank in range(ranks):
+        seen = []
+
+        def counted(batch, score, seen=seen):
+            seen.append(len(batch.ids))
+            return built(batch, score)
+
+        heldout.score(counted, micro, torch.device("cpu"), rank, ranks, record)
+        calls.append(len(seen))
+    assert len(set(calls)) == 1
+    alone = heldout.score(built, 50, torch.device("cpu"))
+    loss, right = (sum(sums) / heldout.predicted_tokens).tolist()
+    assert loss == pytest.approx(alone.loss, rel=1e-6) and right == pytest.approx(alone.accuracy)
+
+
+def test_unigram_is_the_frequency_of_the_training_corpus(corpus, heldout):
+    words = corpus.tokenizer.vocab_size
+    counts = np.bincount(IndexedReader(corpus.train).tokens, minlength=words) + 1.0
+    targets = heldout.questions(0, 50).targets
+    expected = -np.log(counts[targets] / counts.sum()).mean()
+    score = heldout.unigram(corpus.train, words)
+    assert score.loss == pytest.approx(expected)
+    assert score.accuracy == pytest.approx((targets == counts.argmax()).mean())
+
+
+def test_another_tokenizers_corpus_is_refused(corpus):
+    class Other:
+        hash = "other"
+
+    with pytest.raises(UserError, match="another tokenizer"):
+        HeldOut(corpus.valid, Other(), LENGTH, 5)
