@@ -283,6 +283,8 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
     prefixes = [part.prefix + side for side in sides for part in parts]
     if not any(load_manifest(prefix).documents for prefix in prefixes):
+        for prefix in prefixes:
+            corpus_file(prefix, "json").unlink()  # nothing to go on with
         raise UserError(f"no documents in {args.input[0]}; nothing to write")
     duplicates = 0
     dropped: Iterator[Any] = itertools.repeat(())

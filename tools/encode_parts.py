@@ -161,6 +161,8 @@ class Encoder:
                         counts["rejected"] += 1
                 for side, documents in zip(sides, groups, strict=True):
                     side.append(documents)
+                if stop_file(self.job).exists():
+                    return
                 counts["lines"] += batch.lines
                 counts["disk_bytes"] += batch.disk_bytes
                 advance(batch.disk_bytes)

@@ -316,7 +316,8 @@ class _TextReader(Reader):
             record = json.loads(line.decode())
             if not isinstance(record, dict):
                 return rejected("not a JSON object")
-            return self._document(number, record[self.text_key], record.get("source"))
+            item = self._document(number, record[self.text_key], record.get("source"))
+            return item if isinstance(item, Document) else rejected(item.reason)
         except UnicodeDecodeError as error:
             return rejected(f"not UTF-8 (byte {error.start} of the line)")
         except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
