@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, Signals
 from typing import Any
@@ -66,10 +67,9 @@ def test_killed_between_checkpoints(variant: str, words: Words, tiny: Path, tmp_
     """Twelve updates are one and a half epochs; each attempt but the last is killed in its fifth."""
     options = (f"corpus.train={tiny}/short", "budget.steps=12", *VARIANTS[variant])
     finish(words("whole", *options))
-    codes = []
-    while codes[-1:] != [0]:
-        codes += attempt(words("cut", "checkpoint.every_steps=3", *options), strike=Strike(SIGKILL, 5)).codes
-    assert codes == [-SIGKILL] * 3 + [0]
+    for code in (-SIGKILL, -SIGKILL, -SIGKILL, 0):
+        cut = attempt(words("cut", "checkpoint.every_steps=3", *options), strike=Strike(SIGKILL, 5))
+        assert cut.codes == [code], cut.text
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
     check_ledger(tmp_path / "cut")
 
@@ -78,12 +78,12 @@ def test_killed_before_every_write(words: Words, tmp_path: Path) -> None:
     """The n-th attempt dies just before its n-th fsync or rename, wherever that is."""
     options = ("budget.steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
     finish(words("whole", *options))
-    tries = 0
-    done = False
-    while not done:
-        tries += 1
-        done = attempt(words("cut", *options), strike=Strike(SIGKILL, tries, DISK)).codes == [0]
-    assert tries > 20
+    for at in count(1):
+        cut = attempt(words("cut", *options), strike=Strike(SIGKILL, at, DISK))
+        if cut.codes == [0]:
+            break
+        assert cut.codes == [-SIGKILL], cut.text
+    assert at > 20
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
     assert not list((tmp_path / "cut").rglob(checkpoint.TEMPORARY + "*"))
     check_ledger(tmp_path / "cut")

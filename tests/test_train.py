@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain import config, engine, ledger, schedule, train
+from pretrain import config, ledger, schedule, train
 from pretrain.checkpoint import RunFolder
 from pretrain.monitor import read_metrics
 from pretrain.topology import Topology
@@ -21,7 +21,6 @@ from tests.runs import Outcome, Strike, attempt, finish, losses
 Words = Callable[..., list[str]]
 
 QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
-BARE = ("corpus.valid=",)
 
 
 def cost(words: list[str]) -> Any:
@@ -67,18 +66,47 @@ def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
     assert spent["device_seconds"]["total"] > first["device_seconds"]["total"]
 
 
+def build_here(command: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> train.Run:
+    """A run in this process, whose signals are left alone."""
+    monkeypatch.setattr(train, "Signals", lambda: SimpleNamespace(received=None))
+    return train.build(config.load(command[0], command[1:]), Topology(), RunFolder(run))
+
+
+@pytest.mark.parametrize("what", ["hours", "signal"])
+def test_evaluation_is_followed_by_another_look(
+    what: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No update is made where the evaluation used the hours up, or a signal came with it."""
+    run = build_here(words("a", "budget.steps=null", "budget.device_hours=0.5"), tmp_path / "a", monkeypatch)
+    assert run.heldout and run.ledger
+    score, clock, slept = run.heldout.score, run.ledger._clock, [0.0]
+
+    def long_evaluation(*args: Any) -> Any:
+        if what == "hours":
+            slept[0] += 3600
+        else:
+            run.signals.received = "SIGTERM"
+        return score(*args)
+
+    monkeypatch.setattr(run.ledger, "_clock", lambda: clock() + slept[0])
+    monkeypatch.setattr(run.heldout, "score", long_evaluation)
+    assert train.train(run) == {"hours": 0, "signal": 75}[what]
+    train.close(run)
+    assert run.step == 3
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
 def test_rate_follows_the_spent_share(
     kind: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = words("a", f"schedule.kind={kind}", "schedule.warmup=0.3", "schedule.floor=0.1", *BARE)
-    each, amount = cost(command).tokens_seen, 2000
-    options = config.load(command[0], [*command[1:], "budget.steps=null", f"budget.tokens={amount}"])
+    shape = (f"schedule.kind={kind}", "schedule.warmup=0.3", "schedule.floor=0.1", "corpus.valid=")
+    each, amount = cost(words("a")).tokens_seen, 2000
+    run = build_here(
+        words("a", "budget.steps=null", f"budget.tokens={amount}", *shape), tmp_path / "a", monkeypatch
+    )
     rates: list[float] = []
-    step = engine.TorchEngine.step
-    monkeypatch.setattr(engine.TorchEngine, "step", lambda self, lr: rates.append(lr) or step(self, lr))
-    monkeypatch.setattr(train, "Signals", lambda: SimpleNamespace(received=None))
-    run = train.build(options, Topology(), RunFolder(tmp_path / "a"))
+    step = run.engine.step
+    monkeypatch.setattr(run.engine, "step", lambda lr: rates.append(lr) or step(lr))
     assert train.train(run) == 0
     train.close(run)
     spent = [n * each / amount for n in range(amount // each + 1)]
