@@ -10,6 +10,7 @@ said in a warning.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         console.print_json(document)
     else:
+        report_pages.show(document, sys.stdout)
         print("\n".join([*(f"warning: {warning}" for warning in document["warnings"]), *map(str, written)]))
 
 

@@ -8,7 +8,7 @@ import base64
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tools import plots
 
@@ -316,6 +316,27 @@ def picture(document: dict[str, Any]) -> bytes:
     """loss.png: held-out loss against FLOPs and against device-hours."""
     with plots.theme("light"):
         return _drawn(document, (_flops_axis, _time_axis), "png")
+
+
+# ---- the terminal ------------------------------------------------------------------------------
+
+
+def show(document: dict[str, Any], stream: IO[str]) -> None:
+    """The tables, without the meanings of their columns, for a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    # A file has no width to keep to.
+    console = Console(file=stream, width=None if stream.isatty() else 240)
+    for table in (RESULT, COSTS, WORK):
+        drawn = Drawn(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        drawn.add_column("run")
+        for column in table.columns:
+            drawn.add_column(column.title, justify="right")
+        for run in document["runs"]:
+            drawn.add_row(run["name"], *(column.cell(run) for column in table.columns))
+        console.print(drawn)
 
 
 # ---- Markdown ------------------------------------------------------------------------------------
