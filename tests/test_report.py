@@ -469,7 +469,9 @@ def test_program_prints_only_json_and_replaces_whole_files(pair: list[str], tmp_
     assert sorted(path.name for path in output.iterdir()) == ["loss.png", "report.html", "report.md"]
     first = (output / "report.md").stat().st_ino
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout.split() == [str(output / name) for name in ("report.md", "report.html", "loss.png")]
+    lines = again.stdout.splitlines()
+    assert lines[-3:] == [str(output / name) for name in ("report.md", "report.html", "loss.png")]
+    assert "4.2500" in again.stdout  # the tables, for a terminal
     assert (output / "report.md").stat().st_ino != first
     bad = subprocess.run([*command[:3], "nowhere", *command[-2:]], cwd=ROOT, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "") and "nowhere" in bad.stderr
