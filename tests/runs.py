@@ -156,6 +156,7 @@ def result(run: Path) -> dict[str, Any]:
     }
 
 
-def losses(run: Path) -> list[tuple[int, float | None, float | None]]:
-    """(step, training loss, held-out loss) of every logged step."""
-    return [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in read_metrics(run)]
+def losses(run: Path) -> list[tuple[int, float | None, float | None, float | None]]:
+    """(step, training loss, gradient norm, held-out loss) of every logged step."""
+    names = ("loss", "grad_norm", "held_out_loss")
+    return [(line["step"], *map(line.get, names)) for line in read_metrics(run)]

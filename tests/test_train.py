@@ -139,7 +139,7 @@ MODEL = (*QUERY, "train.batch_size=12", "masking.views=2", "evaluate.samples=23"
 
 
 def check_losses(run: Path, expected: list[Any]) -> None:
-    """Steps and losses of a run, up to float32 rounding."""
+    """Losses and gradient norms of every step, up to float32 rounding."""
     for found, wanted in zip(losses(run), expected, strict=True):
         assert [value is None for value in found] == [value is None for value in wanted]
         assert [value or 0 for value in found] == pytest.approx([value or 0 for value in wanted], rel=1e-5)
