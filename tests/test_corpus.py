@@ -1,9 +1,12 @@
 """The corpus files against megatron-core's own reader and writer, and against damage."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -346,3 +349,88 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
         merge([tmp_path / "a"], tmp_path / "a", overwrite=True)
     assert load_manifest(tmp_path / "a").tokens == len(tokens)
     assert not list(tmp_path.glob("out*"))
+
+
+# ---- sizes that overflow 32 bits -----------------------------------------------------------------
+
+
+def sparse_corpus(prefix: Path, length: int, sequences: int, tokenizer: TokenizerRecord) -> None:
+    """A corpus of `sequences` x `length` tokens that are all 0 but the last: holes, not bytes."""
+    dtype = np.dtype(np.int32)
+    lengths = np.full(sequences, length, "<i4")
+    pointers = np.arange(sequences, dtype="<i8") * length * dtype.itemsize
+    head = corpus._HEADER.pack(corpus.MAGIC, 1, 4, sequences, sequences + 1)
+    table = np.arange(sequences + 1, dtype="<i8")
+    index = head + lengths.tobytes() + pointers.tobytes() + table.tobytes()
+    Path(f"{prefix}.idx").write_bytes(index)
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(sequences * length * dtype.itemsize)
+        file.seek(-dtype.itemsize, 2)
+        file.write(dtype.type(1234).tobytes())
+    counts = (sequences, sequences, sequences * length, 0)
+    blocks = {"bin": ["not read"], "idx": ["not read"]}
+    corpus._seal(prefix, dtype, counts, blocks, Origin(tokenizer=tokenizer), [])
+
+
+def test_past_2_31_tokens_and_2_40_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, sequences = 2**31 - 1, 129  # 1.1 TB of holes
+    sparse_corpus(tmp_path / "a", length, sequences, record())
+    reader = IndexedReader(tmp_path / "a")
+    assert reader.num_tokens == length * sequences > 2**38
+    assert corpus.corpus_file(tmp_path / "a", "bin").stat().st_size > 2**40
+    assert reader.document_lengths.sum() == reader.num_tokens
+    assert reader.tokens[-1] == reader.document(sequences - 1)[-1] == 1234
+    assert IndexedDataset(str(tmp_path / "a")).get(sequences - 1, length - 1, 1).tolist() == [1234]
+
+    def copy_holes(self: Any, path: Path, start: int, size: int, progress: Any) -> None:
+        self.file.truncate(self.file.seek(0, 2) + size)  # the bytes themselves: test_merge_equals_megatrons
+
+    monkeypatch.setattr(corpus._HashedFile, "copy", copy_holes)
+    write(tmp_path / "b", np.arange(30, dtype=np.int32), Origin(tokenizer=record()))
+    manifest = merge([tmp_path / "a", tmp_path / "b", tmp_path / "a"], tmp_path / "out")
+    assert manifest.tokens == 2 * reader.num_tokens + 30
+    out = IndexedReader(tmp_path / "out")  # its check: byte offsets follow from the lengths
+    assert out.token_offsets(out.document_table[[0, 129, -2, -1]]).tolist() == [
+        0,
+        reader.num_tokens,
+        manifest.tokens - length,
+        manifest.tokens,
+    ]
+    theirs = IndexedDataset(str(tmp_path / "out"))
+    assert theirs.sequence_lengths.astype(np.int64).sum() == manifest.tokens
+    assert theirs.index.sequence_pointers[-1] == (manifest.tokens - length) * 4 > 2**41
+
+
+def test_a_sequence_beyond_the_format_is_refused(tmp_path: Path) -> None:
+    huge = np.broadcast_to(np.uint16(0), 2**31)
+    with (
+        CorpusWriter(tmp_path / "c", np.dtype(np.uint16)) as writer,
+        pytest.raises(UserError, match=r"sequence of 2147483648 tokens; the format ends at 2\*\*31-1"),
+    ):
+        writer.append_documents(huge, [2**31])
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_documents_can_be_left_out_of_a_copy(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel cannot copy: another file system, an old kernel."""
+    monkeypatch.setattr(corpus, "_CHUNK", 2)
+    monkeypatch.setattr(corpus, "_COPY_BYTES", 5)
+    if failing:
+
+        def refuse(*arguments: Any, **named: Any) -> int:
+            raise OSError(errno.EXDEV, "other file system")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    tokens = numbers(np.uint16)
+    write(tmp_path / "a", tokens, Origin(tokenizer=record()))
+    reader = IndexedReader(tmp_path / "a")
+    for dropped in ([], [0], [2, 3, 8], list(range(9))):
+        kept = [reader.document(i) for i in range(9) if i not in dropped]
+        with CorpusWriter(tmp_path / "c", np.dtype(np.uint16), overwrite=True) as writer:
+            writer.append_corpus(tmp_path / "a", dropped)
+            writer.finish()
+        assert verify(tmp_path / "c").empty_documents == sum(not len(document) for document in kept)
+        copy = IndexedReader(tmp_path / "c")
+        assert [copy.document(i).tolist() for i in range(copy.num_documents)] == [k.tolist() for k in kept]
