@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tools import console
 
-SAMPLE = Path(__file__).parent / "sample"
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+SAMPLE, CONFIGS = Path("tools/sample"), Path("configs")
 RUNS = ("demo-mlm", "demo-3ml")
 TEXT = "It was the <mask> of the year."
 VOCABULARY = 4096
@@ -75,22 +75,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="section.key=value", help="for both runs, such as budget.flops=1e12"
     )
     args = parser.parse_args(arguments)
+    home = args.home.absolute() if Path.cwd() != ROOT else args.home
     begin = time.monotonic()
     # Ctrl-C reaches the program of the step as well; that saves its work and comes back here.
     signal.signal(signal.SIGINT, lambda number, frame: None)
-    for title, command, done in steps(args.home, args.overrides):
+    for title, command, done in steps(home, args.overrides):
         shown = ["python", "-m", *command]
         print(f"\n== {title}\n$ {shlex.join(shown)}", flush=True)
         if done is not None and done.exists():
             print(f"done before: {done}", flush=True)
             continue
-        code = subprocess.run([sys.executable, *shown[1:]], check=False).returncode
+        code = subprocess.run([sys.executable, *shown[1:]], cwd=ROOT, check=False).returncode
         if code:
             print(f"stopped at this step (exit code {code}); start again to go on", file=sys.stderr)
             return code
     minutes = (time.monotonic() - begin) / 60
-    print(f"\n{minutes:.1f} minutes. The report: {args.home / 'demo-report' / 'report.html'}")
-    print(f"The encoders, for transformers: {args.home}/demo-*/export")
+    print(f"\n{minutes:.1f} minutes. The report: {home / 'demo-report' / 'report.html'}")
+    print(f"The encoders, for transformers: {home}/demo-*/export")
     return 0
 
 
