@@ -1,0 +1,99 @@
+"""What the papers argue with, measured on checkpoints: effective rank and gradient variance.
+
+rank      of each layer's representations: MAE-LM's case for an encoder that never sees [MASK].
+variance  of the gradient over masks of a text and over texts: the case for fully-explored masking.
+
+Several runs come out as one table (CSV, JSON) and one figure (PNG) in the output folder.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import config
+from pretrain.checkpoint import write_atomic
+from pretrain.config import UserError
+from tools import analyze_rank, analyze_variance, console
+from tools.run_model import add_checkpoint_argument, load_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("analyze", "Effective rank or gradient variance of checkpoints", reports=True)
+    parser.add_argument("what", choices=("rank", "variance"))
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one table and figure for all")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the table and the figure")
+    parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (each run's corpus.valid)")
+    add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--measure",
+        choices=analyze_rank.MEASURES,
+        default=analyze_rank.MEASURES[0],
+        help="rank: which of the six the figure shows (%(default)s); the table has all",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=5_000_000, metavar="N", help="rank: tokens read, at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=200, metavar="N", help="variance: texts read, at most (%(default)s)"
+    )
+    parser.add_argument("--rate", type=float, help="variance: share of a text that is masked (each run's)")
+    parser.add_argument("--views", type=int, metavar="K", help="variance: masks of a text (1 / rate)")
+    args = parser.parse_args(arguments)
+    if args.tokens < 1 or args.texts < 2:
+        raise UserError("--tokens: give 1 or more; --texts: 2 or more")
+    rows: list[dict[str, Any]] = []
+    for run in args.runs:
+        rows += _measured(run, args)
+    figure = analyze_rank.figure(rows, args.measure) if args.what == "rank" else analyze_variance.figure(rows)
+    write(Path(args.output), args.what, rows, figure)
+    if args.json:
+        console.print_json(rows)
+    else:
+        print(analyze_rank.text(rows, args.measure) if args.what == "rank" else analyze_variance.text(rows))
+        print(f"{args.output}: {args.what}.csv, {args.what}.json, {args.what}.png")
+    return 0
+
+
+def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one run."""
+    loaded = load_model(run, args.checkpoint)
+    corpus = args.corpus or loaded.config.corpus.valid
+    if not corpus:
+        raise UserError(f"{run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(device)
+    about = {
+        "run": Path(run).absolute().name,
+        "method": config.method(loaded.config),
+        "checkpoint": loaded.state.step,
+        "corpus": corpus,
+    }
+    if args.what == "rank":
+        found = analyze_rank.measure(loaded, corpus, args.tokens, device)
+    else:
+        found = analyze_variance.measure(loaded, corpus, args.texts, args.rate, args.views, device)
+    return [about | row for row in found]
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], figure: bytes) -> None:
+    """NAME.csv, NAME.json and NAME.png; each appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / f"{name}.csv", table.getvalue())
+    write_atomic(folder / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    partial = folder / f".{name}.png.partial"
+    partial.write_bytes(figure)
+    partial.replace(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    console.run(main)
