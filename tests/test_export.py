@@ -22,7 +22,7 @@ from tests.methods import BLOCKS, METHODS, small
 from tools import export, huggingface_tokenizer
 from tools import fill_mask as fill_mask_program
 from tools.export import ExportError, export_folder
-from tools.fill_mask import fill_mask
+from tools.fill_mask import fill_mask, mask_logits
 from tools.huggingface_tokenizer import CHECK_TEXTS, hugging_face_tokenizer, write_tokenizer
 from tools.model_card import model_card
 from tools.run_model import load_model
@@ -294,6 +294,43 @@ def test_late_folder(method: str, block: str, tmp_path: Path, tokenizer_dir: Pat
     assert not any("head" in key or "decoder" in key for key in keys(output))
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("method", [*LATE, "leaking"])
+def test_late_folder_with_decoder(method: str, block: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The whole model: the logits of the masks, in padded batches with other numbers of masks."""
+    from transformers import AutoModelForMaskedLM
+
+    more = {}
+    if method == "leaking":
+        method, more = "3ml-cross", {"mask_leak": 0.4, "token_type": block != "modern"}
+    options = small(method, block, model={"max_positions": 100, "init_std": 0.1, **more})
+    model, output = make_model(options, tokenizer_dir), tmp_path / "model"
+    report = export_folder(model, options, tokenizer_dir, output, "# card\n", with_decoder=True)
+    assert report["class"] == "LateMaskForMaskedLM" and report["parameters_left_out"] == 0
+    theirs = AutoModelForMaskedLM.from_pretrained(output, trust_remote_code=True).eval()
+    ids = torch.randint(4, 699, (3, 60), generator=torch.Generator().manual_seed(1))
+    ids[0, 5:40:3] = ids[1, [2, 50]] = ids[2, 1] = model.mask_id
+    attention = torch.ones_like(ids)
+    attention[1, 55:] = attention[2, 20:] = 0
+    with torch.no_grad():
+        found = theirs(input_ids=torch.where(attention.bool(), ids, 1), attention_mask=attention).logits
+        for row, n in enumerate((60, 55, 20)):
+            expected = mask_logits(model, ids[row : row + 1, :n])[0]
+            mine = found[row, :n][ids[row, :n] == model.mask_id]
+            assert mine.shape == expected.shape
+            assert (mine - expected).abs().max() <= 1e-5 * expected.abs().max()
+    labels = torch.where(ids == model.mask_id, 7, -100)
+    loss = theirs(input_ids=ids, labels=labels).loss
+    logits = torch.cat([mask_logits(model, ids[i : i + 1])[0] for i in range(3)])
+    expected = torch.nn.functional.cross_entropy(logits, torch.full((len(logits),), 7))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_mlm_has_no_decoder_to_export(tmp_path: Path, tokenizer_dir: Path) -> None:
+    with pytest.raises(UserError, match="no late masks"):
+        exported(tmp_path, tokenizer_dir, "mlm", with_decoder=True)
+
+
 def keys(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -320,12 +357,14 @@ def test_fine_tuning_starts_from_the_encoder(
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_fill_mask_pipeline_equals_ours(tmp_path: Path, tokenizer_dir: Path) -> None:
+@pytest.mark.parametrize("method", ["mlm", "3ml-query"])
+def test_fill_mask_pipeline_equals_ours(method: str, tmp_path: Path, tokenizer_dir: Path) -> None:
     from transformers import pipeline
 
-    model, output, _ = exported(tmp_path, tokenizer_dir, "mlm", "modern")
+    late = method != "mlm"
+    model, output, _ = exported(tmp_path, tokenizer_dir, method, "modern", with_decoder=late)
     text = "The President said that <mask>, of all things, was the law."
-    theirs = pipeline("fill-mask", model=str(output), top_k=7)(text)
+    theirs = pipeline("fill-mask", model=str(output), top_k=7, trust_remote_code=late)(text)
     (ours,) = fill_mask(model, hugging_face_tokenizer(tokenizer_dir), text, 7)
     assert [a["token"] for a in ours] == [a["token"] for a in theirs]
     assert [a["score"] for a in ours] == pytest.approx([a["score"] for a in theirs], rel=1e-4)

@@ -35,7 +35,8 @@ def save(folder: Path, block: str, tokenizer: Tokenizer, head: bool = True, **se
     """A model of transformers, every parameter random, as its save_pretrained writes it."""
     import transformers
 
-    values = hugging_face_config(small("mlm", block), tokenizer, head) | settings
+    form = "masked-lm" if head else "encoder"
+    values = hugging_face_config(small("mlm", block), tokenizer, form) | settings
     auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
     torch.manual_seed(5)
     model = auto.from_config(transformers.AutoConfig.for_model(**values))

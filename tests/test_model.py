@@ -400,7 +400,8 @@ def hugging_face(block: str, model: LateMaskModel, method: str, head: bool) -> n
     """transformers' model of this block holding our weights; no key may be missing or left over."""
     import transformers
 
-    values = hugging_face_config(make_config(block, method), TOKENIZER, head)
+    form = "masked-lm" if head else "encoder"
+    values = hugging_face_config(make_config(block, method), TOKENIZER, form)
     settings = transformers.AutoConfig.for_model(**values)
     auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
     theirs = auto.from_config(settings).eval().to(model.tok.weight.dtype)

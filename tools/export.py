@@ -4,7 +4,9 @@ Nothing is believed: the written folder is loaded by transformers and must give 
 logits (or, after a late method, hidden states) and the training tokenizer's ids before it appears under
 its final name.
 
-What a late method trained beside the encoder (decoder, mask vector, head) is left out.
+What a late method trained beside the encoder (decoder, mask vector, head) is left out, unless the
+pre-training model itself is asked for: then the folder brings the code that it needs
+(modeling_latemask.py), and loads with trust_remote_code.
 """
 
 import json
@@ -24,7 +26,8 @@ from pretrain.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model import LateMaskModel
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
-from tools.huggingface import hugging_face_config, model_class
+from tools.fill_mask import mask_logits
+from tools.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
 from tools.huggingface_tokenizer import check_tokenizer, write_tokenizer
 from tools.model_card import model_card
 from tools.run_model import add_checkpoint_argument, load_model
@@ -46,42 +49,53 @@ def export_folder(
     output: str | Path,
     card: str,
     overwrite: bool = False,
+    with_decoder: bool = False,
 ) -> dict[str, Any]:
     """Writes, checks and only then names the folder `output`; returns a report.
 
-    card: text of README.md. overwrite: replace an earlier export there. UserError if `output` is
-    something else; ExportError, and nothing left behind, if the check fails.
+    card: text of README.md. overwrite: replace an earlier export there. with_decoder: the whole model of a
+    late method. UserError if `output` is something else; ExportError, and nothing left behind, if the
+    check fails.
     """
     output = Path(output).absolute()
     _refuse(output, overwrite)
-    head = config.method(options) == "mlm"
+    form = form_of(options, with_decoder)
     tokenizer = load_tokenizer(tokenizer_dir)
     partial = output.with_name(f".partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        parameters = _write(partial, model, options, tokenizer, head)
+        parameters = _write(partial, model, options, tokenizer, form)
         write_tokenizer(tokenizer_dir, tokenizer, partial, options.train.seq_length)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        difference = check_model(partial, model, tokenizer, head)
+        difference = check_model(partial, model, tokenizer, form)
         check_tokenizer(partial, tokenizer)
         _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {
         "path": str(output),
-        "class": model_class(options.model, head),
+        "class": model_class(options.model, form),
         "method": config.method(options),
         "parameters": parameters,
-        "parameters_left_out": count_left_out(model, head),
+        "parameters_left_out": count_left_out(model, form),
         "largest_difference": difference,
     }
 
 
-def count_left_out(model: LateMaskModel, head: bool) -> int:
+def form_of(options: Config, with_decoder: bool) -> Form:
+    """What of the model is exported; UserError if there is no decoder to add."""
+    if config.method(options) != "mlm":
+        return "late" if with_decoder else "encoder"
+    if with_decoder:
+        raise UserError("--with-decoder: the model of this run has no late masks; leave it out")
+    return "masked-lm"
+
+
+def count_left_out(model: LateMaskModel, form: Form) -> int:
     """Parameters that the export does not carry (padded rows of the word table apart)."""
     state = model.state_dict()
-    return sum(state[name].numel() for name in left_out(state, head))
+    return 0 if form == "late" else sum(state[name].numel() for name in left_out(state, form == "masked-lm"))
 
 
 def _refuse(output: Path, overwrite: bool) -> None:
@@ -93,9 +107,14 @@ def _refuse(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output}: holds a model already; choose another --output or add --overwrite")
 
 
-def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, head: bool) -> int:
-    state = hugging_face_state(options.model, model.state_dict(), tokenizer.vocab_size, head)
-    settings = json.dumps(hugging_face_config(options, tokenizer, head), indent=2)
+def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, form: Form) -> int:
+    ours, vocab_size = model.state_dict(), tokenizer.vocab_size
+    if form == "late":
+        state = late_state(ours, vocab_size)
+        shutil.copyfile(MODELING, folder / MODELING.name)
+    else:
+        state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm")
+    settings = json.dumps(hugging_face_config(options, tokenizer, form), indent=2)
     (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
     save_file({name: tensor.float() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
     shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors creates 0600, whatever the umask
@@ -115,23 +134,26 @@ def _publish(partial: Path, output: Path) -> None:
 
 
 @torch.no_grad()
-def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, head: bool) -> float:
+def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, form: Form) -> float:
     """Largest difference between transformers and `model`, relative to scale; ExportError if too large.
 
-    One sequence of full length and one padded to it, in natural order, random pieces and masks.
+    One sequence of full length and one padded to it, in natural order, random pieces and masks. Of a late
+    model the answers to the masks are compared.
     """
-    theirs = _load(folder, head)
+    theirs = _load(folder, form)
     model = model.eval()
     length = min(model.m.max_positions, CHECK_TOKENS)
     worst = 0.0
-    ids = _probe(tokenizer, length, masks=head)
+    ids = _probe(tokenizer, length, masks=form != "encoder")
     lengths = (length, length // 2 + 1)
     attention = torch.tensor([[i < n for i in range(length)] for n in lengths]).long()
     padded = torch.where(attention.bool(), ids, tokenizer.pad)
     answer = theirs(input_ids=padded, attention_mask=attention)
     for row, n in enumerate(lengths):
-        expected = _outputs(model, ids[row : row + 1, :n], tokenizer.vocab_size, head)
-        found = (answer.logits if head else answer.last_hidden_state)[row : row + 1, :n]
+        expected = _outputs(model, ids[row : row + 1, :n], tokenizer.vocab_size, form)
+        found = (answer.last_hidden_state if form == "encoder" else answer.logits)[row : row + 1, :n]
+        if form == "late":
+            found = found[:, ids[row, :n] == tokenizer.mask]
         worst = max(
             worst, ((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf).item()
         )
@@ -143,14 +165,18 @@ def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, head: 
     return worst
 
 
-def _load(folder: Path, head: bool) -> torch.nn.Module:
+def _load(folder: Path, form: Form) -> torch.nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
+    auto = transformers.AutoModel if form == "encoder" else transformers.AutoModelForMaskedLM
     model, info = auto.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        folder,
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=form == "late",
     )
     # Base classes bring a pooler that pre-training knows nothing about.
     missing = [name for name in info["missing_keys"] if "pooler" not in name]
@@ -170,10 +196,13 @@ def _probe(tokenizer: Tokenizer, length: int, masks: bool) -> Tensor:
     return ids
 
 
-def _outputs(model: LateMaskModel, ids: Tensor, vocab_size: int, head: bool) -> Tensor:
-    """Logits [1, n, W], or the encoder's output [1, n, D], of the training model in natural order."""
+def _outputs(model: LateMaskModel, ids: Tensor, vocab_size: int, form: Form) -> Tensor:
+    """Logits [1, n, W] (of the masks, if they are late), or the encoder's output [1, n, D], of the
+    training model in natural order."""
+    if form == "late":
+        return mask_logits(model, ids)
     hidden = model.encode(ids, torch.arange(ids.shape[1])[None])
-    if not head:
+    if form == "encoder":
         return hidden
     return model.head(hidden) @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
 
@@ -186,24 +215,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--with-decoder",
+        action="store_true",
+        help="the whole pre-training model of a late method, which can fill in masks (needs"
+        " trust_remote_code to load)",
+    )
     parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     args = parser.parse_args(arguments)
     _refuse(Path(args.output), args.overwrite)  # before minutes of reading
     model, options, tokenizer, state = load_model(args.run, args.checkpoint)
-    head = config.method(options) == "mlm"
+    form = form_of(options, args.with_decoder)
     card = model_card(
         Path(args.run).absolute().name,
         options,
         tokenizer.piece(tokenizer.mask),
-        count_left_out(model, head),
+        count_left_out(model, form),
         state,
         _manifest(options),
         ledger.total([args.run]),
         args.license,
+        args.with_decoder,
     )
     folder = tokenizer_folder(options.corpus)
-    report = export_folder(model, options, folder, args.output, card, args.overwrite)
+    report = export_folder(model, options, folder, args.output, card, args.overwrite, args.with_decoder)
     report = {"checkpoint": state.step, **report}
     if args.json:
         console.print_json(report)

@@ -38,20 +38,23 @@ def fill_mask(
         raise UserError(
             f"the text has {len(ids)} tokens, the model {model.m.max_positions} positions; cut it"
         )
-    order = torch.cat((torch.arange(len(ids))[~masked], torch.arange(len(ids))[masked]))[None]
-    M = int(masked.sum())
-    batch = Batch(ids[order], order, torch.zeros(1, M, dtype=torch.int64), M)
-    hidden = model.eval().head(model.predicted_rows(batch))[0]
-    vocab_size = model.cross_entropy.vocab_size
-    logits = hidden @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
-    scores, pieces = logits.softmax(-1).topk(top)
+    scores, pieces = mask_logits(model.eval(), ids[None])[0].softmax(-1).topk(top)
+    places = masked.nonzero().flatten().tolist()
     return [
-        [
-            _answer(tokenizer, ids, int(order[0, row]), token, score)
-            for score, token in zip(*pair, strict=True)
-        ]
-        for row, pair in enumerate(zip(scores.tolist(), pieces.tolist(), strict=True), len(ids) - M)
+        [_answer(tokenizer, ids, place, token, score) for score, token in zip(*pair, strict=True)]
+        for place, *pair in zip(places, scores.tolist(), pieces.tolist(), strict=True)
     ]
+
+
+def mask_logits(model: LateMaskModel, ids: torch.Tensor) -> torch.Tensor:
+    """ids [1, n] of a text -> logits [1, M, W] of its masks, which join where they joined in training."""
+    masked = ids[0] == model.mask_id
+    order = torch.cat(((~masked).nonzero(), masked.nonzero())).flatten()[None]
+    M = int(masked.sum())
+    batch = Batch(ids[:, order[0]], order, torch.zeros(1, M, dtype=torch.int64), M)
+    vocab_size = model.cross_entropy.vocab_size
+    hidden = model.head(model.predicted_rows(batch))
+    return hidden @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
 
 
 def _answer(

@@ -4,11 +4,21 @@ The trap, silent in transformers: defaults that differ from what was trained (no
 types, rotary base, sliding windows), so every value is written out.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
 
 from pretrain.config import Config, Model
 from pretrain.huggingface import model_type
 from pretrain.tokenizer import Tokenizer
+
+Form = Literal["masked-lm", "encoder", "late"]
+"""What is exported: `mlm` with its head, the encoder of a late method, or all of a late method."""
+
+MODELING = Path(__file__).with_name("modeling_latemask.py")
+"""The code that a `late` folder brings along."""
 
 _FINE_TUNING_DROPOUT = 0.1
 
@@ -19,16 +29,27 @@ _CLASSES = {
 }
 
 
-def model_class(m: Model, head: bool) -> str:
+def model_class(m: Model, form: Form) -> str:
     """Name of the transformers class that holds this model."""
-    return _CLASSES[model_type(m)] + ("ForMaskedLM" if head else "Model")
+    if form == "late":
+        return "LateMaskForMaskedLM"
+    return _CLASSES[model_type(m)] + ("ForMaskedLM" if form == "masked-lm" else "Model")
 
 
-def hugging_face_config(config: Config, tokenizer: Tokenizer, head: bool) -> dict[str, Any]:
+def late_state(ours: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Parameters of a `late` folder: ours, without the padded rows of the vocabulary."""
+    vocabulary = ("tok.weight", "head.bias")
+    return {
+        name: (tensor[:vocab_size] if name in vocabulary else tensor).contiguous()
+        for name, tensor in ours.items()
+    }
+
+
+def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
     """config.json of the exported folder, every value that matters written out."""
     m = config.model
     common = {
-        "architectures": [model_class(m, head)],
+        "architectures": [model_class(m, form)],
         "model_type": model_type(m),
         "vocab_size": tokenizer.vocab_size,
         "hidden_size": m.hidden_size,
@@ -42,6 +63,8 @@ def hugging_face_config(config: Config, tokenizer: Tokenizer, head: bool) -> dic
         "dtype": "float32",
         "tie_word_embeddings": True,
     }
+    if form == "late":
+        return common | _late_config(m, tokenizer)
     modern = m.block == "modern"
     return common | (_modernbert_config(m, tokenizer) if modern else _roberta_config(m))
 
@@ -79,4 +102,20 @@ def _modernbert_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
         "global_rope_theta": m.rope_theta,
         "local_rope_theta": m.rope_theta,
         "reference_compile": False,
+    }
+
+
+def _late_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    module = MODELING.stem
+    same = ("block", "norm", "mask_from", "decoder_layers", "decoder", "decoder_positions", "mask_vector")
+    return {
+        "model_type": "latemask",
+        "auto_map": {
+            "AutoConfig": f"{module}.LateMaskConfig",
+            "AutoModelForMaskedLM": f"{module}.LateMaskForMaskedLM",
+        },
+        "tie_word_embeddings": False,  # one table is used twice, there is nothing to tie
+        "max_position_embeddings": m.max_positions,
+        "mask_token_id": tokenizer.mask,
+        **{name: getattr(m, name) for name in (*same, "mask_leak", "token_type", "norm_eps", "rope_theta")},
     }

@@ -8,7 +8,7 @@ from pretrain import __version__, config
 from pretrain.checkpoint import State
 from pretrain.config import Config
 from pretrain.corpus import Manifest
-from tools.huggingface import model_class
+from tools.huggingface import Form, model_class
 
 _METHODS = {
     "mlm": "ordinary masked language modelling (RoBERTa, Liu et al. 2019)",
@@ -21,7 +21,7 @@ _METHODS = {
 
 _FILL_MASK = """from transformers import pipeline
 
-fill = pipeline("fill-mask", model="path/to/this/folder")
+fill = pipeline("fill-mask", model="path/to/this/folder"{more})
 print(fill("The weather is {mask} today."))
 """
 
@@ -42,17 +42,20 @@ def model_card(
     manifest: Manifest | None = None,
     totals: dict[str, Any] | None = None,
     licence: str | None = None,
+    with_decoder: bool = False,
 ) -> str:
     """Markdown with Hugging Face's front matter.
 
     name: its title. left_out: parameters of the pre-training model that are not exported. state: the
     checkpoint; manifest: of the training corpus; totals: of the ledger. What is None is said to be unknown.
+    with_decoder: the folder holds the whole model of a late method.
     """
-    head = config.method(options) == "mlm"
-    example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token)
+    head = config.method(options) == "mlm" or with_decoder
+    more = ", trust_remote_code=True" if with_decoder else ""
+    example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token, more=more)
     sections = [
         _front_matter(options, head, licence),
-        f"# {name}\n\n{_what(options, left_out)}",
+        f"# {name}\n\n{_what(options, left_out, with_decoder)}",
         f"## Use\n\n```python\n{example}```\n\n{_advice(options)}",
         f"## Training data\n\n{_data(manifest, state)}",
         f"## Training\n\n{_training(options, state)}",
@@ -74,12 +77,19 @@ def _front_matter(options: Config, head: bool, licence: str | None) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
-def _what(options: Config, left_out: int) -> str:
+def _what(options: Config, left_out: int, with_decoder: bool) -> str:
     m, method = options.model, config.method(options)
+    form: Form = "late" if with_decoder else "masked-lm" if method == "mlm" else "encoder"
     text = (
         f"A bidirectional encoder of {m.num_layers} layers x {m.hidden_size}, pre-trained with LateMask"
-        f" {__version__} by {_METHODS[method]}. Class: `{model_class(m, method == 'mlm')}`."
+        f" {__version__} by {_METHODS[method]}. Class: `{model_class(m, form)}`."
     )
+    if with_decoder:
+        text += (
+            " It is the whole pre-training model, decoder and head included, and can fill in masks. Its code"
+            " is in the folder: read modeling_latemask.py before you trust it. To fine-tune, take the"
+            " encoder, exported without the decoder."
+        )
     if left_out:
         text += (
             f" The decoder, mask vector and head of pre-training ({left_out:,} parameters) are not part"
