@@ -13,6 +13,7 @@ import traceback
 
 from pretrain import __version__, config, flops
 from pretrain.config import Config, UserError
+from pretrain.sampler import Blend
 
 USER, DEFECT = 2, 1
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -38,7 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def plan(options: Config, data_size: int, windows: int) -> str:
+def plan(options: Config, data_size: int, blend: Blend) -> str:
     """What the run will do and the arithmetic behind it, for the reader of a log."""
     from pretrain.masking import counts
     from pretrain.train import micro_batch, step_cost
@@ -65,21 +66,25 @@ def plan(options: Config, data_size: int, windows: int) -> str:
         f" {c.length - (flops.late_masks(m, c.masked) if m.mask_from else 0)}",
         f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
         f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
-        f"budget      {_budget(options, cost, windows)}",
+        f"budget      {_budget(options, cost, blend)}",
     ]
     return "\n".join(lines)
 
 
-def _budget(options: Config, cost: flops.StepCost, windows: int) -> str:
+def _budget(options: Config, cost: flops.StepCost, blend: Blend) -> str:
     ((unit, total),) = ((k, v) for k, v in options.budget.model_dump().items() if v is not None)
     each = {"steps": 1, "tokens": cost.tokens_seen, "flops": cost.flops.total}.get(unit)
     if each is None:
         return f"{total:g} {unit}"
     steps = int(total // each)
-    epochs = steps * cost.samples / windows
+    windows = {sampler.corpus.prefix: sampler.samples_per_epoch for sampler in blend.samplers}
+    epochs = [
+        f"{count:.2f} epochs of {windows[prefix]:,} windows" + (f" of {prefix}" if len(windows) > 1 else "")
+        for prefix, count in blend.epochs(steps * cost.samples).items()
+    ]
     return (
         f"{total:g} {unit} = {steps:,} updates = {steps * cost.flops.total:.3g} FLOPs"
-        f" = {steps * cost.tokens_seen:.3g} rows = {epochs:.2f} epochs of {windows:,} windows"
+        f" = {steps * cost.tokens_seen:.3g} rows = {', '.join(epochs)}"
     )
 
 
@@ -103,16 +108,14 @@ def _say(error: UserError) -> int:
 def _dry_run(options: Config) -> int:
     import torch
 
-    from pretrain.sampler import Sampler
-    from pretrain.train import check_budget, open_data, resolve, step_cost
+    from pretrain.train import check_budget, open_blend, open_data, resolve, step_cost
 
     data = open_data(options.corpus)
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
     check_budget(options, step_cost(options))
-    bos, eos = data.tokenizer.bos, data.tokenizer.eos
-    sampler = Sampler(data.train, options.masking, options.train.seq_length, 0, bos, eos)
+    blend = open_blend(options, data)
     print(config.dump(options))
-    print(plan(options, 1, sampler.samples_per_epoch))
+    print(plan(options, 1, blend))
     return 0
 
 
@@ -128,7 +131,7 @@ def _run(options: Config, local_rank: int | None) -> int:
         topology = connect(options.parallel.tensor, options.train.engine == "deepspeed", local_rank)
         run = build(options, topology, folder)
         if topology.is_main:
-            logging.info(plan(run.config, topology.data_size, run.windows))
+            logging.info(plan(run.config, topology.data_size, run.blend))
         code = train(run)
         close(run)
         if topology.is_main:

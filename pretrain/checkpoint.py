@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -90,6 +90,8 @@ class State:
     layout: dict[str, Any] | None = None
     """Engine, ranks, TP, ZeRO stage of the writer: for people, loading does not depend on it."""
     format: int = FORMAT
+    segments: list[Any] = field(default_factory=list)
+    """The run's `sampler.Segment`s so far, as lists."""
 
 
 # ---- durable files -------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ The trap: YAML 1.1 reads ``1e-4`` as a string, so the loader here has a resolver
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class UserError(ValueError):
@@ -41,14 +42,41 @@ class Run(Section):
 class Corpus(Section):
     """What is read."""
 
-    train: str
-    """Prefix of the training corpus: PREFIX.bin, PREFIX.idx and the manifest PREFIX.json."""
+    train: str | list[tuple[float, str]]
+    """Prefix of the training corpus (PREFIX.bin, .idx, .json), or a blend `[[weight, prefix], ...]`."""
+    segment: int = Field(0, ge=0)
+    """Raise it by one to continue a run with another blend; without that a changed blend is refused."""
     valid: str | None = None
     """Prefix of the held-out corpus; without one nothing is evaluated."""
     tokenizer: str | None = None
     """Tokenizer folder; default: the one that the manifest of `train` names."""
     documents: Literal["packed"] = "packed"
     """`packed`: windows run across documents, joined by </s>, and attention sees the whole window."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _is_blend(cls, value: Any) -> Any:
+        """One message for both forms, where the union would give one for each of its members."""
+        if isinstance(value, str):
+            return value
+        pairs = value if isinstance(value, list) else []
+        good = [
+            (weight, prefix)
+            for weight, prefix in (
+                pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2
+            )
+            if isinstance(weight, (int, float)) and 0 < weight < math.inf and isinstance(prefix, str)
+        ]
+        if not good or len(good) < len(pairs):
+            raise ValueError("should be a prefix, or [[weight, prefix], ...] with weights above 0")
+        if len({prefix for _, prefix in good}) < len(good):
+            raise ValueError("names a prefix twice; give it the sum of its weights")
+        return good
+
+    @property
+    def blend(self) -> list[tuple[float, str]]:
+        """(weight, prefix) of each training corpus."""
+        return [(1.0, self.train)] if isinstance(self.train, str) else self.train
 
 
 class Model(Section):
@@ -257,6 +285,7 @@ SECTIONS: dict[str, type[Section]] = {
 FREE_TO_CHANGE = (
     "run.dir",
     "corpus.train",
+    "corpus.segment",
     "corpus.valid",
     "corpus.tokenizer",
     "model.init_from",
@@ -386,7 +415,7 @@ def _problem(name: str, kind: type[Section], item: Any) -> str:
         return f"unknown key {key}{_nearest(str(item['loc'][0]), list(kind.model_fields), name + '.')}"
     if item["type"] == "missing":
         return f"{key} is missing; {kind.model_fields[str(item['loc'][0])].description}"
-    text = item["msg"].replace("Input should be", "should be")
+    text = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     return f"{key} = {item['input']!r}: {text}"
 
 

@@ -178,9 +178,10 @@ def tokenizer_folder(options: config.Corpus) -> str:
     """The tokenizer of a config's corpus: the one it names, else the one that the manifest names."""
     if options.tokenizer:
         return options.tokenizer
-    record = load_manifest(options.train).tokenizer
+    prefix = options.blend[0][1]
+    record = load_manifest(prefix).tokenizer
     if record is None:
-        raise UserError(f"{options.train}: its manifest names no tokenizer; set corpus.tokenizer")
+        raise UserError(f"{prefix}: its manifest names no tokenizer; set corpus.tokenizer")
     return record.path
 
 

@@ -35,6 +35,7 @@ EVENTS = (
     "start",  # first attempt
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
     "heartbeat",
+    "segment",  # another blend of corpora from here on
     "evaluate",
     "save",  # written just before the checkpoint that carries its hash
     "signal",

@@ -8,10 +8,18 @@ come from one document.
 Everything is a function of (data seed, sample number): any rank can read any sample, the state of a run
 is the number of samples consumed, and the order does not depend on how many ranks there are.
 
+A run may read a blend of corpora: the n-th sample belongs to the corpus whose share of the first n samples
+would otherwise fall behind, again in closed form. A blend may change at the boundary of a segment, where
+each corpus goes on with the samples that it has not given yet; so the state of a run is (its segments,
+samples consumed).
+
 With K views (`masking.views`) the cut into windows stays for K epochs, so that the K disjoint masks fall
 on the same text; in batch mode the K masks of a text are K consecutive samples.
 """
 
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -56,10 +64,10 @@ class Sampler:
         self.corpus, self.length, self.seed, self.bos, self.eos = corpus, length, seed, bos, eos
         self.per_text = masking.views if masking.views_mode == "batch" else 1
         self.per_partition = masking.views if masking.views_mode == "epoch" else 1
-        filled = np.flatnonzero(corpus.document_lengths)
-        self.lengths = corpus.document_lengths[filled]
-        self.offsets = corpus.document_offsets[filled]
-        self.stream_tokens = int(self.lengths.sum()) + max(0, len(filled) - 1)
+        self.filled = np.flatnonzero(corpus.document_lengths)
+        self.lengths = corpus.document_lengths[self.filled]
+        self.offsets = corpus.document_offsets[self.filled]
+        self.stream_tokens = int(self.lengths.sum()) + max(0, len(self.filled) - 1)
         self.windows_per_epoch = self.stream_tokens // (length - 2)
         if self.windows_per_epoch == 0:
             raise UserError(
@@ -94,23 +102,46 @@ class Sampler:
         keys = rng.key(self.seed, _MASK, partitions, windows)
         return Samples(tokens, keys, view if self.per_text > 1 else epoch_view)
 
+    def documents(self, samples: Int64) -> Int64:
+        """Document of each token of the windows [B, L], -1 for <s> and </s>.
+
+        With `corpus.read_sources`, the source of each.
+        """
+        texts = samples // self.per_text
+        epochs, visits = np.divmod(texts, self.windows_per_epoch)
+        found = np.full((len(samples), self.length), -1, np.int64)
+        for row, (epoch, visit) in enumerate(zip(epochs.tolist(), visits.tolist(), strict=True)):
+            window = int(rng.permute(visit, self.windows_per_epoch, (self.seed, _WINDOWS, epoch)))
+            at = 1
+            for document, _, take in self._stretches(epoch // self.per_partition, window):
+                found[row, at : at + take] = self.filled[document]
+                at += take + 1
+        return found
+
     def _window(self, out: npt.NDArray[np.integer], partition: int, window: int) -> None:
         """Copies one window of the stream into `out`, document by document."""
-        order, ends = self._order(partition)
-        at = window * len(out)
-        rank = int(np.searchsorted(ends, at, side="right"))
-        filled = 0
-        while filled < len(out):
-            document = order[rank]
-            length = int(self.lengths[document])
-            skip = at + filled - (int(ends[rank]) - length - 1)
-            take = min(length - skip, len(out) - filled)
+        at = 0
+        for document, skip, take in self._stretches(partition, window):
+            if at:
+                out[at - 1] = self.eos
             first = int(self.offsets[document]) + skip
-            out[filled : filled + take] = self.corpus.tokens[first : first + take]
-            filled += take
-            if filled < len(out):
-                out[filled] = self.eos
-                filled += 1
+            out[at : at + take] = self.corpus.tokens[first : first + take]
+            at += take + 1
+        out[at - 1 :] = self.eos
+
+    def _stretches(self, partition: int, window: int) -> Iterator[tuple[int, int, int]]:
+        """The documents of a window: (number among the filled, tokens to skip, tokens to take); one
+        place between two for the joining </s>, one left over where a window ends with it."""
+        order, ends = self._order(partition)
+        at, stop = window * (self.length - 2), (window + 1) * (self.length - 2)
+        rank = int(np.searchsorted(ends, at, side="right"))
+        while at < stop:
+            document = int(order[rank])
+            length = int(self.lengths[document])
+            skip = at - (int(ends[rank]) - length - 1)
+            take = min(length - skip, stop - at)
+            yield document, skip, take
+            at += take + 1
             rank += 1
 
     def _order(self, partition: int) -> tuple[Int64, Int64]:
@@ -122,6 +153,109 @@ class Sampler:
             self._orders = dict(list(self._orders.items())[-1:])
             self._orders[partition] = order, np.cumsum(self.lengths[order] + 1)
         return self._orders[partition]
+
+
+class Segment(NamedTuple):
+    """A stretch of a run with one blend."""
+
+    number: int
+    """`corpus.segment`."""
+    first: int
+    """The run's sample number at which it begins."""
+    blend: tuple[tuple[float, str], ...]
+    """(weight, fingerprint) of each corpus."""
+
+
+def continue_segments(
+    past: Sequence[Segment], number: int, blend: Sequence[tuple[float, str]], samples: int
+) -> list[Segment]:
+    """The segments of a run that goes on after `samples` samples; UserError if the blend has changed
+    and `number` does not say that it may."""
+    now = tuple((float(weight), fingerprint) for weight, fingerprint in blend)
+    if not past:
+        return [Segment(number, samples, now)]
+    last = past[-1]
+    if number == last.number + 1:
+        return [*past, Segment(number, samples, now)]
+    if number == last.number and now == last.blend:
+        return list(past)
+    if number != last.number:
+        raise UserError(f"corpus.segment = {number}: the run is in segment {last.number}; set it to that")
+    what = "train has other content" if len(now) == len(last.blend) == 1 else "train is another blend"
+    raise UserError(
+        f"corpus: {what} than at sample {samples}: a run cannot continue with this changed; set it back,"
+        f" set corpus.segment = {number + 1} to go on with it as a new segment, or choose another run.dir"
+    )
+
+
+def used_samples(segments: Sequence[Segment], per_text: int = 1) -> dict[str, int]:
+    """Samples of each corpus (by fingerprint) read before the last of the segments."""
+    used: dict[str, int] = {}
+    for segment, following in pairwise(segments):
+        texts = np.array([(following.first - segment.first) // per_text])
+        weights = [weight for weight, _ in segment.blend]
+        for (_, corpus), count in zip(segment.blend, shares(weights, texts), strict=True):
+            used[corpus] = used.get(corpus, 0) + int(count[0]) * per_text
+    return used
+
+
+def shares(weights: Sequence[float], number: Int64) -> list[Int64]:
+    """How many of the first `number` texts [n] belong to each corpus: one array [n] for each weight.
+
+    The counts add up to `number`, never fall, and differ from weight x number by at most 1/2 for two
+    corpora and by less than 2 for a dozen: each takes its rounded share of what the heavier ones leave.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    counts, left, rest = [number] * len(exact), number, sum(exact)
+    for k in sorted(range(len(exact)), key=lambda k: -exact[k]):
+        share = (exact[k] / rest).limit_denominator(1 << 20)
+        counts[k] = (2 * share.numerator * left + share.denominator) // (2 * share.denominator)
+        left, rest = left - counts[k], rest - exact[k]
+    return counts
+
+
+class Blend:
+    """Reads the samples of a run from several corpora in exact proportions.
+
+    first: the sample at which this segment of the run begins. used: samples of each corpus consumed
+    before it.
+    """
+
+    def __init__(
+        self, samplers: Sequence[Sampler], weights: Sequence[float], first: int = 0, used: Sequence[int] = ()
+    ) -> None:
+        self.samplers, self.weights, self.first = samplers, weights, first
+        self.used = list(used) or [0] * len(samplers)
+        self._per_text = samplers[0].per_text
+        self._dtype = np.result_type(*(sampler.corpus.tokens.dtype for sampler in samplers))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Of all corpora together."""
+        return sum(sampler.samples_per_epoch for sampler in self.samplers)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each corpus (by prefix) has been read after `samples` samples of the run."""
+        texts = np.array([(samples - self.first) // self._per_text])
+        return {
+            sampler.corpus.prefix: (before + int(count[0]) * self._per_text) / sampler.samples_per_epoch
+            for sampler, before, count in zip(
+                self.samplers, self.used, shares(self.weights, texts), strict=True
+            )
+        }
+
+    def read(self, samples: Int64) -> Samples:
+        """The windows, mask keys and views of the given sample numbers [B]."""
+        texts, view = np.divmod(samples - self.first, self._per_text)
+        before, after = shares(self.weights, texts), shares(self.weights, texts + 1)
+        tokens = np.empty((len(samples), self.samplers[0].length), self._dtype)
+        keys, views = np.empty(len(samples), np.uint64), np.empty(len(samples), np.int64)
+        for sampler, used, count, next_count in zip(self.samplers, self.used, before, after, strict=True):
+            mine = next_count > count
+            if mine.any():
+                part = sampler.read(used + count[mine] * self._per_text + view[mine])
+                tokens[mine], keys[mine], views[mine] = part
+        return Samples(tokens, keys, views)
 
 
 def share_of_rank(first: int, batch_size: int, micro: int, data_rank: int, data_size: int) -> list[Int64]:

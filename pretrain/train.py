@@ -8,7 +8,7 @@ turn. Nothing else is shared but gradients.
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,13 +22,20 @@ from torch import Tensor
 from pretrain import checkpoint, config, engine, flops, huggingface, model, rng, schedule
 from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
-from pretrain.corpus import IndexedReader, Manifest, load_manifest, tokenizer_folder
+from pretrain.corpus import IndexedReader, load_manifest, tokenizer_folder
 from pretrain.evaluate import HeldOut, masker
 from pretrain.ledger import Budget, Ledger
 from pretrain.masking import Masker, counts
 from pretrain.model import Batch
 from pretrain.monitor import Monitor
-from pretrain.sampler import Sampler, share_of_rank
+from pretrain.sampler import (
+    Blend,
+    Sampler,
+    Segment,
+    continue_segments,
+    share_of_rank,
+    used_samples,
+)
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.topology import Topology, device_name
 
@@ -46,22 +53,50 @@ class Data:
     """The corpora and the tokenizer of a run, checked against each other."""
 
     tokenizer: Tokenizer
-    train: IndexedReader
-    manifest: Manifest
+    corpora: list[IndexedReader]
+    blend: list[tuple[float, str]]
+    """(weight, fingerprint) of each of them."""
     fingerprints: dict[str, str]
 
 
 def open_data(options: config.Corpus) -> Data:
     """Opens what `options` names; UserError if something is missing or does not fit together."""
-    manifest, folder = load_manifest(options.train), tokenizer_folder(options)
+    folder, blend = tokenizer_folder(options), []
     tokenizer = load_tokenizer(folder)
-    if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
-        raise UserError(
-            f"corpus.tokenizer = {folder}: not the one that {options.train} was encoded with"
-            f" ({manifest.tokenizer.path}); give that one, or encode the corpus again"
-        )
-    fingerprints = {"train": manifest.fingerprint, "tokenizer": tokenizer.hash}
-    return Data(tokenizer, IndexedReader(options.train), manifest, fingerprints)
+    for weight, prefix in options.blend:
+        manifest = load_manifest(prefix)
+        if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
+            raise UserError(
+                f"corpus.tokenizer = {folder}: not the one that {prefix} was encoded with"
+                f" ({manifest.tokenizer.path}); give that one, or encode the corpus again"
+            )
+        blend.append((weight, manifest.fingerprint))
+    fingerprints = {"tokenizer": tokenizer.hash}
+    if len(blend) == 1:
+        fingerprints["train"] = blend[0][1]
+    return Data(tokenizer, [IndexedReader(prefix) for _, prefix in options.blend], blend, fingerprints)
+
+
+def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
+    """What reads the samples of a run, in the last of its segments."""
+    k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
+    seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
+    samplers = [Sampler(corpus, k, length, seed, bos, eos) for corpus in data.corpora]
+    used = used_samples(segments, samplers[0].per_text)
+    first = segments[-1].first if segments else 0
+    weights = [weight for weight, _ in data.blend]
+    return Blend(samplers, weights, first, [used.get(name, 0) for _, name in data.blend])
+
+
+def run_segments(options: Config, data: Data, state: State | None) -> list[Segment]:
+    """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
+    if state is None:
+        return continue_segments([], options.corpus.segment, data.blend, 0)
+    past = [
+        Segment(number, first, tuple((weight, name) for weight, name in blend))
+        for number, first, blend in state.segments
+    ]
+    return continue_segments(past, options.corpus.segment, data.blend, state.samples)
 
 
 def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
@@ -167,8 +202,8 @@ class Run:
     """On rank 0."""
     signals: Signals
     micro: int
-    windows: int
-    """Samples of an epoch."""
+    blend: Blend
+    segments: list[Segment]
     step: int = 0
     samples: int = 0
     saved: int = -1
@@ -191,12 +226,16 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     ledger = _open_ledger(topology, folder, state)
     with timed(ledger, "startup"):
         module = _module(options, data.tokenizer, fresh=state is None)
-        run = _assemble(options, topology, folder, data, micro, ledger, module)
+        segments = run_segments(options, data, state)
+        run = _assemble(options, topology, folder, data, segments, micro, ledger, module)
         if state:
             checkpoint.load(Path(start), run.engine)
             run.engine.optimizer_step = state.optimizer_step
             run.step, run.samples, run.saved = state.step, state.samples, state.step
             run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
+    if ledger and state and len(segments) > len(state.segments):
+        now = segments[-1]
+        ledger.note("segment", segment=now.number, first_sample=now.first, blend=options.corpus.blend)
     return run
 
 
@@ -205,6 +244,7 @@ def _assemble(
     topology: Topology,
     folder: RunFolder,
     data: Data,
+    segments: list[Segment],
     micro: int,
     ledger: Ledger | None,
     module: model.LateMaskModel,
@@ -212,8 +252,7 @@ def _assemble(
     """The parts of a run that has not started."""
     t, tokenizer = options.train, data.tokenizer
     prepare_torch(bool(t.deterministic))
-    seed, length = options.run.data_seed, t.seq_length
-    sampler = Sampler(data.train, options.masking, length, seed, tokenizer.bos, tokenizer.eos)
+    length, blend = t.seq_length, open_blend(options, data, segments)
     mask = masker(options.masking, length, tokenizer)
     heldout = None
     if options.corpus.valid:
@@ -230,13 +269,14 @@ def _assemble(
         data=data,
         cost=cost,
         engine=built,
-        feed=Feed(_prepare(options, topology, sampler, mask, micro), t.batch_size),
+        feed=Feed(_prepare(options, topology, blend, mask, micro), t.batch_size),
         heldout=heldout,
         ledger=ledger,
         monitor=_open_monitor(options, topology, ledger),
         signals=Signals(),
         micro=micro,
-        windows=sampler.samples_per_epoch,
+        blend=blend,
+        segments=segments,
     )
 
 
@@ -296,10 +336,26 @@ def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
     start = ""
     if checkpoint.steps(folder.path):
         path = checkpoint.find(folder.path)
-        checkpoint.check_continues(checkpoint.read_state(path), options, data.fingerprints)
+        state = checkpoint.read_state(path)
+        _check_continues(state, options, data)
         start = str(path)
     folder.write_config(options)
     return start
+
+
+def _check_continues(state: State, options: Config, data: Data) -> None:
+    """UserError with all reasons, one a line, why the checkpoint cannot go on."""
+    reasons = []
+    try:
+        run_segments(options, data, state)
+    except UserError as error:
+        reasons.append(str(error))
+    try:
+        checkpoint.check_continues(state, options, {"tokenizer": data.tokenizer.hash})
+    except UserError as error:
+        reasons.append(str(error))
+    if reasons:
+        raise UserError("\n".join(reasons))
 
 
 def _open_ledger(topology: Topology, folder: RunFolder, state: State | None) -> Ledger | None:
@@ -331,14 +387,14 @@ def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:
 
 
 def _prepare(
-    options: Config, topology: Topology, sampler: Sampler, mask: Masker, micro: int
+    options: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
 ) -> Callable[[int], list[Batch]]:
     def prepare(first: int) -> list[Batch]:
         batches = []
         for numbers in share_of_rank(
             first, options.train.batch_size, micro, topology.data_rank, topology.data_size
         ):
-            s = sampler.read(numbers)
+            s = blend.read(numbers)
             batches.append(Batch.of(*mask(s.tokens, s.keys, s.views)[:4], topology.device))
         return batches
 
@@ -473,6 +529,7 @@ def save(run: Run) -> None:
         optimizer_step=run.engine.optimizer_step,
         config=run.config.model_dump(mode="json"),
         fingerprints=run.data.fingerprints,
+        segments=[list(segment) for segment in run.segments],
         ledger_head=run.ledger.save() if run.ledger else "",
         loss=run.scored[1] if run.scored[0] == run.step else None,
         layout={"engine": run.config.train.engine, "ranks": t.world_size, "tensor": p.tensor, "zero": p.zero},
@@ -500,7 +557,8 @@ def finish(run: Run, turn: Turn) -> int:
     if run.ledger:
         if turn.stop:
             run.ledger.note("signal", reason=reason)
-        run.ledger.note("finish" if code == DONE else "stop", reason=reason)
+        epochs = run.blend.epochs(run.samples)
+        run.ledger.note("finish" if code == DONE else "stop", reason=reason, epochs=epochs)
         state = "finished" if code == DONE else "stopped"
         run.folder.write_status(state, run.step, reason, code)
     return code

@@ -6,7 +6,15 @@ import pytest
 from pretrain import config, rng
 from pretrain.config import UserError
 from pretrain.corpus import CorpusWriter, IndexedReader
-from pretrain.sampler import Sampler, share_of_rank
+from pretrain.sampler import (
+    Blend,
+    Sampler,
+    Segment,
+    continue_segments,
+    share_of_rank,
+    shares,
+    used_samples,
+)
 
 BOS, EOS, LENGTH = 0, 2, 18
 
@@ -108,3 +116,104 @@ def test_batch_views_are_consecutive_samples(corpus):
 def test_too_small_a_corpus_is_refused(corpus):
     with pytest.raises(UserError, match="do not fill one window"):
         Sampler(corpus, config.Masking(), 10000, 0, BOS, EOS)
+
+
+# ---- blends --------------------------------------------------------------------------------------
+
+
+def test_documents_name_the_text_of_each_token(corpus):
+    sampler = make(corpus, views=2)
+    samples = np.arange(3 * sampler.samples_per_epoch)
+    tokens, documents = sampler.read(samples).tokens, sampler.documents(samples)
+    assert (documents[:, 0] == -1).all() and (documents[:, -1] == -1).all()
+    assert ((documents == -1) == (tokens < 10)).all()  # <s>, </s> and the joins
+    bounds = corpus.document_bounds
+    inside = documents >= 0
+    at = tokens[inside] - 10  # the tokens count up through the corpus
+    assert (bounds[documents[inside]] <= at).all() and (at < bounds[documents[inside] + 1]).all()
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1, 1], [5], [0.1, 30, 7, 0.01], [0.3, 0.3, 0.3, 0.1]])
+def test_shares_are_exact_at_every_prefix(weights):
+    number = np.arange(20_001)
+    counts = np.stack(shares(weights, number))
+    assert (counts.sum(0) == number).all()
+    steps = np.diff(counts, axis=1)
+    assert steps.min() >= 0 and (steps.sum(0) == 1).all()
+    exact = np.outer(weights, number) / np.sum(weights)
+    assert np.abs(counts - exact).max() <= (0.5 + 1e-9 if len(weights) <= 2 else 1.5)
+    far = np.array([10**12, 10**12 + 1])
+    assert np.abs(np.stack(shares(weights, far)) - np.outer(weights, far) / np.sum(weights)).max() < 2
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Tokens that occur in no other corpus, in another dtype."""
+    prefix = tmp_path_factory.mktemp("other") / "numbers"
+    with CorpusWriter(prefix, np.dtype(np.int32)) as writer:
+        writer.append_documents(np.arange(70_000, 71_000), [400, 600])
+        writer.finish()
+    return IndexedReader(prefix)
+
+
+@pytest.mark.parametrize("masking", [{}, {"views": 2}, {"views": 2, "views_mode": "batch"}])
+def test_a_blend_reads_each_corpus_in_its_own_order(corpus, other, masking):
+    samplers = [make(corpus, **masking), make(other, **masking)]
+    blend, samples = Blend(samplers, [0.7, 0.3]), np.arange(400)
+    whole = blend.read(samples)
+    second = whole.tokens[:, 1] >= 70_000
+    second |= whole.tokens[:, 2] >= 70_000  # the first may be a joining </s>
+    assert second.sum() == 120
+    for sampler, mine in zip(samplers, (~second, second), strict=True):
+        alone = sampler.read(np.arange(mine.sum()))
+        assert (whole.tokens[mine] == alone.tokens).all()
+        assert (whole.keys[mine] == alone.keys).all() and (whole.views[mine] == alone.views).all()
+    some = blend.read(samples[17:23])
+    assert (some.tokens == whole.tokens[17:23]).all() and (some.keys == whole.keys[17:23]).all()
+    expected = [280 / samplers[0].samples_per_epoch, 120 / samplers[1].samples_per_epoch]
+    assert list(blend.epochs(400).values()) == expected
+    assert blend.samples_per_epoch == sum(s.samples_per_epoch for s in samplers)
+
+
+def test_one_corpus_is_a_blend_of_itself(corpus):
+    alone, blend = make(corpus).read(np.arange(50)), Blend([make(corpus)], [1.0]).read(np.arange(50))
+    assert all((a == b).all() for a, b in zip(alone, blend, strict=True))
+    assert blend.tokens.dtype == alone.tokens.dtype
+
+
+def test_a_segment_goes_on_where_each_corpus_was(corpus, other):
+    """A changed blend repeats no window of an epoch and skips none."""
+    segments = [Segment(0, 0, ((1.0, "a"),)), Segment(1, 40, ((0.5, "a"), (0.5, "b")))]
+    segments.append(Segment(2, 80, ((0.25, "b"), (0.75, "a"))))
+    assert used_samples(segments) == {"a": 60, "b": 20}
+    assert used_samples(segments, per_text=2) == {"a": 60, "b": 20}
+    seen = []
+    for i, segment in enumerate(segments):
+        used = used_samples(segments[: i + 1])
+        names = [name for _, name in segment.blend]
+        samplers = [make(corpus if name == "a" else other) for name in names]
+        weights = [weight for weight, _ in segment.blend]
+        blend = Blend(samplers, weights, segment.first, [used.get(name, 0) for name in names])
+        seen.append(blend.read(np.arange(segment.first, segment.first + 40)).tokens)
+    tokens = np.concatenate(seen)
+    first = tokens[(tokens < 70_000).all(1)]
+    assert (first == make(corpus).read(np.arange(90)).tokens).all()
+    second = tokens[(tokens >= 70_000).any(1)]
+    assert (second == make(other).read(np.arange(30)).tokens).all()
+
+
+def test_a_changed_blend_needs_a_new_segment():
+    old = continue_segments([], 0, [(1.0, "a")], 0)
+    assert old == [Segment(0, 0, ((1.0, "a"),))]
+    assert continue_segments(old, 0, [(1, "a")], 64) == old
+    with pytest.raises(UserError, match="train has other content than at sample 64: .* corpus.segment = 1"):
+        continue_segments(old, 0, [(1.0, "b")], 64)
+    with pytest.raises(UserError, match="train is another blend than at sample 64"):
+        continue_segments(old, 0, [(0.5, "a"), (0.5, "b")], 64)
+    with pytest.raises(UserError, match="corpus.segment = 3: the run is in segment 0"):
+        continue_segments(old, 3, [(1.0, "b")], 64)
+    new = continue_segments(old, 1, [(0.5, "a"), (0.5, "b")], 64)
+    assert new == [*old, Segment(1, 64, ((0.5, "a"), (0.5, "b")))]
+    assert continue_segments(new, 1, [(0.5, "a"), (0.5, "b")], 128) == new
+    with pytest.raises(UserError, match="corpus.segment = 0: the run is in segment 1"):
+        continue_segments(new, 0, [(1.0, "a")], 128)
