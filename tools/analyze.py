@@ -7,9 +7,6 @@ Several runs come out as one table (CSV, JSON) and one figure (PNG) in the outpu
 """
 
 import argparse
-import csv
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ from typing import Any
 import torch
 
 from pretrain import config
-from pretrain.checkpoint import write_atomic
 from pretrain.config import UserError
 from tools import analyze_rank, analyze_variance, console
 from tools.run_model import add_checkpoint_argument, load_model
+from tools.tables import write_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in args.runs:
         rows += _measured(run, args)
     figure = analyze_rank.figure(rows, args.measure) if args.what == "rank" else analyze_variance.figure(rows)
-    write(Path(args.output), args.what, rows, figure)
+    write_table(Path(args.output), args.what, rows)
+    write_figure(Path(args.output) / f"{args.what}.png", figure)
     if args.json:
         console.print_json(rows)
     else:
@@ -81,18 +79,11 @@ def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [about | row for row in found]
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], figure: bytes) -> None:
-    """NAME.csv, NAME.json and NAME.png; each appears whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder / f"{name}.csv", table.getvalue())
-    write_atomic(folder / f"{name}.json", json.dumps(rows, indent=1) + "\n")
-    partial = folder / f".{name}.png.partial"
-    partial.write_bytes(figure)
-    partial.replace(folder / f"{name}.png")
+def write_figure(path: Path, png: bytes) -> None:
+    """Appears whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(png)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Ablations: one config, some keys with several values each, every combination a run, one table.
+
+    python -m tools.sweep configs/3ml-self-base.yaml --output runs/ablation \
+        --over model.mask_from=0,3,6,12 masking.rate=0.15,0.5
+
+Runs go one after the other on this machine. Each variant is a config file and a run folder of the same
+name, so a sweep that was interrupted goes on when it is started again, and any variant can be run alone
+with ``python -m pretrain``. A combination that the config refuses is named in the table and left out.
+
+The trap: a decoder needs mask_from = num_layers. Where a swept mask_from lies below, the variant has no
+decoder, unless decoder_layers is swept too.
+"""
+
+import itertools
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import config, ledger
+from pretrain.checkpoint import RunFolder, write_atomic
+from pretrain.config import Config, UserError
+from pretrain.monitor import read_metrics
+from tools import console
+from tools.tables import aligned, write_table
+
+STOPPED, KILLED = 75, 1
+"""Exit codes: stopped early on request; a run was killed (the others go on)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One combination of values."""
+
+    name: str
+    values: dict[str, Any]
+    """By key, as swept."""
+    options: Config | None
+    """None if the config refuses the combination."""
+    refusal: str = ""
+
+
+def variants(path: str, overrides: list[str], over: list[str], output: Path) -> list[Variant]:
+    """Every combination of the values in `over` (``key=v1,v2``), the last key changing fastest."""
+    axes = [_axis(word) for word in over]
+    keys = [key for key, _ in axes]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"--over {key}: given twice; give all its values at once")
+    leaves = [key.rpartition(".")[2] for key in keys]
+    names = [key if leaves.count(leaf) > 1 else leaf for key, leaf in zip(keys, leaves, strict=True)]
+    found = []
+    for combination in itertools.product(*(texts for _, texts in axes)):
+        name = "_".join(f"{key}-{_slug(text)}" for key, text in zip(names, combination, strict=True))
+        words = [f"{key}={text}" for key, text in zip(keys, combination, strict=True)]
+        found.append(_variant(path, overrides, words, name, output))
+    return found
+
+
+def _axis(word: str) -> tuple[str, list[str]]:
+    """``a.b=1,[2,3]`` -> ("a.b", ["1", "[2,3]"]): commas inside brackets belong to a value."""
+    key, equals, text = word.partition("=")
+    values = re.findall(r"(?:\[[^]]*\]|[^,\[])+", text)
+    if not equals or "." not in key or not values:
+        raise UserError(f"--over {word!r}: write section.key=value,value,...")
+    return key, [value.strip() for value in values]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+def _variant(path: str, overrides: list[str], words: list[str], name: str, output: Path) -> Variant:
+    tree = config.parse_overrides(words)
+    values = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    here = [*overrides, *words, f"run.dir={output / name}"]
+    try:
+        return Variant(name, values, _load(path, here, values))
+    except UserError as error:
+        reason = "; ".join(line.removeprefix(f"{path}: ") for line in str(error).splitlines())
+        return Variant(name, values, None, reason)
+
+
+def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
+    """Reads a variant; see the trap above."""
+    swept, mask_from = "model.mask_from" in values, values.get("model.mask_from")
+    if not swept or "model.decoder_layers" in values:
+        return config.load(path, words)
+    plain = config.load(path, [*words, "model.mask_from=0", "model.decoder_layers=0"])
+    late = mask_from == plain.model.num_layers
+    return config.load(path, words if late else [*words, "model.decoder_layers=0"])
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run(variant: Variant, output: Path) -> int:
+    """Starts or continues a variant unless it is done; the exit code of its run."""
+    assert variant.options
+    file, text = output / f"{variant.name}.yaml", config.dump(variant.options)
+    unchanged = file.exists() and file.read_text(encoding="utf-8") == text
+    if unchanged and RunFolder(output / variant.name).status().get("state") == "finished":
+        return 0
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text)
+    return start([sys.executable, "-m", "pretrain", str(file)])
+
+
+def start(command: list[str]) -> int:
+    """Runs a program to its end; the exit code. Who stops the sweep stops it, and it saves its work."""
+    process = subprocess.Popen(command, stdout=sys.__stderr__)  # our stdout carries the table alone
+    handlers = {
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+        signal.SIGUSR1: lambda number, frame: process.send_signal(number),
+        signal.SIGINT: lambda number, frame: None,  # a terminal's Ctrl-C reaches it as well
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def described(variant: Variant, output: Path) -> dict[str, Any]:
+    """A row of the table: what the variant is, how it stands, what it cost and what it gave."""
+    folder = output / variant.name
+    row: dict[str, Any] = {"name": variant.name, "values": variant.values, "run": str(folder)}
+    outcome = dict.fromkeys(("method", "state", "reason", "steps", "flops", "device_hours", *_SCORES))
+    if variant.options is None:
+        return row | outcome | {"state": "refused", "reason": variant.refusal}
+    outcome |= {"method": config.method(variant.options), "state": "not started"}
+    status = RunFolder(folder).status()
+    if status:
+        outcome |= {"state": status["state"], "reason": status["reason"]}
+    if (folder / "ledger.jsonl").exists():
+        totals = ledger.total([folder])
+        outcome |= {"steps": totals["steps"], "flops": totals["flops"]["total"]}
+        outcome["device_hours"] = totals["device_seconds"]["total"] / 3600
+    if (folder / "metrics.jsonl").exists():
+        for line in read_metrics(folder):
+            outcome |= {name: line[name] for name in _SCORES if name in line}
+    return row | outcome
+
+
+_SCORES = ("held_out_loss", "held_out_accuracy", "held_out_bits_per_byte")
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    head = ["variant", "method", "state", "steps", "FLOPs", "held-out loss", "accuracy"]
+    lines = [head]
+    for row in rows:
+        figures = (
+            (row["steps"], ","),
+            (row["flops"], ".3g"),
+            (row["held_out_loss"], ".4f"),
+            (row["held_out_accuracy"], ".2%"),
+        )
+        shown = ["-" if value is None else format(value, how) for value, how in figures]
+        lines.append([row["name"], row["method"] or "-", row["state"], *shown])
+    refused = [f"{row['name']} was left out: {row['reason']}" for row in rows if row["state"] == "refused"]
+    return "\n".join([aligned(lines), *refused])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("sweep", "Run every combination of some values of a config", reports=True)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="the same in every run")
+    parser.add_argument(
+        "--over", nargs="+", required=True, metavar="section.key=v1,v2", help="what differs between runs"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="configs, runs and table; same DIR: goes on"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
+    args = parser.parse_args(arguments)
+    todo = variants(args.config, args.overrides, args.over, args.output)
+    possible = [variant for variant in todo if variant.options]
+    if not possible:
+        raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
+    code = 0
+    for number, variant in enumerate(possible, 1):
+        if args.dry_run:
+            break
+        print(f"== {number} of {len(possible)}: {variant.name}", file=sys.stderr, flush=True)
+        result = run(variant, args.output)
+        if result == STOPPED:
+            print(f"stopped in {variant.name}; start the same again to go on", file=sys.stderr)
+            return STOPPED
+        code = code or (result if result >= 0 else KILLED)
+    rows = [described(variant, args.output) for variant in todo]
+    if not args.dry_run:
+        write_table(args.output, "sweep", rows)
+    if args.json:
+        console.print_json(rows)
+    else:
+        print(text(rows))
+    return code
+
+
+if __name__ == "__main__":
+    console.run(main)
