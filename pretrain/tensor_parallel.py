@@ -93,16 +93,15 @@ def square_norm(named: Iterable[tuple[str, Tensor]], topology: Topology) -> Tens
 
     named: (parameter name, this rank's part). Replicated tensors count once.
     """
-    divided: list[Tensor] = []
-    replicated: list[Tensor] = []
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, tensor in named:
-        (replicated if cut(name) is None else divided).append(tensor)
-    zero = torch.zeros((), device=topology.device)
-    squares = [
-        sum((norm.square() for norm in torch._foreach_norm(parts)), zero) if parts else zero
-        for parts in (divided, replicated)
-    ]
-    return topology.sum_over_tensor(squares[0].clone()) + squares[1]
+        parts[cut(name) is not None].append(tensor)
+    total = torch.zeros((), device=topology.device)
+    for is_divided, tensors in parts.items():
+        if tensors:
+            square = torch.stack(torch._foreach_norm(tensors)).square().sum()
+            total = total + (topology.sum_over_tensor(square) if is_divided else square)
+    return total
 
 
 # ---- the swap ------------------------------------------------------------------------------------

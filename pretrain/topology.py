@@ -329,7 +329,7 @@ def _start(me: Identity, device: torch.device) -> None:
     _export(me)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"rank {me.rank} of {me.world_size} (by {me.launcher}) did not meet the others at"
