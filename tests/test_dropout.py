@@ -20,8 +20,9 @@ CASES = [(method, block) for method in METHODS for block in BLOCKS]
 
 
 def dropping(method: str, block: str, recompute: bool) -> LateMaskModel:
-    options = small(method, block, model={"vocab_multiple": PADDED, "dropout": 0.2, "decoder_dropout": 0.3})
-    return make_model(options, recompute)
+    """With dropout, half of the [MASK]s in the encoder, and RoBERTa's token type."""
+    more = {"dropout": 0.2, "decoder_dropout": 0.3, "mask_leak": 0.5, "token_type": block != "modern"}
+    return make_model(small(method, block, model={"vocab_multiple": PADDED, **more}), recompute)
 
 
 def run(model: LateMaskModel) -> tuple[Tensor, dict[str, Tensor]]:
