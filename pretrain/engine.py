@@ -181,6 +181,7 @@ OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "the loop that accumulates",
     "gradient_clipping": "train.clip",
     "torch_autocast.enabled": "train.precision",
     "torch_autocast.dtype": "train.precision",
@@ -206,6 +207,7 @@ def deepspeed_config(options: Config, data_size: int, micro: int, pin: bool) -> 
         "train_batch_size": t.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": t.batch_size // (micro * data_size),
+        "managed_gradient_accumulation": True,
         "gradient_clipping": t.clip,
         # No safe modules: gradients and gathered parameters travel in float32, as in the plain engine.
         "torch_autocast": {
@@ -271,7 +273,8 @@ class DeepSpeedEngine(Engine):
                 model=model, optimizer=self.optimizer, config=settings, mpu=topology.mpu()
             )
         except ValueError as error:  # pydantic's, about a key that we passed through
-            raise UserError(f"deepspeed: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split()).partition(" For further information")[0]
+            raise UserError(f"deepspeed: {reason}") from None
         self.zero = self.inner.optimizer
         self._start_moments(self._masters())
         if self.stage in (1, 2):

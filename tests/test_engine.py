@@ -318,9 +318,10 @@ def test_contradictions_are_told_all_at_once() -> None:
         "bf16": {"enabled": True},
         "optimizer": {"type": "Adam"},
         "torch_autocast": True,
+        "managed_gradient_accumulation": False,
     }
     with pytest.raises(UserError) as caught:
         engine.deepspeed_config(deepspeed_options(**keys), 1, 12, False)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0].startswith("deepspeed.zero_optimization.stage = 2 contradicts parallel.zero")
