@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain import config, rng
 from pretrain.config import UserError
@@ -44,6 +45,23 @@ class Samples(NamedTuple):
     """[B] mask keys; one per text and partition of it into views."""
     views: Int64
     """[B] which of the K disjoint masks."""
+
+
+class _Stretches(NamedTuple):
+    """Tokens of one document in each of some windows [n]."""
+
+    rows: Int64
+    """Which windows."""
+    columns: Int64
+    """Where in them it begins."""
+    documents: Int64
+    """Number among the documents that are not empty."""
+    firsts: Int64
+    """Its first token here, in the file."""
+    takes: Int64
+    """How many tokens."""
+    is_first: bool
+    """Whether these begin their windows."""
 
 
 class Sampler:
@@ -87,62 +105,83 @@ class Sampler:
 
     def read(self, samples: Int64) -> Samples:
         """The windows, mask keys and views of the given sample numbers [B]."""
+        partitions, windows, views = self._place(samples)
+        tokens = np.empty((len(samples), self.length), self.corpus.tokens.dtype)
+        tokens[:, 0], tokens[:, -1] = self.bos, self.eos
+        for partition in np.unique(partitions).tolist():
+            rows = np.flatnonzero(partitions == partition)
+            tokens[rows, 1:-1] = self._read_windows(partition, windows[rows])
+        keys = rng.key(self.seed, _MASK, partitions, windows)
+        return Samples(tokens, keys, views)
+
+    def _place(self, samples: Int64) -> tuple[Int64, Int64, Int64]:
+        """Partition of the documents into windows, window, and view of each sample [B]."""
         texts, view = np.divmod(samples, self.per_text)
         epochs, visits = np.divmod(texts, self.windows_per_epoch)
         windows = np.empty_like(visits)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            order = (self.seed, _WINDOWS, int(epoch))
-            windows[now] = rng.permute(visits[now], self.windows_per_epoch, order)
+            windows[now] = rng.permute(visits[now], self.windows_per_epoch, (self.seed, _WINDOWS, epoch))
         partitions, epoch_view = np.divmod(epochs, self.per_partition)
-        tokens = np.empty((len(samples), self.length), self.corpus.tokens.dtype)
-        tokens[:, 0], tokens[:, -1] = self.bos, self.eos
-        for row, (partition, window) in enumerate(zip(partitions, windows, strict=True)):
-            self._window(tokens[row, 1:-1], int(partition), int(window))
-        keys = rng.key(self.seed, _MASK, partitions, windows)
-        return Samples(tokens, keys, view if self.per_text > 1 else epoch_view)
+        return partitions, windows, view if self.per_text > 1 else epoch_view
 
     def documents(self, samples: Int64) -> Int64:
-        """Document of each token of the windows [B, L], -1 for <s> and </s>.
+        """Document of each token of the windows [B, L], -1 where a special stands.
 
         With `corpus.read_sources`, the source of each.
         """
-        texts = samples // self.per_text
-        epochs, visits = np.divmod(texts, self.windows_per_epoch)
+        partitions, windows, _ = self._place(samples)
         found = np.full((len(samples), self.length), -1, np.int64)
-        for row, (epoch, visit) in enumerate(zip(epochs.tolist(), visits.tolist(), strict=True)):
-            window = int(rng.permute(visit, self.windows_per_epoch, (self.seed, _WINDOWS, epoch)))
-            at = 1
-            for document, _, take in self._stretches(epoch // self.per_partition, window):
-                found[row, at : at + take] = self.filled[document]
-                at += take + 1
+        for partition in np.unique(partitions).tolist():
+            rows = np.flatnonzero(partitions == partition)
+            for part in self._stretches(partition, windows[rows]):
+                for row, column, document, take in zip(
+                    rows[part.rows].tolist(),
+                    part.columns.tolist(),
+                    self.filled[part.documents].tolist(),
+                    part.takes.tolist(),
+                    strict=True,
+                ):
+                    found[row, column + 1 : column + 1 + take] = document
         return found
 
-    def _window(self, out: npt.NDArray[np.integer], partition: int, window: int) -> None:
-        """Copies one window of the stream into `out`, document by document."""
-        at = 0
-        for document, skip, take in self._stretches(partition, window):
-            if at:
-                out[at - 1] = self.eos
-            first = int(self.offsets[document]) + skip
-            out[at : at + take] = self.corpus.tokens[first : first + take]
-            at += take + 1
-        out[at - 1 :] = self.eos
+    def _read_windows(self, partition: int, windows: Int64) -> npt.NDArray[np.integer]:
+        """The stream tokens of windows [B, L - 2].
 
-    def _stretches(self, partition: int, window: int) -> Iterator[tuple[int, int, int]]:
-        """The documents of a window: (number among the filled, tokens to skip, tokens to take); one
-        place between two for the joining </s>, one left over where a window ends with it."""
+        Every row is first filled with what follows its first token in the file, one copy for the whole
+        batch; then the few documents that begin inside a window are put in their places.
+        """
+        tokens, width = self.corpus.tokens, self.length - 2
+        out = np.empty((len(windows), width), tokens.dtype)
+        for part in self._stretches(partition, windows):
+            rest = np.ones(len(part.rows), bool)
+            if part.is_first and len(tokens) >= width:
+                rest = part.firsts > len(tokens) - width  # what follows is less than a window
+                out[part.rows[~rest]] = sliding_window_view(tokens, width)[part.firsts[~rest]]
+            pieces = (part.rows, part.columns, part.firsts, part.takes)
+            for row, column, first, take in zip(*(piece[rest].tolist() for piece in pieces), strict=True):
+                out[row, column : column + take] = tokens[first : first + take]
+            joins = part.columns + part.takes
+            inside = joins < width
+            out[part.rows[inside], joins[inside]] = self.eos
+        return out
+
+    def _stretches(self, partition: int, windows: Int64) -> Iterator[_Stretches]:
+        """The first document of each window, then the second of those that have one, and so on."""
         order, ends = self._order(partition)
-        at, stop = window * (self.length - 2), (window + 1) * (self.length - 2)
-        rank = int(np.searchsorted(ends, at, side="right"))
-        while at < stop:
-            document = int(order[rank])
-            length = int(self.lengths[document])
-            skip = at - (int(ends[rank]) - length - 1)
-            take = min(length - skip, stop - at)
-            yield document, skip, take
-            at += take + 1
-            rank += 1
+        width = self.length - 2
+        rows, columns = np.arange(len(windows)), np.zeros(len(windows), np.int64)
+        ranks = np.searchsorted(ends, windows * width, side="right")
+        while len(rows):
+            documents = order[ranks]
+            lengths = self.lengths[documents]
+            skips = windows[rows] * width + columns - (ends[ranks] - lengths - 1)
+            takes = np.minimum(lengths - skips, width - columns)
+            firsts = self.offsets[documents] + skips
+            yield _Stretches(rows, columns, documents, firsts, takes, not columns.any())
+            columns = columns + takes + 1  # a </s> between two documents
+            more = columns < width
+            rows, columns, ranks = rows[more], columns[more], ranks[more] + 1
 
     def _order(self, partition: int) -> tuple[Int64, Int64]:
         """Documents in stream order, and where each ends in the stream (its </s> included)."""
