@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import yaml
 
 from pretrain.tokenizer import train_sentencepiece
 from tools import encode_corpus
+
+# A shell starts background jobs with Ctrl-C ignored, and programs started from here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLE = Path(__file__).parent.parent / "tools" / "sample"
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -347,7 +348,7 @@ def test_config_status_and_provenance(folder):
     first, second = json.loads((folder.path / "provenance.json").read_text())
     assert (first["device"], second["device"]) == ("cpu", "gpu")
     assert first["packages"]["torch"] == torch.__version__ and first["python"] == sys.version.split()[0]
-    assert first["version"] and first["host"] and "pytest" in first["command"]
+    assert first["version"] and first["host"] and first["command"] == shlex.join(sys.orig_argv)
 
 
 def test_the_commit_is_that_of_this_code():
