@@ -11,11 +11,15 @@ import os
 import sys
 import traceback
 
+import numpy as np
+
 from pretrain import __version__, config, flops
 from pretrain.config import Config, UserError
 from pretrain.sampler import Blend
+from pretrain.tokenizer import Tokenizer
 
 USER, DEFECT = 2, 1
+_WINDOWS_SHOWN = 256
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
@@ -116,7 +120,22 @@ def _dry_run(options: Config) -> int:
     blend = open_blend(options, data)
     print(config.dump(options))
     print(plan(options, 1, blend))
+    print(f"masks       {_masks(options, blend, data.tokenizer)}")
     return 0
+
+
+def _masks(options: Config, blend: Blend, tokenizer: Tokenizer) -> str:
+    """What exact counts ask of the first windows: specials predicted, words and spans cut."""
+    from pretrain.evaluate import masker
+
+    first = np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))
+    sample = blend.read(first)
+    mask = masker(options.masking, options.train.seq_length, tokenizer)
+    masked = mask(sample.tokens, sample.keys, sample.views)
+    return (
+        f"{options.masking.scheme}; of the {masked.targets.size:,} predicted rows of {len(first)} windows"
+        f" {masked.specials_chosen} are sequence specials; words or spans cut: {masked.units_cut}"
+    )
 
 
 def _run(options: Config, local_rank: int | None) -> int:

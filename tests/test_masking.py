@@ -1,9 +1,13 @@
 """Exact counts, a fair choice of positions, and disjoint views."""
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from pretrain import config, rng
+from pretrain.__main__ import main
 from pretrain.masking import Masker, counts
 
 VOCAB, MASK = 200, 199
@@ -238,3 +242,16 @@ def test_mask_is_a_function_of_the_key_alone(scheme, views):
     part = masker(tokens[5:9], keys[5:9], np.ones(4, np.int64))
     assert (whole.ids[5:9] == part.ids).all() and (whole.positions[5:9] == part.positions).all()
     assert (whole.positions[0] != whole.positions[1]).any()
+
+
+def test_dry_run_tells_what_is_cut(
+    words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words("a", "masking.scheme=whole_word", "--dry-run")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(
+        r"masks       whole_word; of the 2,816 predicted rows of 256 windows (\d+) are sequence specials;"
+        r" words or spans cut: (\d+)",
+        line,
+    )
+    assert found and 0 < int(found[2]) <= 256
