@@ -214,16 +214,21 @@ class Topology:
         dist.broadcast(tensor, 0, self.flags)
         return tensor.item()
 
-    def broadcast_text(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """The text of rank `source`, on every rank."""
         if self.flags is None:
             return text
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        (size,) = self.agree([len(data) if self.is_main else 0])
-        if not self.is_main:
+        (size,) = self.agree([len(data) if self.rank == source else 0])
+        if self.rank != source:
             data = torch.empty(size, dtype=torch.uint8)
-        dist.broadcast(data, 0, self.flags)
+        dist.broadcast(data, source, self.flags)
         return bytes(data.tolist()).decode()
+
+    def first_text(self, text: str) -> str:
+        """The text of the lowest rank that has any, on every rank; empty if none has."""
+        (turn,) = self.agree([self.world_size - self.rank if text else 0])
+        return self.broadcast_text(text, self.world_size - turn) if turn else ""
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """In-place sum over the ranks that saw different samples; returns `tensor`."""

@@ -6,11 +6,12 @@ turn. Nothing else is shared but gradients.
 """
 
 import logging
+import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -218,15 +219,17 @@ class Run:
 def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
     on_main(topology, folder.claim)
-    data = open_data(options.corpus)
-    options = resolve(options, data.tokenizer.vocab_size, topology.device)
-    micro = micro_batch(options, topology.data_size)
+    with together(topology):
+        data = open_data(options.corpus)
+        options = resolve(options, data.tokenizer.vocab_size, topology.device)
+        micro = micro_batch(options, topology.data_size)
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     state = checkpoint.read_state(Path(start)) if start else None
     ledger = _open_ledger(topology, folder, state)
     with timed(ledger, "startup"):
-        module = _module(options, data.tokenizer, fresh=state is None)
         segments = run_segments(options, data, state)
+        with together(topology):
+            module = _module(options, data.tokenizer, fresh=state is None)
         run = _assemble(options, topology, folder, data, segments, micro, ledger, module)
         if state:
             checkpoint.load(Path(start), run.engine)
@@ -252,13 +255,13 @@ def _assemble(
     """The parts of a run that has not started."""
     t, tokenizer = options.train, data.tokenizer
     prepare_torch(bool(t.deterministic))
-    length, blend = t.seq_length, open_blend(options, data, segments)
-    mask = masker(options.masking, length, tokenizer)
-    heldout = None
-    if options.corpus.valid:
-        heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples)
-    cost = step_cost(options)
-    check_budget(options, cost)
+    cost, heldout = step_cost(options), None
+    with together(topology):
+        blend = open_blend(options, data, segments)
+        mask = masker(options.masking, t.seq_length, tokenizer)
+        if options.corpus.valid:
+            heldout = HeldOut(options.corpus.valid, tokenizer, t.seq_length, options.evaluate.samples)
+        check_budget(options, cost)
     built = engine.build(options, module, topology, micro)
     if built.deepspeed_json and topology.is_main:
         checkpoint.write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
@@ -319,16 +322,23 @@ def check_budget(options: Config, cost: flops.StepCost) -> None:
 
 def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
     """Runs `action` on rank 0 and gives its result to all; its UserError is raised everywhere."""
-    result, failed = "", False
-    if topology.is_main:
-        try:
+    result = ""
+    with together(topology):
+        if topology.is_main:
             result = action() or ""
-        except UserError as error:
-            result, failed = str(error), True
-    result = topology.broadcast_text(f"{'!' if failed else '.'}{result}")
-    if result.startswith("!"):
-        raise UserError(result[1:])
-    return result[1:]
+    return topology.broadcast_text(result)
+
+
+@contextmanager
+def together(topology: Topology) -> Iterator[None]:
+    """A user's error of one rank is raised on all, which would wait for that rank for ever."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    if problem := topology.first_text(problem):
+        raise UserError(problem)
 
 
 def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
@@ -463,20 +473,26 @@ def seed_dropout(run: Run, number: int) -> None:
 
 
 def write_log(run: Run, turn: Turn, loss: Tensor) -> None:
-    """Loss of the updates since the last log, mean over all ranks, and the speeds."""
-    loss = run.topology.sum_over_data(loss.clone()) / run.topology.data_size
-    if not run.monitor or not run.ledger:
-        return
-    norm = None if run.grad_norm is None else float(run.grad_norm)
-    run.monitor.log(
-        turn.progress,
-        run.ledger.totals(),
-        loss=loss.item(),
-        lr=learning_rate(run.config, turn.progress),
-        grad_norm=norm,
-        data_wait_seconds=run.feed.waited,
-    )
+    """Loss of the updates since the last log, mean over all ranks, and the speeds.
+
+    A loss that is no number ends the run: what the engine skips once is no harm, but this does not heal.
+    """
+    mean = float(run.topology.sum_over_data(loss.clone()) / run.topology.data_size)
+    if run.monitor and run.ledger:
+        run.monitor.log(
+            turn.progress,
+            run.ledger.totals(),
+            loss=mean,
+            lr=learning_rate(run.config, turn.progress),
+            grad_norm=None if run.grad_norm is None else float(run.grad_norm),
+            data_wait_seconds=run.feed.waited,
+        )
     run.feed.waited = 0.0
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the loss up to step {run.step} is {mean}; lower optimizer.lr or take train.precision=fp32 in a"
+            f" new run.dir (last checkpoint: {f'step {run.saved}' if run.saved >= 0 else 'none'})"
+        )
 
 
 def evaluation_due(run: Run, turn: Turn) -> bool:
@@ -534,15 +550,8 @@ def save(run: Run) -> None:
         loss=run.scored[1] if run.scored[0] == run.step else None,
         layout={"engine": run.config.train.engine, "ranks": t.world_size, "tensor": p.tensor, "zero": p.zero},
     )
-    failure = ""
-    with timed(run.ledger, "checkpoint"):
-        try:
-            checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
-        except UserError as error:  # of the rank that writes; the others are to stop with it
-            failure = str(error)
-        failure = t.broadcast_text(failure)
-    if failure:
-        raise UserError(failure)
+    with timed(run.ledger, "checkpoint"), together(t):
+        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
     run.saved, run.saved_at = run.step, time.monotonic()
     if t.is_main:
         run.folder.write_status("running", run.step)

@@ -210,6 +210,8 @@ def on_three_ranks() -> tuple[Any, ...]:
         place.broadcast_float(0.1 + place.rank),
         place.broadcast_text("" if place.rank else "Zo\u00eb"),
         place.broadcast_text("long" if place.rank else ""),
+        place.first_text("" if place.rank == 0 else f"rank {place.rank}"),
+        place.first_text(""),
         summed,
         place.sum_over_tensor(torch.ones(1)).item(),
         members(place.data_group),
@@ -223,7 +225,20 @@ def on_three_ranks() -> tuple[Any, ...]:
 
 
 def test_decisions_and_sums_on_three_ranks() -> None:
-    expected = ([2, 0, 2**53 + 2], 0.1, "Zo\u00eb", "", [3.0, 3.0], 1.0, [0, 1, 2], None, None, False)
+    expected = (
+        [2, 0, 2**53 + 2],
+        0.1,
+        "Zo\u00eb",
+        "",
+        "rank 1",
+        "",
+        [3.0, 3.0],
+        1.0,
+        [0, 1, 2],
+        None,
+        None,
+        False,
+    )
     assert ranks.run(3, on_three_ranks) == [expected] * 3
 
 

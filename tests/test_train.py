@@ -13,9 +13,11 @@ import yaml
 
 from pretrain import config, ledger, schedule, train
 from pretrain.checkpoint import RunFolder
+from pretrain.config import UserError
 from pretrain.monitor import read_metrics
-from pretrain.topology import Topology
+from pretrain.topology import Topology, connect
 from tests.conftest import encode
+from tests.ranks import run as on_ranks
 from tests.runs import Outcome, Strike, attempt, finish, losses
 
 Words = Callable[..., list[str]]
@@ -27,6 +29,29 @@ def cost(words: list[str]) -> Any:
     """Of an update of tiny.yaml with these overrides."""
     options = config.load(words[0], [*words[1:], "model.vocab_size=400"])
     return train.step_cost(options)
+
+
+def complain() -> str:
+    """What each of two ranks raises where only the second has a problem."""
+    place = connect()
+    with pytest.raises(UserError) as caught, train.together(place):
+        if place.rank == 1:
+            raise UserError("only here")
+    place.close()
+    return str(caught.value)
+
+
+def test_a_problem_of_one_rank_ends_all() -> None:
+    assert on_ranks(2, complain) == ["only here"] * 2
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_loss_that_is_no_number_ends_the_run(number: int, words: Words, tmp_path: Path) -> None:
+    wild = ("optimizer.lr=1e30", "train.clip=0", "schedule.warmup=0", "checkpoint.every_steps=1")
+    ended = attempt(words("a", *wild), number)
+    assert ended.codes == [2] * number
+    assert "error: the loss up to step" in ended.text and "lower optimizer.lr" in ended.text
+    assert RunFolder(tmp_path / "a").status()["exit_code"] == 2
 
 
 # ---- the budget ----------------------------------------------------------------------------------
