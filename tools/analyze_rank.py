@@ -204,6 +204,7 @@ def figure(rows: list[dict[str, Any]], measure: str) -> bytes:
             plots.draw(axes, lines, [], "layer", f"effective rank ({measure.replace('_', ' ')})")
             axes.set_title(title)
             axes.set_ylim(bottom=0)
+            axes.locator_params(axis="x", integer=True)
             axes.label_outer()
         plots.legend(drawn, panels[0])
         return plots.encode(drawn, "png")

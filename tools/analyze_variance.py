@@ -266,8 +266,8 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
             places = [x + 0.8 * (i + 0.5) / len(runs) - 0.4 for x in range(len(bars))]
             heights, errors = zip(*bars.values(), strict=True)
             left.bar(places, heights, 0.8 / len(runs), yerr=errors, color=f"C{i}", label=run)
-        left.set_xticks(range(len(bars)), list(bars))
-        left.set_ylabel("relative to independent masks, distance 0")
+        left.set_xticks(range(len(bars)), [name.replace("_", " ") for name in bars])
+        left.set_ylabel("independent masks = 1; distance 0 = 1")
         left.set_title("variance over the masks of a text")
         lines = [_curve(run, [row for row in rows if row["run"] == run]) for run in runs]
         lines.append(_additive(rows))
@@ -314,7 +314,7 @@ def text(rows: list[dict[str, Any]]) -> str:
         texts = {row["sampler"]: row["value"] for row in here if row["quantity"] == OVER_TEXTS}
         for name, (value, error) in relative_variances(here).items():
             lines.append(
-                f"  {name:12} variance over masks {value:.3f} +- {error:.3f} of independent masks';"
+                f"  {name:12} variance over masks {value:.3g} +- {error:.2g} of independent masks';"
                 f" over texts {texts[name]:.3g}"
             )
     return "\n".join(lines)
