@@ -39,11 +39,17 @@ def commands(section):
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
+BRIEF = {
+    "pretrain": SMALL,
+    "tools.sweep": ["model.hidden_size=32", "budget.flops=null", "budget.steps=2", "evaluate.samples=4"],
+    "tools.analyze": ["--tokens", "500", "--texts", "3"],
+}
+
+
 def run(command, folder):
     words = [REPLACED.get(word, word) for word in shlex.split(command)]
     assert words[0] == "python"
-    if words[2] == "pretrain":
-        words += SMALL
+    words += BRIEF.get(words[2], [])
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=environ, capture_output=True, text=True, check=False
@@ -75,17 +81,25 @@ def test_make_targets_exist():
 
 
 def test_the_demo_in_a_short_form_twice(tmp_path):
-    """All steps, from raw text to two exports and a report; the second time everything is there already."""
+    """All steps, from raw text to two exports and a report; the second time everything is there already.
+
+    Then what the README does with the demo's runs.
+    """
     short = (
         "budget.flops=3e9 model.hidden_size=32 model.ffn_size=48 evaluate.samples=16 evaluate.every_steps=50"
     )
     for _ in range(2):
-        done = run(f"python -m tools.demo --home {tmp_path} {short}", ROOT)
+        done = run(f"python -m tools.demo --home {tmp_path / 'runs'} {short}", ROOT)
     for name in ("demo-mlm", "demo-3ml"):
-        assert (tmp_path / name / "export" / "model.safetensors").exists()
-        assert (tmp_path / name / "status.json").exists()
-    assert (tmp_path / "demo-report" / "loss.png").exists()
+        assert (tmp_path / "runs" / name / "export" / "model.safetensors").exists()
+        assert (tmp_path / "runs" / name / "status.json").exists()
+    assert (tmp_path / "runs" / "demo-report" / "loss.png").exists()
     assert done.stdout.count("done before") == 3 and "%" in done.stdout
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for line in commands("The methods and their options"):
+        run(line, tmp_path)
+    assert (tmp_path / "analysis" / "rank.png").exists()
+    assert (tmp_path / "analysis" / "variance.png").exists()
 
 
 @pytest.mark.parametrize(

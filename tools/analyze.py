@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("analyze", "Effective rank or gradient variance of checkpoints", reports=True)
     parser.add_argument("what", choices=("rank", "variance"))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one table and figure for all")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the table and the figure")
+    parser.add_argument(
+        "--output",
+        default="analysis",
+        metavar="DIR",
+        help="folder for the table and the figure (%(default)s)",
+    )
     parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (each run's corpus.valid)")
     add_checkpoint_argument(parser)
     parser.add_argument(

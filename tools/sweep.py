@@ -175,10 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--over", nargs="+", required=True, metavar="section.key=v1,v2", help="what differs between runs"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="configs, runs and table; same DIR: goes on"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="configs, runs and table; same DIR: goes on (runs/sweep-CONFIG)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
     args = parser.parse_args(arguments)
+    args.output = args.output or Path("runs") / f"sweep-{Path(args.config).stem}"
     todo = variants(args.config, args.overrides, args.over, args.output)
     possible = [variant for variant in todo if variant.options]
     if not possible:
