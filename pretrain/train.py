@@ -7,6 +7,7 @@ turn. Nothing else is shared but gradients.
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -299,6 +301,8 @@ def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMas
 
 def prepare_torch(deterministic: bool) -> None:
     """Process-wide switches of torch."""
+    if deterministic:  # asked for by cuBLAS, and read when the first product on a GPU is formed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
@@ -400,12 +404,13 @@ def _prepare(
     options: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
 ) -> Callable[[int], list[Batch]]:
     def prepare(first: int) -> list[Batch]:
+        batch_size, rank, ranks = options.train.batch_size, topology.data_rank, topology.data_size
+        s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
         batches = []
-        for numbers in share_of_rank(
-            first, options.train.batch_size, micro, topology.data_rank, topology.data_size
-        ):
-            s = blend.read(numbers)
-            batches.append(Batch.of(*mask(s.tokens, s.keys, s.views)[:4], topology.device))
+        for start in range(0, len(s.keys), micro):
+            some = slice(start, start + micro)
+            masked = mask(s.tokens[some], s.keys[some], s.views[some])
+            batches.append(Batch.of(*masked[:4], topology.device))
         return batches
 
     return prepare

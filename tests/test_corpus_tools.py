@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +299,45 @@ def test_merge_and_inspect(
     assert report["lengths"]["max"] == reader.document_lengths.max()
     assert report["specials_inside"] == report["unknown"] == 0
     assert report["samples"][0]["text"] == tokenizer.decode(reader.document(0)[:48])
-    assert report["masked_window"].count("{") == 14  # 15 % of 94
+    assert sum(bin["documents"] for bin in report["histogram"]) == len(lines)
+    lengths = reader.document_lengths
+    for bin in report["histogram"]:
+        assert bin["documents"] == ((lengths >= bin["from"]) & (lengths <= bin["to"])).sum()
     inspect_corpus.main([str(tmp_path / "joined")])
     assert "a window as the model sees it" in capsys.readouterr().out
+
+
+def test_a_window_is_shown_as_each_method_sees_it(
+    folder: str, lines: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines) + b'{"text": "<b>&amp;", "source": "a&b/1"}\n')
+    encode(folder, tmp_path / "c", tmp_path / "in.jsonl")
+    capsys.readouterr()
+    page = tmp_path / "c.html"
+    inspect_corpus.main(
+        [str(tmp_path / "c"), "--json", "--rate", "0.3", "--html", str(page), "--samples", "99"]
+    )
+    report = json.loads(capsys.readouterr().out)
+    found = {}
+    for window in report["windows"]:
+        pieces = window["pieces"]
+        assert len(pieces) == 96 and pieces[0][1] == "<s>" and pieces[-1][1] == "</s>"
+        states = [state for state, _, _ in pieces]
+        found[window["method"]] = [states.count(state) for state in ("masked", "random", "kept")]
+        assert all((true == shown) == (state in ("context", "kept")) for state, true, shown in pieces)
+    assert found == {  # of 94 tokens: 15 % are 14, 30 % are 28, 50 % are 47
+        "mlm, 15 %, uniform": [11, 2, 1],
+        "mlm, 15 %, whole words": [11, 2, 1],
+        "mlm, 15 %, spans": [11, 2, 1],
+        "3ml, 50 %, uniform": [38, 5, 4],
+        "mae-lm, 15 %, all [MASK]": [14, 0, 0],
+        "mlm, 30 %, uniform": [22, 3, 3],
+    }
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<span class="masked">') == sum(counts[0] for counts in found.values()) + 1
+    assert "&lt;b&gt;&amp;amp;" in text and "a&amp;b" in text and "<b>" not in text
+    assert inspect_corpus.mark("random", "\u2581a", "\u0120b") == "{ a> b}"
+    HTMLParser().feed(text)
 
 
 def test_foreign_corpora_are_adopted(

@@ -27,7 +27,7 @@ ALLOWED = {
 }
 HOMES = {
     "torch": None,  # checked apart: the corpus path must not wait for it
-    "megatron": {"pretrain/topology.py", "pretrain/tensor_parallel.py"},
+    "megatron": {"pretrain/topology.py", "pretrain/tensor_parallel.py", "tools/benchmark_corpus.py"},
     "deepspeed": {"pretrain/engine.py"},
     "sentencepiece": {"pretrain/tokenizer.py"},
     "mpi4py": {"pretrain/topology.py", "tools/encode_corpus.py"},

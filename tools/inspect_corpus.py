@@ -1,9 +1,10 @@
-"""Look into a corpus: counts, lengths, frequent tokens, some documents, a window as the model sees it.
+"""Look into a corpus: counts, lengths, frequent tokens, some documents, a window as each method sees it.
 
 Works on any Megatron indexed dataset; text is shown where a tokenizer is known, from the manifest or
-from ``--tokenizer``.
+from ``--tokenizer``. ``--html FILE`` writes the same as a page.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pretrain.masking import Masker
 from pretrain.sampler import Sampler
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
+from tools.inspect_page import page
 
 _CHUNK = 1 << 22
 _EXCERPT = 48
@@ -85,29 +87,65 @@ def documents(reader: IndexedReader, tokenizer: Tokenizer | None, number: int) -
     ]
 
 
-def masked_window(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: int) -> str:
-    """One training window, {piece} where it is masked, {right>wrong} where replaced, {=piece} kept."""
-    masking = Masking(rate=rate)
+def histogram(reader: IndexedReader) -> list[dict[str, int]]:
+    """Documents by length: 0, 1, 2-3, 4-7, ... tokens, without empty ends."""
+    bits = np.bincount(np.frexp(reader.document_lengths.astype(np.float64))[1], minlength=1)
+    filled = np.flatnonzero(bits)
+    if not len(filled):
+        return []
+    return [
+        {"from": (1 << i) >> 1, "to": (1 << i) - 1, "documents": int(bits[i])}
+        for i in range(filled[0], filled[-1] + 1)
+    ]
+
+
+def methods(rate: float) -> dict[str, Masking]:
+    """What is shown: the methods' usual ways to mask, and the mask rate asked for."""
+    all_masks = (1.0, 0.0, 0.0)
+    return {
+        "mlm, 15 %, uniform": Masking(rate=0.15),
+        "mlm, 15 %, whole words": Masking(rate=0.15, scheme="whole_word"),
+        "mlm, 15 %, spans": Masking(rate=0.15, scheme="span"),
+        "3ml, 50 %, uniform": Masking(rate=0.5),
+        "mae-lm, 15 %, all [MASK]": Masking(rate=0.15, corruption=all_masks),
+        **({f"mlm, {100 * rate:g} %, uniform": Masking(rate=rate)} if rate != 0.15 else {}),
+    }
+
+
+def windows(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: int) -> list[dict[str, Any]]:
+    """One training window under each method: its pieces as [state, true piece, shown piece].
+
+    States: context (seen, not predicted), masked, random, kept (the last three predicted). In the late
+    methods the encoder sees all but the masked.
+    """
     special = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.random_ids)
-    masker = Masker(masking, length, tokenizer.mask, tokenizer.random_ids, special)
-    window = Sampler(reader, masking, length, 0, tokenizer.bos, tokenizer.eos).read(np.zeros(1, np.int64))
-    masked = masker(window.tokens, window.keys, window.views)
-    seen, predicted = np.empty(length, np.int64), np.zeros(length, dtype=bool)
-    seen[masked.positions[0]] = masked.ids[0]
-    predicted[masked.positions[0, length - masker.counts.predicted :]] = True
-    words = (
-        _mark(tokenizer, int(true), int(shown)) if chosen else tokenizer.piece(int(true))
-        for true, shown, chosen in zip(window.tokens[0], seen, predicted, strict=True)
-    )
-    return "".join(words).replace("\u2581", " ").replace("\u0120", " ").strip()
+    shown = []
+    for name, masking in methods(rate).items():
+        masker = Masker(masking, length, tokenizer.mask, tokenizer.random_ids, special, tokenizer.word_starts)
+        sampler = Sampler(reader, masking, length, 0, tokenizer.bos, tokenizer.eos)
+        window = sampler.read(np.zeros(1, np.int64))
+        masked = masker(window.tokens, window.keys, window.views)
+        seen, predicted = np.empty(length, np.int64), np.zeros(length, dtype=bool)
+        seen[masked.positions[0]] = masked.ids[0]
+        predicted[masked.positions[0, length - masker.counts.predicted :]] = True
+        rows = zip(window.tokens[0].tolist(), seen.tolist(), predicted.tolist(), strict=True)
+        pieces = [[_state(tokenizer, *row), tokenizer.piece(row[0]), tokenizer.piece(row[1])] for row in rows]
+        shown.append({"method": name, "pieces": pieces})
+    return shown
 
 
-def _mark(tokenizer: Tokenizer, true: int, shown: int) -> str:
+def _state(tokenizer: Tokenizer, true: int, shown: int, predicted: bool) -> str:
+    if not predicted:
+        return "context"
     if shown == tokenizer.mask:
-        return f"{{{tokenizer.piece(true)}}}"
-    if shown == true:
-        return f"{{={tokenizer.piece(true)}}}"
-    return f"{{{tokenizer.piece(true)}>{tokenizer.piece(shown)}}}"
+        return "masked"
+    return "kept" if shown == true else "random"
+
+
+def mark(state: str, true: str, shown: str) -> str:
+    """{piece} where it is masked, {right>wrong} where replaced, {=piece} where kept."""
+    text = {"context": true, "masked": f"{{{true}}}", "kept": f"{{={true}}}", "random": f"{{{true}>{shown}}}"}
+    return text[state].replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
 
 
 def find_tokenizer(manifest: Manifest | None, directory: str | None) -> Tokenizer | None:
@@ -140,6 +178,7 @@ def inspect(prefix: str, directory: str | None, top: int, samples: int, rate: fl
         "tokens": reader.num_tokens,
         "dtype": reader.dtype.name,
         "lengths": lengths(reader),
+        "histogram": histogram(reader),
         "samples": documents(reader, tokenizer, samples),
     }
     if manifest:
@@ -152,7 +191,7 @@ def inspect(prefix: str, directory: str | None, top: int, samples: int, rate: fl
         specials = [tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask]
         report["specials_inside"] = int(counts[specials].sum())
     if tokenizer and reader.num_tokens >= _WINDOW:
-        report["masked_window"] = masked_window(reader, tokenizer, rate, _WINDOW)
+        report["windows"] = windows(reader, tokenizer, rate, _WINDOW)
     return report
 
 
@@ -164,6 +203,10 @@ def show(report: dict[str, Any]) -> None:
     )
     stats = (f"{name} {value:,.0f}" for name, value in report["lengths"].items())
     print("tokens a document: " + ", ".join(stats))
+    most = max((bin["documents"] for bin in report["histogram"]), default=1)
+    for bin in report["histogram"]:
+        bar = "#" * math.ceil(40 * bin["documents"] / most)
+        print(f"  {bin['from']:>9,} to {bin['to']:>9,}: {bin['documents']:>9,} {bar}")
     manifest = report.get("manifest")
     if manifest is None:
         print("no manifest: written by another program, or unfinished")
@@ -186,9 +229,29 @@ def show(report: dict[str, Any]) -> None:
     for item in report["samples"]:
         text = item["text"] if item["text"] is not None else item["ids"]
         print(f"\ndocument {item['document']} ({item['tokens']:,} tokens): {text}")
-    if "masked_window" in report:
+    if "windows" in report:
         print("\na window as the model sees it ({masked}, {right>wrong}, {=kept}):")
-        print(report["masked_window"])
+        _show_windows(report["windows"])
+
+
+def _show_windows(shown: list[dict[str, Any]]) -> None:
+    """In colours on a terminal, with the marks alone elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = {
+        "context": "",
+        "masked": "bold white on blue",
+        "random": "white on red",
+        "kept": "black on yellow",
+    }
+    console_out = Console(soft_wrap=True, highlight=False)
+    for window in shown:
+        text = Text()
+        for state, true, piece in window["pieces"]:
+            text.append(mark(state, true, piece), styles[state])
+        console_out.print(Text(f"\n{window['method']}", "bold"))
+        console_out.print(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,11 +260,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the one in the manifest")
     parser.add_argument("--top", type=int, default=20, help="frequent tokens to show (%(default)s)")
     parser.add_argument("--samples", type=int, default=3, help="documents to show (%(default)s)")
-    parser.add_argument("--rate", type=float, default=0.15, help="mask rate to show (%(default)s)")
+    parser.add_argument("--rate", type=float, default=0.15, help="one more mask rate to show")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page as well")
     args = parser.parse_args(arguments)
     if not 0 < args.rate < 1:
         raise UserError(f"--rate {args.rate}: a share of the tokens, between 0 and 1")
     report = inspect(args.prefix, args.tokenizer, args.top, args.samples, args.rate)
+    if args.html:
+        partial = Path(f"{args.html}.partial")
+        partial.write_text(page(report), encoding="utf-8")
+        partial.replace(args.html)
     if args.json:
         console.print_json(report)
     else:

@@ -1,14 +1,45 @@
-"""Check every byte of corpora against their manifests, or write the manifest of a foreign one."""
+"""Check every byte of corpora against their manifests, write the manifest of a foreign one, or look for
+text that two corpora share."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from pretrain import __version__
 from pretrain.config import UserError
-from pretrain.corpus import Origin, adopt, corpus_file, verify
+from pretrain.corpus import IndexedReader, Origin, adopt, corpus_file, load_manifest, verify
 from pretrain.tokenizer import load_tokenizer
 from tools import console
 from tools.encode_corpus import summary
 from tools.encode_parts import tokenizer_record
+from tools.overlap import overlap
+
+
+def _check_overlap(args: Namespace) -> int:
+    """Print how much of each corpus stands in the other one."""
+    reports = []
+    for prefix in args.prefixes:
+        readers = [IndexedReader(name) for name in (prefix, args.check_overlap)]
+        record = load_manifest(prefix).tokenizer
+        if record is None or record.hash != getattr(
+            load_manifest(args.check_overlap).tokenizer, "hash", None
+        ):
+            raise UserError(f"{prefix}: not of the same tokenizer as {args.check_overlap}")
+        tokenizer = load_tokenizer(args.tokenizer or record.path)
+        total = sum(reader.tokens.nbytes for reader in readers)
+        with console.progress("compare", total) as advance:
+            reports.append({"prefix": prefix} | overlap(*readers, tokenizer, advance))
+    if args.json:
+        console.print_json(reports)
+        return 0
+    for report in reports:
+        print(
+            f"{report['prefix']}: {report['share']:.3%} of {report['runs']:,} runs of {report['run_length']}"
+            f" words are in {args.check_overlap}; {report['documents_with_overlap']:,} of"
+            f" {report['documents']:,} documents share some"
+        )
+        for worst in report["worst"]:
+            print(f"  document {worst['document']}: {worst['share']:.1%}")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="make the missing PREFIX.json of Megatron files that another program wrote",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="theirs, with --write-manifest")
+    parser.add_argument(
+        "--check-overlap",
+        metavar="OTHER",
+        help="instead: how many runs of 13 words of PREFIX (held-out text) occur in OTHER (training text)",
+    )
     args = parser.parse_args(arguments)
+    if args.check_overlap:
+        return _check_overlap(args)
     if args.write_manifest != bool(args.tokenizer):
         raise UserError("--write-manifest and --tokenizer DIR belong together; give both or none")
     if args.write_manifest:

@@ -1,0 +1,62 @@
+"""The benchmark's rows: complete, of the right sides, and with the arithmetic that they claim."""
+
+import json
+
+import pytest
+
+from pretrain.config import UserError
+from tools import benchmark, measure
+
+KEYS = {
+    *("name", "ours", "peer", "unit", "ratio", "spread", "runs"),
+    *("device", "dtype", "versions", "commit"),
+}
+
+
+def test_ratios_are_of_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 4.0, 8.0, 2.0, 1.0, 2.0])  # ours, peer; peer, ours; ours, peer
+    order: list[str] = []
+
+    def timed(side: measure.Side) -> float:
+        order.append(side())
+        return next(seconds)
+
+    monkeypatch.setattr(measure, "cpu_seconds", timed)
+    row = measure.compare("n", "MB/s", 8, lambda: "ours", lambda: "peer", 3, ["numpy", "no-such-package"])
+    assert order == ["ours", "peer", "peer", "ours", "ours", "peer"]
+    assert (row.ours, row.peer) == (8, 2)  # medians of 8, 4, 8 and of 2, 1, 4
+    assert (row.ratio, row.spread, row.runs) == (4, [2, 4], 3)
+    assert row.versions["no-such-package"] == "absent" and row.versions["numpy"] != "absent"
+
+
+def test_preparation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    monkeypatch.setattr(measure.time, "process_time", lambda: clock)
+
+    def side() -> measure.Side:
+        pass_time(100)
+        return lambda: pass_time(3)
+
+    assert measure.cpu_seconds(side) == 3
+
+
+@pytest.mark.parametrize("only", ["unigram", "fairseq", "start-up"])
+def test_rows(only: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["corpus", "--runs", "1", "--max-megabytes", "0.3", "--vocab-size", "500", "--only", only]
+    assert benchmark.main([*words, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert set(row) == KEYS and only in row["name"]
+    assert row["ours"] > 0 and row["runs"] == 1
+    assert (row["peer"] is None) == (only == "start-up")
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UserError, match="--runs 0: at least 1"):
+        benchmark.main(["corpus", "--runs", "0"])
+    with pytest.raises(SystemExit):
+        benchmark.main(["nothing"])

@@ -1,0 +1,384 @@
+"""Speeds of the corpus path beside the tools that people use today.
+
+Text: the shipped sample, or any ``--input``. Vocabularies are trained on it here; ``--gpt2 DIR`` takes a
+real byte-level one (made by ``tools.train_tokenizer --import``). Encoding goes from texts in memory to a
+finished .bin and .idx, with cold caches; loading a tokenizer is not timed.
+
+Peers: Megatron's route is `encode_batch` of tokenizers (or `encode` of sentencepiece to lists) and
+megatron-core's IndexedDatasetBuilder; masking is Hugging Face's collator and the logic of fairseq's
+MaskTokensDataset (written out here, as fairseq no longer installs).
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain import config
+from pretrain.corpus import CorpusWriter, IndexedReader, token_dtype
+from pretrain.masking import Masker
+from pretrain.sampler import Sampler
+from pretrain.tokenizer import SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
+from tools.measure import Row, Side, compare, row
+from tools.text_files import MAX_DOCUMENT_BYTES, Document, find_files, open_reader
+
+_SAMPLE = Path(__file__).parent / "sample" / "train.jsonl.gz"
+_SHARDS, _SHARD_DOCUMENTS = 1000, 2000
+_BATCH, _LENGTH = 256, 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", default=[str(_SAMPLE)], help="raw text (the shipped sample)")
+    parser.add_argument("--max-megabytes", type=float, default=10.0, help="of it that is used (%(default)s)")
+    parser.add_argument("--gpt2", metavar="DIR", help="a byte-level tokenizer folder; default: trained here")
+    parser.add_argument("--vocab-size", type=int, default=8000, help="of those trained here (%(default)s)")
+    parser.add_argument(
+        "--wall-megabytes",
+        type=float,
+        default=40.0,
+        help="text for the row of two processes, by the clock: let the machine be idle (%(default)s)",
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="only rows with WORD in their name")
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Every row, as it is measured."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    texts = read_texts(args.input, int(args.max_megabytes * 1e6))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), texts, args.runs, args.vocab_size, args.gpt2, args.wall_megabytes)
+        for name, measure in bench.table().items():
+            if args.only in name:
+                yield measure(name)
+
+
+def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
+    """The first documents of the input."""
+    texts, size = [], 0
+    for file in find_files(patterns):
+        with open_reader(file, "blank-line", max_bytes=MAX_DOCUMENT_BYTES) as reader:
+            for batch in reader.read(None):
+                for item in batch.items:
+                    if isinstance(item, Document) and size < max_bytes:
+                        texts.append(item.text)
+                        size += len(item.utf8)
+        if size >= max_bytes:
+            break
+    return texts
+
+
+class Bench:
+    """The rows over one text."""
+
+    def __init__(
+        self, folder: Path, texts: list[str], runs: int, vocab_size: int, gpt2: str | None, wall: float
+    ) -> None:
+        self.folder, self.texts, self.runs, self.vocab_size = folder, texts, runs, vocab_size
+        self.megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        self.gpt2, self.wall_megabytes = gpt2, wall
+
+    def table(self) -> dict[str, Callable[[str], Row]]:
+        return {
+            "byte-level BPE, cached, text to .bin": lambda name: self.byte_level(name, False),
+            "byte-level BPE, fastokens, text to .bin": lambda name: self.byte_level(name, True),
+            "sentencepiece unigram, text to .bin": lambda name: self.sentencepiece(name, "unigram"),
+            "sentencepiece bpe, text to .bin": lambda name: self.sentencepiece(name, "bpe"),
+            "masking, against Hugging Face": lambda name: self.masking(name, hugging_face_masking),
+            "masking, against fairseq": lambda name: self.masking(name, fairseq_masking),
+            "reading a batch": self.reading,
+            "merge of 1,000 shards, peak memory": self.merging,
+            "two processes, against one": self.two_processes,
+            "start-up to the first document": self.start_up,
+        }
+
+    # ---- encoding --------------------------------------------------------------------------------
+
+    def byte_level(self, name: str, use_fastokens: bool) -> Row:
+        folder = self.gpt2 or self._train_byte_level()
+        import tokenizers
+
+        def peer() -> Callable[[], None]:
+            library = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+            library.encode_special_tokens = True
+            return lambda: self._megatron(
+                encoding.ids for encoding in library.encode_batch(self.texts, add_special_tokens=False)
+            )
+
+        ours = self._ours(lambda: load_tokenizer(folder, use_fastokens))
+        packages = ["tokenizers", "megatron-core", *(["fastokens"] if use_fastokens else [])]
+        return compare(name, "MB/s", self.megabytes, ours, peer, self.runs, packages)
+
+    def sentencepiece(self, name: str, kind: Any) -> Row:
+        folder = self.folder / kind
+        train_sentencepiece(self.texts, folder, kind, self.vocab_size)
+
+        def peer() -> Callable[[], None]:
+            processor = load_tokenizer(folder)._processor  # type: ignore[attr-defined]
+            return lambda: self._megatron(processor.encode(text) for text in self.texts)
+
+        ours = self._ours(lambda: load_tokenizer(folder))
+        return compare(
+            name, "MB/s", self.megabytes, ours, peer, self.runs, ["sentencepiece", "megatron-core"]
+        )
+
+    def _ours(self, load: Callable[[], Tokenizer]) -> Side:
+        def prepare() -> Callable[[], None]:
+            tokenizer = load()
+            return lambda: self._encode(tokenizer)
+
+        return prepare
+
+    def _encode(self, tokenizer: Tokenizer) -> None:
+        with CorpusWriter(self.folder / "ours", token_dtype(tokenizer.vocab_size), overwrite=True) as writer:
+            for start in range(0, len(self.texts), 1000):
+                writer.append_documents(*tokenizer.encode_flat(self.texts[start : start + 1000]))
+            writer.finish()
+
+    def _megatron(self, documents: Any) -> None:
+        """What preprocess_data.py does with the ids of each document."""
+        import torch
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        builder = IndexedDatasetBuilder(str(self.folder / "peer.bin"), dtype=np.uint16)
+        for ids in documents:
+            builder.add_document(torch.IntTensor(ids), [len(ids)])
+        builder.finalize(str(self.folder / "peer.idx"))
+
+    def _train_byte_level(self) -> str:
+        import tokenizers
+
+        from tools.byte_level_files import build
+
+        folder = self.folder / "byte-level"
+        if not folder.exists():
+            bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+            bpe.train_from_iterator(self.texts, self.vocab_size - 1, 2, False, list(SPECIALS[:-1]))
+            vocabulary = bpe.get_vocab() | {SPECIALS[-1]: bpe.get_vocab_size()}
+            merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+            folder.mkdir()
+            (folder / "tokenizer.json").write_text(build(vocabulary, merges, folder), encoding="utf-8")
+        return str(folder)
+
+    # ---- training data ---------------------------------------------------------------------------
+
+    def masking(self, name: str, make_peer: Callable[[int, int, Any], Side]) -> Row:
+        words = 30_000
+        tokens = np.random.default_rng(0).integers(5, words - 1, (_BATCH, _LENGTH)).astype(np.uint16)
+        special, pool = np.array([0, 1, 2, 3, words - 1]), np.arange(5, words - 1)
+        options = config.Masking(rate=0.5)
+        rounds = 4
+
+        def ours() -> Callable[[], None]:
+            masker = Masker(options, _LENGTH, words - 1, pool, special)
+            keys, views = np.arange(_BATCH, dtype=np.uint64), np.zeros(_BATCH, np.int64)
+            return lambda: [masker(tokens, keys, views) for _ in range(rounds)] and None
+
+        peer = make_peer(words, rounds, tokens)
+        amount = rounds * tokens.size / 1e6
+        return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "transformers"])
+
+    def reading(self, name: str) -> Row:
+        """An update of 4,096 windows of shuffled documents, with their mask keys, against items of that
+        length as they lie."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        length, batch, batches = 128, 4096, 8
+        folder = self.folder / "unigram"
+        if not folder.exists():
+            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        self._encode(load_tokenizer(folder))
+        reader = IndexedReader(self.folder / "ours")
+        count = reader.num_tokens // length
+        with CorpusWriter(self.folder / "items", reader.dtype, overwrite=True) as writer:
+            writer.append_documents(reader.tokens[: count * length], np.full(count, length))
+            writer.finish()
+
+        def ours() -> Callable[[], None]:
+            sampler = Sampler(reader, config.Masking(), length, 0, 0, 2)
+            sampler.read(np.arange(batch))
+            numbers = np.arange(batches * batch).reshape(batches, batch)
+            return lambda: [sampler.read(row) for row in numbers] and None
+
+        def peer() -> Callable[[], None]:
+            items = IndexedDataset(str(self.folder / "items"))
+            order = np.random.default_rng(0).integers(0, count, (batches, batch)).tolist()
+            return lambda: [np.stack([items[i] for i in row]) for row in order] and None
+
+        amount = batches * batch * length / 1e6
+        return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "megatron-core"])
+
+    # ---- whole programs --------------------------------------------------------------------------
+
+    def merging(self, name: str) -> Row:
+        """Growth of the process over what it holds before the merge, in MB."""
+        lengths = np.full(_SHARD_DOCUMENTS, 16)
+        tokens = np.zeros(lengths.sum(), np.uint16)
+        shards = [self.folder / "shards" / f"{i:04d}" for i in range(_SHARDS)]
+        for shard in shards:
+            with CorpusWriter(shard, tokens.dtype, durable=False) as writer:
+                writer.append_documents(tokens, lengths)
+                writer.finish()
+        grown: tuple[list[float], list[float]] = ([], [])
+        for _ in range(self.runs):
+            for side, code in zip(grown, (_MERGE_OURS, _MERGE_MEGATRON), strict=True):
+                done = self._python(code, str(self.folder / "merged"), *map(str, shards))
+                side.append(float(done.stdout.split()[-1]))
+        return row(name, "MB", *grown, ["megatron-core"])
+
+    def two_processes(self, name: str) -> Row:
+        """Wall time of the whole program on one and on two processes."""
+        source = self.folder / "text.jsonl"
+        copies = max(1, round(self.wall_megabytes / self.megabytes))
+        with source.open("w", encoding="utf-8") as file:
+            for _ in range(copies):
+                file.writelines(json.dumps({"text": text}) + "\n" for text in self.texts)
+        folder = self.folder / "unigram"
+        if not folder.exists():
+            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        speeds: dict[int, list[float]] = {2: [], 1: []}
+        for _ in range(self.runs):
+            for workers, found in speeds.items():
+                command = ["tools.encode_corpus", "--input", source, "--tokenizer", folder, "--overwrite"]
+                output = self.folder / "encoded"
+                begin = time.monotonic()
+                words = [str(w) for w in [*command, "--output", output, "--workers", workers]]
+                subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
+                found.append(copies * self.megabytes / (time.monotonic() - begin))
+        return row(name, "MB/s", speeds[2], speeds[1], ["sentencepiece"])
+
+    def start_up(self, name: str) -> Row:
+        """CPU seconds from the start of the program to the first document encoded; no peer."""
+        folder = self.folder / "unigram"
+        if not folder.exists():
+            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        seconds = []
+        for _ in range(self.runs):
+            done = self._python(_START_UP, str(folder))
+            seconds.append(float(done.stdout.split()[-1]))
+        return row(name, "s", seconds, [], ["sentencepiece"])
+
+    def _python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+
+
+def peak_megabytes() -> float:
+    """Largest memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+_MERGE_OURS = """
+import sys
+from pretrain.corpus import merge
+from tools.benchmark_corpus import peak_megabytes
+output, *shards = sys.argv[1:]
+merge(shards[:1], output, overwrite=True)
+before = peak_megabytes()
+merge(shards, output, overwrite=True)
+print(peak_megabytes() - before)
+"""
+
+_MERGE_MEGATRON = """
+import sys
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tools.benchmark_corpus import peak_megabytes
+output, *shards = sys.argv[1:]
+builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
+builder.add_index(shards[0])
+builder.finalize(output + ".idx")
+before = peak_megabytes()
+builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
+for shard in shards:
+    builder.add_index(shard)
+builder.finalize(output + ".idx")
+print(peak_megabytes() - before)
+"""
+
+_START_UP = """
+import sys, time
+from tools import encode_corpus
+from pretrain.tokenizer import load_tokenizer
+load_tokenizer(sys.argv[1]).encode("The first document.")
+print(time.process_time())
+"""
+
+
+def hugging_face_masking(words: int, rounds: int, tokens: Any) -> Side:
+    """transformers' collator: `torch_mask_tokens` on a batch of ids."""
+
+    def prepare() -> Callable[[], None]:
+        import torch
+        from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+        torch.set_num_threads(1)
+        import tokenizers
+
+        names = dict(zip(("bos", "pad", "eos", "unk", "mask"), SPECIALS, strict=True))
+        vocabulary = {piece: i for i, piece in enumerate([*SPECIALS[:4], *map(str, range(4, words - 1))])}
+        library = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel(vocabulary | {"<mask>": words - 1}, "<unk>")
+        )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=library, **{f"{key}_token": value for key, value in names.items()}
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
+        special = torch.zeros(tokens.shape, dtype=torch.bool)
+        special[:, [0, -1]] = True
+
+        def work() -> None:
+            for _ in range(rounds):
+                ids = torch.from_numpy(tokens.astype(np.int64))
+                collator.torch_mask_tokens(ids, special_tokens_mask=special.clone())
+
+        return work
+
+    return prepare
+
+
+def fairseq_masking(words: int, rounds: int, tokens: Any) -> Side:
+    """The logic of fairseq's MaskTokensDataset, item by item (source and target are two datasets)."""
+    weights = np.ones(words)
+    weights[[0, 1, 2, 3, words - 1]] = 0
+    weights /= weights.sum()
+
+    def item(ids: Any, index: int) -> tuple[Any, Any]:
+        draw = np.random.RandomState(hash((1, 0, index)) % (1 << 32))
+        size = len(ids)
+        mask = np.full(size, False)
+        number = int(0.5 * size + draw.rand())
+        mask[draw.choice(size, number, replace=False)] = True
+        decide = draw.rand(size)
+        kept = mask & (decide < 0.1)
+        random = mask & (decide >= 0.9)
+        source = ids.copy()
+        source[mask ^ kept ^ random] = words - 1
+        source[random] = draw.choice(words, random.sum(), p=weights)
+        target = np.full(size, 1)
+        target[mask] = ids[mask]
+        return source, target
+
+    def work() -> None:
+        for n in range(rounds):
+            for index, ids in enumerate(tokens.astype(np.int64)):
+                item(ids, n * len(tokens) + index)
+
+    return lambda: work
+
+
+if __name__ == "__main__":
+    sys.exit("run it as: python -m tools.benchmark corpus")

@@ -1,0 +1,148 @@
+"""Make a corpus of a fairseq data-bin, the binarised text of RoBERTa, DinkyTrain or 3ML users.
+
+``python -m tools.import_fairseq DATA-BIN/train --tokenizer DIR --output PREFIX`` reads train.bin, train.idx
+and the dict.txt beside them and renames every id to that of the tokenizer folder: by the spelling of the
+piece, or, where the dictionary holds numbers, by GPT-2's numbering of pieces.
+
+The traps: fairseq's mmap index has Megatron's magic but no document table and codes of its own; each
+item ends in </s>, which our corpora leave out; and an item that is nothing else is the blank line between
+two documents.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain import __version__
+from pretrain.config import UserError
+from pretrain.corpus import MAGIC, CorpusWriter, Manifest, Origin, token_dtype
+from pretrain.tokenizer import JSON_FILE, SPECIALS, Tokenizer, load_tokenizer
+from tools import console
+from tools.byte_level_files import fairseq_symbols, gpt2_pieces
+from tools.encode_corpus import summary
+from tools.encode_parts import tokenizer_record
+
+_HEADER = struct.Struct("<9sQBQ")
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}
+"""fairseq's codes of integer types."""
+
+_EOS = 2
+_CHUNK = 4 << 20
+
+
+def read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
+    """Type of the ids and tokens per item of a fairseq .idx; UserError if it is none."""
+    data = path.read_bytes() if path.is_file() else None
+    if data is None:
+        raise UserError(f"{path}: no such file; give the prefix of a data-bin, such as data-bin/train")
+    if data.startswith(b"TNTIDX"):
+        raise UserError(f"{path}: TNTIDX, fairseq's lazy format; binarise again with --dataset-impl mmap")
+    if not data.startswith(MAGIC) or len(data) < _HEADER.size:
+        raise UserError(f"{path}: not an index of fairseq's mmap format")
+    _, _, code, items = _HEADER.unpack(data[: _HEADER.size])
+    if len(data) != _HEADER.size + 12 * items or code not in _DTYPES:
+        raise UserError(f"{path}: not fairseq's (Megatron's own files need no import) or truncated")
+    return np.dtype(_DTYPES[code]), np.frombuffer(data, "<i4", items, _HEADER.size)
+
+
+def translation(dictionary: Path, folder: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Our id of each fairseq id [ids of dict.txt and 4 specials]; -1 where we have no such piece."""
+    ours = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
+    path = Path(folder) / JSON_FILE
+    merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges") if path.is_file() else None
+    numbered = gpt2_pieces([tuple(pair) for pair in merges]) if merges else []
+    pieces = list(SPECIALS[:4])
+    for symbol in fairseq_symbols(dictionary):
+        known = symbol.isdigit() and int(symbol) < len(numbered)
+        pieces.append(numbered[int(symbol)] if known else symbol)
+    return np.array([ours.get(piece, -1) for piece in pieces])
+
+
+def documents(
+    tokens: npt.NDArray[Any], sizes: npt.NDArray[np.int32], ids: npt.NDArray[np.int64], name: str
+) -> Iterator[tuple[npt.NDArray[np.int64], list[int], list[int]]]:
+    """Tokens, sequence lengths and document ends of some megabytes of whole documents.
+
+    An item is a document where no item is empty, else a sequence of the document between blank lines.
+    """
+    starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+    closed = tokens[starts[1:] - 1] == _EOS if len(sizes) else np.empty(0, bool)
+    lengths = sizes - closed
+    blank = lengths == 0
+    cuts = np.flatnonzero(blank) if blank.any() else np.arange(len(sizes))
+    cuts = np.union1d(cuts, [len(sizes) - 1]) if len(sizes) else cuts
+    first = 0
+    parts: list[npt.NDArray[np.int64]] = []
+    sequences: list[int] = []
+    ends: list[int] = []
+    for last in cuts.tolist():
+        before = len(sequences)
+        for i in range(first, last + 1):
+            if lengths[i]:
+                parts.append(_renamed(tokens[starts[i] : starts[i] + lengths[i]], ids, name))
+                sequences.append(int(lengths[i]))
+        first = last + 1
+        if len(sequences) > before:
+            ends.append(len(sequences))
+        if sum(map(len, parts)) >= _CHUNK or last == cuts[-1]:
+            yield np.concatenate([np.empty(0, np.int64), *parts]), sequences, ends
+            parts, sequences, ends = [], [], []
+
+
+def _renamed(tokens: npt.NDArray[Any], ids: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.int64]:
+    if int(tokens.max()) >= len(ids):
+        raise UserError(f"{name}: id {tokens.max()} is outside dict.txt; it is another dictionary")
+    renamed = ids[tokens]
+    if (renamed < 0).any():
+        lost = int(tokens[renamed < 0][0])
+        raise UserError(f"{name}: the tokenizer has no piece for id {lost} of dict.txt; give the right one")
+    return renamed
+
+
+def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: bool) -> Manifest:
+    """Write the corpus."""
+    dtype, sizes = read_index(Path(f"{prefix}.idx"))
+    path = Path(f"{prefix}.bin")
+    if not path.is_file() or path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:
+        raise UserError(f"{path}: missing, truncated or too long for its index; copy it again")
+    tokenizer = load_tokenizer(folder)
+    ids = translation(dictionary, folder, tokenizer)
+    tokens = np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+    origin = Origin(
+        tokenizer=tokenizer_record(folder, tokenizer),
+        history={"version": __version__, "fairseq": str(Path(prefix).resolve())},
+    )
+    with (
+        CorpusWriter(output, token_dtype(tokenizer.vocab_size), overwrite) as writer,
+        console.progress("import", path.stat().st_size) as advance,
+    ):
+        for some, sequences, ends in documents(tokens, sizes, ids, str(path)):
+            writer.append(some, sequences, ends)
+            advance(len(some) * dtype.itemsize)
+        return writer.finish(origin)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("import_fairseq", "Make a corpus of a fairseq data-bin", True)
+    parser.add_argument("prefix", metavar="PREFIX", help="such as data-bin/train")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the same vocabulary, for us")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the corpus")
+    parser.add_argument("--dict", metavar="FILE", help="its dictionary (default: the dict.txt beside it)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
+    args = parser.parse_args(arguments)
+    dictionary = Path(args.dict) if args.dict else Path(args.prefix).with_name("dict.txt")
+    manifest = convert(args.prefix, dictionary, args.tokenizer, args.output, args.overwrite)
+    if args.json:
+        console.print_json({"prefix": args.output} | summary(manifest))
+    else:
+        print(f"{args.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)

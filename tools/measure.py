@@ -1,0 +1,127 @@
+"""How a speed is measured: in turn with its peer, several times, in CPU seconds of this process.
+
+A busy machine slows both sides of a round alike, so the ratio is taken within each round; the row shows
+the median and the extremes of the rounds.
+"""
+
+import gc
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Side = Callable[[], Any]
+"""Makes ready and returns the function that is timed: preparation, such as loading, is not."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One speed beside its peer's."""
+
+    name: str
+    ours: float
+    """Median."""
+    peer: float | None
+    """Median; None where the peer is not installed."""
+    unit: str
+    ratio: float | None
+    """Median over rounds of ours / peer: above 1 we are faster (of memory: below 1 we need less)."""
+    spread: list[float]
+    """Smallest and largest ratio of a round."""
+    runs: int
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+def compare(
+    name: str,
+    unit: str,
+    amount: float,
+    ours: Side,
+    peer: Side,
+    runs: int,
+    packages: Sequence[str],
+    dtype: str = "uint16",
+) -> Row:
+    """`amount` units done by each side, in turn, `runs` times: units a CPU second."""
+    speeds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(runs):
+        for i in (0, 1) if turn % 2 == 0 else (1, 0):
+            speeds[i].append(amount / cpu_seconds((ours, peer)[i]))
+    return row(name, unit, *speeds, packages, dtype)
+
+
+def cpu_seconds(side: Side) -> float:
+    """CPU time of the function that `side` returns."""
+    work = side()
+    gc.collect()
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def row(
+    name: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    packages: Sequence[str],
+    dtype: str = "uint16",
+) -> Row:
+    """A row of measured rounds; `peer` may be empty."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=False)]
+    return Row(
+        name=name,
+        ours=statistics.median(ours),
+        peer=statistics.median(peer) if peer else None,
+        unit=unit,
+        ratio=statistics.median(ratios) if ratios else None,
+        spread=[min(ratios), max(ratios)] if ratios else [],
+        runs=len(ours),
+        device=device(),
+        dtype=dtype,
+        versions={"python": platform.python_version()} | {package: version(package) for package in packages},
+        commit=commit(),
+    )
+
+
+def version(package: str) -> str:
+    """Of an installed distribution, "absent" otherwise."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def device() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """The revision of this checkout, with + where it was changed; None outside of one."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
