@@ -262,7 +262,9 @@ def unigram(corpus: config.Corpus, length: int, samples: int) -> dict[str, Any] 
 
     try:
         tokenizer = load_tokenizer(tokenizer_folder(corpus))
-        score = HeldOut(corpus.valid, tokenizer, length, samples).unigram(corpus.blend[0][1], tokenizer.vocab_size)
+        score = HeldOut(corpus.valid, tokenizer, length, samples).unigram(
+            corpus.blend[0][1], tokenizer.vocab_size
+        )
     except UserError:
         return None
     return {name: asdict(score)[name] for name in ("loss", "bits_per_byte", "accuracy")}
