@@ -41,7 +41,7 @@ def commands(section):
 
 BRIEF = {
     "pretrain": SMALL,
-    "tools.sweep": ["model.hidden_size=32", "budget.flops=null", "budget.steps=2", "evaluate.samples=4"],
+    "demo": ["model.hidden_size=32", "budget.flops=null", "budget.steps=2", "evaluate.samples=4"],
     "tools.analyze": ["--tokens", "500", "--texts", "3"],
 }
 
@@ -49,7 +49,7 @@ BRIEF = {
 def run(command, folder):
     words = [REPLACED.get(word, word) for word in shlex.split(command)]
     assert words[0] == "python"
-    words += BRIEF.get(words[2], [])
+    words += BRIEF["demo"] if words[3].startswith("configs/demo") else BRIEF.get(words[2], [])
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=environ, capture_output=True, text=True, check=False
