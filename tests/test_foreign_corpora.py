@@ -147,7 +147,13 @@ def test_datatroves_megatron_files_are_adopted(texts: list[str], folder: str, tm
 
 def test_overlap_against_sets_of_words(texts: list[str], folder: str, tmp_path: Path, capsys) -> None:
     train = texts[:20] + ["Short."]
-    held = [texts[25], " ".join(texts[3].split()[:300]).upper(), "Never, " + " ".join(texts[30].split()[:12]), "few words", ""]
+    held = [
+        texts[25],
+        " ".join(texts[3].split()[:300]).upper(),
+        "Never, " + " ".join(texts[30].split()[:12]),
+        "few words",
+        "",
+    ]
     for name, some in (("train", train), ("held", held)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in some)
         (tmp_path / f"{name}.jsonl").write_text(lines)
