@@ -18,7 +18,7 @@ from pretrain.config import Config, UserError
 from pretrain.sampler import Blend
 from pretrain.tokenizer import Tokenizer
 
-USER, DEFECT = 2, 1
+STOPPED, USER, DEFECT = 75, 2, 1
 _WINDOWS_SHOWN = 256
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
@@ -112,12 +112,17 @@ def _say(error: UserError) -> int:
 def _dry_run(options: Config) -> int:
     import torch
 
+    from pretrain.evaluate import HeldOut
     from pretrain.train import check_budget, open_blend, open_data, resolve, step_cost
 
+    for warning in config.warnings(options):
+        logging.warning("warning: %s", warning)
     data = open_data(options.corpus)
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
     check_budget(options, step_cost(options))
     blend = open_blend(options, data)
+    if options.corpus.valid:
+        HeldOut(options.corpus.valid, data.tokenizer, options.train.seq_length, options.evaluate.samples)
     print(config.dump(options))
     print(plan(options, 1, blend))
     print(f"masks       {_masks(options, blend, data.tokenizer)}")
@@ -151,6 +156,8 @@ def _run(options: Config, local_rank: int | None) -> int:
         run = build(options, topology, folder)
         if topology.is_main:
             logging.info(plan(run.config, topology.data_size, run.blend))
+            if run.step:
+                logging.info("continues   from step %d", run.step)
         code = train(run)
         close(run)
         if topology.is_main:
@@ -161,10 +168,13 @@ def _run(options: Config, local_rank: int | None) -> int:
         code, reason = _verdict(error)
         if code == DEFECT:
             traceback.print_exc()
+        elif code == STOPPED:
+            logging.info("%s: %s", folder.path, reason)
         elif topology.is_main:
             _say(UserError(reason))
     if topology.is_main and folder.claimed:
-        folder.write_status("failed", folder.status().get("step", 0), reason, code)
+        state = "stopped" if code == STOPPED else "failed"
+        folder.write_status(state, folder.status().get("step", 0), reason, code)
     if topology.world_size == 1:
         return code
     sys.stdout.flush()
@@ -177,6 +187,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of a run that ended with `error`."""
     if isinstance(error, UserError):
         return USER, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED, "interrupted; what came after the last checkpoint is lost"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         return USER, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place"
     return DEFECT, f"{type(error).__name__}: {error}"

@@ -280,8 +280,8 @@ SECTIONS: dict[str, type[Section]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 
-# What may differ when a run continues (DESIGN of the contract: layout, cadence and budget, nothing that
-# changes the samples, the masks or the mathematics).
+# What may differ when a run continues: layout, cadence and budget, nothing that changes the samples, the
+# masks or the mathematics.
 FREE_TO_CHANGE = (
     "run.dir",
     "corpus.train",
@@ -347,6 +347,8 @@ def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{word!r}: {parent} has a value already; keep one of the two overrides")
         try:
             node[leaf] = _Loader(text).get_single_data()
         except yaml.YAMLError:
@@ -414,7 +416,7 @@ def _problem(name: str, kind: type[Section], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(str(item['loc'][0]), list(kind.model_fields), name + '.')}"
     if item["type"] == "missing":
-        return f"{key} is missing; {kind.model_fields[str(item['loc'][0])].description}"
+        return f"{key} is missing; set it ({kind.model_fields[str(item['loc'][0])].description})"
     text = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     return f"{key} = {item['input']!r}: {text}"
 
@@ -501,7 +503,7 @@ def _check_budget(config: Config) -> list[str]:
         return []
     if not given:
         return [f"budget is missing; give one of {', '.join(Budget.model_fields)}"]
-    return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one"]
+    return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one (unit=null unsets)"]
 
 
 def _check_parallel(config: Config) -> list[str]:

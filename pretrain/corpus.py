@@ -146,6 +146,8 @@ class Manifest(Origin):
 def load_manifest(prefix: str | Path) -> Manifest:
     """The manifest of a finished corpus; UserError where there is none or it was edited."""
     path = corpus_file(prefix, "json")
+    if not path.is_file() and not corpus_file(prefix, "bin").is_file():
+        raise UserError(f"{prefix}: no such corpus (no {prefix}.bin); check the prefix, or encode it first")
     if not path.is_file():
         raise UserError(
             f"{path}: no manifest; the corpus is unfinished, or another program wrote it: then run "

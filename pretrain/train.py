@@ -220,6 +220,7 @@ class Run:
 
 def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
     """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
+    signals = Signals()  # a stop that is asked for meanwhile waits for the first step's boundary
     on_main(topology, folder.claim)
     with together(topology):
         data = open_data(options.corpus)
@@ -232,7 +233,7 @@ def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
         segments = run_segments(options, data, state)
         with together(topology):
             module = _module(options, data.tokenizer, fresh=state is None)
-        run = _assemble(options, topology, folder, data, segments, micro, ledger, module)
+        run = _assemble(options, topology, folder, data, segments, micro, ledger, module, signals)
         if state:
             checkpoint.load(Path(start), run.engine)
             run.engine.optimizer_step = state.optimizer_step
@@ -253,6 +254,7 @@ def _assemble(
     micro: int,
     ledger: Ledger | None,
     module: model.LateMaskModel,
+    signals: Signals,
 ) -> Run:
     """The parts of a run that has not started."""
     t, tokenizer = options.train, data.tokenizer
@@ -278,7 +280,7 @@ def _assemble(
         heldout=heldout,
         ledger=ledger,
         monitor=_open_monitor(options, topology, ledger),
-        signals=Signals(),
+        signals=signals,
         micro=micro,
         blend=blend,
         segments=segments,
@@ -427,12 +429,13 @@ def train(run: Run) -> int:
         turn = agree(run, budget)
         ending = turn.stop or not turn.step_fits
         if run.step > logged and (ending or run.step % o.monitor.log_every == 0):
-            write_log(run, turn, loss_sum / (run.step - logged))
+            write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
         if evaluation_due(run, turn):
             evaluate(run, turn)
             continue  # it took time, which may be what the budget is made of, or what a signal gives
         if turn.save_due or (ending and run.saved != run.step):
+            mean_loss(run, loss_sum)  # what is no number is not worth keeping
             save(run)
             continue
         if ending:
@@ -477,27 +480,33 @@ def seed_dropout(run: Run, number: int) -> None:
         torch.manual_seed(rng.name_seed(run.config.run.seed, name))
 
 
-def write_log(run: Run, turn: Turn, loss: Tensor) -> None:
-    """Loss of the updates since the last log, mean over all ranks, and the speeds.
+def mean_loss(run: Run, loss: Tensor) -> float:
+    """Mean over all ranks; one that is no number ends the run.
 
-    A loss that is no number ends the run: what the engine skips once is no harm, but this does not heal.
+    The engine skips an update whose gradient is not finite, which is no harm if it happens once; a loss
+    like this does not heal.
     """
     mean = float(run.topology.sum_over_data(loss.clone()) / run.topology.data_size)
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the loss up to step {run.step} is {mean}; lower optimizer.lr or lengthen schedule.warmup, in"
+            " a new run.dir"
+        )
+    return mean
+
+
+def write_log(run: Run, turn: Turn, loss: float) -> None:
+    """Loss of the updates since the last log, and the speeds."""
     if run.monitor and run.ledger:
         run.monitor.log(
             turn.progress,
             run.ledger.totals(),
-            loss=mean,
+            loss=loss,
             lr=learning_rate(run.config, turn.progress),
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
             data_wait_seconds=run.feed.waited,
         )
     run.feed.waited = 0.0
-    if not math.isfinite(mean):
-        raise UserError(
-            f"the loss up to step {run.step} is {mean}; lower optimizer.lr or take train.precision=fp32 in a"
-            f" new run.dir (last checkpoint: {f'step {run.saved}' if run.saved >= 0 else 'none'})"
-        )
 
 
 def evaluation_due(run: Run, turn: Turn) -> bool:

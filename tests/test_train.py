@@ -222,8 +222,8 @@ def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path)
 @pytest.mark.parametrize(
     ("ranks", "options", "part"),
     [
-        (1, ("corpus.train=/no/where",), "/no/where.json"),
-        (2, ("corpus.train=/no/where",), "/no/where.json"),
+        (1, ("corpus.train=/no/where",), "/no/where: no such corpus"),
+        (2, ("corpus.train=/no/where",), "/no/where: no such corpus"),
         (2, ("corpus.valid=/no/where",), "/no/where"),
         (3, (), "train.batch_size = 8 is no multiple of data-parallel ranks"),
         (2, ("train.micro_batch_size=8",), "train.batch_size = 8 is no multiple of data-parallel ranks"),
