@@ -220,7 +220,8 @@ class Bench:
     # ---- whole programs --------------------------------------------------------------------------
 
     def merging(self, name: str) -> Row:
-        """Growth of the process over what it holds before the merge, in MB."""
+        """Growth of the process over what it holds before the merge, in MB; once, for memory does not
+        vary and the peer takes minutes."""
         lengths = np.full(_SHARD_DOCUMENTS, 16)
         tokens = np.zeros(lengths.sum(), np.uint16)
         shards = [self.folder / "shards" / f"{i:04d}" for i in range(_SHARDS)]
@@ -229,10 +230,9 @@ class Bench:
                 writer.append_documents(tokens, lengths)
                 writer.finish()
         grown: tuple[list[float], list[float]] = ([], [])
-        for _ in range(self.runs):
-            for side, code in zip(grown, (_MERGE_OURS, _MERGE_MEGATRON), strict=True):
-                done = self._python(code, str(self.folder / "merged"), *map(str, shards))
-                side.append(float(done.stdout.split()[-1]))
+        for side, code in zip(grown, (_MERGE_OURS, _MERGE_MEGATRON), strict=True):
+            done = self._python(code, str(self.folder / "merged"), *map(str, shards))
+            side.append(float(done.stdout.split()[-1]))
         return row(name, "MB", *grown, ["megatron-core"])
 
     def two_processes(self, name: str) -> Row:
