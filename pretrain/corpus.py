@@ -57,7 +57,7 @@ _UINT16_LIMIT = 65_500
 BLOCK_BYTES = 16 << 20
 """Span of a file that one sha256 of the manifest covers."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Items of an index array handled at a time."""
 
 _COPY_BYTES = 4 << 20
@@ -677,40 +677,37 @@ def merge(
     progress: Progress = lambda done: None,
 ) -> Manifest:
     """Join finished corpora of one tokenizer, in the order given, in constant memory."""
-    manifests = [load_manifest(prefix) for prefix in prefixes]
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        if manifest.dtype != manifests[0].dtype or _hash_of(manifest) != _hash_of(manifests[0]):
+    first, origin = load_manifest(prefixes[0]), Origin(text_bytes=0, history={"merged": []})
+    for prefix in prefixes:
+        manifest = load_manifest(prefix)
+        if manifest.dtype != first.dtype or _hash_of(manifest) != _hash_of(first):
             raise UserError(
                 f"{prefix}: its tokenizer or dtype is not that of {prefixes[0]}; "
                 "only corpora of one tokenizer can be merged"
             )
         if corpus_file(prefix, "bin").resolve() == corpus_file(output, "bin").resolve():
             raise UserError(f"{output}: is also an input of the merge; choose another --output")
-    with CorpusWriter(output, np.dtype(manifests[0].dtype), overwrite) as writer:
+        origin = _joined(origin, prefix, manifest)
+    with CorpusWriter(output, np.dtype(first.dtype), overwrite) as writer:
         for prefix in prefixes:
             writer.append_corpus(prefix, progress=progress)
-        return writer.finish(_merged_origin(prefixes, manifests))
+        return writer.finish(origin)
 
 
 def _hash_of(manifest: Manifest) -> str | None:
     return manifest.tokenizer.hash if manifest.tokenizer else None
 
 
-def _merged_origin(prefixes: Sequence[str | Path], manifests: Sequence[Manifest]) -> Origin:
-    sources: dict[str, Tally] = {}
-    for manifest in manifests:
-        sources = add_tallies(sources, manifest.sources)
-    sizes = [manifest.text_bytes for manifest in manifests]
-    merged = [
-        {"prefix": str(prefix), "fingerprint": manifest.fingerprint}
-        for prefix, manifest in zip(prefixes, manifests, strict=True)
-    ]
+def _joined(origin: Origin, prefix: str | Path, manifest: Manifest) -> Origin:
+    """The origin of what is merged so far and one more; of thousands only this sum is kept."""
+    sizes = (origin.text_bytes, manifest.text_bytes)
+    origin.history["merged"].append({"prefix": str(prefix), "fingerprint": manifest.fingerprint})
     return Origin(
-        tokenizer=manifests[0].tokenizer,
+        tokenizer=manifest.tokenizer,
         text_bytes=None if None in sizes else sum(size for size in sizes if size is not None),
-        sources=sources,
-        inputs=[file for manifest in manifests for file in manifest.inputs],
-        history={"merged": merged},
+        sources=add_tallies(origin.sources, manifest.sources),
+        inputs=origin.inputs + manifest.inputs,
+        history=origin.history,
     )
 
 
