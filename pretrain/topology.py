@@ -17,12 +17,13 @@ So the order above is the order of trust, and only a step (SLURM_STEP_NUM_TASKS)
 import os
 import re
 import socket
+import subprocess
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,6 +170,20 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\]]*)\]", lambda group: re.split("[-,]", group[1])[0], first)
 
 
+def job_end(environ: Mapping[str, str]) -> float | None:
+    """Unix time at which this process's Slurm job reaches its limit; None outside of a job with one."""
+    if "SLURM_JOB_END_TIME" in environ:
+        return float(_number(environ, "SLURM_JOB_END_TIME"))
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--format=%e"]
+    try:  # before 23.02 Slurm did not set the variable
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        return datetime.fromisoformat(found.strip()).timestamp()
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # in a container; no answer; no limit
+        return None
+
+
 # ---- the ranks, connected ------------------------------------------------------------------------
 
 
@@ -200,11 +215,29 @@ class Topology:
 
     def agree(self, values: list[int]) -> list[int]:
         """Element-wise maximum over all ranks: a flag raised anywhere is raised everywhere."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def add_up(self, values: list[int]) -> list[int]:
+        """Element-wise sum over all ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: list[int], operation: Any) -> list[int]:
         if self.flags is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.flags)
+        dist.all_reduce(tensor, operation, self.flags)
         return tensor.tolist()
+
+    def gather_text(self, text: str) -> list[str]:
+        """The text of every rank, on every rank."""
+        if self.flags is None:
+            return [text]
+        data = text.encode()
+        (size,) = self.agree([len(data)])
+        padded = torch.tensor(list(data.ljust(size, b"\0")), dtype=torch.uint8)
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded, self.flags)
+        return [bytes(given.tolist()).rstrip(b"\0").decode() for given in texts]
 
     def broadcast_float(self, value: float) -> float:
         """Rank 0's value, on every rank."""
@@ -432,3 +465,10 @@ def device_name(device: torch.device) -> str:
         return "CPU"
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else "CPU"
+
+
+def device_uuid(device: torch.device) -> str:
+    """What tells a GPU from all others, as NVML spells it; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

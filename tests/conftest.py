@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
 from pretrain.tokenizer import train_sentencepiece
+from tests.slurm_cluster import cluster
 from tools import encode_corpus
 
 # A shell starts background jobs with Ctrl-C ignored, and programs started from here would inherit that.
@@ -62,3 +65,20 @@ def words(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [str(tiny / "tiny.yaml"), f"run.dir={tmp_path / name}", *overrides]
 
     return command
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[None]:
+    """A real Slurm on this machine, shared by all processes of the tests and gone after the last."""
+    try:
+        with cluster.used(), mock.patch.dict(os.environ, cluster.ENVIRON):
+            yield
+    except cluster.Unavailable as reason:
+        pytest.skip(f"no Slurm here: {reason}")
+
+
+@pytest.fixture
+def slurm(slurm_cluster: None) -> Iterator[None]:
+    """That cluster, for one test at a time."""
+    with cluster.turn():
+        yield

@@ -30,8 +30,6 @@ LAUNCHERS: dict[str, tuple[str, ...]] = {
 
 def start(launcher: str, words: list[str]) -> subprocess.Popen[str]:
     program, *options = (word.format(port=free_port()) for word in LAUNCHERS[launcher])
-    if not (BIN / program).exists():
-        pytest.skip(f"{program} is not installed in {BIN}")
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
     environ = {**keep, **ENVIRON, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -116,6 +114,17 @@ def test_signal_is_75(launcher: str, to: str, words: Words, tmp_path: Path) -> N
     status = RunFolder(tmp_path / "a").status()
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert checkpoint.steps(tmp_path / "a") == [status["step"]]
+
+
+def test_a_signal_during_the_imports_is_remembered(words: Words, tmp_path: Path) -> None:
+    process = start("python", words("a"))
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_python" not in maps.read_text():  # the import of torch takes a second from here
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    code, text = finish(process)
+    assert code == 75, text
+    assert RunFolder(tmp_path / "a").status()["reason"] == "stopped by SIGUSR1"
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -124,6 +124,15 @@ def test_values_with_commas_and_names() -> None:
     assert sweep._slug("[0.8, 0.1, 0.1]") == "0.8-0.1-0.1" and sweep._slug("/a b/c") == "a-b-c"
 
 
+@pytest.mark.parametrize("over", ["masking.rate=0.15,0.15", "corpus.train=a/b,a-b"])
+def test_two_runs_of_one_name_are_refused(over: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="two runs would be named (rate-0.15|train-a-b); give each value once"
+    ):
+        sweep.main([str(tiny / "tiny.yaml"), "--output", str(tmp_path / "s"), "--over", over])
+    assert not (tmp_path / "s").exists()
+
+
 def test_as_a_program_that_is_stopped(tiny: Path, tmp_path: Path) -> None:
     """SIGTERM to the sweep reaches the run, which saves; both say 75."""
     command: list[Any] = [sys.executable, "-m", "tools.sweep", tiny / "tiny.yaml", "budget.steps=100000"]

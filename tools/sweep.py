@@ -3,16 +3,19 @@
     python -m tools.sweep configs/3ml-self-base.yaml --output runs/ablation \
         --over model.mask_from=0,3,6,12 masking.rate=0.15,0.5
 
-Runs go one after the other on this machine. Each variant is a config file and a run folder of the same
-name, so a sweep that was interrupted goes on when it is started again, and any variant can be run alone
-with ``python -m pretrain``. A combination that the config refuses is named in the table and left out.
+Runs go one after the other on this machine, or with --slurm side by side as a job array. Each variant is
+a config file and a run folder of the same name, so a sweep that was interrupted goes on when it is started
+again, and any variant can be run alone with ``python -m pretrain``. A combination that the config refuses
+is named in the table and left out.
 
 The trap: a decoder needs mask_from = num_layers. Where a swept mask_from lies below, the variant has no
 decoder, unless decoder_layers is swept too.
 """
 
+import argparse
 import itertools
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import config, ledger
-from pretrain.checkpoint import RunFolder, write_atomic
+from pretrain.checkpoint import RunFolder
 from pretrain.config import Config, UserError
 from pretrain.monitor import read_metrics
+from slurm import cluster, status, submit
 from tools import console
 from tools.tables import aligned, write_table
 
@@ -56,6 +60,8 @@ def variants(path: str, overrides: list[str], over: list[str], output: Path) -> 
     found = []
     for combination in itertools.product(*(texts for _, texts in axes)):
         name = "_".join(f"{key}-{_slug(text)}" for key, text in zip(names, combination, strict=True))
+        if any(variant.name == name for variant in found):
+            raise UserError(f"--over: two runs would be named {name}; give each value once")
         words = [f"{key}={text}" for key, text in zip(keys, combination, strict=True)]
         found.append(_variant(path, overrides, words, name, output))
     return found
@@ -81,7 +87,9 @@ def _variant(path: str, overrides: list[str], words: list[str], name: str, outpu
     try:
         return Variant(name, values, _load(path, here, values))
     except UserError as error:
-        reason = "; ".join(line.removeprefix(f"{path}: ") for line in str(error).splitlines())
+        reason = "; ".join(
+            line.removeprefix(f"{path}: ").removeprefix("command line: ") for line in str(error).splitlines()
+        )
         return Variant(name, values, None, reason)
 
 
@@ -98,16 +106,33 @@ def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
 # ---- running -------------------------------------------------------------------------------------
 
 
-def run(variant: Variant, output: Path) -> int:
-    """Starts or continues a variant unless it is done; the exit code of its run."""
+def prepare(variant: Variant, output: Path) -> Path | None:
+    """Writes the config of a variant; None if its run is done."""
     assert variant.options
     file, text = output / f"{variant.name}.yaml", config.dump(variant.options)
     unchanged = file.exists() and file.read_text(encoding="utf-8") == text
     if unchanged and RunFolder(output / variant.name).status().get("state") == "finished":
-        return 0
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, text)
-    return start([sys.executable, "-m", "pretrain", str(file)])
+        return None
+    console.write(file, text)
+    return file
+
+
+def run(variant: Variant, output: Path) -> int:
+    """Starts or continues a variant unless it is done; the exit code of its run."""
+    file = prepare(variant, output)
+    return start([sys.executable, "-m", "pretrain", str(file)]) if file else 0
+
+
+def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
+    """Puts the variants that are not done into Slurm's queue, unless the sweep is there; what to say."""
+    if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
+        return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
+    files = [file for variant in possible if (file := prepare(variant, args.output))]
+    if not files:
+        return "all runs are done"
+    commands = [f'"$PYTHON" -m pretrain {shlex.quote(str(file.absolute()))}' for file in files]
+    job = submit.start_array(commands, args.output, cluster.read(args.cluster), args)
+    return f"job {job}: {len(files)} runs; start the same again for the table, and to go on"
 
 
 def start(command: list[str]) -> int:
@@ -181,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="configs, runs and table; same DIR: goes on (runs/sweep-CONFIG)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
+    parser.add_argument("--slurm", action="store_true", help="submit the runs as a job array")
+    submit.add_job_options(parser)
     args = parser.parse_args(arguments)
     args.output = args.output or Path("runs") / f"sweep-{Path(args.config).stem}"
     todo = variants(args.config, args.overrides, args.over, args.output)
@@ -188,8 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
     code = 0
+    if args.slurm and not args.dry_run:
+        print(queue(possible, args), file=sys.stderr)
     for number, variant in enumerate(possible, 1):
-        if args.dry_run:
+        if args.dry_run or args.slurm:
             break
         print(f"== {number} of {len(possible)}: {variant.name}", file=sys.stderr, flush=True)
         result = run(variant, args.output)

@@ -1,0 +1,28 @@
+"""A request to stop, remembered until a step's boundary.
+
+The trap: what is not caught kills, and importing torch takes seconds. So this imports nothing heavy, and
+`__main__` makes the one `Signals` before it imports anything heavy.
+"""
+
+import os
+import signal
+from types import FrameType
+
+
+class Signals:
+    """Remembers that somebody asked the run to stop; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def leave_with(self, code: int) -> None:
+        """The run is over: whoever interrupts from here on ends the process at once, with its exit code."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(code))
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,1 @@
+"""From one command to a queue that finishes by itself: ``python -m slurm.submit CONFIG``."""

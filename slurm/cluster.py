@@ -1,0 +1,93 @@
+"""cluster.env, read: what is special about a site, for the program that writes its jobs.
+
+The file is sourced by a shell here as in the jobs, so both see the same values.
+"""
+
+import difflib
+import re
+import subprocess
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import UserError
+from slurm.forms import time_limit, yes_or_no
+from tools.console import whole
+
+HERE = Path(__file__).parent
+DEFAULT = HERE / "cluster.env"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The variables of cluster.env; cluster.env.example says what they mean."""
+
+    text: str
+    """The file itself, which every run keeps."""
+    partition: str = ""
+    cpu_partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    gpus_per_node: int = 0
+    gpu_option: str = "--gpus-per-node"
+    tasks_per_node: int | None = None
+    cpus_per_task: int = 1
+    memory: str = ""
+    time: str = "24:00:00"
+    options: str = ""
+    device: str = ""
+    signal_seconds: int = 300
+    requeue: str = "yes"
+    max_attempts: int = 3
+    preflight: str = "yes"
+    python: str = ""
+
+
+OF_THE_JOBS = {"SRUN", "WRAP", "MPI", "LOCAL_SCRATCH"}
+KNOWN = {field.name.upper() for field in fields(Cluster)} - {"TEXT"} | OF_THE_JOBS
+FORMS: dict[str, Callable[[str], Any]] = {
+    "GPUS_PER_NODE": whole(0),
+    "TASKS_PER_NODE": whole(1),
+    "CPUS_PER_TASK": whole(1),
+    "TIME": time_limit,
+    "SIGNAL_SECONDS": whole(1, 65535),
+    "REQUEUE": yes_or_no,
+    "MAX_ATTEMPTS": whole(1),
+    "PREFLIGHT": yes_or_no,
+}
+"""Types of those that are not any text."""
+
+
+def read(path: Path | None = None) -> Cluster:
+    """The site file `path`; UserError if it is missing, does not run or sets what nobody reads."""
+    path = path or DEFAULT
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; copy {HERE}/cluster.env.example there and edit it")
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"^([A-Z_]+)=", text, re.MULTILINE):
+        if name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, 1)
+            hint = f"; did you mean {near[0]}?" if near else "; write export before it if a program reads it"
+            raise UserError(f"{path}: {name} means nothing here{hint}")
+    found = {}
+    for name, value in _source(path).items():
+        try:
+            if value:
+                found[name.lower()] = FORMS.get(name, str)(value)
+        except ArgumentTypeError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
+    return Cluster(text, **found)
+
+
+def _source(path: Path) -> dict[str, str]:
+    names = sorted(KNOWN - OF_THE_JOBS)
+    script = 'set -e; . "$0"; for name; do printf "%s\\0" "${!name}"; done'
+    done = subprocess.run(
+        ["bash", "-c", script, str(path.absolute()), *names], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
+    return dict(zip(names, done.stdout.split("\0"), strict=False))

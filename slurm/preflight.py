@@ -1,0 +1,227 @@
+"""Is every node fit for the run? Each rank looks round before any of them trains.
+
+    srun python -m slurm.preflight CONFIG --report DIR        every rank: look, and say what is wrong
+    python -m slurm.preflight CONFIG --report DIR --judge lm1,lm2 --run RUN --job ID --limit N
+
+A rank checks what it can alone (device, memory, corpus, free space), leaves a note in DIR, and waits there
+for the notes of the others; only if all are well do they meet in an all-reduce and compare clocks. So a
+broken node cannot make the others hang, and the judge, who reads the notes, names it: a node that says what
+is wrong, or says nothing. It prints `again NODES` for the job to go on without them.
+
+The trap: a mistake in the config shows on every node too. What all nodes say, where there are several, is
+the user's to mend: `stop`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain import config, corpus, flops
+from pretrain.checkpoint import write_atomic
+from pretrain.config import Config, UserError
+from slurm import attempts, journal
+from tools import console
+
+PATIENCE = 120.0
+"""Seconds that a rank waits for the notes of the others; imports from a slow file system take long."""
+CLOCK = 30.0
+"""Seconds by which a node's clock may differ from that of rank 0."""
+MEMORY_BYTES = 1 << 30
+"""Least free memory of a rank's device, or of a node's share for it."""
+
+
+# ---- a rank looks round --------------------------------------------------------------------------
+
+
+def look(options: Config, copies: str, gpus: int) -> list[str]:
+    """What this rank finds wrong without the others."""
+    return [*_device(gpus), *_corpus(options), *_space(options, copies)]
+
+
+def _device(gpus: int) -> list[str]:
+    import torch
+
+    if not gpus:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return [] if free >= MEMORY_BYTES else [f"{free / 1e9:.1f} GB of memory free"]
+    if not torch.cuda.is_available():
+        return ["no GPU answers"]
+    try:
+        free, total = torch.cuda.mem_get_info()
+        if free < max(MEMORY_BYTES, total // 2):
+            return [f"{free / 1e9:.1f} of {total / 1e9:.0f} GB of GPU memory free: something else runs there"]
+        ones = torch.ones(1024, 1024, device="cuda")
+        return [] if float((ones @ ones).sum()) == 1024.0**3 else ["the GPU computes wrongly"]
+    except RuntimeError as error:
+        return [f"the GPU fails: {str(error).splitlines()[0]}"]
+
+
+def _corpus(options: Config) -> list[str]:
+    """Opens every corpus (which checks its index against its size) and reads its last token."""
+    prefixes = [prefix for _, prefix in options.corpus.blend]
+    prefixes += [options.corpus.valid] if options.corpus.valid else []
+    found = []
+    for prefix in prefixes:
+        try:
+            corpus.IndexedReader(prefix).tokens[-1:].max()
+        except (UserError, OSError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+def _space(options: Config, copies: str) -> list[str]:
+    """Room for two checkpoints where the run lives, and for a copy of the corpus on the node's disk."""
+    m, run = options.model, Path(options.run.dir)
+    size = flops.parameters(m, m.vocab_size or 65536)
+    found = _room(run, 2 * 12 * sum(size.values()))
+    return found + (_room(Path(copies), _to_copy(options, Path(copies))) if copies else [])
+
+
+def _to_copy(options: Config, copies: Path) -> int:
+    """Bytes of the training corpora of which the node has no copy yet."""
+    total = 0
+    for _, prefix in options.corpus.blend:
+        source = corpus.corpus_file(prefix, "bin")
+        if source.exists() and not corpus.corpus_file(corpus.copy_of(prefix, copies), "json").exists():
+            total += source.stat().st_size
+    return total
+
+
+def _room(folder: Path, wanted: int) -> list[str]:
+    """What is wrong with a folder in which `wanted` bytes are to be written."""
+    probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    few = f"{folder}: {free / 1e6:,.1f} MB free, {wanted / 1e6:,.1f} needed"
+    return [] if free >= wanted else [few]
+
+
+def meet(options: Config) -> list[str]:
+    """What shows only together: an all-reduce with a known answer, and the clocks."""
+    import torch
+    import torch.distributed as dist
+
+    from pretrain.topology import connect
+
+    topology = connect(options.parallel.tensor)
+    if topology.world_size == 1:
+        return []
+    found = []
+    ones = torch.ones(1 << 20, device=topology.device)
+    begin = time.perf_counter()
+    dist.all_reduce(ones)
+    wrong = int((ones != topology.world_size).sum())
+    if wrong:
+        found.append(f"the all-reduce got {wrong} of {len(ones)} sums wrong")
+    if topology.is_main:
+        print(f"preflight: all-reduce of {ones.nbytes / 1e6:.0f} MB in {time.perf_counter() - begin:.3f} s")
+    topology.barrier()
+    skew = time.time() - topology.broadcast_float(time.time())
+    if abs(skew) > CLOCK:
+        found.append(f"its clock is {skew:+.0f} s off that of the first node")
+    topology.close()
+    return found
+
+
+def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
+    """One rank's part; exit code 1 if any rank found something."""
+    from pretrain.topology import identify
+
+    me = identify(os.environ)
+    folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, me.rank, look(options, copies, gpus))
+    end = time.monotonic() + PATIENCE
+    while len(_said(folder)) < me.world_size and time.monotonic() < end:
+        time.sleep(0.2)
+    others = notes(folder)
+    if len(others) < me.world_size or any(note["problems"] for note in others):
+        return 1
+    with console.signals_kill():
+        problems = meet(options)
+    if problems:
+        _note(folder, me.rank, problems)
+    return 1 if problems else 0
+
+
+def _note(folder: Path, rank: int, problems: list[str]) -> None:
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    write_atomic(folder / f"{rank}.json", json.dumps({"node": node, "problems": problems}))
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks have said so far."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in _said(folder)]
+
+
+def _said(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.json"))
+
+
+# ---- somebody judges -----------------------------------------------------------------------------
+
+
+def blame(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
+    """Node -> what is wrong with it."""
+    found = dict.fromkeys((node for node in nodes if all(note["node"] != node for note in said)), "no answer")
+    for note in said:
+        if note["problems"]:
+            found[note["node"]] = "; ".join(note["problems"])
+    return found
+
+
+def judge(run: Path, job: str, nodes: list[str], folder: Path, limit: int) -> str:
+    """`again NODES` (none: nobody knows whose fault it is) or `stop`, noted with its reason."""
+    bad = blame(nodes, notes(folder))
+    everywhere = len(nodes) > 1 and len(bad) == len(nodes)
+    words = [f"{node}: {problem}" for node, problem in bad.items()]
+    words = words or ["all are well, but failed together; see the log"]
+    reason = "pre-flight: " + (
+        "on every node: " + next(iter(bad.values())) if everywhere else ", ".join(words)
+    )
+    tried = attempts.fruitless(journal.read(run), "train", attempts.progress(run, "train"))
+    stop = everywhere or tried >= limit
+    verdict = attempts.STOP if stop else f"{attempts.AGAIN} {','.join(bad)}".strip()
+    journal.note(run, "end", "train", job, verdict=verdict.split()[0], reason=reason)
+    print(f"{reason}: {verdict}", file=sys.stderr)
+    return verdict
+
+
+def main() -> int:
+    parser = console.parser("preflight", __doc__.partition("\n")[0], package="slurm")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument(
+        "--report", type=Path, required=True, metavar="DIR", help="folder of the ranks' notes"
+    )
+    parser.add_argument(
+        "--copies", default="", metavar="DIR", help="folder of slurm.stage on the node's disk"
+    )
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node; 0: ranks run on the CPU")
+    parser.add_argument("--judge", metavar="NODES", help="read the notes of these nodes, and decide")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--job", default="")
+    parser.add_argument("--limit", type=int, default=3, help="attempts without progress")
+    args = parser.parse_args()
+    if args.judge and not args.run:
+        parser.error("--judge needs --run RUN")
+    options = config.load(args.config)  # also for the judge: what nobody can read is no node's fault
+    if args.judge:
+        print(judge(args.run, args.job, args.judge.split(","), args.report, args.limit))
+        return 0
+    return report(options, args.report, args.copies, args.gpus)
+
+
+if __name__ == "__main__":
+    console.run(main)

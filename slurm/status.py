@@ -1,0 +1,172 @@
+"""How the jobs of runs stand: ``python -m slurm.submit --status [RUN...]``.
+
+The queue knows what is alive and what ended lately; the journal knows the rest, also after Slurm has
+forgotten it. A job that neither can account for is called vanished. The trap: Slurm forgets the tasks of an
+array one by one, the failed ones too, so that only what is done on disk tells how those ended.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import RunFolder
+from pretrain.monitor import read_metrics
+from slurm import journal, scheduler
+from slurm.scheduler import Seen
+from tools.tables import aligned
+
+ENDED = ("finished", "failed", "cancelled", "preempted", "vanished")
+"""The states in which a stage may be submitted again; an array is in one if all of its tasks are."""
+_WORDS = {
+    "COMPLETED": "finished",
+    "CANCELLED": "cancelled",
+    "PREEMPTED": "preempted",
+    "FAILED": "failed",
+    "TIMEOUT": "failed",
+    "NODE_FAIL": "failed",
+    "OUT_OF_MEMORY": "failed",
+    "BOOT_FAIL": "failed",
+    "DEADLINE": "failed",
+}
+Row = dict[str, Any]
+
+
+def rows(runs: Sequence[Path]) -> list[Row]:
+    """One for each stage of each run: its newest job, its state and, for training, how far it is."""
+    journals = {run: journal.read(run) for run in runs}
+    newest = {run: newest_jobs(lines) for run, lines in journals.items()}
+    seen = scheduler.look([job for stages in newest.values() for jobs in stages.values() for job in jobs])
+    return [
+        _row(run, stage, jobs, journals[run], [one for job in jobs for one in seen.get(job, [])])
+        for run, stages in newest.items()
+        for stage, jobs in stages.items()
+    ]
+
+
+def newest_jobs(lines: list[journal.Line]) -> dict[str, list[str]]:
+    """Stage -> the id of its last job; of an array, also the jobs that took a task's place.
+
+    A job that somebody submitted by hand is known from when it begins.
+    """
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line["event"] in ("submit", "begin"):
+            before = found.get("array", []) if line["stage"] == "array" and "instead_of" in line else []
+            found[line["stage"]] = [*before, line["job"]]
+    return found
+
+
+def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen: list[Seen]) -> Row:
+    mine = [line for line in lines if line["stage"] == stage]
+    if stage == "array":
+        counted = tasks(run, mine, seen)
+    else:
+        counted = Counter(state(one) for one in seen) or Counter([forgotten(mine, jobs[0])])
+    row = {
+        "run": str(run),
+        "stage": stage,
+        "job": jobs[0],
+        "jobs": jobs,
+        "state": worst(counted),
+        "tasks": dict(counted) if stage == "array" else None,
+        "attempts": sum(line["event"] == "begin" for line in mine) or None,
+        "message": message(run, stage, mine, seen),
+    }
+    return row | (training(run) if stage == "train" else dict.fromkeys(_PROGRESS))
+
+
+def worst(counted: Counter[str]) -> str:
+    """One state for all tasks of an array: a live one if there is any, finished only if all are."""
+    return min(counted, key=lambda name: (name in ENDED, name == "finished", -counted[name]))
+
+
+def state(seen: Seen) -> str:
+    """One word for people."""
+    if seen.state == "PENDING":
+        if seen.reason.startswith("JobHeld"):
+            return "held"
+        return "requeued" if seen.restarts else "pending"
+    return _WORDS.get(seen.state, seen.state.lower())
+
+
+def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> Counter[str]:
+    """How the tasks of an array stand, by what the queue knows of them and what is done on disk."""
+    here = run / "slurm"
+    count = len((here / "commands.txt").read_text(encoding="utf-8").splitlines())
+    done = {int(path.name) for path in (here / "done").iterdir()}
+    words = {int(one.job.partition("_")[2]): state(one) for one in seen}  # who took a task's place comes last
+    asked = [line["event"] for line in lines if line["event"] in ("submit", "cancel")]
+    unknown = "cancelled" if asked[-1] == "cancel" else "failed"
+    size = min(count, scheduler.MAX_ARRAY)
+    return Counter(
+        "finished"
+        if words.get(task) in (None, *ENDED) and done.issuperset(range(task, count, size))
+        else words.get(task, unknown)
+        for task in range(size)
+    )
+
+
+def forgotten(lines: list[journal.Line], job: str) -> str:
+    """The state of a job that the queue does not know any more, by what it wrote itself."""
+    mine = [line for line in lines if line["job"] == job]
+    codes = [line["code"] for line in mine if line["event"] == "exit"]
+    if any(line["event"] == "cancel" for line in mine):  # its script may have said something after that
+        return "cancelled"
+    return "vanished" if not codes else "failed" if codes[-1] else "finished"
+
+
+def message(run: Path, stage: str, lines: list[journal.Line], seen: list[Seen]) -> str:
+    """The last thing worth knowing: why it waits, or what the run or its last attempt said."""
+    ends = [line for line in lines if line["event"] == "end"]
+    words = [one.reason for one in seen[:1] if one.reason not in ("None", "BeginTime")]
+    if ends:
+        words.append(ends[-1]["reason"])
+    elif stage == "train" and (reason := RunFolder(run).status().get("reason")):
+        words.append(reason)
+    return "; ".join(words)
+
+
+_PROGRESS = ("step", "progress", "slots_per_second", "seconds_left", "loss")
+
+
+def training(run: Path) -> Row:
+    """How far a run is, by what it logged; empty before its first log."""
+    found: Row = dict.fromkeys(_PROGRESS)
+    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    for line in lines:
+        found |= {name: line[name] for name in ("step", "progress", "loss") if line.get(name) is not None}
+    timed = [line for line in lines if line.get("step_seconds")]
+    if timed and found["progress"]:
+        last = timed[-1]
+        found["slots_per_second"] = last["slots_per_second"]
+        left = (1 - found["progress"]) / found["progress"] * last["step"] * last["step_seconds"]
+        found["seconds_left"] = round(left)
+    return found
+
+
+def text(table: list[Row]) -> str:
+    """The table for people."""
+    head = ["run", "stage", "job", "state", "tries", "step", "budget", "slots/s", "left", "loss"]
+    lines = [head]
+    for row in table:
+        left = None if row["seconds_left"] is None else str(timedelta(seconds=row["seconds_left"]))
+        shown = [
+            row["attempts"],
+            row["step"],
+            row["progress"] if row["progress"] is None else f"{row['progress']:.1%}",
+            row["slots_per_second"] and f"{row['slots_per_second']:,.0f}",
+            left,
+            row["loss"] if row["loss"] is None else f"{row['loss']:.4f}",
+        ]
+        words = ["-" if value is None else str(value) for value in shown]
+        lines.append([row["run"], row["stage"], row["job"], row["state"], *words])
+    messages = [
+        f"{row['run']} {row['stage']}: {said}" for row in table if (said := _tasks(row) or row["message"])
+    ]
+    return "\n".join([aligned(lines), *messages])
+
+
+def _tasks(row: Row) -> str:
+    return ", ".join(f"{count} {name}" for name, count in (row["tasks"] or {}).items())

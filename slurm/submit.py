@@ -1,0 +1,492 @@
+"""One command from a config to a queue that finishes by itself: ``python -m slurm.submit CONFIG``.
+
+    python -m slurm.submit CONFIG [section.key=value ...] [--nodes N --gpus-per-node G --time T] [--dry-run]
+    python -m slurm.submit CONFIG --pipeline corpus,train,evaluate,export,report --input 'text/*.jsonl.gz'
+    python -m slurm.submit --array COMMANDS --output DIR
+    python -m slurm.submit --status [RUN ...]
+    python -m slurm.submit --cancel RUN ...
+
+Config, code, packages and cluster.env are frozen in RUN/slurm, beside one sbatch file for each job; `sbatch`
+of such a file submits the job again. A training job goes on until the budget is spent, through signals, time
+limits and lost nodes (job.sh and `slurm.attempts`); the next job of a pipeline waits for that.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint, config
+from pretrain.checkpoint import code_revision, write_atomic
+from pretrain.config import Config, UserError
+from pretrain.corpus import corpus_file, load_manifest, tokenizer_folder
+from pretrain.tokenizer import SMALLEST, load_tokenizer
+from slurm import cluster, journal, scheduler, status
+from slurm.cluster import Cluster
+from slurm.forms import seconds, time_limit
+from tools import console
+from tools.console import share, whole
+from tools.plan import plan
+from tools.text_files import find_files
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("corpus", "train", "evaluate", "export", "report")
+FEW = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of nodes that are tried where none is given."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Nodes of a job and ranks on each."""
+
+    nodes: int
+    tasks: int
+    gpus: int
+    """On each node."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks
+
+
+# ---- sizing --------------------------------------------------------------------------------------
+
+
+def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
+    """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does.
+
+    Without --nodes: the fewest on which the parallel settings fit the site's device.
+    """
+    gpus = site.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+    tasks = args.tasks_per_node or site.tasks_per_node or gpus or 1
+    refusal = None
+    for nodes in [args.nodes] if args.nodes else FEW:
+        try:
+            form = Shape(nodes, tasks, gpus)
+            return form, plan(options, form.ranks, site.device or None, name=args.config)
+        except UserError as error:
+            refusal = refusal or error
+    assert refusal
+    raise refusal
+
+
+def with_vocabulary(options: Config, args: argparse.Namespace) -> Config:
+    """The config with the size of the vocabulary that the corpus job is going to make."""
+    tokenizer = _tokenizer(options)
+    if tokenizer is None or (tokenizer / "tokenizer.model").exists() or options.model.vocab_size:
+        return options
+    size = {"vocab_size": vocabulary(options, args)}
+    return options.model_copy(update={"model": options.model.model_copy(update=size)})
+
+
+def vocabulary(options: Config, args: argparse.Namespace) -> int:
+    """Pieces of a tokenizer that the corpus job makes."""
+    own: int | None = options.model.vocab_size
+    if args.vocab_size and own not in (None, args.vocab_size):
+        raise UserError(f"--vocab-size {args.vocab_size}: model.vocab_size is {own}; leave one of them out")
+    return own or args.vocab_size or 32_000
+
+
+# ---- what jobs read ------------------------------------------------------------------------------
+
+
+def check_files(options: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
+    """UserError where a job would not find what it reads, unless an earlier one makes it."""
+    run, first, read = Path(options.run.dir), stages[0], options.corpus
+    made = set()
+    if first == "corpus":
+        if not Path(f"{read.train}.json").exists():  # else the job has nothing left to do
+            find_files(args.input)
+        made = {Path(f"{read.train}{side}").absolute() for side in ("", "-valid")}
+    elif first != "train" and not checkpoint.steps(run):
+        raise UserError(f"{run}: has no checkpoint for {first}; begin the --pipeline with train")
+    if "train" not in stages:
+        return
+    for prefix in [*(prefix for _, prefix in read.blend), *([read.valid] if read.valid else [])]:
+        if Path(prefix).absolute() not in made:
+            check_corpus(prefix)
+    if not made:
+        load_tokenizer(tokenizer_folder(read))
+    if "evaluate" in stages and not read.valid:
+        raise UserError("--pipeline evaluate: the config has no corpus.valid; name a held-out corpus")
+
+
+def check_corpus(prefix: str) -> None:
+    """UserError unless the corpus is there; what is in its files is the pre-flight's to check."""
+    load_manifest(prefix)
+    for file in (corpus_file(prefix, "bin"), corpus_file(prefix, "idx")):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; copy or encode the corpus again")
+
+
+# ---- what a job is -------------------------------------------------------------------------------
+
+
+def render(stage: str, template: str, heads: Sequence[str], values: Mapping[str, str]) -> str:
+    """An sbatch file: the template with its heads and values."""
+    text = (cluster.HERE / f"{template}.sbatch").read_text(encoding="utf-8")
+    values = {**values, "stage": stage, "headers": "\n".join(f"#SBATCH {head}" for head in heads)}
+    return re.sub(r"@(\w+)@", lambda found: values[found[1]], text)
+
+
+def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.Namespace) -> list[str]:
+    """The #SBATCH words of a job. Slurm reads quotes in them as a shell does; % is special in paths."""
+    small = stage not in ("train", "array")
+    log = "%A_%a" if stage == "array" else "%j"
+    limit = args.time or site.time
+    # To the ranks, in time to save; a corpus job unwinds on SIGTERM; the other programs save nothing.
+    told = {"train": "USR1", "array": "USR1", "corpus": "TERM"}.get(stage)
+    if told and site.signal_seconds >= seconds(limit):
+        raise UserError(
+            f"{args.cluster or cluster.DEFAULT}: SIGNAL_SECONDS={site.signal_seconds} is not shorter than a"
+            f" job ({limit}), which would be told to end when it begins; lower it, or raise TIME or --time"
+        )
+    found = {
+        "job-name": f"{folder.parent.name}:{stage}",
+        "chdir": os.getcwd(),
+        "output": str(folder / stage).replace("%", "%%") + f"-{log}.log",
+        "open-mode": "append",
+        "partition": args.partition or (site.cpu_partition if small else "") or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": "" if small else site.constraint,
+        "nodes": str(form.nodes),
+        "ntasks-per-node": str(form.tasks),
+        "cpus-per-task": str(site.cpus_per_task),
+        "mem": site.memory if stage == "train" else "",
+        "time": limit,
+        "signal": f"{told}@{site.signal_seconds}" if told else "",
+    }
+    words = [f"--{name}={shlex.quote(value)}" for name, value in found.items() if value]
+    words += ["--requeue" if site.requeue == "yes" else "--no-requeue"]
+    if form.gpus:
+        behind = ":" if site.gpu_option.startswith("--gres") else "="
+        words.append(f"{site.gpu_option}{behind}{form.gpus}")
+    return [*words, *([site.options] if site.options else [])]
+
+
+def scripts(
+    options: Config, site: Cluster, form: Shape, stages: Sequence[str], args: argparse.Namespace
+) -> dict[str, str]:
+    """Stage -> its sbatch file."""
+    run = Path(options.run.dir).absolute()
+    folder = run / "slurm"
+    programs = {
+        "evaluate": ["tools.evaluate", str(run)],
+        "export": ["tools.export", str(run), "--output", str(run / "export"), "--overwrite"],
+        "report": ["tools.report", str(run), "--output", str(run / "report")],
+    }
+    found = {}
+    for stage in stages:
+        values = {"here": shlex.quote(str(folder))}
+        if stage == "corpus":
+            values |= _corpus_values(options, args)
+        elif stage in programs:
+            values["command"] = shlex.join(programs[stage])
+        size = {"train": form, "corpus": Shape(args.corpus_nodes, args.corpus_tasks_per_node, 0)}
+        template = "report" if stage in programs else stage
+        words = heads(site, folder, stage, size.get(stage, Shape(1, 1, 0)), args)
+        found[stage] = render(stage, template, words, values)
+    return found
+
+
+def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
+    """What the corpus job reads and writes: the one corpus that the config trains on."""
+    if not isinstance(options.corpus.train, str):
+        raise UserError(
+            "corpus.train: a blend is made of several corpora; encode each with tools.encode_corpus"
+        )
+    if not args.input:
+        raise UserError("--pipeline corpus needs raw text; name it with --input F...")
+    if "-" in args.input:
+        raise UserError("--input -: a job has no standard input; write the text to a file")
+    prefix, valid = Path(options.corpus.train).absolute(), options.corpus.valid
+    if valid and Path(valid).absolute() == Path(f"{prefix}-valid") and not args.holdout:
+        raise UserError(f"corpus.valid = {valid} is what --holdout SHARE sets aside; give it, such as 0.005")
+    try:
+        choices = shlex.split(args.encode)
+    except ValueError as error:
+        raise UserError(f"--encode {args.encode}: {error}") from None
+    holdout = ["--holdout", str(args.holdout)] if args.holdout else []
+    form = ["--text-key", args.text_key, "--txt-document", args.txt_document]
+    return {
+        "tokenizer": shlex.quote(str(_tokenizer(options))),
+        "prefix": shlex.quote(str(prefix)),
+        "input": shlex.join([*args.input, *form]),
+        "vocab_size": str(vocabulary(options, args)),
+        "options": shlex.join([*holdout, *choices]),
+    }
+
+
+def _tokenizer(options: Config) -> Path | None:
+    """Folder of the tokenizer that the corpus job uses, or makes; None for a blend."""
+    if not isinstance(options.corpus.train, str):
+        return None
+    return Path(options.corpus.tokenizer or Path(options.corpus.train).parent / "tokenizer").absolute()
+
+
+# ---- freezing and submitting ---------------------------------------------------------------------
+
+
+def freeze(folder: Path, site: Cluster, form: Shape) -> None:
+    """Code, packages and cluster.env as they are now; a job reads nothing else of ours."""
+    for name in (str(folder), os.getcwd()):
+        if re.search(r"[\\\n]", name):
+            raise UserError(f"{name!r}: Slurm cannot have a backslash or a line's end in a path; rename it")
+    shutil.rmtree(folder / "code", ignore_errors=True)
+    skip = shutil.ignore_patterns("__pycache__", "sample", "results")
+    for package in ("pretrain", "tools", "slurm"):
+        shutil.copytree(ROOT / package, folder / "code" / package, ignore=skip)
+    write_atomic(folder / "code" / "REVISION", f"{code_revision() or 'unknown'}\n")
+    own = {"PYTHON": site.python or sys.executable, "GPUS_PER_NODE": str(form.gpus)}
+    lines = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
+    write_atomic(
+        folder / "cluster.env", site.text + "\n# ---- of this submission\n" + "\n".join(lines) + "\n"
+    )
+    packages = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}
+    python = f"# Python {platform.python_version()} on {platform.platform()}"
+    write_atomic(folder / "requirements.txt", "\n".join([python, *sorted(packages)]) + "\n")
+
+
+def submit(folder: Path, files: Mapping[str, str]) -> list[dict[str, str]]:
+    """Writes the sbatch files and puts them into the queue, each after the one before."""
+    submitted: list[dict[str, str]] = []
+    for stage, text in files.items():
+        script = folder / f"{stage}.sbatch"
+        write_atomic(script, text)
+        before = submitted[-1]["job"] if submitted else None
+        job = scheduler.submit(script, before)
+        journal.note(folder.parent, "submit", stage, job)
+        submitted.append({"stage": stage, "job": job, "script": str(script)})
+    return submitted
+
+
+def refuse_live(run: Path) -> None:
+    """UserError if a job of this run is in the queue already."""
+    for row in status.rows([run]):
+        if row["state"] not in status.ENDED:
+            raise UserError(
+                f"{run}: {row['stage']} is {row['state']} as job {row['job']}; wait for it, or stop it with"
+                f" python -m slurm.submit --cancel {shlex.quote(str(run))}"
+            )
+
+
+def start_array(commands: Sequence[str], folder: Path, site: Cluster, args: argparse.Namespace) -> str:
+    """Submits commands for a shell as an array; its job id. `folder` keeps the frozen code and the logs."""
+    script = array_script(len(commands), folder, site, args)
+    refuse_live(folder)
+    here = folder.absolute() / "slurm"
+    here.mkdir(parents=True, exist_ok=True)
+    freeze(here, site, shape_of_array(site, args))
+    for kept in ("done", "fruitless"):
+        shutil.rmtree(here / kept, ignore_errors=True)
+        (here / kept).mkdir()
+    write_atomic(here / "commands.txt", "\n".join(commands) + "\n")
+    return submit(here, {"array": script})[0]["job"]
+
+
+def array_script(count: int, folder: Path, site: Cluster, args: argparse.Namespace) -> str:
+    """The sbatch file of an array of `count` commands."""
+    here, tasks = folder.absolute() / "slurm", min(count, scheduler.MAX_ARRAY)
+    values = {"here": shlex.quote(str(here)), "count": str(count), "tasks": str(tasks)}
+    at_once = f"%{args.at_once}" if args.at_once else ""
+    words = heads(site, here, "array", shape_of_array(site, args), args)
+    return render("array", "array", [*words, f"--array=0-{tasks - 1}{at_once}"], values)
+
+
+def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
+    """Of each command: one GPU, or one process without, unless asked for more."""
+    gpus = min(1, site.gpus_per_node) if args.gpus_per_node is None else args.gpus_per_node
+    return Shape(args.nodes or 1, args.tasks_per_node or gpus or 1, gpus)
+
+
+def submit_run(args: argparse.Namespace) -> int:
+    """CONFIG -> jobs in the queue."""
+    site = cluster.read(args.cluster)
+    options = config.load(args.config, args.overrides)
+    stages = args.pipeline.split(",")
+    if wrong := [stage for stage in stages if stage not in STAGES]:
+        raise UserError(f"--pipeline: no stage {wrong[0]!r}; there are {','.join(STAGES)}")
+    if stages != sorted(stages, key=STAGES.index) or len(set(stages)) < len(stages):
+        raise UserError(f"--pipeline {args.pipeline}: name stages once, in the order of {','.join(STAGES)}")
+    planned = with_vocabulary(options, args) if "corpus" in stages else options
+    form, estimate = shape(planned, site, args)
+    files = scripts(options, site, form, stages, args)
+    try:
+        check_files(options, stages, args)
+    except UserError as error:
+        if not args.dry_run:  # which may look at a cluster's jobs from anywhere
+            raise
+        print(f"warning: {error}", file=sys.stderr)
+    if args.dry_run:
+        return show(files, args.json)
+    run = Path(options.run.dir)
+    refuse_live(run)
+    folder = run.absolute() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    freeze(folder, site, form)
+    write_atomic(folder / "config.yaml", config.dump(options))
+    submitted = submit(folder, files)
+    if args.json:
+        console.print_json(submitted)
+        return 0
+    print(f"nodes x ranks: {form.nodes} x {form.tasks}{_expected(estimate)}")
+    print(f"config, code, packages and sbatch files are frozen in {run / 'slurm'}")
+    for before, job in zip([None, *submitted], submitted, strict=False):
+        print(f"job {job['job']}: {job['stage']}" + (f", after job {before['job']}" if before else ""))
+    print(f"how it goes: python -m slurm.submit --status {shlex.quote(str(run))}")
+    return 0
+
+
+def show(files: Mapping[str, str], as_json: bool) -> int:
+    """Prints sbatch files instead of submitting them."""
+    if as_json:
+        console.print_json([{"stage": stage, "text": text} for stage, text in files.items()])
+    else:
+        print("\n".join(f"# ==== {stage}\n{text}" for stage, text in files.items()))
+    return 0
+
+
+def _expected(estimate: dict[str, Any]) -> str:
+    """What the plan says of a job, for people."""
+    gigabytes = estimate["memory_bytes_per_rank"]["total"] / 1e9
+    words = f"; {gigabytes:,.1f} GB a rank" if gigabytes >= 0.05 else ""
+    return words + (f", about {estimate['hours']:,.1f} hours of training" if estimate["hours"] else "")
+
+
+def submit_array(args: argparse.Namespace) -> int:
+    """The lines of a file -> an array in the queue."""
+    if not args.output:
+        raise UserError("--array needs --output DIR, for the logs and the frozen code")
+    commands = [line for line in args.array.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not commands:
+        raise UserError(f"{args.array}: no commands; write one a line")
+    site = cluster.read(args.cluster)
+    if args.dry_run:
+        return show({"array": array_script(len(commands), args.output, site, args)}, args.json)
+    job = start_array(commands, args.output, site, args)
+    print(json.dumps({"stage": "array", "job": job}) if args.json else f"job {job}: {len(commands)} commands")
+    return 0
+
+
+# ---- looking and stopping ------------------------------------------------------------------------
+
+
+def runs_of(words: Sequence[str]) -> list[Path]:
+    """The run folders that words name, as folders or as configs; all in runs/ if there are none."""
+    if not words:
+        return sorted(path.parent.parent for path in Path("runs").glob("*/slurm/journal.jsonl"))
+    runs = [Path(config.load(word).run.dir) if Path(word).is_file() else Path(word) for word in words]
+    for run in runs:
+        if not journal.path(run).exists():
+            raise UserError(f"{run}: was never submitted from here; check the path")
+    return runs
+
+
+def show_status(words: Sequence[str], as_json: bool) -> int:
+    table = status.rows(runs_of(words))
+    if as_json:
+        console.print_json(table)
+    else:
+        print(status.text(table) if table else "no run in runs/ was submitted")
+    return 0
+
+
+def cancel(words: Sequence[str]) -> int:
+    """Ends every job of the runs that is still in the queue, the last of a chain first."""
+    if not words:
+        raise UserError("--cancel: name the runs")
+    for row in reversed(status.rows(runs_of(words))):
+        if row["state"] not in status.ENDED:
+            journal.note(row["run"], "cancel", row["stage"], row["job"])
+            scheduler.cancel(row["jobs"])
+            print(f"cancelled job {', '.join(row['jobs'])}: {row['stage']} of {row['run']}")
+    return 0
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a job may have; `tools.sweep --slurm` has them too."""
+    jobs = parser.add_argument_group("jobs (defaults are those of cluster.env)")
+    jobs.add_argument("--cluster", type=Path, metavar="FILE", help="the site's file (slurm/cluster.env)")
+    jobs.add_argument("--nodes", type=whole(1), metavar="N", help="nodes of a job (the fewest that do)")
+    jobs.add_argument("--gpus-per-node", type=whole(0), metavar="G", help="GPUs of a node; 0: none")
+    jobs.add_argument(
+        "--tasks-per-node", type=whole(1), metavar="R", help="ranks of a node (one for each GPU)"
+    )
+    jobs.add_argument(
+        "--time", type=time_limit, metavar="T", help="limit of one job; a run takes as many as it needs"
+    )
+    jobs.add_argument("--partition", metavar="P")
+    jobs.add_argument(
+        "--at-once", type=whole(1), metavar="N", help="tasks of an array that run at the same time"
+    )
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = console.parser("submit", "Put a run, a pipeline or an array into Slurm's queue", True, "slurm")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file; or RUN for --status, --cancel"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over CONFIG's")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the sbatch files, write and submit nothing"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--status", action="store_true", help="how the runs' jobs stand (all of runs/)")
+    what.add_argument("--cancel", action="store_true", help="end all jobs of the runs")
+    what.add_argument("--array", type=Path, metavar="FILE", help="commands for a shell, one a line")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of an array's logs and frozen code"
+    )
+    add_job_options(parser)
+    chain = parser.add_argument_group("pipeline")
+    chain.add_argument(
+        "--pipeline", default="train", metavar="LIST", help=f"stages of {','.join(STAGES)} (%(default)s)"
+    )
+    chain.add_argument("--input", nargs="+", metavar="F", help="raw text, as for tools.encode_corpus")
+    console.add_text_options(chain)
+    chain.add_argument(
+        "--vocab-size",
+        type=whole(SMALLEST),
+        metavar="N",
+        help="of a new tokenizer (model.vocab_size, or 32000)",
+    )
+    chain.add_argument("--holdout", type=share, metavar="SHARE", help="of the documents for corpus.valid")
+    chain.add_argument(
+        "--encode", default="", metavar="OPTIONS", help="more for tools.encode_corpus: '--dedup'"
+    )
+    chain.add_argument("--corpus-nodes", type=whole(1), default=1, metavar="N", help="(%(default)s)")
+    chain.add_argument("--corpus-tasks-per-node", type=whole(1), default=8, metavar="N", help="(%(default)s)")
+    args = parser.parse_intermixed_args(words)
+    if not (args.config or args.status or args.cancel or args.array):
+        parser.error("name a CONFIG, or ask for --status, --cancel or --array")
+    if args.dry_run and (args.status or args.cancel):
+        parser.error("--dry-run is for what is submitted, not for --status or --cancel")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = arguments(words)
+    named = [args.config, *args.overrides] if args.config else []
+    if args.status:
+        return show_status(named, args.json)
+    if args.cancel:
+        return cancel(named)
+    return submit_array(args) if args.array else submit_run(args)
+
+
+if __name__ == "__main__":
+    console.run(main)

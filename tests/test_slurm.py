@@ -1,0 +1,378 @@
+"""What is said about jobs without a cluster: sizes, sbatch files, verdicts, who is to blame."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint import RunFolder
+from pretrain.config import UserError
+from slurm import attempts, cluster, forms, journal, preflight, scheduler, stage, status, submit
+from slurm.scheduler import Seen
+from tests.slurm_cluster.jobs import site
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "slurm" / "cluster.env.example"
+LARGE = str(ROOT / "configs" / "mlm-large.yaml")
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: str, cluster: Path = EXAMPLE) -> str:
+    """The sbatch files that a command line would submit."""
+    assert submit.main([*words, "--cluster", str(cluster), "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+# ---- sizes and files -----------------------------------------------------------------------------
+
+
+def test_a_job_has_a_rank_for_each_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    text = dry(capsys, LARGE, "--nodes", "4", "--time", "2:00:00")
+    for head in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "time=2:00:00", "signal=USR1@300"):
+        assert f"#SBATCH --{head}\n" in text
+    assert "#SBATCH --requeue\n" in text and "@" not in re.sub(r"USR1@300|\[@\]", "", text)
+
+
+def test_what_cannot_fit_is_refused_and_the_smallest_that_does_is_named() -> None:
+    words = [LARGE, "train.micro_batch_size=256", "--cluster", str(EXAMPLE), "--dry-run"]
+    with pytest.raises(UserError, match=r"needs \d+.* GiB a rank on 8 x H100, .*smallest layout that fits"):
+        submit.main(words)
+
+
+def test_without_nodes_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """What ZeRO divides of this one fits when there are two nodes to divide it among."""
+    wide = [LARGE, "model.hidden_size=4096", "model.num_heads=32", "model.ffn_size=16384"]
+    wide += ["model.num_layers=50", "train.micro_batch_size=1", "train.recompute=block", "parallel.zero=3"]
+    text = dry(capsys, *wide)
+    assert "#SBATCH --nodes=2\n" in text
+    with pytest.raises(UserError, match="smallest layout"):
+        dry(capsys, *wide, "--nodes", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.tensor=16"], "no multiple of parallel.tensor"),
+        (["train.batch_size=12"], "train.batch_size"),
+        (["--pipeline", "train,corpus"], "in the order of"),
+        (["--pipeline", "train,tests"], "no stage 'tests'"),
+        (["--pipeline", "corpus,train"], "--input"),
+        (["corpus.valid=data/train-valid", "--pipeline", "corpus", "--input", "a"], "--holdout"),
+        (["corpus.train=[[1, a], [2, b]]", "--pipeline", "corpus", "--input", "a"], "a blend"),
+        (["--pipeline", "corpus", "--input", "-"], "no standard input"),
+        (["--pipeline", "corpus", "--input", "a", "--encode", "it's"], "--encode it's: No closing"),
+        (
+            ["--pipeline", "corpus", "--input", "a", "--vocab-size", "900", "model.vocab_size=800"],
+            "leave one",
+        ),
+        (["--time", "5"], f"{EXAMPLE}: SIGNAL_SECONDS=300 is not shorter than a job (5)"),
+        (["--cluster", "/no/where"], "cluster.env.example"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        submit.main([LARGE, "--cluster", str(EXAMPLE), "--dry-run", "--nodes", "1", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--nodes", number] for number in ("0", "-2", "two")),
+        *(["--tasks-per-node", number] for number in ("-1", "0")),
+        *(["--time", limit] for limit in ("abc", "1-", "1:2:3:4", "-5")),
+        *(["--holdout", share] for share in ("5", "0", "1", "nan", "x")),
+        ["--gpus-per-node", "-3"],
+        ["--at-once", "0"],
+        ["--vocab-size", "-1"],
+        ["--corpus-nodes", "0"],
+        ["--corpus-tasks-per-node", "-4"],
+        ["--cancel"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_mean_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        UserError, match=f"argument {words[0]}: '{words[1]}' is not a" if words[1:] else "is for"
+    ):
+        dry(capsys, LARGE, *words)
+
+
+def test_seconds_of_a_time_limit() -> None:
+    """As in sbatch's manual."""
+    known = {"90": 5400, "1:30": 90, "2:00:01": 7201, "1-2": 93600, "1-2:3": 93780, "1-2:3:4": 93784}
+    assert {limit: forms.seconds(limit) for limit in known} == known
+    assert forms.seconds("unlimited") == forms.seconds("0") == float("inf")
+
+
+MISSING = {
+    "TMP/none: no such corpus": ["corpus.train=TMP/none"],
+    "TMP/nor: no such corpus": ["corpus.train=[[1, TINY/train], [2, TMP/nor]]"],
+    "TMP/valid: no such corpus": ["corpus.valid=TMP/valid"],
+    "TMP/part.idx: no such file": ["corpus.train=TMP/part"],
+    "TMP: no tokenizer.model": ["corpus.tokenizer=TMP", "model.vocab_size=400"],
+    "TMP/a*.txt: no such file": [
+        "corpus.train=TMP/new",
+        "--pipeline",
+        "corpus,train",
+        "--input",
+        "TMP/a*.txt",
+    ],
+    "no corpus.valid": ["--pipeline", "train,evaluate", "corpus.valid=null"],
+    "TMP/run: has no checkpoint for export": ["--pipeline", "export,report"],
+}
+
+
+@pytest.mark.parametrize("message", MISSING)
+def test_what_a_job_would_not_find(
+    message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused; a dry run, which may be far from the cluster, warns."""
+
+    def here(text: str) -> str:
+        return text.replace("TMP", str(tmp_path)).replace("TINY", str(tiny))
+
+    for extension in ("bin", "json"):
+        shutil.copy(tiny / f"train.{extension}", tmp_path / f"part.{extension}")
+    words = [str(tiny / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", *map(here, MISSING[message])]
+    words += ["--cluster", str(site(tmp_path))]
+    with pytest.raises(UserError, match=re.escape(here(message))):
+        submit.main(words)
+    assert submit.main([*words, "--dry-run"]) == 0
+    assert f"warning: {here(message)}" in capsys.readouterr().err.replace(
+        "--pipeline evaluate: the config has ", ""
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_corpus_job_makes_is_not_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "words"}')
+    words = [f"corpus.train={tmp_path}/train", f"corpus.valid={tmp_path}/train-valid", "--holdout", "0.1"]
+    words += ["--pipeline", "corpus,train,evaluate", "--input", f"{tmp_path}/*.jsonl", "--text-key", "body"]
+    assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert not told.err
+    # The tokenizer is trained on the same documents.
+    (tmp_path / "a.jsonl").rename(tmp_path / "archived")
+    assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run"]) == 0
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "train.json").touch()
+    assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run", "model.vocab_size=400"]) == 0
+    assert not capsys.readouterr().err
+    assert f"input=('{tmp_path}/*.jsonl' --text-key body --txt-document blank-line)\n" in told.out
+
+
+def test_an_array_is_only_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "commands").write_text("true\nfalse\n")
+    words = ["--array", str(tmp_path / "commands"), "--output", str(tmp_path / "out"), "--at-once", "1"]
+    assert "#SBATCH --array=0-1%1\n" in dry(capsys, *words)
+    (shown,) = json.loads(dry(capsys, *words, "--json"))
+    assert shown["stage"] == "array" and shown["text"].startswith("#!/bin/bash")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_sbatch_file_is_good_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / 'it\'s "a" 100% run'
+    words = [f"run.dir={run}", "--pipeline", "corpus,train,evaluate,export,report", "--input", "it's a.txt"]
+    text = dry(capsys, LARGE, *words)
+    files = re.split(r"^# ==== .*\n", text, flags=re.MULTILINE)[1:]
+    assert len(files) == 5 and not run.exists()
+    for file in [*files, (ROOT / "slurm" / "job.sh").read_text(), EXAMPLE.read_text()]:
+        checked = subprocess.run(["bash", "-n"], input=file, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+    # Programs that have nothing to save work until the time is up.
+    told = [re.findall(r"--signal=(\S+)", file) for file in files]
+    assert told == [["TERM@300"], ["USR1@300"], [], [], []]
+
+
+def test_a_misspelt_site_variable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="PARTITON means nothing here; did you mean PARTITION"):
+        cluster.read(site(tmp_path, "PARTITON=gpu\n"))
+    wrong = {"TASKS_PER_NODE": "two", "CPUS_PER_TASK": "0", "SIGNAL_SECONDS": "99999999", "TIME": "abc"}
+    wrong |= {"REQUEUE": "maybe", "PREFLIGHT": "on", "MAX_ATTEMPTS": "0"}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"cluster.env: {name}: '{value}' is n"):
+            cluster.read(site(tmp_path, f"{name}={value}\n"))
+    with pytest.raises(UserError, match="bash cannot read it"):
+        cluster.read(site(tmp_path, "setup() {\n"))
+    assert cluster.read(EXAMPLE).gpus_per_node == 8 and cluster.read(EXAMPLE).tasks_per_node is None
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["preflight", "no/where.yaml", "--report", "TMP"], "no/where.yaml"),
+        (["stage", "no/where.yaml", "--to", "TMP"], "no/where.yaml"),
+        (["attempts", "begin", "TMP/run", "train", "--job", "1", "--limit", "3"], "TMP/run"),
+        (["submit", "no/where.yaml", "--cluster", str(EXAMPLE)], "no/where.yaml"),
+    ],
+)
+def test_programs_say_what_is_wrong(words: list[str], named: str, tmp_path: Path) -> None:
+    def start(*more: str) -> "subprocess.CompletedProcess[str]":
+        line = [sys.executable, "-m", f"slurm.{words[0]}", *more]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+    done = start(*(word.replace("TMP", str(tmp_path)) for word in words[1:]))
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {named}: ".replace("TMP", str(tmp_path)))
+    assert start("--version").stdout.startswith("LateMask ")
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "code", "verdict"),
+    [
+        ("finished", 0, 0, "done"),
+        ("finished", 0, 143, "done"),  # a rank was stopped while it was leaving
+        ("stopped", 75, 75, "again"),
+        ("stopped", 75, 1, "again"),  # torchrun makes 1 of everything
+        ("failed", 2, 1, "stop"),
+        ("failed", 1, 1, "again"),
+        ("running", None, 137, "again"),
+        (None, None, 1, "again"),
+        (None, None, 2, "stop"),  # the folder was in use: only the exit code says so
+    ],
+)
+def test_what_follows_an_attempt(run: Path, state: str | None, said: Any, code: int, verdict: str) -> None:
+    assert attempts.begin(run, "train", "7", "n1", limit=3) == 0
+    if state:
+        RunFolder(run).write_status(state, 5, "a reason", said)
+    assert attempts.end(run, "train", "7", code, limit=3) == verdict
+    assert journal.read(run)[-1]["verdict"] == verdict
+
+
+def test_what_an_earlier_attempt_said_does_not_count(run: Path) -> None:
+    RunFolder(run).write_status("failed", 5, "an old reason", 2)
+    journal.note(run, "begin", "train", "8", reached=-1)
+    verdict, reason = attempts.judge(run, "train", 1, time.time() + 1)
+    assert verdict == "again" and "an old reason" not in reason
+
+
+def test_attempts_are_counted_since_the_last_checkpoint(run: Path) -> None:
+    def fail() -> str:
+        assert attempts.begin(run, "train", "7", "n1", limit=2) == 0
+        return attempts.end(run, "train", "7", 1, limit=2)
+
+    assert fail() == "again"
+    (run / "checkpoints" / "step-00000004").mkdir()
+    assert [fail(), fail()] == ["again", "stop"]
+    assert "2 attempts without progress" in journal.read(run)[-1]["reason"]
+    assert fail() == "again"  # it was started by hand after that
+    # A lost node says nothing at the end: the next start notices.
+    assert attempts.begin(run, "train", "7", "n1", limit=2) == 0
+    assert attempts.begin(run, "train", "7", "n1", limit=2) == 1
+    journal.note(run, "submit", "train", "9")
+    assert attempts.begin(run, "train", "9", "n1", limit=2) == 0
+
+
+# ---- bad nodes -----------------------------------------------------------------------------------
+
+
+def note(folder: Path, rank: int, node: str, *problems: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{rank}.json").write_text(json.dumps({"node": node, "problems": problems}))
+
+
+def test_the_judge_names_who_complains_and_who_is_silent(run: Path, tmp_path: Path) -> None:
+    note(tmp_path / "a", 0, "n1")
+    note(tmp_path / "a", 1, "n2", "disk full")
+    verdict = preflight.judge(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3)
+    assert verdict == "again n3,n2"
+    assert journal.read(run)[-1]["reason"] == "pre-flight: n3: no answer, n2: disk full"
+
+
+def test_what_is_wrong_everywhere_is_no_nodes_fault(run: Path, tmp_path: Path) -> None:
+    note(tmp_path / "a", 0, "n1", "no such corpus")
+    note(tmp_path / "a", 1, "n2", "no such corpus")
+    assert preflight.judge(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "stop"
+    assert journal.read(run)[-1]["reason"] == "pre-flight: on every node: no such corpus"
+
+
+def test_nodes_that_are_well_but_fail_together_try_again(run: Path, tmp_path: Path) -> None:
+    note(tmp_path / "a", 0, "n1")
+    note(tmp_path / "a", 1, "n2")
+    assert preflight.judge(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "again"
+    assert "failed together" in journal.read(run)[-1]["reason"]
+
+
+# ---- copies of the corpus ------------------------------------------------------------------------
+
+
+def test_a_copy_is_checked_and_read(tiny: Path, tmp_path: Path) -> None:
+    from pretrain.corpus import IndexedReader, corpus_file, open_nearest
+
+    copy, new = stage.copy(str(tiny / "train"), tmp_path)
+    assert new and stage.copy(str(tiny / "train"), tmp_path) == (copy, False)
+    near = open_nearest(str(tiny / "train"), str(tmp_path))
+    original = IndexedReader(tiny / "train")
+    assert near.prefix == original.prefix and (near.tokens == original.tokens).all()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".idx", ".json"}
+    corpus_file(copy, "bin").write_bytes(b"")
+    with pytest.raises(UserError, match="train-"):  # it is the copy that is read
+        open_nearest(str(tiny / "train"), str(tmp_path))
+    corpus_file(copy, "json").unlink()  # a copy that was interrupted
+    assert len(open_nearest(str(tiny / "train"), str(tmp_path)).tokens) == len(original.tokens)
+
+
+def test_a_bad_original_makes_no_copy(tiny: Path, tmp_path: Path) -> None:
+    for extension in ("bin", "idx", "json"):
+        (tmp_path / f"bad.{extension}").write_bytes((tiny / f"train.{extension}").read_bytes())
+    data = bytearray((tmp_path / "bad.bin").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "bad.bin").write_bytes(data)
+    with pytest.raises(UserError, match="differ from the manifest"):
+        stage.copy(str(tmp_path / "bad"), tmp_path / "copies")
+    assert not list((tmp_path / "copies").iterdir())
+
+
+# ---- status --------------------------------------------------------------------------------------
+
+
+def test_words_for_states() -> None:
+    def word(state: str, reason: str = "None", restarts: int = 0) -> str:
+        return status.state(Seen("1", state, reason, restarts))
+
+    assert [word("PENDING"), word("PENDING", "BeginTime", 1)] == ["pending", "requeued"]
+    assert [word("PENDING", "JobHeldUser"), word("TIMEOUT")] == ["held", "failed"]
+
+
+def test_a_job_that_slurm_has_forgotten() -> None:
+    begun: list[journal.Line] = [{"event": "begin", "job": "1"}]
+    left = {code: [*begun, {"event": "exit", "job": "1", "code": code}] for code in (0, 1)}
+    assert [status.forgotten(left[code], "1") for code in (0, 1)] == ["finished", "failed"]
+    assert status.forgotten(begun, "1") == "vanished"
+    cancelled = {"event": "cancel", "job": "1"}
+    assert status.forgotten([*begun, cancelled, *left[1]], "1") == "cancelled"
+
+
+def test_a_job_that_was_submitted_by_hand_is_known_when_it_begins() -> None:
+    lines: list[journal.Line] = [
+        {"event": "submit", "stage": "train", "job": "1"},
+        {"event": "begin", "stage": "train", "job": "1"},
+        {"event": "exit", "stage": "train", "job": "1"},
+        {"event": "begin", "stage": "train", "job": "2"},
+    ]
+    assert status.newest_jobs(lines) == {"train": ["2"]}
+
+
+def test_no_answer_is_no_forgotten_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Slurm's controller is down."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho squeue: error: Unable to contact >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="^squeue: Unable to contact; try again"):
+        scheduler.look(["7"])
