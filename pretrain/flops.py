@@ -1,4 +1,4 @@
-"""What a model costs, in closed form: parameters, FLOPs, token-layers, and peaks to compare with.
+"""What a model costs, in closed form: parameters, FLOPs and token-layers.
 
 Convention: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax, biases,
 look-ups and the optimizer are left out); bidirectional attention in full; the head on predicted rows
@@ -12,6 +12,7 @@ width, W rows of the padded word table.
 
 from dataclasses import dataclass
 
+from pretrain import devices
 from pretrain.config import Model
 
 
@@ -47,11 +48,15 @@ class StepCost:
     samples: int
     tokens_seen: int
     """Input slots: samples x L."""
+    tokens_real: int
+    """Those of them that are text: <s> and </s> at the ends of a window are not."""
     tokens_predicted: int
     flops: Flops
     """Model FLOPs of training."""
     hardware_flops: int
     """Model FLOPs and what recomputation repeats."""
+    token_layers: float
+    """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
@@ -64,7 +69,7 @@ def late_masks(model: Model, masked: int) -> int:
     return masked - int(model.mask_leak * masked + 0.5 + 1e-9)
 
 
-def _encoded(rows: Rows, model: Model) -> int:
+def encoded(rows: Rows, model: Model) -> int:
     """V, rows that the encoder's first layers see."""
     return rows.length - late_masks(model, rows.length - rows.visible)
 
@@ -84,7 +89,7 @@ def _self_layer(n: int, model: Model) -> int:
 
 
 def _decoder_layer(rows: Rows, model: Model) -> int:
-    D, L, V, P = model.hidden_size, rows.length, _encoded(rows, model), rows.predicted
+    D, L, V, P = model.hidden_size, rows.length, encoded(rows, model), rows.predicted
     if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
         return 4 * P * D * D + 4 * L * D * D + _attention(P, L, D) + _ffn(P, model)
     layer = _self_layer(L, model)
@@ -93,10 +98,10 @@ def _decoder_layer(rows: Rows, model: Model) -> int:
     return layer
 
 
-def _encoder_rows(rows: Rows, model: Model) -> list[int]:
+def encoder_rows(rows: Rows, model: Model) -> list[int]:
     """Rows that each encoder layer works on."""
     late = min(model.mask_from, model.num_layers)
-    return [_encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
+    return [encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
 
 
 def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
@@ -104,7 +109,7 @@ def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
     D = model.hidden_size
     table = padded_vocab(vocab_size, model.vocab_multiple)
     return Flops(
-        encoder=sum(_self_layer(n, model) for n in _encoder_rows(rows, model)),
+        encoder=sum(_self_layer(n, model) for n in encoder_rows(rows, model)),
         decoder=model.decoder_layers * _decoder_layer(rows, model),
         head=rows.predicted * (2 * D * D + 2 * D * table),
     )
@@ -122,9 +127,11 @@ def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recomp
     return StepCost(
         samples=batch_size,
         tokens_seen=batch_size * rows.length,
+        tokens_real=batch_size * (rows.length - 2),
         tokens_predicted=batch_size * rows.predicted,
         flops=once * (3 * batch_size),
         hardware_flops=batch_size * (3 * once.total + again),
+        token_layers=batch_size * token_layers(model, rows),
     )
 
 
@@ -136,7 +143,7 @@ def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
     """
     last = 2 * model.ffn_size * model.hidden_size if model.norm == "pre" else 0
     asking = rows.predicted if model.decoder == "query" else rows.length
-    encoder = 0 if model.dropout else last * sum(_encoder_rows(rows, model))
+    encoder = 0 if model.dropout else last * sum(encoder_rows(rows, model))
     decoder = 0 if model.decoder_dropout else last * model.decoder_layers * asking
     return once.encoder + once.decoder - encoder - decoder
 
@@ -145,13 +152,13 @@ def token_layers(model: Model, rows: Rows) -> float:
     """Linear FLOPs of all layers of one sequence, in units of one self-attention layer on one row."""
     D = model.hidden_size
     unit = 8 * D * D + _ffn(1, model)
-    linear = unit * sum(_encoder_rows(rows, model))
+    linear = unit * sum(encoder_rows(rows, model))
     if model.decoder_layers:
         # Cost without its attention terms, which are what is left of n x m products.
         attention = {
             "self": _attention(rows.length, rows.length, D),
             "query": _attention(rows.predicted, rows.length, D),
-            "cross": _attention(rows.length, rows.length + _encoded(rows, model), D),
+            "cross": _attention(rows.length, rows.length + encoded(rows, model), D),
         }[model.decoder]
         linear += model.decoder_layers * (_decoder_layer(rows, model) - attention)
     return linear / unit
@@ -195,24 +202,7 @@ def _layer_parameters(model: Model) -> int:
     return _linear(D, 4 * D, bias) + up + _linear(F, D, bias) + norms
 
 
-# Dense peaks in FLOP/s, from the makers' data sheets (half of the figure "with sparsity" where only that
-# is printed). fp32 is the plain one, not TF32. A device that is not here has no MFU.
-PEAKS: dict[str, dict[str, float]] = {
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "B200": {"bf16": 2250e12, "fp32": 75e12},
-    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
-    "RTX 4090": {"bf16": 165e12, "fp32": 82.6e12},
-    "MI250X": {"bf16": 383e12, "fp32": 47.9e12},
-    "MI300X": {"bf16": 1307e12, "fp32": 163.4e12},
-}
-
-
 def peak(device: str, precision: str) -> float | None:
     """Dense peak in FLOP/s of the device so named, None when the table does not know it."""
-    for name, figures in PEAKS.items():
-        if all(word in device.replace("-", " ").split() for word in name.split()):
-            return figures[precision]
-    return None
+    found = devices.find(device)
+    return found.peak.get(precision) if found else None

@@ -1,4 +1,4 @@
-"""What a run has spent, over all its attempts, and what it may still spend.
+"""What a run has spent, over all its attempts.
 
 `ledger.jsonl` is append-only; each line holds the hash of the line before, so that none can be
 edited or dropped unnoticed, and each checkpoint holds the hash of the line of its own save.
@@ -8,7 +8,8 @@ an attempt resumes from a checkpoint, the counters go back to that checkpoint's 
 seconds of work since then move to `lost`: counters are of surviving work only, device-seconds are
 all there ever were.
 
-The trap: nobody is told of a kill -9. A heartbeat every 10 s bounds what it hides.
+The trap: nobody is told of a kill -9. A heartbeat every 10 s, also in the middle of a long stretch
+(`keep_beating`), bounds what it hides.
 
 Only rank 0 keeps the ledger. Imports no torch.
 """
@@ -17,33 +18,53 @@ import copy
 import hashlib
 import json
 import os
+import resource
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
 from pretrain.checkpoint import mend, sync
 from pretrain.config import UserError
 from pretrain.flops import StepCost
 
 CATEGORIES = ("productive", "evaluate", "checkpoint", "startup", "idle")
-COUNTERS = ("step", "samples", "tokens_seen", "tokens_predicted", "flops", "hardware_flops")
+COUNTERS = (
+    "step",
+    "samples",
+    "tokens_seen",
+    "tokens_real",
+    "tokens_predicted",
+    "flops",
+    "hardware_flops",
+    "token_layers",
+)
 REPEATED = ("productive", "evaluate")  # what is done again after going back to a checkpoint
 EVENTS = (
     "start",  # first attempt
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
+    "crash-detected",  # the attempt before ended without a word, or in an error
+    "repaired",  # a torn last line was cut off; `torn` is what it held
+    "layout-change",  # other devices, ranks or degrees of parallelism than in the attempt before
+    "budget-change",
+    "blend-change",  # another blend of corpora from here on
+    "phase-change",  # another length or batch size from here on
     "heartbeat",
-    "segment",  # another blend of corpora from here on
+    "log",  # a line of metrics, at most one every 10 s
     "evaluate",
     "save",  # written just before the checkpoint that carries its hash
     "signal",
     "finish",  # the budget is spent
     "stop",  # ended early; start again
-    "repaired",  # a torn last line was cut off; `torn` is what it held
 )
+LAST_WORDS = ("finish", "stop")
 HEARTBEAT = 10.0  # seconds
+RECENT = 10  # updates
+PULSE = 1.0  # seconds between two looks at the clock
 
 Line = dict[str, Any]
 
@@ -66,6 +87,18 @@ def process_start() -> float:
         return now() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
         return _IMPORTED
+
+
+def peak_resident() -> int:
+    """Bytes of the host's memory that this process has held at its fullest.
+
+    Not by `getrusage`, where /proc exists: a process's own count begins there with its parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):  # a /proc without it is no full Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- lines ---------------------------------------------------------------------------------------
@@ -148,29 +181,37 @@ def _sum(parts: dict[str, Any]) -> Any:
 
 
 def _totals(line: Line) -> dict[str, Any]:
+    parts = line["joules"]
     return {
         "steps": line["step"],
         **{name: line[name] for name in COUNTERS if name != "step"},
         "device_seconds": line["device_seconds"],
         "lost_flops": line["lost_flops"],
-        "joules": None,
+        "joules": _rounded(sum(parts.values())) if parts else None,
+        "joules_by_part": parts,
+        "metered_device_seconds": line["metered_device_seconds"],
+        "peak_bytes": line["peak_bytes"],
         "attempts": line["attempt"],
     }
 
 
 def total(runs: Iterable[str | Path]) -> dict[str, Any]:
-    """What the runs spent together, under the keys of `Ledger.totals`."""
+    """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest."""
     spent = _totals(_nothing())
     for run in runs:
         lines = read(run)
-        spent = _add(spent, _totals(lines[-1] if lines else _nothing()))
+        more = _totals({**_nothing(), **lines[-1]} if lines else _nothing())
+        peak = max(spent["peak_bytes"], more["peak_bytes"])
+        spent = {**_add(spent, more), "peak_bytes": peak}
     return spent
 
 
 def _add(left: Any, right: Any) -> Any:
+    if left is None or right is None:  # energy that nobody measured
+        return right if left is None else left
     if isinstance(left, dict):
-        return {name: _add(left[name], right[name]) for name in left}
-    return None if left is None else _rounded(left + right)
+        return {name: _add(left.get(name, 0), right.get(name, 0)) for name in {**left, **right}}
+    return _rounded(left + right)
 
 
 def _rounded(value: Any) -> Any:
@@ -184,11 +225,16 @@ def _nothing() -> Line:
         "step": 0,
         "samples": 0,
         "tokens_seen": 0,
+        "tokens_real": 0,
         "tokens_predicted": 0,
         "flops": {"encoder": 0, "decoder": 0, "head": 0, "total": 0},
         "hardware_flops": 0,
+        "token_layers": 0.0,
         "lost_flops": 0,
         "device_seconds": {**dict.fromkeys(CATEGORIES, 0.0), "lost": 0.0, "total": 0.0},
+        "joules": {},
+        "metered_device_seconds": 0.0,
+        "peak_bytes": 0,
     }
 
 
@@ -210,15 +256,21 @@ class Ledger:
         self._clock, self._started = clock, started
         self._torn = mend(self._path)
         self._lines = _scan(run)
-        last = next(reversed(self._lines.values()), _nothing())
-        self._account = {name: copy.copy(last[name]) for name in _nothing()}
+        self._last = next(reversed(self._lines.values()), None)
+        known = {**_nothing(), **(self._last or {})}
+        self._account = {name: copy.copy(known[name]) for name in _nothing()}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
+        self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
+        self._joules: dict[str, float] = {}  # of this attempt
+        self._metered: tuple[float, float] | None = None  # first and last reading
         self._mark = started  # end of the last claimed stretch
-        self._written = started
+        self._written = self._logged = started
+        self._lock = threading.RLock()  # held while an account that does not add up is on its way
+        self._over = threading.Event()
         self.head = next(reversed(self._lines), "")
         """Hash of the last line."""
-        self.step_hours = 0.0
-        """Device-hours of this attempt's last update."""
+        self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
+        self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
 
     @classmethod
     def open(
@@ -238,10 +290,11 @@ class Ledger:
             sync(Path(run))
         return cls(run, ranks, device, clock, process_start() if started is None else started)
 
-    def begin(self, step: int = 0, head: str = "") -> None:
+    def begin(self, step: int = 0, head: str = "", **details: Any) -> None:
         """Starts the run, or resumes it at `step` from the checkpoint that carries `head`.
 
-        All since the process started is start-up. UserError if `head` is not a line of this ledger.
+        All since the process started is start-up. `details` go into the line. UserError if `head` is
+        not a line of this ledger.
         """
         branch = self._lines.get(head) if head else _nothing()
         if branch is None or branch["step"] != step:
@@ -249,15 +302,25 @@ class Ledger:
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
                 " refers; restore the ledger, or move checkpoints/ away to start over"
             )
-        event = "resume" if self._lines else "start"
-        last_step = self._account["step"]
-        self._lines = {}  # only the branch was needed
+        layouts = [line["layout"] for line in self._lines.values() if "layout" in line]
+        self._lines = {}  # all that was needed of them
         self._account["attempt"] += 1
         self._claim("startup", self._started)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
-        self._go_back(branch)
-        self.note(event, **({"head": head, "lost_steps": last_step - step} if event == "resume" else {}))
+        if self._last is None:
+            self.note("start", **details)
+            return
+        lost_steps = self._account["step"] - step
+        if self._last["event"] not in LAST_WORDS:
+            self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
+        self._go_back({**_nothing(), **branch})
+        if step:
+            spent = self._account["device_seconds"]
+            self._steps.append(spent["productive"] / step / 3600)
+        self.note("resume", head=head, lost_steps=lost_steps, **details)
+        if layouts and (before := layouts[-1]) != (now := details.get("layout", before)):
+            self.note("layout-change", before=before, now=now)
 
     def _go_back(self, branch: Line) -> None:
         """Counters return to those of `branch`; the seconds of work since then are lost, none vanish."""
@@ -268,20 +331,33 @@ class Ledger:
             spent[category] = branch["device_seconds"][category]
         account.update({name: copy.copy(branch[name]) for name in COUNTERS})
 
-    def step(self, cost: StepCost) -> None:
-        """Charges one update, and the seconds since the last claimed stretch as productive."""
+    def step(self, cost: StepCost, first: bool = False) -> None:
+        """Charges one update, and the seconds since the last claimed stretch as productive.
+
+        first: of its shape in this attempt, so that it compiled and warmed up. What it took beyond the
+        next one is start-up.
+        """
+        with self._lock:
+            self._count(cost)
+            begin = self._mark
+            self._claim("startup" if first else "productive", begin)
+            took = self._mark - begin
+            if not first:
+                usual = min(self._warming, took)
+                self._seconds["startup"] -= usual
+                self._seconds["productive"] += usual
+            self._warming = took if first else 0.0
+            self._steps.append(self._ranks * took / 3600)
+        self.beat()
+
+    def _count(self, cost: StepCost) -> None:
         account, flops = self._account, self._account["flops"]
         account["step"] += 1
         account["samples"] += cost.samples
-        account["tokens_seen"] += cost.tokens_seen
-        account["tokens_predicted"] += cost.tokens_predicted
-        account["hardware_flops"] += cost.hardware_flops
+        for name in ("tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops", "token_layers"):
+            account[name] += getattr(cost, name)
         for part in ("encoder", "decoder", "head", "total"):
             flops[part] += getattr(cost.flops, part)
-        begin = self._mark
-        self._claim("productive", begin)
-        self.step_hours = self._ranks * (self._mark - begin) / 3600
-        self._beat()
 
     @contextmanager
     def time(self, category: str) -> Iterator[None]:
@@ -290,40 +366,95 @@ class Ledger:
         try:
             yield
         finally:
-            self._claim(category, begin)
-            self._beat()
+            with self._lock:
+                self._claim(category, begin)
+                self._blocks[category].append(self._ranks * (self._mark - begin) / 3600)
+            self.beat()
+
+    @property
+    def step_hours(self) -> float:
+        """Device-hours that an update may take: the longest of the last few; before the first one, their
+        mean over the attempts before."""
+        return max(self._steps, default=0.0)
+
+    def block_hours(self, category: str) -> float:
+        """Device-hours that another block may take, 0 if none was timed in this attempt.
+
+        The longest of n is exceeded by the next one with a chance of 1 / (n + 1): so much is added.
+        """
+        blocks = self._blocks[category]
+        return max(blocks) * (1 + 1 / len(blocks)) if blocks else 0.0
+
+    def meter(self, joules: dict[str, float], age: float = 0.0) -> None:
+        """Takes what the sensors have counted in this attempt, by part, over all ranks; nothing if {}.
+
+        age: seconds for which they had counted when they were first read here.
+        """
+        if not joules:
+            return
+        with self._lock:
+            at = self._clock()
+            self._metered = (self._metered[0] if self._metered else at - age), at
+            self._joules = joules
+
+    def peak(self, count: int) -> None:
+        """Takes the most bytes that a rank has held."""
+        self._account["peak_bytes"] = max(self._account["peak_bytes"], count)
 
     def save(self) -> str:
         """Call before writing a checkpoint; returns the head that the checkpoint must carry."""
         return self.note("save")
 
+    def log(self, **details: Any) -> None:
+        """Notes a line of metrics, unless one was noted in the last 10 s."""
+        if self._clock() - self._logged >= HEARTBEAT:
+            self._logged = self._clock()
+            self.note("log", **details)
+
     def note(self, event: str, **details: Any) -> str:
         """Appends a line, on disk when this returns; returns its hash."""
         assert event in EVENTS, event
-        at = self._clock()
-        account = self._statement(at)
-        seconds = {name: round(value, 6) for name, value in self._seconds_at(at).items()}
-        line = {
-            "previous": self.head,
-            "event": event,
-            "time": round(at, 3),
-            "device": self._device,
-            "ranks": self._ranks,
-            "seconds": seconds,
-            **account,
-            **details,
-        }
-        text = json.dumps(line).encode("ascii")
-        with open(self._path, "ab") as file:
-            file.write(text + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.head, self._written = _hash(text), at
-        return self.head
+        with self._lock:
+            at = self._clock()
+            line = {
+                "previous": self.head,
+                "event": event,
+                "time": round(at, 3),
+                "device": self._device,
+                "ranks": self._ranks,
+                "seconds": {name: round(value, 6) for name, value in self._seconds_at(at).items()},
+                **self._statement(at),
+                **details,
+            }
+            text = json.dumps(line).encode("ascii")
+            with open(self._path, "ab") as file:
+                file.write(text + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.head, self._written = _hash(text), at
+            if event in LAST_WORDS:
+                self._over.set()
+            return self.head
 
     def totals(self) -> dict[str, Any]:
         """What the run has spent up to now: the promised keys of ``tools.ledger total``."""
-        return _totals(self._statement(self._clock()))
+        with self._lock:
+            return _totals(self._statement(self._clock()))
+
+    def beat(self) -> None:
+        """Writes a heartbeat if the last line is 10 s old."""
+        with self._lock:
+            if not self._over.is_set() and self._clock() - self._written >= HEARTBEAT:
+                self.note("heartbeat")
+
+    def keep_beating(self) -> None:
+        """Heartbeats from a thread of its own, until the attempt's last word or the end of the process."""
+        threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
+
+    def _keep_beating(self) -> None:
+        while not self._over.wait(PULSE):
+            with suppress(OSError):  # a full disk is for the main thread to tell
+                self.beat()
 
     def _claim(self, category: str, begin: float) -> None:
         assert begin >= self._mark, "stretches of time overlap"
@@ -331,10 +462,6 @@ class Ledger:
         self._seconds["idle"] += begin - self._mark
         self._seconds[category] += at - begin
         self._mark = at
-
-    def _beat(self) -> None:
-        if self._clock() - self._written >= HEARTBEAT:
-            self.note("heartbeat")
 
     def _seconds_at(self, at: float) -> dict[str, float]:
         return {**self._seconds, "idle": self._seconds["idle"] + at - self._mark}
@@ -346,40 +473,10 @@ class Ledger:
         for category, seconds in self._seconds_at(at).items():
             spent[category] = round(spent[category] + self._ranks * seconds, 6)
         spent["total"] = round(_sum(spent), 6)
+        account["joules"] = {
+            part: round(value, 3) for part, value in _add(account["joules"], self._joules).items()
+        }
+        if self._metered:
+            metered = self._ranks * (self._metered[1] - self._metered[0])
+            account["metered_device_seconds"] = round(account["metered_device_seconds"] + metered, 6)
         return account
-
-
-# ---- the budget ----------------------------------------------------------------------------------
-
-
-class Budget:
-    """What a run may spend, in the one unit that its config gives; also the unit of its progress.
-
-    Steps, tokens and FLOPs charge surviving work, so a killed run ends where an undisturbed one
-    does; device-hours charge everything, over all attempts.
-    """
-
-    def __init__(self, budget: config.Budget, cost: StepCost) -> None:
-        ((self.unit, self.total),) = (
-            (unit, value) for unit, value in budget.model_dump().items() if value is not None
-        )
-        self._step = {"steps": 1, "tokens": cost.tokens_seen, "flops": cost.flops.total}
-
-    def spent(self, ledger: Ledger) -> float:
-        """In the budget's unit."""
-        spent = ledger.totals()
-        return {
-            "steps": spent["steps"],
-            "tokens": spent["tokens_seen"],
-            "flops": spent["flops"]["total"],
-            "device_hours": spent["device_seconds"]["total"] / 3600,
-        }[self.unit]
-
-    def progress(self, ledger: Ledger) -> float:
-        """Share of the budget that is spent, in [0, 1]."""
-        return min(1.0, self.spent(ledger) / self.total)
-
-    def allows_step(self, ledger: Ledger) -> bool:
-        """Whether one more update stays within the budget; its hours are taken to be those of the last."""
-        next_step = self._step.get(self.unit, ledger.step_hours)
-        return self.spent(ledger) + next_step <= self.total

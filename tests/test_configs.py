@@ -20,12 +20,14 @@ def reduced(path: Path, tiny: Path) -> list[str]:
     m, micro = options.model, 2 if options.train.micro_batch_size else "null"
     sections: dict[str, dict[str, Any]] = {
         "model": {**SMALL, "mask_from": 2 * m.mask_from // m.num_layers},
-        "train": {"seq_length": 24, "batch_size": 4, "micro_batch_size": micro},
+        "train": {"seq_length": 24, "batch_size": 4, "micro_batch_size": micro, "phases": "null"},
         "corpus": {name: tiny / name for name in ("train", "valid")},
         "budget": {**dict.fromkeys(config.Budget.model_fields, "null"), "steps": 2},
         "evaluate": {"every_steps": 1, "samples": 4},
         "monitor": {"tensorboard": "false"},
     }
+    if options.train.phases:
+        sections["train"]["phases"] = "[{until: 0.5, seq_length: 16}]"
     if path.stem not in THROUGH_DEEPSPEED:
         sections["train"]["engine"] = "torch"
         sections["parallel"] = {"zero": 0, "offload": "none"}

@@ -19,7 +19,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from pretrain import config, flops
+from pretrain import budget, config, costs, flops
 from pretrain.checkpoint import RunFolder
 from pretrain.config import Config, UserError
 from pretrain.corpus import IndexedReader, load_manifest
@@ -71,7 +71,14 @@ class Clock:
 class MadeRun:
     """A run without a model: 2 ranks, 5 s of start-up, then what the test makes of it."""
 
-    def __init__(self, path: Path, options: Config, device: str = "cpu", step_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: Config,
+        device: str = "cpu",
+        step_seconds: float = 2.0,
+        peak: float | None = None,
+    ) -> None:
         self.path, self.options, self.step_seconds = path, options, step_seconds
         c = counts(options.masking, options.train.seq_length)
         rows, t = flops.Rows(c.length, c.visible, c.predicted), options.train
@@ -84,7 +91,8 @@ class MadeRun:
         self.ledger.begin()
         folder.write_status("running", 0)
         folder.release()
-        self.monitor = Monitor(path, "any", self.ledger.totals(), 2, stream=io.StringIO(), clock=self.clock)
+        totals = self.ledger.totals()
+        self.monitor = Monitor(path, "any", totals, 2, peak, stream=io.StringIO(), clock=self.clock)
 
     def work(self, steps: int) -> "MadeRun":
         for _ in range(steps):
@@ -180,8 +188,8 @@ def test_costs_are_relative_to_mlm_at_15_percent(pair: list[str]) -> None:
 def test_baseline_is_the_mlm_config_of_that_size(method: str) -> None:
     modern = {"block": "modern", "norm": None}
     mine, plain = options_of(None, method, model=modern), options_of(None, "mlm", model=modern)
-    assert report.sequence_costs(report.baseline(mine)) == report.sequence_costs(plain)
-    assert config.method(report.baseline(mine)) == "mlm"
+    assert costs.of_sequence(costs.baseline(mine), VOCABULARY) == costs.of_sequence(plain, VOCABULARY)
+    assert config.method(costs.baseline(mine)) == "mlm"
 
 
 def test_device_time_only_against_the_same_size_device_and_precision(
@@ -219,7 +227,7 @@ def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     found = report._parameters(options)
     assert found["total"] == sum(sizes.values()) == found["encoder"] + found["discarded"]
-    plain = LateMaskModel(report.baseline(options).model, VOCABULARY, VOCABULARY - 1)
+    plain = LateMaskModel(costs.baseline(options).model, VOCABULARY, VOCABULARY - 1)
     head = VOCABULARY // 128 * 128 + 128 + 32 * 32 + 32 + 64
     assert found["encoder"] == sum(parameter.numel() for parameter in plain.parameters()) - head
 
@@ -366,12 +374,12 @@ def test_html_fetches_nothing_and_shows_every_figure(pair: list[str]) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     style = text.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
-    assert len(page.addresses) == 4  # two panels, two themes
+    assert len(page.addresses) == 2 * (2 * 3 + 1)  # loss and accuracy against three costs; speed; two themes
     for address in page.addresses:
         kind, data = address.split(",", 1)
         assert kind == "data:image/svg+xml;base64"
         assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
-    assert len(set(page.addresses)) == 4
+    assert len(set(page.addresses)) == len(page.addresses)
     shown = [cell for table in report_pages.TABLES for run in document["runs"] for cell in _row(table, run)]
     assert [cell for cell in page.cells if cell in set(shown)] and not Counter(shown) - Counter(page.cells)
 
@@ -408,9 +416,9 @@ def test_picture_shows_the_lines(pair: list[str]) -> None:
     image.load()
     assert image.format == "PNG" and min(image.size) > 500
     pixels = np.asarray(image.convert("RGB")).astype(int)
-    halves = np.array_split(pixels, 2, axis=1)
-    for half in halves:
-        body = half[len(half) // 8 :]  # below the legend
+    body = pixels[len(pixels) // 16 :]  # below the legend
+    panels = [half for part in np.array_split(body, 3, axis=1) for half in np.array_split(part, 2)]
+    for body in panels:
         for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
             drawn = (np.abs(body - colour).max(axis=2) < 8).sum()
             assert drawn > 100
@@ -430,17 +438,88 @@ def test_legend_shows_every_name_as_it_is() -> None:
 
 
 def test_axes_have_fitting_units() -> None:
-    def run(flops: float, hours: float) -> dict[str, Any]:
-        return {"evaluations": [{"loss": 1.0, "flops": flops, "device_hours": hours}, {"loss": None}]}
-
-    assert report_pages._flops_axis([run(2.5e19, 0), run(5e18, 0)]) == (
+    flops, _, hours, energy = report_pages.AXES
+    assert report_pages._scaled(flops, [[2.5e19], [5e18]]) == (
         "training FLOPs, head included ($10^{19}$)",
-        [[2.5], [0.5]],
+        [[pytest.approx(2.5)], [pytest.approx(0.5)]],
     )
-    assert report_pages._flops_axis([run(500, 0)])[1] == [[500]]
-    for hours, label, value in ((30.0, "hours", 30.0), (0.5, "minutes", 30.0), (0.01, "seconds", 36.0)):
-        axis = report_pages._time_axis([run(1, hours)])
-        assert axis == (f"device-{label}, everything included", [[pytest.approx(value)]])
+    assert report_pages._scaled(flops, [[500.0]])[1] == [[500.0]]
+    for spent, unit, value in ((30.0, "hours", 30.0), (0.5, "minutes", 30.0), (0.01, "seconds", 36.0)):
+        label, places = report_pages._scaled(hours, [[spent], []])
+        assert (label, places) == (f"device-{unit}, everything included", [[pytest.approx(value)], []])
+    assert report_pages._scaled(energy, [[0.02]]) == ("Wh, all that was metered", [[20.0]])
+
+
+def test_energy_downstream_scores_and_mfu_are_shown_where_there_are_some(
+    corpora: Corpora, tmp_path: Path
+) -> None:
+    made = MadeRun(tmp_path / "run", options_of(corpora), peak=1e9)
+    made.ledger.meter({"gpu": 0.0})
+    made.work(1).score(5.0)
+    with made.ledger.time("checkpoint"):
+        made.clock.now += 1
+    made.ledger.meter({"gpu": 7.2e6})
+    made.ledger.peak(3 * 2**29)
+    made.work(2).score(4.5)
+    lines = [(1, "sst2", 0.7), (3, "sst2", 0.8), (3, "mnli", 0.6), (2, "sst2", 0.9)]
+    (tmp_path / "run" / "downstream.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "task": task, "score": score}) + "\n" for step, task, score in lines
+        )
+    )
+    (run,) = (document := report.gather([str(made.path)]))["runs"]
+    assert [one["kwh"] for one in run["evaluations"]] == [0.0, 2.0]
+    assert [(one["step"], one["score"], one["kwh"]) for one in run["downstream"]] == [
+        (1, 0.7, 0.0),
+        (3, pytest.approx(0.7), 2.0),
+    ]  # nothing is known of what step 2 had cost
+    page = report_pages.markdown(document)
+    account, speed = cells(page, "Account")["run"], cells(page, "Speed")["run"]
+    assert cells(page, "Held-out result")["run"]["downstream"] == "70.0 %"
+    assert account["energy"] == "2 kWh" and account["left"] == "2 steps"
+    # metered from 5 s on, for 2 + 3 + 1 of 5 + 2 + 3 + 1 + 4 + 3 seconds
+    assert account["metered"] == f"{100 * 6 / 18:.1f} %"
+    assert (speed["step time"], speed["peak memory"]) == ("2 s", "1.50 GiB")
+    rate = 8 * 24 / 2
+    assert (speed["slots/s"], speed["tokens/s"]) == (f"{rate:.4g}", f"{rate * 22 / 24:.4g}")
+    assert speed["MFU"] == f"{100 * made.cost.flops.total / 2 / 2 / 1e9:.1f} %"
+    html = Page(report_pages.html(document))
+    assert len(html.addresses) == 2 * (3 * 4 + 2)  # loss, accuracy and score against four costs; two speeds
+    (tmp_path / "run" / "downstream.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="downstream.jsonl:1: expected step, task and score"):
+        report.gather([str(made.path)])
+
+
+def test_a_long_run_is_thinned_for_its_picture(corpora: Corpora, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", options_of(corpora))
+    for _ in range(450):
+        made.clock.now += 2
+        made.ledger.step(made.cost)
+        made.monitor.log(0.5, made.ledger.totals(), loss=9.0)
+    (run,) = report.gather([str(made.path)])["runs"]
+    assert len(run["speed"]) == 150 and run["speed"][-1]["step"] == 450
+    assert {one["step_seconds"] for one in run["speed"]} == {2.0}
+
+
+def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> None:
+    options = options_of(
+        corpora, "3ml-self", train={"phases": [{"until": 0.5, "seq_length": 12, "batch_size": 4}]}
+    )
+    made = MadeRun(tmp_path / "run", options)
+    first, second = (budget.step_cost(phase) for phase in config.phases(options))
+    for cost, steps in ((first, 3), (second, 2)):
+        if cost is second:
+            made.ledger.note("phase-change", phase=1)
+        for _ in range(steps):
+            made.ledger.step(cost)
+    made.ledger.note("stop")
+    (run,) = report.gather([str(made.path)])["runs"]
+    assert run["costs"]["flops_with_head"] == 3 * first.flops.total + 2 * second.flops.total
+    plain = [budget.step_cost(costs.baseline(phase)) for phase in config.phases(options)]
+    reference = 3 * plain[0].flops.total + 2 * plain[1].flops.total
+    assert run["relative"]["flops_with_head"] == run["costs"]["flops_with_head"] / reference
+    row = cells(report_pages.markdown(report.gather([str(made.path)])), "Model")["run"]
+    assert (row["length"], row["batch"]) == ("12, then 24", "4, then 8")
 
 
 @pytest.mark.parametrize(
@@ -458,6 +537,11 @@ def test_large_numbers(value: float, text: str) -> None:
     assert report_pages._scientific(value) == text
 
 
+def test_a_place_for_nothing_is_told_before_a_run_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc/q: cannot be written"):
+        report.main([str(tmp_path), "--output", "/proc/q"])
+
+
 def test_program_prints_only_json_and_replaces_whole_files(pair: list[str], tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
     command = [sys.executable, "-m", "tools.report", *pair, "--output", str(output)]
@@ -466,11 +550,17 @@ def test_program_prints_only_json_and_replaces_whole_files(pair: list[str], tmp_
     document = json.loads(done.stdout)
     assert [run["name"] for run in document["runs"]] == ["base", "late"]
     assert document["runs"][1]["held_out"]["loss"] == 4.25
-    assert sorted(path.name for path in output.iterdir()) == ["loss.png", "report.html", "report.md"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "loss.png",
+        "report.html",
+        "report.md",
+        "speed.png",
+    ]
     first = (output / "report.md").stat().st_ino
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = again.stdout.splitlines()
-    assert lines[-3:] == [str(output / name) for name in ("report.md", "report.html", "loss.png")]
+    names = ("report.md", "report.html", "loss.png", "speed.png")
+    assert lines[-4:] == [str(output / name) for name in names]
     assert "4.2500" in again.stdout  # the tables, for a terminal
     assert (output / "report.md").stat().st_ino != first
     bad = subprocess.run([*command[:3], "nowhere", *command[-2:]], cwd=ROOT, capture_output=True, text=True)

@@ -16,6 +16,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette without its yellow, which white swallows; lightened where the page is dark.
 _COLOURS = {
@@ -47,6 +48,20 @@ class Level:
 
     label: str
     y: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One measure of ours over a peer's."""
+
+    name: str
+    ratio: float
+    spread: Sequence[float]
+    """Smallest and largest."""
+    is_cost: bool
+    """Less is better."""
+    expected: float | None
+    """What it should be."""
 
 
 @contextmanager
@@ -83,8 +98,14 @@ def theme(name: str) -> Iterator[None]:
 
 def figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     """A row of panels that share their vertical scale."""
-    made = Figure(figsize=(5.4 * panels, 3.9), layout="constrained")
-    return made, made.subplots(1, panels, sharey=True, squeeze=False)[0]
+    made, (row,) = grid(panels, 1)
+    return made, row
+
+
+def grid(columns: int, rows: int) -> tuple[Figure, Sequence[Sequence[Axes]]]:
+    """Rows of panels; those of a row share their vertical scale."""
+    made = Figure(figsize=(5.4 * columns, 3.9 * rows), layout="constrained")
+    return made, made.subplots(rows, columns, sharey="row", squeeze=False)
 
 
 def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: str, y_label: str) -> None:
@@ -105,10 +126,48 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
         for level in levels:
             _draw_level(axes, level)
     else:
-        axes.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+
+
+def ratios(bars: Sequence[Ratio]) -> Figure:
+    """Ratios as points with the extremes of their rounds, one under another, and 1 as the line to compare.
+
+    What costs (time, memory) has another colour than what is had (slots a second).
+    """
+    drawn = Figure(figsize=(9.6, 1.25 + 0.36 * len(bars)), layout="constrained")
+    axes = drawn.subplots()
+    for place, bar in enumerate(bars):
+        colour = "C2" if bar.is_cost else "C0"
+        axes.plot(bar.spread, [place, place], color=colour, linewidth=3, alpha=0.4, solid_capstyle="butt")
+        axes.plot(bar.ratio, place, "D" if bar.is_cost else "o", color=colour, markersize=5)
+        if bar.expected is not None:
+            axes.plot(bar.expected, place, "|", color="C1", markersize=11, markeredgewidth=1.6)
+        at = axes.get_yaxis_transform()
+        axes.text(1.02, place, f"{bar.ratio:.2f}", transform=at, ha="left", va="center")
+    axes.axvline(1, color=matplotlib.rcParams["xtick.color"], linewidth=1.1)
+    axes.set_yticks(range(len(bars)), [_literal(bar.name) for bar in bars])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xlabel("ours / peer: median, extremes of the rounds")
+    _ratio_legend(drawn, bars)
+    return drawn
+
+
+def _ratio_legend(drawn: Figure, bars: Sequence[Ratio]) -> None:
+    """What the marks mean, of those that are there."""
+    marks = {
+        "rate: more is better": ("o", "C0", any(not bar.is_cost for bar in bars)),
+        "time or memory: less is better": ("D", "C2", any(bar.is_cost for bar in bars)),
+        "what FLOPs predict": ("|", "C1", any(bar.expected is not None for bar in bars)),
+    }
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=label)
+        for label, (marker, colour, present) in marks.items()
+        if present
+    ]
+    drawn.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=10)
 
 
 def _literal(text: str) -> str:

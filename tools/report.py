@@ -1,7 +1,8 @@
 """What runs cost and what they gave, side by side: ``python -m tools.report RUN... --output DIR``.
 
-Writes report.md, report.html (one file, nothing fetched) and loss.png, from the config, ledger and
-metrics in the run folders; while a run trains, its figures are those up to now.
+Writes report.md, report.html (one file, nothing fetched), loss.png and speed.png, from the config, ledger
+and metrics in the run folders; while a run trains, its figures are those up to now. Where a run has a
+downstream.jsonl (lines of {"step", "task", "score"}, scores in [0, 1]), its scores are shown too.
 
 The one idea: one document is gathered first; the pages only show it and ``--json`` prints it.
 The trap: held-out losses compare only where the questions are the same, so whatever differs in them is
@@ -9,25 +10,26 @@ said in a warning.
 """
 
 import argparse
-import os
+import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain import __version__, config, flops, ledger
-from pretrain.checkpoint import TEMPORARY, RunFolder
+from pretrain import __version__, budget, config, costs, flops, ledger
+from pretrain.checkpoint import RunFolder, check_folder
 from pretrain.config import Config, UserError
 from pretrain.corpus import load_manifest, tokenizer_folder
-from pretrain.masking import counts
 from pretrain.monitor import Metrics, read_metrics
 from pretrain.tokenizer import load_tokenizer
 from tools import console, report_pages
 
-BASELINE_RATE = 0.15
+MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
 
 _QUESTIONS = {
     "seq_length": "sequence length",
@@ -40,6 +42,7 @@ _QUESTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _arguments(arguments)
+    check_folder(options.output)
     document = gather(options.runs)
     written = write(document, Path(options.output))
     if options.json:
@@ -53,23 +56,21 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = console.parser("report", "Tables and plots of what runs cost and what they gave.", reports=True)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; it may still be training")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of report.md, report.html and loss.png"
+        "--output", required=True, metavar="DIR", help="folder of report.md, report.html and the .png"
     )
     return parser.parse_args(arguments)
 
 
 def write(document: dict[str, Any], output: Path) -> list[Path]:
-    """Writes the three files, each at once or not at all; returns their paths."""
+    """Writes the files, each at once or not at all; returns their paths."""
     files = {
         "report.md": report_pages.markdown(document).encode(),
         "report.html": report_pages.html(document).encode(),
         "loss.png": report_pages.picture(document),
+        "speed.png": report_pages.speed_picture(document),
     }
-    output.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        temporary = output / f"{TEMPORARY}{name}"
-        temporary.write_bytes(data)
-        os.replace(temporary, output / name)
+        console.write(output / name, data)
     return [output / name for name in files]
 
 
@@ -89,8 +90,10 @@ class Run:
     totals: dict[str, Any]
     """Of the ledger."""
     lines: list[ledger.Line]
-    evaluations: list[Metrics]
-    """The lines of metrics that have a held-out loss, oldest first."""
+    metrics: list[Metrics]
+    """One line a logged step, oldest first."""
+    downstream: list[dict[str, Any]]
+    """Scores of fine-tuning."""
 
     @property
     def devices(self) -> list[str]:
@@ -123,8 +126,24 @@ def _read_run(path: str, name: str) -> Run:
         RunFolder(folder).status(),
         ledger.total([folder] if begun else []),
         ledger.read(folder) if begun else [],
-        [line for line in read_metrics(folder) if "held_out_loss" in line] if logged else [],
+        read_metrics(folder) if logged else [],
+        _read_downstream(folder / "downstream.jsonl"),
     )
+
+
+def _read_downstream(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            found.append(
+                {"step": int(line["step"]), "task": str(line["task"]), "score": float(line["score"])}
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
+    return found
 
 
 # ---- the document --------------------------------------------------------------------------------
@@ -144,86 +163,131 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
 
 def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     o, totals = run.options, run.totals
-    evaluations = [_evaluation(line) for line in run.evaluations]
+    evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
     return {
         "run": run.path,
         "name": run.name,
         "method": config.method(o),
         "model": {name: getattr(o.model, name) for name in ("block", "num_layers", "hidden_size")},
-        "seq_length": o.train.seq_length,
+        "seq_length": [phase.train.seq_length for phase in config.phases(o)],
+        "batch_size": [phase.train.batch_size for phase in config.phases(o)],
         "rate": o.masking.rate,
         "parameters": _parameters(o),
         "state": run.status.get("state"),
         "devices": run.devices,
         "ranks": run.lines[-1]["ranks"] if run.lines else None,
         "totals": totals,
-        "budget": _budget(o.budget, totals),
+        "budget": _budget(o, totals),
         "costs": {
-            "token_layers": sequence_costs(o)["token_layers"] * totals["samples"],
+            "token_layers": totals["token_layers"],
             "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
             "flops_with_head": totals["flops"]["total"],
             "device_seconds": totals["device_seconds"]["productive"],
         },
-        "relative": {**_relative(o), "device_time": _relative_time(run, runs)},
+        "relative": {**_relative(run), "device_time": _relative_time(run, runs)},
         "questions": _questions(run),
         "held_out": evaluations[-1] if evaluations else None,
-        "unigram": unigram(o.corpus, o.train.seq_length, o.evaluate.samples),
+        "unigram": unigram(o.corpus, held_out_length(o), o.evaluate.samples),
         "evaluations": evaluations,
+        "downstream": _downstream(run),
+        "speed": _speed(run),
     }
+
+
+def held_out_length(o: Config) -> int:
+    """L of the held-out windows."""
+    return o.evaluate.seq_length or o.train.seq_length
+
+
+def _spent(line: Metrics) -> dict[str, Any]:
+    """What a step had cost: places on the horizontal axes."""
+    return {name: line.get(name) for name in ("step", "flops", "tokens_seen", "device_hours", "kwh")}
 
 
 def _evaluation(line: Metrics) -> dict[str, Any]:
     scores = {name: line.get(f"held_out_{name}") for name in ("loss", "bits_per_byte", "accuracy")}
-    return {**{name: line[name] for name in ("step", "flops", "device_hours")}, **scores}
+    return {**_spent(line), **scores}
+
+
+def _downstream(run: Run) -> list[dict[str, Any]]:
+    """Mean score over the tasks of each step that has some, and what that step had cost."""
+    by_step: dict[int, dict[str, float]] = {}
+    for one in run.downstream:
+        by_step.setdefault(one["step"], {})[one["task"]] = one["score"]
+    lines = {line["step"]: line for line in run.metrics}
+    return [
+        {**_spent(lines[step]), "score": statistics.mean(scores.values()), "tasks": scores}
+        for step, scores in sorted(by_step.items())
+        if step in lines
+    ]
+
+
+RATES = ("slots_per_second", "real_tokens_per_second", "predictions_per_second", "mfu", "step_seconds")
+SPEED_POINTS = 200
+
+
+def _speed(run: Run) -> list[dict[str, Any]]:
+    """Rates over the run: its logs, as medians of so many neighbours that 200 points remain at most."""
+    logs = [line for line in run.metrics if "slots_per_second" in line]
+    size = -(-len(logs) // SPEED_POINTS) or 1
+    return [
+        {
+            **_spent(stretch[-1]),
+            **{
+                rate: _median([line[rate] for line in stretch if line.get(rate) is not None])
+                for rate in RATES
+            },
+        }
+        for stretch in (logs[start : start + size] for start in range(0, len(logs), size))
+    ]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _parameters(o: Config) -> dict[str, int]:
     """Those that fine-tuning starts from, and those that only pre-training has."""
-    parts = flops.parameters(o.model, _vocab_size(o))
+    parts = flops.parameters(o.model, o.model.vocab_size or 0)
     kept = parts["encoder"] + parts["embeddings"]
     return {"encoder": kept, "discarded": parts["total"] - kept, "total": parts["total"]}
 
 
-def _budget(budget: config.Budget, totals: dict[str, Any]) -> dict[str, Any]:
-    spent = {
-        "steps": totals["steps"],
-        "tokens": totals["tokens_seen"],
-        "flops": totals["flops"]["total"],
-        "device_hours": totals["device_seconds"]["total"] / 3600,
-    }
-    ((unit, total),) = ((unit, value) for unit, value in budget.model_dump().items() if value is not None)
-    return {"unit": unit, "total": total, "spent": spent[unit]}
+def _budget(o: Config, totals: dict[str, Any]) -> dict[str, Any]:
+    unit, total = o.budget.amount
+    relative_to = o.budget.relative_to and f"{o.budget.fraction:g} of {o.budget.relative_to}"
+    return {"unit": unit, "total": total, "spent": budget.spent(totals, unit), "relative_to": relative_to}
 
 
 # ---- costs against the baseline ------------------------------------------------------------------
 
 
-def baseline(o: Config) -> Config:
-    """Ordinary MLM at 15 % on an encoder of the same size and the same sequences."""
-    model = o.model.model_copy(update={"mask_from": 0, "decoder_layers": 0})
-    return o.model_copy(update={"model": model, "masking": config.Masking(rate=BASELINE_RATE)})
+def _relative(run: Run) -> dict[str, float]:
+    """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
+    ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
+    for samples, phase in zip(_phase_samples(run), config.phases(run.options), strict=True):
+        mine, reference = _sequence_costs(phase), _sequence_costs(costs.baseline(phase))
+        for name in MEASURES:
+            ours[name] += samples * mine[name]
+            theirs[name] += samples * reference[name]
+    return {name: ours[name] / theirs[name] for name in MEASURES}
 
 
-def sequence_costs(o: Config) -> dict[str, float]:
-    """What training on one sequence costs, in closed form."""
-    c = counts(o.masking, o.train.seq_length)
-    rows = flops.Rows(c.length, c.visible, c.predicted)
-    cost = flops.training(o.model, rows, _vocab_size(o))
-    return {
-        "token_layers": flops.token_layers(o.model, rows),
-        "flops_without_head": cost.encoder + cost.decoder,
-        "flops_with_head": cost.total,
-    }
+def _sequence_costs(o: Config) -> dict[str, float]:
+    return asdict(costs.of_sequence(o, o.model.vocab_size or 0))
 
 
-def _vocab_size(o: Config) -> int:
-    assert o.model.vocab_size, "the config of a run is resolved"
-    return o.model.vocab_size
-
-
-def _relative(o: Config) -> dict[str, float]:
-    reference = sequence_costs(baseline(o))
-    return {name: cost / reference[name] for name, cost in sequence_costs(o).items()}
+def _phase_samples(run: Run) -> list[int]:
+    """Sequences of each phase; before the first update, one of the first phase."""
+    borders = {0: 0}  # phase -> samples before it; written anew where the run went back
+    for line in run.lines:
+        if line["event"] == "phase-change":
+            borders[line["phase"]] = line["samples"]
+    ends = [*borders.items(), (len(run.options.train.phases) + 1, max(1, run.totals["samples"]))]
+    samples = [0] * (len(run.options.train.phases) + 1)
+    for (phase, begin), (_, end) in pairwise(ends):
+        samples[phase] = max(0, end - begin)
+    return samples
 
 
 def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
@@ -243,7 +307,7 @@ def _is_baseline(other: Run, run: Run) -> bool:
     return (
         config.method(other.options) == "mlm"
         and bool(other.lines)
-        and sequence_costs(other.options) == sequence_costs(baseline(run.options))
+        and _sequence_costs(other.options) == _sequence_costs(costs.baseline(run.options))
         and other.options.model.block == run.options.model.block
         and other.options.train.precision == run.options.train.precision
         and other.devices == run.devices
@@ -273,18 +337,21 @@ def unigram(corpus: config.Corpus, length: int, samples: int) -> dict[str, Any] 
 def _questions(run: Run) -> dict[str, Any]:
     """What the held-out loss is an answer to, under the keys of `_QUESTIONS`; None where unknown."""
     scores = [line["held_out"] for line in run.lines if "held_out" in line]
+    last = scores[-1] if scores else {}
     known: dict[str, Any] = {
-        "seq_length": run.options.train.seq_length,
-        "predicted_tokens": scores[-1]["predicted_tokens"] if scores else None,
-        "tokenizer": None,
-        "corpus": None,
+        "seq_length": held_out_length(run.options),
+        **{name: last.get(name) for name in ("predicted_tokens", "tokenizer", "corpus")},
     }
     try:
         manifest = load_manifest(run.options.corpus.valid or "")
     except UserError:
         return known
     hashed = manifest.tokenizer.hash if manifest.tokenizer else None
-    return {**known, "tokenizer": hashed, "corpus": manifest.fingerprint}
+    return {
+        **known,
+        "tokenizer": known["tokenizer"] or hashed,
+        "corpus": known["corpus"] or manifest.fingerprint,
+    }
 
 
 def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:

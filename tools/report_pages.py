@@ -6,6 +6,7 @@ figure is shown without its meaning. The trap: names come from folders, so both 
 
 import base64
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import IO, Any, NamedTuple
@@ -83,10 +84,45 @@ def _devices(run: Described) -> str:
 
 def _budget(run: Described) -> str:
     budget = run["budget"]
-    return f"{_scientific(budget['total'])} {_UNITS[budget['unit']]}"
+    words = f"{_scientific(budget['total'])} {_UNITS[budget['unit']]}"
+    return f"{words} ({budget['relative_to']})" if budget["relative_to"] else words
 
 
-_UNITS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "device_hours": "device-hours"}
+def _left(run: Described) -> str:
+    budget = run["budget"]
+    return f"{_scientific(max(0.0, budget['total'] - budget['spent']))} {_UNITS[budget['unit']]}"
+
+
+def _energy(run: Described) -> str:
+    joules = run["totals"]["joules"]
+    return NONE if joules is None else f"{joules / 3.6e6:.4g} kWh"
+
+
+def _rate(run: Described, name: str, unit: str = "") -> str:
+    """The median over the run."""
+    values = [one[name] for one in run["speed"] if one[name] is not None]
+    if not values:
+        return NONE
+    value = statistics.median(values)
+    if name == "mfu":
+        return _share(value)
+    return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + unit
+
+
+def _in_turn(values: Sequence[int]) -> str:
+    """Of the phases: 128, then 512."""
+    return ", then ".join(dict.fromkeys(map(str, values)))
+
+
+_UNITS = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "flops": "FLOPs",
+    "flops_without_head": "FLOPs without head",
+    "token_layers": "token-layers",
+    "device_hours": "device-hours",
+    "kwh": "kWh",
+}
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -122,6 +158,11 @@ RESULT = Table(
             "unigram accuracy",
             lambda r: _score(r, "unigram", "accuracy"),
             "accuracy of always naming the most frequent piece",
+        ),
+        Column(
+            "downstream",
+            lambda r: _share(r["downstream"][-1]["score"]) if r["downstream"] else NONE,
+            "mean score over the tasks of the latest step that was fine-tuned (a dash: none was)",
         ),
     ),
 )
@@ -190,6 +231,43 @@ WORK = Table(
     ),
 )
 
+SPEED = Table(
+    "Speed",
+    (
+        Column(
+            "step time",
+            lambda r: _rate(r, "step_seconds", " s"),
+            "median seconds of an update over the logs; evaluation, saving and start-up are apart",
+        ),
+        Column(
+            "slots/s",
+            lambda r: _rate(r, "slots_per_second"),
+            "rows of input a second, over all devices: places in windows, those of [MASK] included",
+        ),
+        Column(
+            "tokens/s",
+            lambda r: _rate(r, "real_tokens_per_second"),
+            "those of them that are text: the ends of windows are not",
+        ),
+        Column(
+            "predicted/s",
+            lambda r: _rate(r, "predictions_per_second"),
+            "places a second that the training loss asks about",
+        ),
+        Column(
+            "MFU",
+            lambda r: _rate(r, "mfu"),
+            "model FLOPs of the updates over the dense peak of the devices in this precision (a dash: the"
+            " device's peak is not known)",
+        ),
+        Column(
+            "peak memory",
+            lambda r: f"{r['totals']['peak_bytes'] / 2**30:.2f} GiB" if r["totals"]["peak_bytes"] else NONE,
+            "most that a rank has held: of a GPU's memory, or on a CPU of the host's",
+        ),
+    ),
+)
+
 ACCOUNT = Table(
     "Account",
     (
@@ -204,11 +282,22 @@ ACCOUNT = Table(
             lambda r: _share(r["budget"]["spent"] / r["budget"]["total"]),
             "share of it that is spent; an update that would exceed it is not begun",
         ),
+        Column("left", _left, "what is left of it"),
         Column("device", _devices, "ranks of the last attempt, and what each of them drives"),
         Column(
             "device-hours",
             lambda r: _hours(r["totals"]["device_seconds"]["total"]),
             "ranks x hours from start to exit, over all attempts, whatever the time went into",
+        ),
+        *(
+            Column(name, lambda r, part=part: _hours(r["totals"]["device_seconds"][part]), meaning)
+            for part, name, meaning in (
+                ("productive", "updates", "device-hours of updates that the model is made of"),
+                ("evaluate", "evaluation", "of held-out evaluation"),
+                ("checkpoint", "saving", "of writing checkpoints"),
+                ("startup", "start-up", "from a process's start to its first update, compilation included"),
+                ("idle", "idle", "of what nobody claims"),
+            )
         ),
         Column(
             "lost hours",
@@ -220,6 +309,20 @@ ACCOUNT = Table(
             lambda r: _scientific(r["totals"]["lost_flops"]),
             "FLOPs of that work, in no other column",
         ),
+        Column(
+            "energy",
+            _energy,
+            "what GPUs (NVML) and hosts (RAPL) have counted, in kWh (a dash: no sensor could be read)",
+        ),
+        Column(
+            "metered",
+            lambda r: (
+                _share(r["totals"]["metered_device_seconds"] / r["totals"]["device_seconds"]["total"])
+                if r["totals"]["joules"] is not None
+                else NONE
+            ),
+            "share of the device-hours in which a sensor was read; imports before the first reading are not",
+        ),
         Column("attempts", lambda r: f"{r['totals']['attempts']}", "how often the run was started"),
     ),
 )
@@ -228,7 +331,8 @@ MODEL = Table(
     "Model",
     (
         Column("encoder", _size, "layers x width, and the kind of block"),
-        Column("length", lambda r: f"{r['seq_length']}", "tokens of a training sequence"),
+        Column("length", lambda r: _in_turn(r["seq_length"]), "tokens of a training sequence"),
+        Column("batch", lambda r: _in_turn(r["batch_size"]), "sequences of an update"),
         Column("predicted", lambda r: _share(r["rate"]), "share of them that the training loss asks about"),
         Column(
             "encoder parameters",
@@ -243,7 +347,7 @@ MODEL = Table(
     ),
 )
 
-TABLES = (RESULT, COSTS, WORK, ACCOUNT, MODEL)
+TABLES = (RESULT, COSTS, WORK, SPEED, ACCOUNT, MODEL)
 
 
 def _meanings(table: Table) -> list[tuple[str, str]]:
@@ -258,64 +362,135 @@ def _subtitle(document: dict[str, Any]) -> str:
 
 # ---- figures -------------------------------------------------------------------------------------
 
-Axis = tuple[str, list[list[float]]]  # its label, and the places on it of every run's evaluations
+Points = list[dict[str, Any]]  # what was measured of a run, and what it had cost then
 
 
-def _scored(run: Described) -> list[dict[str, Any]]:
-    """Evaluations with a finite loss."""
-    return [one for one in run["evaluations"] if one["loss"] is not None]
+class Axis(NamedTuple):
+    """What a point had cost."""
+
+    key: str
+    name: str
+    label: str
+    scales: tuple[tuple[str, float], ...] = ()
+    """(unit, how many of it a unit of the document is), the largest first; none: a power of ten."""
 
 
-def _flops_axis(runs: Sequence[Described]) -> Axis:
-    values = [[float(one["flops"]) for one in _scored(run)] for run in runs]
-    exponent = math.floor(math.log10(max([1.0, *sum(values, [])])))
-    unit = f" ($10^{{{exponent}}}$)" if exponent > 3 else ""
-    scale = 10.0**exponent if unit else 1.0
-    return f"training FLOPs, head included{unit}", [[value / scale for value in row] for row in values]
+AXES = (
+    Axis("flops", "FLOPs", "training FLOPs, head included"),
+    Axis("tokens_seen", "tokens", "tokens seen"),
+    Axis(
+        "device_hours",
+        "device-hours",
+        "device-{}, everything included",
+        (("hours", 1.0), ("minutes", 60.0), ("seconds", 3600.0)),
+    ),
+    Axis("kwh", "energy", "{}, all that was metered", (("kWh", 1.0), ("Wh", 1e3), ("mWh", 1e6))),
+)
 
 
-def _time_axis(runs: Sequence[Described]) -> Axis:
-    hours = [[one["device_hours"] for one in _scored(run)] for run in runs]
-    longest = max([0.0, *sum(hours, [])])
-    unit, scale = next(
-        ((unit, scale) for unit, scale in (("hours", 1), ("minutes", 60)) if longest * scale >= 1),
-        ("seconds", 3600),
-    )
-    return f"device-{unit}, everything included", [[value * scale for value in row] for row in hours]
+class Measure(NamedTuple):
+    """What is drawn upwards."""
+
+    key: str
+    name: str
+    label: str
+    points: Callable[[Described], Points]
+    factor: float = 1.0
 
 
-def _levels(runs: Sequence[Described]) -> list[plots.Level]:
-    """Unigram baselines: one where the runs share it."""
-    by_loss: dict[float, list[str]] = {}
-    for run in runs:
-        if run["unigram"]:
-            by_loss.setdefault(round(run["unigram"]["loss"], 4), []).append(run["name"])
-    if len(by_loss) == 1:
-        return [plots.Level("unigram", loss) for loss in by_loss]
+QUALITIES = (
+    Measure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r["evaluations"]),
+    Measure("accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r["evaluations"], 100.0),
+    Measure("score", "Downstream score", "mean downstream score (%)", lambda r: r["downstream"], 100.0),
+)
+RATES = (
+    Measure("slots_per_second", "Throughput", "slots a second", lambda r: r["speed"]),
+    Measure("mfu", "MFU", "MFU (%)", lambda r: r["speed"], 100.0),
+)
+
+
+def _points(run: Described, measure: Measure, axis: Axis) -> Points:
+    """Those that have both figures."""
     return [
-        plots.Level(f"unigram, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}", loss)
-        for loss, names in by_loss.items()
+        one
+        for one in measure.points(run)
+        if one.get(measure.key) is not None and one.get(axis.key) is not None
     ]
 
 
-def _drawn(document: dict[str, Any], axes_wanted: Sequence[Callable[..., Axis]], kind: str) -> bytes:
-    runs = document["runs"]
-    figure, panels = plots.figure(len(axes_wanted))
-    for number, (panel, axis) in enumerate(zip(panels, axes_wanted, strict=True)):
-        label, values = axis(runs)
-        lines = [
-            plots.Line(run["name"], x, [one["loss"] for one in _scored(run)])
-            for run, x in zip(runs, values, strict=True)
-        ]
-        plots.draw(panel, lines, _levels(runs), label, "" if number else "held-out loss (nats)")
-    plots.legend(figure, panels[0])
+def _scaled(axis: Axis, values: Sequence[Sequence[float]]) -> tuple[str, list[list[float]]]:
+    """Label and places, in the largest unit of which there is one at least."""
+    largest = max([0.0, *(value for row in values for value in row)])
+    if axis.scales:
+        unit, scale = next((pair for pair in axis.scales if largest * pair[1] >= 1), axis.scales[-1])
+        label = axis.label.format(unit)
+    else:
+        exponent = math.floor(math.log10(max(1.0, largest)))
+        scale = 10.0**-exponent if exponent > 3 else 1.0
+        label = f"{axis.label} ($10^{{{exponent}}}$)" if exponent > 3 else axis.label
+    return label, [[value * scale for value in row] for row in values]
+
+
+def _measured(runs: Sequence[Described], measures: Sequence[Measure]) -> list[Measure]:
+    """Those that some run has; the first of them always."""
+    found = [measure for measure in measures if any(_points(run, measure, AXES[2]) for run in runs)]
+    return found or [measures[0]]
+
+
+def _axes(runs: Sequence[Described]) -> list[Axis]:
+    """Without energy, where nobody measured it."""
+    return [
+        axis for axis in AXES if axis.key != "kwh" or any(_points(run, QUALITIES[0], axis) for run in runs)
+    ]
+
+
+def _levels(runs: Sequence[Described], measure: Measure) -> list[plots.Level]:
+    """Unigram baselines: one where the runs share it."""
+    by_value: dict[float, list[str]] = {}
+    for run in runs:
+        if run["unigram"] and measure.key in run["unigram"]:
+            by_value.setdefault(round(measure.factor * run["unigram"][measure.key], 4), []).append(
+                run["name"]
+            )
+    if len(by_value) == 1:
+        return [plots.Level("unigram", value) for value in by_value]
+    return [
+        plots.Level(f"unigram, {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}", value)
+        for value, names in by_value.items()
+    ]
+
+
+def _drawn(runs: Sequence[Described], rows: Sequence[Measure], columns: Sequence[Axis], kind: str) -> bytes:
+    """A grid of panels; those of a row share their vertical scale."""
+    figure, panels = plots.grid(len(columns), len(rows))
+    for row, measure in zip(panels, rows, strict=True):
+        for number, (panel, axis) in enumerate(zip(row, columns, strict=True)):
+            found = [_points(run, measure, axis) for run in runs]
+            label, places = _scaled(axis, [[one[axis.key] for one in points] for points in found])
+            lines = [
+                plots.Line(run["name"], x, [measure.factor * one[measure.key] for one in points])
+                for run, x, points in zip(runs, places, found, strict=True)
+            ]
+            levels = _levels(runs, measure)
+            plots.draw(panel, lines, levels, label, "" if number else measure.label)
+            if measure in RATES:
+                panel.set_ylim(bottom=0)
+    plots.legend(figure, panels[0][0])
     return plots.encode(figure, kind)
 
 
 def picture(document: dict[str, Any]) -> bytes:
-    """loss.png: held-out loss against FLOPs and against device-hours."""
+    """loss.png: held-out loss, accuracy and downstream score against what they cost."""
+    runs = document["runs"]
     with plots.theme("light"):
-        return _drawn(document, (_flops_axis, _time_axis), "png")
+        return _drawn(runs, _measured(runs, QUALITIES), _axes(runs), "png")
+
+
+def speed_picture(document: dict[str, Any]) -> bytes:
+    """speed.png: throughput and MFU over the run."""
+    runs = document["runs"]
+    with plots.theme("light"):
+        return _drawn(runs, _measured(runs, RATES), [AXES[2]], "png")
 
 
 # ---- the terminal ------------------------------------------------------------------------------
@@ -329,7 +504,7 @@ def show(document: dict[str, Any], stream: IO[str]) -> None:
 
     # A file has no width to keep to.
     console = Console(file=stream, width=None if stream.isatty() else 240)
-    for table in (RESULT, COSTS, WORK):
+    for table in (RESULT, COSTS, WORK, SPEED):
         drawn = Drawn(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         drawn.add_column("run")
         for column in table.columns:
@@ -343,14 +518,16 @@ def show(document: dict[str, Any], stream: IO[str]) -> None:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """report.md; it shows the loss.png beside it."""
+    """report.md; it shows the pictures beside it."""
     parts = [f"# Pre-training report\n\n{_subtitle(document)}"]
     parts += [f"> **Warning:** {_plain(warning)}" for warning in document["warnings"]]
     for table in TABLES:
         parts += [f"## {table.title}", _markdown_table(table, document["runs"])]
         parts.append("\n".join(f"* **{title}**: {meaning}." for title, meaning in _meanings(table)))
         if table is RESULT:
-            parts.append("![Held-out loss against FLOPs and device-hours](loss.png)")
+            parts.append("![Held-out loss and accuracy against what they cost](loss.png)")
+        if table is SPEED:
+            parts.append("![Throughput over the run](speed.png)")
     return "\n\n".join(parts) + "\n"
 
 
@@ -401,12 +578,15 @@ img { display: block; width: 100%; max-width: 40rem; height: auto; }
 
 def html(document: dict[str, Any]) -> str:
     """report.html: style and figures inside, nothing fetched, no script."""
+    runs = document["runs"]
     body = [f'<h1>Pre-training report</h1>\n<p class="subtitle">{escape(_subtitle(document))}</p>']
     body += [f'<p class="warning">{escape(warning)}</p>' for warning in document["warnings"]]
     for table in TABLES:
         body += [f"<h2>{table.title}</h2>", _html_table(table, document["runs"])]
         if table is RESULT:
-            body.append(_html_figures(document))
+            body.append(_html_figures(runs, _measured(runs, QUALITIES), _axes(runs)))
+        if table is SPEED:
+            body.append(_html_figures(runs, _measured(runs, RATES), [AXES[2]]))
         terms = "\n".join(
             f"<dt>{escape(title)}</dt><dd>{escape(meaning)}.</dd>" for title, meaning in _meanings(table)
         )
@@ -439,17 +619,18 @@ def _html_table(table: Table, runs: Sequence[Described]) -> str:
     )
 
 
-def _html_figures(document: dict[str, Any]) -> str:
+def _html_figures(runs: Sequence[Described], measures: Sequence[Measure], axes: Sequence[Axis]) -> str:
     """A figure a panel, so that they stack on a phone, each in both themes."""
     figures = []
-    for axis, against in ((_flops_axis, "FLOPs"), (_time_axis, "device-hours")):
-        sources = {}
-        for name in ("light", "dark"):
-            with plots.theme(name):
-                data = base64.b64encode(_drawn(document, (axis,), "svg")).decode("ascii")
-            sources[name] = f"data:image/svg+xml;base64,{data}"
-        figures.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
-            f'<img alt="Held-out loss against {against}" src="{sources["light"]}"></picture>'
-        )
+    for measure in measures:
+        for axis in axes:
+            sources = {}
+            for name in ("light", "dark"):
+                with plots.theme(name):
+                    data = base64.b64encode(_drawn(runs, [measure], [axis], "svg")).decode("ascii")
+                sources[name] = f"data:image/svg+xml;base64,{data}"
+            figures.append(
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
+                f'<img alt="{measure.name} against {axis.name}" src="{sources["light"]}"></picture>'
+            )
     return '<div class="figures">\n' + "\n".join(figures) + "\n</div>"

@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import write_atomic
+from tools import console
 
 
 def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """NAME.csv and NAME.json of rows with equal keys; a nested value is JSON in its cell."""
-    folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, dict | list)}
         writer.writerow({**row, **nested})
-    write_atomic(folder / f"{name}.csv", table.getvalue())
-    write_atomic(folder / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
+    console.write(folder / f"{name}.csv", table.getvalue())
+    console.write(folder / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

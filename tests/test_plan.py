@@ -1,0 +1,323 @@
+"""The plan: its contract, its choices against trying everything, and its arithmetic against runs."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import budget, config, costs, devices, flops, memory, model
+from pretrain.config import UserError
+from tests.methods import METHODS, small
+from tests.test_readme import commands
+from tools import layouts, plan, plan_pages
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LARGE = str(ROOT / "configs" / "mlm-large.yaml")
+
+
+def planned(capsys, *words):
+    assert plan.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_promised_keys(capsys):
+    for one in planned(capsys, *map(str, CONFIGS), "--device", "H100", "--gpus", "8", "--fastest"):
+        assert set(one["parameters"]) == {"encoder", "decoder", "head", "embeddings", "total"}
+        assert set(one["flops_per_sequence"]) == {"encoder", "decoder", "head", "total"}
+        measures = {"token_layers", "flops_without_head", "flops_with_head", "device_time"}
+        assert set(one["relative"]) == measures
+        parts = {"parameters", "gradients", "optimizer", "activations", "head", "buffers", "total"}
+        assert parts <= set(one["memory_bytes_per_rank"])
+        assert one["config"] in map(str, CONFIGS) and one["layout"]["gpus"] == 8
+        assert one["kwh"] == pytest.approx(one["device_hours"] * 0.7)
+        if not config.load(one["config"]).train.phases:
+            hours = one["steps"] * one["step_seconds"] * 8 / 3600
+            assert one["device_hours"] == pytest.approx(hours)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
+    """Against torch's counters on the whole model, of tensors that have shapes and no values."""
+    options = config.load(path)
+    made = plan.plan(options)
+    pieces, rows = made["vocab_size"], costs.rows(options)
+    with FakeTensorMode():
+        whole = model.LateMaskModel(options.model, pieces, pieces - 1).train()
+        ids = torch.zeros(1, rows.length, dtype=torch.long)
+        batch = model.Batch(ids, ids, ids[:, -rows.predicted :], rows.length - rows.visible)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            whole(batch).backward()
+        assert made["parameters"]["total"] == sum(one.numel() for one in whole.parameters())
+    assert made["flops_per_sequence"]["total"] == counter.get_total_flops()
+
+
+def test_without_a_device_there_are_no_times(capsys):
+    (one,) = planned(capsys, LARGE)
+    assert one["step_seconds"] is one["kwh"] is one["relative"]["device_time"] is None
+    assert one["steps"] == 125_000 and one["memory_bytes_per_rank"]["total"] > 0
+
+
+def test_a_plan_takes_no_torch_and_little_time():
+    code = (
+        "import sys; from tools import plan; plan.main(sys.argv[1:]);"
+        "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    )
+    words = [*map(str, CONFIGS), "--device", "H100", "--gpus", "8"]
+    subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_does_not_fit_names_what_does():
+    words = [LARGE, "--device", "RTX 4090", "--gpus", "1", "train.micro_batch_size=2048"]
+    with pytest.raises(UserError, match=r"needs \d+.* GiB a rank on 1 x RTX 4090, which has 24") as error:
+        plan.main(words)
+    advice = str(error.value).partition("the smallest layout that fits: ")[2]
+    gpus, _, rest = advice.partition(" x RTX 4090, ")
+    assert plan.main([*words, *rest.split(), "--gpus", gpus]) == 0
+
+
+def test_nothing_fits():
+    words = [LARGE, "--device", "RTX 4090", "--gpus", "1", "--fastest", "model.hidden_size=65536"]
+    with pytest.raises(UserError, match="nothing fits 1 x RTX 4090; no layout on up to 4,096 of them fits"):
+        plan.main([*words, "model.ffn_size=262144"])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "no CONFIG"),
+        ([LARGE, "--fastest"], "need --device"),
+        ([LARGE, "--device", "abacus"], "abacus: not in the table .*H100"),
+        ([LARGE, "--gpus", "0"], "at least 1"),
+        ([LARGE, "--gpus", "3"], "batch_size = 2048 is no multiple"),
+        ([LARGE, "--gpus", "3", "parallel.tensor=2"], "no multiple of parallel.tensor"),
+        (["configs/nothing.yaml"], "cannot read"),
+        ([LARGE, "--price", "-3"], "--price: '-3' is not a number above 0"),
+        ([LARGE, "--watts", "nan"], "--watts: 'nan' is not a number above 0"),
+    ],
+)
+def test_bad_words(words, problem):
+    with pytest.raises(UserError, match=problem):
+        plan.main(words)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_costs_are_against_mlm_at_15_percent(method):
+    o = small(method, model={"vocab_size": 500})
+    made = plan.plan(o)["relative"]
+    rows = costs.rows(costs.baseline(o))
+    assert (rows.predicted, config.method(costs.baseline(o))) == (3, "mlm")
+    whole = flops.training(costs.baseline(o).model, rows, 500).total
+    own = flops.training(o.model, costs.rows(o), 500).total
+    assert made["flops_with_head"] == own / whole
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [({"tokens": 24 * 8 * 5 + 100}, 5), ({"flops": 1e9}, None), ({"device_hours": 1}, None)],
+)
+def test_steps_that_a_budget_pays_for(budget, steps):
+    o = small(budget=budget, model={"vocab_size": 500})
+    made = plan.plan(o, device="H100")
+    if "flops" in budget:
+        steps = int(1e9 // (8 * made["flops_per_sequence"]["total"]))
+    if "device_hours" in budget:
+        steps = int(3600 // made["step_seconds"])
+        assert plan.plan(o)["steps"] is None
+    assert made["steps"] == steps > 0
+    assert made["flops_total"] == steps * 8 * made["flops_per_sequence"]["total"]
+
+
+def test_phases_are_counted_apart():
+    phases = [{"until": 0.5, "seq_length": 12, "batch_size": 16}]
+    o = small(model={"vocab_size": 500}, train={"phases": phases}, budget={"tokens": 24 * 8 * 100})
+    made, (short, long) = plan.plan(o, device="H100"), config.phases(o)
+    first, second = budget.Budget(o).updates()
+    assert first * 12 * 16 == pytest.approx(24 * 8 * 50, rel=0.02) and second > 0
+    work = [budget.step_cost(one).flops.total for one in (short, long)]
+    assert made["steps"] == first + second
+    assert made["flops_total"] == first * work[0] + second * work[1]
+    alone = [
+        plan.plan(one, device="H100")["step_seconds"]
+        for one in (config.phases(o)[0].model_copy(update={"train": short.train}), long)
+    ]
+    assert made["hours"] * 3600 == pytest.approx(first * alone[0] + second * alone[1])
+
+
+def test_a_share_of_another_recipe_is_planned(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(config.dump(small("mlm", model={"vocab_size": 500}, budget={"steps": 1000})))
+    share = {"relative_to": str(other), "fraction": 0.68}
+    made = plan.plan(small("3ml-query", model={"vocab_size": 500}, budget=share))
+    whole = plan.plan(config.load(other))
+    assert made["flops_total"] <= 0.68 * whole["flops_total"]
+    assert made["flops_total"] == pytest.approx(0.68 * whole["flops_total"], rel=0.01)
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+@pytest.mark.parametrize("name", ["RTX 4090", "H100"])
+def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
+    """Over every micro-batch, not the largest that fits; the plan may prefer a simpler one by 2 %."""
+    device = devices.find(name)
+    o = config.load(LARGE)
+    job = layouts.job(o, 50265, device)
+    share, _ = layouts.achieved(device, job.precision)
+    chosen = layouts.fastest(job, gpus, device)
+    best = float("inf")
+    for tensor in (1, 2, 4, 8):
+        for zero, offload in layouts.SAVINGS:
+            for recompute in ("none", "block"):
+                for micro in layouts.divisors(max(1, 2048 * tensor // gpus)):
+                    if gpus % tensor:
+                        continue
+                    data = gpus // tensor
+                    one = memory.Layout(
+                        tensor=tensor,
+                        data=data,
+                        micro_batch=micro,
+                        accumulation=2048 // data // micro,
+                        engine="deepspeed" if zero else "torch",
+                        zero=zero,
+                        offload=offload,
+                        recompute=recompute,
+                        precision="bf16",
+                    )
+                    if layouts.needs(layouts.memory_of(job, one)) <= device.memory:
+                        best = min(best, layouts.step_seconds(job, one, device, share))
+    assert layouts.step_seconds(job, chosen, device, share) <= best * (1 + layouts.NEARLY)
+    assert layouts.needs(layouts.memory_of(job, chosen)) <= device.memory
+
+
+def test_overrides_make_the_layout():
+    o = config.load(LARGE)
+    made = plan.plan(o, 8, "H100", fastest=True)
+    words = made["layout"]["overrides"].split()
+    assert words
+    again = plan.plan(config.load(LARGE, words), 8, "H100")
+    assert again["layout"] == {**made["layout"], "overrides": ""}
+    assert again["step_seconds"] == made["step_seconds"]
+
+
+def test_scaling_stops_paying(capsys):
+    (one,) = planned(capsys, LARGE, "--device", "H100", "--scaling")
+    rows = one["scaling"]
+    assert [row["gpus"] for row in rows] == [2**n for n in range(13)]
+    assert rows[1]["gain"] == pytest.approx(2, abs=0.1) and rows[-1]["gain"] < 1.5
+    assert rows[-1]["efficiency"] < 0.2
+
+
+def test_all_methods_at_all_rates(capsys):
+    assert plan.main(["--methods", "512", "--json"]) == 0
+    found = {
+        (row["method"], row["rate"], row["all_mask"], row["size"]): row["relative"]["flops_with_head"]
+        for row in json.loads(capsys.readouterr().out)
+    }
+    assert found["mlm", 0.15, False, "base"] == 1
+    # methods.md's table, whose rows have fractions: within a thousandth.
+    for key, expected in {
+        ("3ml-self", 0.5, False, "base"): 0.895,
+        ("3ml-self", 0.5, False, "large"): 0.728,
+        ("3ml-cross", 0.5, False, "large"): 0.751,
+        ("mae-lm", 0.15, True, "base"): 1.161,
+        ("mlm", 0.4, False, "base"): 1.098,
+    }.items():
+        assert found[key] == pytest.approx(expected, abs=0.0025), key
+
+
+def test_pages_fit_a_terminal(capsys):
+    plan.main([*map(str, CONFIGS), "--device", "H100", "--gpus", "8", "--fastest", "--scaling"])
+    plan.main(["--methods", "512", "--device", "H100"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("Doubling pays") for line in lines) == len(CONFIGS)
+
+
+def test_the_readmes_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lines = [line for line in commands("What a run may spend, and what it has spent") if "tools.plan" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert plan.main(shlex.split(line)[3:]) == 0
+    assert "Doubling pays" in capsys.readouterr().out and (tmp_path / "scaling.png").exists()
+
+
+def test_the_picture_is_there(tmp_path):
+    plan.main([LARGE, "--device", "H100", "--plot", str(tmp_path / "scaling.png")])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [tmp_path / "scaling.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_named():
+    with pytest.raises(OSError) as caught:
+        plan.main([LARGE, "--device", "H100", "--plot", "/proc/q.png"])
+    assert caught.value.filename == "/proc/q.png"
+
+
+def test_where_doubling_stops_to_pay():
+    rows = [{"gpus": 2**n, "gain": gain} for n, gain in enumerate([None, 1.9, 1.5, 1.4, 1.6])]
+    assert plan_pages.pays_up_to(rows) == 4
+
+
+def test_a_benchmark_of_ours_sets_the_share(tmp_path, monkeypatch):
+    """An update that takes twice the products' time at full peak, and the traffic's, reaches half."""
+    device = devices.find("H100")
+    job = layouts.job(layouts.recipe("base", 128), layouts.ROBERTA_PIECES, device)
+    layout = memory.Layout(micro_batch=64)
+    seconds = layouts.step_seconds(job, layout, device, 0.5)
+    work = 64 * flops.training(job.model, job.rows, job.vocab_size).total
+    row = {
+        "name": "mlm, base 128, bf16",
+        "ours": work / seconds / 1e12,
+        "unit": "model TFLOP/s",
+        "device": "NVIDIA H100 80GB HBM3",
+        "dtype": "bf16",
+        "settings": {"size": "base", "length": 128, "batch_size": 64},
+    }
+    (tmp_path / "training.json").write_text(json.dumps([row, {**row, "device": "NVIDIA A100-SXM4-80GB"}]))
+    monkeypatch.setattr(layouts, "RESULTS", tmp_path)
+    layouts.benchmarks.cache_clear()
+    layouts.measured.cache_clear()
+    try:
+        share, source = layouts.achieved(device, "bf16")
+        assert (share, source) == (pytest.approx(0.5), "measured")
+        assert layouts.achieved(device, "fp32") == (layouts.ACHIEVED, "assumed")
+    finally:
+        layouts.benchmarks.cache_clear()
+        layouts.measured.cache_clear()
+
+
+def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
+    device = {**vars(devices.find("L40S")), "name": "abacus", "gpu": False, "watts": 0.0, "price": 0.0}
+    document = {"device": device, "achieved": {"bf16": 0.7}}
+    (tmp_path / "plan-abacus.json").write_text(json.dumps(document))
+    monkeypatch.setattr(layouts, "RESULTS", tmp_path)
+    layouts.measured.cache_clear()
+    try:
+        (one,) = planned(capsys, LARGE, "--device", "abacus", "train.micro_batch_size=1")
+        assert (one["achieved"], one["achieved_from"], one["kwh"]) == (0.7, "measured", None)
+    finally:
+        layouts.measured.cache_clear()
+
+
+def test_the_readmes_plans_of_large_are_those_of_the_plan():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = r"^\| `([\w-]+)` \| (\d+) \| [^|]+ \| (\d+) ms \| ([\d.]+) \|.* ([\d.]+) GiB \|$"
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert len(rows) == 9
+    for method, gpus, *said in rows:
+        options = config.load(ROOT / "configs" / f"{method}-large.yaml")
+        made = plan.plan(options, int(gpus), "H100", fastest=True)
+        held = made["memory_bytes_per_rank"]["total"] / 2**30
+        assert [f"{1e3 * made['step_seconds']:.0f}", f"{made['hours']:.2f}", f"{held:.1f}"] == said, (
+            method,
+            gpus,
+        )

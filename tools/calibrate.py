@@ -1,0 +1,359 @@
+"""The plan against this machine: real steps of several configs beside what `tools.plan` says of them.
+
+    python -m tools.calibrate --output tools/results/plan-cpu.json
+
+One config, the first, gives the one number that a plan cannot know: the share of the device's peak that
+products reach. The others are predicted with it. What is measured: seconds of a step (median of several,
+all ranks starting together), and bytes, as the allocator counts them: the fullest moment of a step by the
+allocator's own events. The size of the process would count Python, its libraries and what the C library
+keeps for later, and so hide what the tensors take.
+
+A machine that others use too changes its pace from minute to minute, by more than what is asked here. So
+each step stands between two products of large matrices, and its seconds are given as they would be at the
+pace at which these reach the device's peak (`pace` is how much of it they reached).
+
+The file also says what the device can do (a large matrix product, a long copy, an all-reduce), so that
+`tools.plan --device NAME` knows it from then on.
+
+The trap: gloo's threads free tensors unseen by the profiler, so a step is counted from its own beginning,
+and of several steps the smallest peak is the true one.
+"""
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain import config, costs
+from pretrain.checkpoint import check_folder
+from pretrain.config import Config
+from pretrain.devices import Device
+from tools import console, layouts, measure, plan
+from tools.tables import aligned
+
+if TYPE_CHECKING:
+    from pretrain.topology import Topology
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STEPS = 5
+"""Measured, after one that warms up."""
+SIZE = 2048
+"""Of the square matrices whose product is the measure of the device's pace."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config as it is run here, on so many ranks of a thread each."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...]
+    ranks: int = 1
+
+
+PLAIN = ("train.engine=torch", "parallel.zero=0", "model.dropout=0", "train.precision=fp32")
+BASE = (*PLAIN, "train.seq_length=128", "train.batch_size=4", "train.micro_batch_size=4")
+LONG = (*PLAIN, "train.batch_size=2", "train.micro_batch_size=1")
+DEMO = ("train.precision=fp32", "model.vocab_size=4096")
+ZERO = (*DEMO, "train.engine=deepspeed", "train.micro_batch_size=4")
+CASES = (
+    Case("mlm-base", "mlm-base", BASE),
+    Case("3ml-self-base", "3ml-self-base", BASE),
+    Case("3ml-cross-base", "3ml-cross-base", BASE),
+    Case("3ml-query-base", "3ml-query-base", BASE),
+    Case("mae-lm-base", "mae-lm-base", BASE),
+    Case("mlm-base, recompute", "mlm-base", (*BASE, "train.recompute=block")),
+    Case("mlm-base, 512 tokens", "mlm-base", LONG),
+    Case("demo-mlm", "demo-mlm", DEMO),
+    Case("demo-3ml", "demo-3ml", DEMO),
+    Case("demo-mlm, 2 ranks", "demo-mlm", DEMO, 2),
+    Case("demo-3ml, ZeRO 1", "demo-3ml", (*ZERO, "parallel.zero=1"), 2),
+    Case("demo-3ml, ZeRO 2", "demo-3ml", (*ZERO, "parallel.zero=2"), 2),
+    Case("demo-3ml, ZeRO 3", "demo-3ml", (*ZERO, "parallel.zero=3"), 2),
+    Case("demo-mlm, TP 2", "demo-mlm", (*DEMO, "parallel.tensor=2"), 2),
+)
+
+
+# ---- on the ranks --------------------------------------------------------------------------------
+
+
+def step_of(options: Config, micro: int, here: "Topology") -> Callable[[], None]:
+    """One update of a new engine in this process."""
+    import torch
+
+    from pretrain import engine, model
+
+    pieces = options.model.vocab_size
+    assert pieces
+    built = model.LateMaskModel(options.model, pieces, pieces - 1, options.train.recompute == "block")
+    model.init_weights(built, options.run.seed)
+    made = engine.build(options, built, here, micro)
+    rows = costs.rows(options)
+    accumulation = options.train.batch_size // (micro * here.data_size)
+
+    def batch() -> model.Batch:
+        ids = torch.randint(4, pieces - 1, (micro, rows.length))
+        positions = torch.rand(micro, rows.length).argsort(1)
+        targets = ids[:, -rows.predicted :].contiguous()
+        return model.Batch(ids, positions, targets, rows.length - rows.visible)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            made.backward(batch(), 1 / accumulation)
+        made.step(options.optimizer.lr)
+
+    return step
+
+
+def measured(options: Config, micro: int, peak: float) -> tuple[float, float, int]:
+    """(seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32 FLOP/s."""
+    from pretrain import topology
+
+    here = topology.connect(options.parallel.tensor, needs_group=options.train.engine == "deepspeed")
+    seconds, pace = timed(options, micro, peak, here)
+    gc.collect()
+    return seconds, pace, held(options, micro, here)
+
+
+def timed(options: Config, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
+    """(median seconds of a step at full pace, median pace), from when all ranks are ready until all are."""
+    import torch
+
+    step = step_of(options, micro, here)
+    matrix = torch.randn(SIZE, SIZE)
+
+    def lasts(action: Callable[[], Any]) -> float:
+        here.barrier()
+        begin = time.perf_counter()
+        action()
+        here.barrier()
+        return time.perf_counter() - begin
+
+    step()
+    products = [lasts(lambda: matrix @ matrix)]
+    seconds = []
+    for _ in range(STEPS):
+        seconds.append(lasts(step))
+        products.append(lasts(lambda: matrix @ matrix))
+    paces = [2 * 2 * SIZE**3 / peak / sum(pair) for pair in zip(products, products[1:], strict=False)]
+    full = [lasted * pace for lasted, pace in zip(seconds, paces, strict=True)]
+    return statistics.median(full), statistics.median(paces)
+
+
+def held(options: Config, micro: int, here: "Topology") -> int:
+    """Bytes of tensors at the fullest moment of a step."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = step_of(options, micro, here)
+        for number in range(STEPS):
+            with record_function(f"step {number}"):
+                step()
+    assert profiler.profiler and profiler.profiler.kineto_results
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
+    spans = sorted((one.start_ns(), one.end_ns()) for one in events if one.name().startswith("step "))
+    return fullest(changes, spans)
+
+
+def fullest(changes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> int:
+    """(time, bytes more or less) and (begin, end) of steps -> largest sum in a step.
+
+    What is left from one step to the next is no tensor of ours: the first begins at the true level.
+    """
+    level, levels = 0, []
+    for _, change in changes:
+        level += change
+        levels.append(level)
+    times = [moment for moment, _ in changes]
+    peaks, starts = [], []
+    for begin, end in spans:
+        inside = [level for moment, level in zip(times, levels, strict=True) if begin <= moment <= end]
+        before = [level for moment, level in zip(times, levels, strict=True) if moment < begin]
+        starts.append(before[-1])
+        peaks.append(max(inside) - before[-1])
+    return starts[0] + min(peaks)
+
+
+def bounds() -> dict[str, float]:
+    """FLOP/s of matrix products, bytes/s of a copy and of an all-reduce, on this rank."""
+    import torch
+    import torch.distributed as dist
+
+    from pretrain import topology
+
+    here = topology.connect(needs_group=True)
+    found: dict[str, float] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        one = torch.randn(SIZE, SIZE, dtype=dtype)
+        found[name] = 2 * SIZE**3 / _quickest(lambda one=one: one @ one)  # type: ignore[misc]
+    source, target = torch.ones(2**26), torch.ones(2**26)
+    found["copy"] = 2 * 4 * 2**26 / _quickest(lambda: target.copy_(source))
+    part = target[: 2**23]
+    # Of two ranks each sends as much as the tensor holds.
+    found["link"] = 4 * 2**23 / _quickest(lambda: dist.all_reduce(part))
+    word = target[:1]
+    found["latency"] = _quickest(lambda: dist.all_reduce(word), 100) / 2
+    here.barrier()
+    return found
+
+
+def _quickest(action: Callable[[], Any], times: int = 5) -> float:
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def launch(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns on rank 0 of so many new processes."""
+    import torch.distributed.launcher.api as launcher
+
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    settings = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="calibrate",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    return launcher.elastic_launch(settings, function)(*args)[0]
+
+
+# ---- here ----------------------------------------------------------------------------------------
+
+
+def this_device() -> Device:
+    """A core of this machine as a device, by its measured bounds."""
+    found = launch(2, bounds)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = console.available_cores()
+    return Device(
+        name=f"{measure.device()} core",
+        peak={"bf16": found["bf16"], "fp32": found["fp32"]},
+        memory=memory / cores,
+        bandwidth=found["copy"],
+        link=found["link"],
+        network=found["link"],
+        per_node=cores,
+        watts=0.0,
+        host=found["copy"],
+        source="measured by tools.calibrate",
+        gpu=False,
+        latency=found["latency"],
+    )
+
+
+def observed(case: Case, device: Device) -> dict[str, Any]:
+    """A case's layout, its seconds and bytes, and the bytes that the plan says."""
+    options = config.load(CONFIGS / f"{case.config}.yaml", list(case.overrides))
+    options, _ = plan.with_vocabulary(options)
+    assert options.model.vocab_size
+    job = layouts.job(options, options.model.vocab_size, device)
+    layout = layouts.configured(options, case.ranks, job.precision, gpu=False)
+    peak = device.peak["fp32"]  # of the products that tell the pace
+    seconds, pace, held_bytes = launch(case.ranks, measured, options, layout.micro_batch, peak)
+    return {
+        "name": case.name,
+        "job": job,
+        "on": layout,
+        "config": case.config,
+        "overrides": list(case.overrides),
+        "layout": asdict(layout),
+        "planned_bytes": layouts.memory_of(job, layout).total,
+        "seconds": seconds,
+        "pace": pace,
+        "bytes": held_bytes,
+    }
+
+
+def compared(rows: list[dict[str, Any]], device: Device) -> dict[str, Any]:
+    """The document of a calibration: the first row gives the share, the others are held against it."""
+    share = layouts.share_of(rows[0]["job"], rows[0]["on"], device, rows[0]["seconds"])
+    for row in rows:
+        row["planned_seconds"] = layouts.step_seconds(row.pop("job"), row.pop("on"), device, share)
+        row["seconds_error"] = row["planned_seconds"] / row["seconds"] - 1
+        row["bytes_error"] = row["planned_bytes"] / row["bytes"] - 1
+    precision = rows[0]["layout"]["precision"]
+    return {
+        "device": asdict(device),
+        "achieved": {precision: share},
+        "median_error": {
+            "seconds": statistics.median(abs(row["seconds_error"]) for row in rows[1:] or rows),
+            "bytes": statistics.median(abs(row["bytes_error"]) for row in rows),
+        },
+        "rows": rows,
+        "versions": {name: measure.version(name) for name in ("torch", "deepspeed", "megatron-core")},
+        "commit": measure.commit(),
+    }
+
+
+def text(document: dict[str, Any]) -> str:
+    """The rows as a table."""
+    table = [["case", "s planned", "measured", "error", "MB planned", "measured", "error"]]
+    for row in document["rows"]:
+        table.append(
+            [
+                row["name"],
+                f"{row['planned_seconds']:.3f}",
+                f"{row['seconds']:.3f}",
+                f"{row['seconds_error']:+.1%}",
+                f"{row['planned_bytes'] / 1e6:,.0f}",
+                f"{row['bytes'] / 1e6:,.0f}",
+                f"{row['bytes_error']:+.1%}",
+            ]
+        )
+    (share,) = document["achieved"].values()
+    seconds, held = (document["median_error"][key] for key in ("seconds", "bytes"))
+    return (
+        f"{document['device']['name']}, {share:.2f} of its peak in products by the first row.\n\n"
+        f"{aligned(table)}\n\n"
+        f"Median error of seconds {seconds:.1%} (the first row apart), of bytes {held:.1%}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("calibrate", "Hold the plan against real steps on this machine", reports=True)
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="cases whose name holds one of the words"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the document, for tools.plan too")
+    parser.add_argument("--list", action="store_true", help="name the cases and measure nothing")
+    args = parser.parse_args(arguments)
+    chosen = console.matching((case.name for case in CASES), args.only)
+    cases = [case for case in CASES if case.name in chosen]
+    if args.list and args.json:
+        console.print_json([asdict(case) for case in cases])
+        return 0
+    if args.list:
+        print("\n".join(f"{case.name}: {' '.join(case.overrides)}" for case in cases))
+        return 0
+    if args.output:
+        check_folder(args.output.parent)
+    device, rows = this_device(), []
+    with console.counter("cases", len(cases), "cases") as done:
+        for case in cases:
+            rows.append(observed(case, device))
+            done(1)
+    document = compared(rows, device)
+    if args.output:
+        console.write(args.output, json.dumps(document, indent=1) + "\n")
+    if args.json:
+        console.print_json(document)
+    else:
+        print(text(document))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)
