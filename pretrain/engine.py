@@ -2,11 +2,12 @@
 
 The two engines compute the same numbers, and the plain one is the oracle of the other. In both
 
-    bf16            is autocast over float32 parameters, which are their own master copy;
+    bf16, fp16      are autocast over float32 parameters, which are their own master copy;
     accumulation    is the caller's scale of each micro-batch's loss; gradients add up until `step`;
     data parallel   is the mean over the data ranks, each of which saw as many predictions;
     clipping        goes by one norm over the whole model, whatever the layout;
-    not a number    in a gradient leaves model and moments as they are, and shows in the norm.
+    not a number    in a gradient leaves model and moments as they are, and shows in the norm;
+    loss scaling    (fp16) is ours, in ZeRO too: norms and clipping are of gradients without it.
 
 State leaves and enters as full float32 tensors under the parameters' names (`tensors`,
 `load_tensors`), the same for every layout: a checkpoint knows nothing of ranks, stages or engines.
@@ -25,11 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain import tensor_parallel
-from pretrain.config import Config, UserError
+from pretrain import float8, tensor_parallel
+from pretrain.config import Config, UserError, replays_graphs
+from pretrain.loss import BorrowedCrossEntropy
+from pretrain.loss_scale import LossScale
 from pretrain.model import Batch, LateMaskModel
 from pretrain.optimizer import build_optimizer
 from pretrain.topology import Topology
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of the matrix products by `train.precision`; fp32 needs no autocast."""
 
 BUCKET = 25_000_000
 """Elements reduced at once (100 MB): enough for the full bandwidth, little for a buffer."""
@@ -38,13 +44,30 @@ BUCKET = 25_000_000
 def build(options: Config, model: LateMaskModel, topology: Topology, micro: int) -> "Engine":
     """Divides an initialised model over the ranks and gives it an optimizer.
 
-    micro: sequences of a micro-batch. UserError if keys of `deepspeed` contradict others.
+    micro: sequences of a micro-batch. UserError if keys of `deepspeed` contradict others, or a kernel is
+    not here.
     """
+    t, known = options.train, model.cross_entropy.vocab_size
+    if t.cross_entropy != "own":
+        model.cross_entropy = BorrowedCrossEntropy(known, t.cross_entropy, topology.device)
     tensor_parallel.shard(model, topology)
     model.to(topology.device)
-    if options.train.engine == "deepspeed":
+    if t.float8:
+        float8.convert(model, topology.device)
+    if t.compile != "none":
+        for layer in model.all_layers():
+            layer.compile(mode=_compile_mode(options), dynamic=False)
+    if t.engine == "deepspeed":
         return DeepSpeedEngine(options, model, topology, micro)
     return TorchEngine(options, model, topology)
+
+
+def _compile_mode(options: Config) -> str:
+    """torch.compile's word for ours, which names graphs also where there can be none."""
+    mode = options.train.compile
+    if replays_graphs(options):
+        return mode
+    return {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
 
 
 class Engine(ABC):
@@ -57,6 +80,11 @@ class Engine(ABC):
         self.module, self.topology = model, topology
         self.clip = options.train.clip
         self.optimizer = build_optimizer(model, options.optimizer)
+        self.loss_scale: LossScale | None = None
+        """What float16 gradients are multiplied by."""
+        if options.train.precision == "fp16":
+            self.loss_scale = LossScale(self._place_of_scale())
+            model.cross_entropy.scale = self.loss_scale.value
 
     @abstractmethod
     def forward(self, batch: Batch, score: bool = False) -> Tensor:
@@ -66,9 +94,27 @@ class Engine(ABC):
     def backward(self, batch: Batch, scale: float) -> Tensor:
         """Adds the gradients of scale x loss of a micro-batch; returns the loss on this rank."""
 
-    @abstractmethod
     def step(self, lr: float) -> Tensor:
-        """Updates with the gradients since the last step; returns their norm before clipping."""
+        """Updates with the gradients since the last step; returns their norm before clipping.
+
+        A norm that is not finite says that the update was skipped.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._update()
+        if self.loss_scale:
+            self.loss_scale.update(norm)
+        return norm
+
+    @abstractmethod
+    def _update(self) -> Tensor:
+        """The norm of the gradients, which are used up."""
+
+    def _place_of_scale(self) -> torch.device:
+        return self.topology.device
+
+    def accumulate(self, micro_batches: int) -> None:  # noqa: B027 (most need not know)
+        """Updates are of so many micro-batches from now on."""
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, full float32 CPU tensor) of every parameter; collective, to be read to the end."""
@@ -112,45 +158,56 @@ class Engine(ABC):
     def _write(self, kind: str, parameter: nn.Parameter, part: Tensor) -> None:
         self._read(kind, parameter).copy_(part)
 
-    def _set_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
     def _norm(self) -> Tensor:
         """Of the whole model's gradient; tells the fused kernel to skip it if it is not finite."""
         named = ((name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None)
         norm = tensor_parallel.square_norm(named, self.topology).sqrt()
+        if self.loss_scale:
+            norm = norm / self.loss_scale.value
         # The kernel's face for GradScaler: no word from the device to the host is needed.
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         return norm
 
 
 class TorchEngine(Engine):
-    """Plain torch."""
+    """Plain torch.
+
+    The trap: a layer that is replayed as a CUDA graph writes its results where it wrote them last time. The
+    loss is formed outside of the graphs; but a gradient that became `.grad` as it is would be overwritten by
+    the next micro-batch, so under graphs `.grad` is memory of its own, to which gradients are added.
+    """
 
     def __init__(self, options: Config, model: LateMaskModel, topology: Topology) -> None:
         super().__init__(options, model, topology)
-        self.bf16 = options.train.precision == "bf16"
+        self.dtype = AUTOCAST.get(options.train.precision or "")
+        self.graphs = replays_graphs(options)
+        if self.graphs:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self._start_moments(model.parameters())
 
     def forward(self, batch: Batch, score: bool = False) -> Tensor:
-        with torch.autocast(self.topology.device.type, torch.bfloat16, enabled=self.bf16):
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.topology.device.type, self.dtype, enabled=self.dtype is not None):
             return self.module(batch, score)
 
     def backward(self, batch: Batch, scale: float) -> Tensor:
         loss = self.forward(batch)
-        (loss * (scale / self.topology.data_size)).backward()
+        share = loss * (scale / self.topology.data_size)
+        (share * self.loss_scale.value if self.loss_scale else share).backward()
         return loss.detach()
 
-    def step(self, lr: float) -> Tensor:
-        self._set_rate(lr)
+    def _update(self) -> Tensor:
         self._sum_gradients()
         norm = self._norm()
-        if self.clip:
-            # The kernel divides by this as it reads the gradients: clipping costs no pass over them.
-            self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)  # type: ignore[attr-defined]
+        divisor = (norm / self.clip).clamp(min=1) if self.clip else None
+        if self.loss_scale:
+            divisor = self.loss_scale.value * (1.0 if divisor is None else divisor)
+        # The kernel divides by this as it reads the gradients: clipping costs no pass over them.
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
         return norm
 
     def _sum_gradients(self) -> None:
@@ -186,7 +243,7 @@ OWNED = {
     "torch_autocast.enabled": "train.precision",
     "torch_autocast.dtype": "train.precision",
     "bf16.enabled": "train.precision (bf16 is torch_autocast here, over float32 parameters)",
-    "fp16.enabled": "train.precision",
+    "fp16.enabled": "train.precision (fp16 is torch_autocast here, with a loss scale of our own)",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
     "zero_optimization.offload_param.device": "parallel.offload",
@@ -211,8 +268,8 @@ def deepspeed_config(options: Config, data_size: int, micro: int, pin: bool) -> 
         "gradient_clipping": t.clip,
         # No safe modules: gradients and gathered parameters travel in float32, as in the plain engine.
         "torch_autocast": {
-            "enabled": t.precision == "bf16",
-            "dtype": "bfloat16",
+            "enabled": t.precision in AUTOCAST,
+            "dtype": "float16" if t.precision == "fp16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
         "bf16": {"enabled": False},
@@ -223,6 +280,8 @@ def deepspeed_config(options: Config, data_size: int, micro: int, pin: bool) -> 
             "offload_param": {"device": homes[1], "pin_memory": pin},
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
+            # In stages 1 and 2 it is a sum on all ranks too, with three more passes over a bucket.
+            "reduce_scatter": p.zero == 3,
         },
         # torch's fused AdamW runs on the CPU too; DeepSpeed's own has to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
@@ -276,6 +335,8 @@ class DeepSpeedEngine(Engine):
             reason = " ".join(str(error).split()).partition(" For further information")[0]
             raise UserError(f"deepspeed: {reason}") from None
         self.zero = self.inner.optimizer
+        if self.loss_scale:
+            self._replace_scaler(self.loss_scale.value)
         self._start_moments(self._masters())
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -287,16 +348,40 @@ class DeepSpeedEngine(Engine):
         self.gathered += 1
         self.inner.set_gradient_accumulation_boundary(self.gathered == self.accumulation)
         loss = self.forward(batch)
-        self.inner.backward(loss * scale, scale_wrt_gas=False)
+        share = loss * scale
+        if self.loss_scale and not self.stage:
+            share = share * self.loss_scale.value
+        self.inner.backward(share, scale_wrt_gas=False)
         return loss.detach()
 
-    def step(self, lr: float) -> Tensor:
+    def accumulate(self, micro_batches: int) -> None:
+        assert self.gathered == 0
+        self.accumulation = micro_batches
+        micro = self.inner.train_micro_batch_size_per_gpu()
+        self.inner.set_train_batch_size(micro_batches * micro * self.topology.data_size)
+
+    def _update(self) -> Tensor:
         assert self.gathered == self.accumulation
         self.gathered = 0
-        self._set_rate(lr)
         norm = None if self.stage else self._norm()
+        if self.loss_scale and not self.stage:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_div_(gradients, float(self.loss_scale.value))
         self.inner.step()
         return torch.as_tensor(self.inner.get_global_grad_norm() if norm is None else norm)
+
+    def _place_of_scale(self) -> torch.device:
+        """DeepSpeed reads norms on the host at every update, and clips there what is offloaded."""
+        return torch.device("cpu")
+
+    def _replace_scaler(self, scale: Tensor) -> None:
+        """Ours for those that DeepSpeed 0.19.8 makes for float16: their state is in no checkpoint of ours,
+        and ZeRO lets its own step once for each group of parameters, without dividing the gradients."""
+        if self.stage:
+            self.zero.torch_autocast_gradscaler = None
+            self.zero.custom_loss_scaler, self.zero.external_loss_scale = True, scale
+        else:
+            self.inner.torch_autocast_z0_gradscaler = None
 
     def load_tensors(self, kind: str, get: Callable[[str], Tensor]) -> None:
         super().load_tensors(kind, get)

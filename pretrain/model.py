@@ -14,8 +14,11 @@ the last P rows, and every shape is static. `mask_from` says before which layer 
 with a tied mask vector is MAE-LM (Meng et al. 2023, arXiv 2302.02060). `mask_leak` moves some of the
 [MASK] rows over to the visible ones, where they are pieces like others.
 
+Where attention must stay within documents, the rows of each stage are sorted by document, those that enter
+the encoder and, after the join, all: see `Order`.
+
 Letters: B batch, L rows of a sequence, V visible, M late [MASK] rows, P predicted, S rows here, T rows
-attended to, D width, F inner width, H heads, E head width.
+attended to, K documents of a sequence at most, D width, F inner width, H heads, E head width.
 
 The trap: under tensor parallelism a rank holds some of the heads, so views infer the head count (-1).
 """
@@ -27,6 +30,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import config, rng
@@ -50,10 +54,20 @@ class Batch(NamedTuple):
     """[B, P] true pieces of the last P rows."""
     num_masked: int
     """[MASK] rows; without a `mask_leak` this is M."""
+    documents: Tensor | None = None
+    """[B, L] number of each row's document in its window, where attention is bounded by documents."""
+    most_documents: int = 1
+    """K: more than any of these numbers; a power of two, so that shapes that depend on it are few."""
 
     @classmethod
     def of(
-        cls, ids: Array, positions: Array, targets: Array, num_masked: int, device: torch.device
+        cls,
+        ids: Array,
+        positions: Array,
+        targets: Array,
+        num_masked: int,
+        documents: Array | None,
+        device: torch.device,
     ) -> "Batch":
         """From numpy arrays of the same meaning, moved to `device` without waiting for it."""
 
@@ -63,7 +77,66 @@ class Batch(NamedTuple):
                 tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
-        return cls(moved(ids), moved(positions), moved(targets), num_masked)
+        batch = cls(moved(ids), moved(positions), moved(targets), num_masked)
+        if documents is None:
+            return batch
+        most = 1 << int(documents.max()).bit_length()
+        return batch._replace(documents=moved(documents), most_documents=most)
+
+
+class Bounds(NamedTuple):
+    """Which rows attend to which where documents are kept apart. Both sides are sorted by document."""
+
+    same_B1ST: Tensor | None
+    """True where the two rows are of one document; None where a kernel takes stretches of rows instead."""
+    asking: Tensor
+    """[B * K + 1] int32: where each document begins among the B * S rows that ask."""
+    asked: Tensor
+    """[B * K + 1] int32: the same of the B * T rows that answer."""
+
+
+class Order(NamedTuple):
+    """Rows sorted by document: first those that enter the encoder, then all, when the masks have joined."""
+
+    visible: Tensor
+    """[B, V] which row of the batch stands where in the encoder."""
+    join: Tensor
+    """[B, L] which of [encoder rows; masks] stands where after the join."""
+    rows: Tensor
+    """[B, L] which row of the batch that is."""
+    predicted: Tensor
+    """[B, P] where the batch's last rows stand then."""
+    documents: Tensor
+    """[B, L] of the batch's rows."""
+    most_documents: int
+    """K."""
+    stretches: bool
+    """Attention by a kernel that takes stretches of rows, not a mask."""
+
+    @classmethod
+    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, stretches: bool) -> "Order":
+        B, L = documents_BL.shape
+        visible = documents_BL[:, :V].argsort(dim=1, stable=True)
+        late = torch.arange(V, L, device=visible.device).expand(B, -1)
+        meeting = torch.cat((visible, late), 1)
+        join = documents_BL.gather(1, meeting).argsort(dim=1, stable=True)
+        rows = meeting.gather(1, join)
+        return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, stretches)
+
+    def bounds(self, asking_BS: Tensor, asked_BT: Tensor) -> Bounds:
+        """Between rows of the batch, given by their numbers."""
+        asking, asked = self.documents.gather(1, asking_BS), self.documents.gather(1, asked_BT)
+        same = None if self.stretches else (asking[:, :, None] == asked[:, None, :])[:, None]
+        return Bounds(same, _begins(asking, self.most_documents), _begins(asked, self.most_documents))
+
+
+def _begins(documents_BS: Tensor, K: int) -> Tensor:
+    """[B * K + 1]: where document k of sequence b begins among all rows; empty ones begin where the next
+    does, so that the shape does not depend on the text."""
+    B, device = len(documents_BS), documents_BS.device
+    number = documents_BS + K * torch.arange(B, device=device)[:, None]
+    every = torch.arange(B * K + 1, device=device)
+    return torch.searchsorted(number.flatten(), every).to(torch.int32)
 
 
 class Attention(nn.Module):
@@ -77,10 +150,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(m.hidden_size, 3 * m.hidden_size, bias=bias)
         self.out = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: Rotation, bounds: Bounds | None = None) -> Tensor:
         q, k, v = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).unbind(-2)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.out(attend(q, k, v, self.dropout if self.training else 0.0))
+        return self.out(attend(q, k, v, self.dropout if self.training else 0.0, bounds))
 
 
 class CrossAttention(nn.Module):
@@ -95,18 +168,49 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(m.hidden_size, 2 * m.hidden_size, bias=bias)
         self.out = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
 
-    def forward(self, x_BSD: Tensor, memory_BTD: Tensor, rotation: Rotation, there: Rotation) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        memory_BTD: Tensor,
+        rotation: Rotation,
+        there: Rotation,
+        bounds: Bounds | None = None,
+    ) -> Tensor:
         q = self.q(x_BSD).unflatten(-1, (-1, self.head_size))
         k, v = self.kv(memory_BTD).unflatten(-1, (-1, 2, self.head_size)).unbind(-2)
         q, k = rotate(q, rotation), rotate(k, there)
-        return self.out(attend(q, k, v, self.dropout if self.training else 0.0))
+        return self.out(attend(q, k, v, self.dropout if self.training else 0.0, bounds))
 
 
-def attend(q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, dropout: float) -> Tensor:
-    """Softmax attention, every query row to every key row -> [B, S, H * E]."""
+def attend(
+    q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, dropout: float, bounds: Bounds | None = None
+) -> Tensor:
+    """Softmax attention -> [B, S, H * E]; every query row to every key row, or to those within `bounds`."""
+    if bounds is not None and bounds.same_B1ST is None:
+        (B, S), T = q_BSHE.shape[:2], k_BTHE.shape[1]
+        q, k, v = q_BSHE.flatten(0, 1), k_BTHE.flatten(0, 1), v_BTHE.flatten(0, 1)
+        mixed = varlen_attn(q, k, v, bounds.asking, bounds.asked, S, T)
+        assert isinstance(mixed, Tensor)
+        return mixed.reshape(B, S, -1)
     q, k, v = q_BSHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
-    mixed_BHSE = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    if bounds is None and q.device.type == "cpu" and q.dtype.itemsize == 2:
+        mixed_BHSE = _by_products(q, k, v, dropout)
+    else:
+        mask = None if bounds is None else bounds.same_B1ST
+        mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return mixed_BHSE.transpose(1, 2).flatten(-2)
+
+
+def _by_products(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: float) -> Tensor:
+    """Attention with its scores in memory: the CPU's fused kernel (torch 2.13) takes twice as long in 16
+    bits, and more backwards."""
+    scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
+    return F.dropout(scores_BHST.softmax(-1), dropout) @ v_BHTE
+
+
+def takes_stretches(device: torch.device) -> bool:
+    """Whether torch's kernel for rows of varying length runs here. It takes 16 bits and drops nothing."""
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def rotate(x_BSHE: Tensor, rotation: Rotation) -> Tensor:
@@ -143,6 +247,9 @@ class Layer(nn.Module):
     self   rows attend to each other.
     cross  rows attend to each other, then to the context rows.
     query  rows attend to the context rows and to each other; the context stands still.
+
+    bounds are those of attention among the rows, across those of attention to the context (`query`: to all).
+    Where documents are kept apart, the context of `query` is all rows; `places` [B, S] are x's among them.
     """
 
     def __init__(self, m: config.Model, kind: str, dropout: float, normed_input: bool = False) -> None:
@@ -160,20 +267,30 @@ class Layer(nn.Module):
         self.ffn = FeedForward(m)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, context_BTD: Tensor | None = None, there: Rotation = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        bounds: Bounds | None = None,
+        context_BTD: Tensor | None = None,
+        there: Rotation = None,
+        across: Bounds | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         x = x_BSD
         h = self.attention_norm(x) if self.pre else x
         if self.kind == "query":
             assert context_BTD is not None
             still = self.attention_norm(context_BTD) if self.pre else context_BTD
-            rows = torch.cat((still, h), 1)
-            x = self._add(x, self.attention(h, rows, rotation, _both(there, rotation)), self.attention_norm)
+            if places is None:
+                rows, there = torch.cat((still, h), 1), _both(there, rotation)
+            else:
+                rows = _put(still, places, h)
+            x = self._add(x, self.attention(h, rows, rotation, there, across), self.attention_norm)
         else:
-            x = self._add(x, self.attention(h, rotation), self.attention_norm)
+            x = self._add(x, self.attention(h, rotation, bounds), self.attention_norm)
         if self.kind == "cross":
             h = self.cross_norm(x) if self.pre else x
-            x = self._add(x, self.cross(h, context_BTD, rotation, there), self.cross_norm)
+            x = self._add(x, self.cross(h, context_BTD, rotation, there, across), self.cross_norm)
         h = self.ffn_norm(x) if self.pre else x
         return self._add(x, self.ffn(h), self.ffn_norm)
 
@@ -262,53 +379,96 @@ class LateMaskModel(nn.Module):
 
     def predicted_rows(self, batch: Batch) -> Tensor:
         """What the head reads: [B, P, D]."""
-        P = batch.targets.shape[1]
-        x_BSD = self.encode(batch.ids, batch.positions, batch.num_masked)
-        if self.decoder is not None:
-            x_BSD = self._decode(x_BSD, batch, P)
-        return x_BSD[:, -P:]
+        P, order = batch.targets.shape[1], self._order(batch)
+        x_BSD = self.encode(batch.ids, batch.positions, batch.num_masked, order)
+        return _last(x_BSD, P, order) if self.decoder is None else self._decode(x_BSD, batch, P, order)
 
-    def encode(self, ids: Tensor, positions: Tensor, num_masked: int = 0) -> Tensor:
+    def encode(
+        self, ids: Tensor, positions: Tensor, num_masked: int = 0, order: Order | None = None
+    ) -> Tensor:
         """ids, positions [B, L] -> encoder output; V rows when the masks meet only a decoder, else L.
 
-        With num_masked = 0 this is the exported encoder on ordinary input.
+        With num_masked = 0 this is the exported encoder on ordinary input. With an `order` the rows come
+        out sorted by document.
         """
         B, L = ids.shape
-        M = late_masks(self.m, num_masked)
-        V = L - M if self.m.mask_from else L
-        rotation = self.rotation(positions)
-        x = self._embed(self.tok(ids[:, :V]), positions[:, :V])
+        V, M, bounds = self._visible(L, num_masked), late_masks(self.m, num_masked), None
+        words, places = ids[:, :V], positions
+        if order is not None:
+            bounds = order.bounds(order.visible, order.visible)
+            words = words.gather(1, order.visible)
+            places = torch.cat((positions.gather(1, order.visible), positions[:, V:]), 1)
+        rotation = self.rotation(places)
+        x = self._embed(self.tok(words), places[:, :V])
         for i, layer in enumerate(self.layers):
             if i == self.m.mask_from and V < L:
                 # Shared depth: a mask enters the stack as a word would, only later.
-                masks = self._embed(self._mask_rows(B, M), positions[:, V:])
+                masks = self._embed(self._mask_rows(B, M), places[:, V:])
                 x = torch.cat((x, masks), 1)
-            x = self._run(layer, x, _rows(rotation, 0, x.shape[1]))
+                if order is not None:
+                    x, bounds = _take(x, order.join), order.bounds(order.rows, order.rows)
+                    rotation = self.rotation(positions.gather(1, order.rows))
+            x = self._run(layer, x, _rows(rotation, 0, x.shape[1]), bounds)
         return self.final_norm(x)
 
-    def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int) -> Tensor:
+    def _visible(self, L: int, num_masked: int) -> int:
+        """V: where the masks join before the first layer, all rows."""
+        return L - late_masks(self.m, num_masked) if self.m.mask_from else L
+
+    def _order(self, batch: Batch) -> Order | None:
+        """None where attention sees the whole window."""
+        if batch.documents is None:
+            return None
+        m, V = self.m, self._visible(batch.ids.shape[1], batch.num_masked)
+        drops = self.training and bool(m.dropout or m.decoder_dropout)
+        stretches = takes_stretches(batch.documents.device) and not drops
+        return Order.of(batch.documents, V, batch.targets.shape[1], batch.most_documents, stretches)
+
+    def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:
+        """Decoder output of the predicted rows: [B, P, D]."""
         d = self.decoder
         assert d is not None
-        B, L = batch.ids.shape
-        masks_BMD = self._mask_rows(B, L - encoded_BVD.shape[1])
+        (B, L), V = batch.ids.shape, encoded_BVD.shape[1]
+        masks_BMD = self._mask_rows(B, L - V)
         x = torch.cat((encoded_BVD, masks_BMD.to(encoded_BVD.dtype)), 1)
+        positions = batch.positions
+        if order is not None:
+            x, positions = _take(x, order.join), positions.gather(1, order.rows)
         if self.m.block == "roberta":
             table = d.positions if self.m.decoder_positions == "own" else self.positions
-            x = x + table(batch.positions)
+            x = x + table(positions)
         x = d.dropout(d.input_norm(x))
-        rotation = self.rotation(batch.positions)
-        context, there = None, None
+        rotation = self.rotation(positions)
         if d.kind == "query":
-            C = L - P
-            context, there = x[:, :C], _rows(rotation, 0, C)
-            x, rotation = x[:, C:], _rows(rotation, C, L)
-        elif d.kind == "cross":
-            context, there = encoded_BVD, _rows(rotation, 0, encoded_BVD.shape[1])
+            return self._query(x, rotation, P, order)
+        bounds, context, there, across = None, None, None, None
+        if order is not None:
+            bounds = order.bounds(order.rows, order.rows)
+        if d.kind == "cross":
+            context, there = encoded_BVD, _rows(rotation, 0, V)
+            if order is not None:
+                there = self.rotation(batch.positions.gather(1, order.visible))
+                across = order.bounds(order.rows, order.visible)
         for layer in d.layers:
-            x = self._run(layer, x, rotation, context, there)
-        return d.final_norm(x)
+            x = self._run(layer, x, rotation, bounds, context, there, across)
+        return d.final_norm(_last(x, P, order))
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation) -> Tensor:
+    def _query(self, x_BLD: Tensor, rotation: Rotation, P: int, order: Order | None) -> Tensor:
+        """The decoder that updates the predicted rows only: [B, P, D]."""
+        d, C = self.decoder, x_BLD.shape[1] - P
+        assert d is not None
+        context, there, across, places = x_BLD[:, :C], _rows(rotation, 0, C), None, None
+        x, rotation_P = x_BLD[:, C:], _rows(rotation, C, C + P)
+        if order is not None:
+            places, back = order.predicted.sort(1)  # by document, as all rows are
+            across = order.bounds(order.rows.gather(1, places), order.rows)
+            context, there, x = x_BLD, rotation, _take(x_BLD, places)
+            rotation_P = rotation and (_take(rotation[0], places), _take(rotation[1], places))
+        for layer in d.layers:
+            x = self._run(layer, x, rotation_P, None, context, there, across, places)
+        return d.final_norm(x if order is None else _take(x, back.argsort(1)))
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation | Bounds) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -341,6 +501,23 @@ class LateMaskModel(nn.Module):
 
 def _rows(rotation: Rotation, start: int, stop: int) -> Rotation:
     return rotation and (rotation[0][:, start:stop], rotation[1][:, start:stop])
+
+
+def _last(x_BLD: Tensor, P: int, order: Order | None) -> Tensor:
+    """The predicted rows [B, P, D] of all."""
+    return x_BLD[:, -P:] if order is None else _take(x_BLD, order.predicted)
+
+
+def _take(x_BSX: Tensor, rows_BT: Tensor) -> Tensor:
+    """Rows of each sequence, by number -> [B, T, ...]."""
+    B, S = x_BSX.shape[:2]
+    flat = rows_BT + S * torch.arange(B, device=rows_BT.device)[:, None]
+    return x_BSX.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (B, -1))
+
+
+def _put(x_BSD: Tensor, rows_BT: Tensor, new_BTD: Tensor) -> Tensor:
+    """x with other values in the given rows of each sequence."""
+    return x_BSD.scatter(1, rows_BT[..., None].expand_as(new_BTD), new_BTD.to(x_BSD.dtype))
 
 
 def _both(first: Rotation, second: Rotation) -> Rotation:

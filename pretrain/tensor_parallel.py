@@ -162,6 +162,10 @@ def _megatron_layers() -> dict[str, Any]:
 
     class Column(layers.ColumnParallelLinear):
         def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+            # Rounded before it is shared, so that its gradient is summed over the ranks in 16 bits too.
+            kind = input.device.type
+            if torch.is_autocast_enabled(kind):
+                input = input.to(torch.get_autocast_dtype(kind))
             shared = mappings.copy_to_tensor_model_parallel_region(input, group=self.tp_group)
             return F.linear(shared, weight, bias)
 

@@ -45,18 +45,26 @@ def test_preparation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure.cpu_seconds(side) == 3
 
 
-@pytest.mark.parametrize("only", ["unigram", "fairseq", "start-up"])
+@pytest.mark.parametrize("only", ["unigram, text", "fairseq", "start-up", "unseen words, byte"])
 def test_rows(only: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["corpus", "--runs", "1", "--max-megabytes", "0.3", "--vocab-size", "500", "--only", only]
+    words += ["--unseen-megabytes", "0.5"]
     assert benchmark.main([*words, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert set(row) == KEYS and only in row["name"]
+    assert set(row) >= KEYS and only in row["name"]
     assert row["ours"] > 0 and row["runs"] == 1
-    assert (row["peer"] is None) == (only == "start-up")
+    assert (row["peer"] is None) == only.startswith(("start-up", "unseen"))
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(UserError, match="--runs 0: at least 1"):
+    with pytest.raises(UserError, match="--runs: '0' is not a number of at least 1"):
         benchmark.main(["corpus", "--runs", "0"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="invalid choice: 'nothing'"):
         benchmark.main(["nothing"])
+    for subject in ("corpus", "head", "scaling"):
+        with pytest.raises(UserError, match="--only zzz: in none of the names: .*;"):
+            benchmark.main([subject, "--only", "zzz"])
+    with pytest.raises(UserError, match="--threads: '-1' is not a number of at least 1"):
+        benchmark.main(["step", "--threads", "-1"])
+    with pytest.raises(UserError, match="--output: 'out/' is a folder"):
+        benchmark.main(["corpus", "--output", "out/"])

@@ -38,6 +38,8 @@ class Case(NamedTuple):
     precision: str = "fp32"
     persist: bool = True
     """Small parameters stay whole under ZeRO-3 (DeepSpeed's default keeps all of this model)."""
+    compile: str = "none"
+    cross_entropy: str = "own"
 
     def options(self) -> config.Config:
         # Small buckets: several are needed, and filling them costs no time.
@@ -52,6 +54,8 @@ class Case(NamedTuple):
                 "engine": self.engine,
                 "batch_size": BATCH,
                 "precision": self.precision,
+                "compile": self.compile,
+                "cross_entropy": self.cross_entropy,
                 # Between the norms of the first and the last update: clipping is on, then off.
                 "clip": 1.12,
             },
@@ -62,6 +66,9 @@ class Case(NamedTuple):
 
 ZERO = [Case(engine="deepspeed", zero=stage) for stage in range(4)]
 TENSOR = [case._replace(tensor=2, persist=False) for case in (Case(), *ZERO)]
+STOCK = [Case(engine="deepspeed", zero=3, persist=False, cross_entropy="torch")]
+if not hasattr(nn.functional, "linear_cross_entropy"):  # torch 2.11
+    STOCK = []
 CASES = {
     1: [Case(), *ZERO],
     2: [
@@ -69,6 +76,7 @@ CASES = {
         *ZERO,
         Case(engine="deepspeed", zero=2, offload="optimizer"),
         Case(engine="deepspeed", zero=3, offload="all", persist=False),
+        *STOCK,
         *TENSOR,
     ],
     4: [*TENSOR, *(TENSOR[stage]._replace(precision="bf16") for stage in (0, 4))],
@@ -87,7 +95,8 @@ def whole_batch(step: int) -> Batch:
 
 def some_rows(batch: Batch, first: int, count: int) -> Batch:
     rows = slice(first, first + count)
-    return batch._replace(ids=batch.ids[rows], positions=batch.positions[rows], targets=batch.targets[rows])
+    parts = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**parts)
 
 
 # ---- the oracle ----------------------------------------------------------------------------------

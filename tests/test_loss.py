@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain import loss
-from pretrain.loss import ChunkedCrossEntropy
+from pretrain.config import UserError
+from pretrain.loss import BorrowedCrossEntropy, ChunkedCrossEntropy
+from tests.methods import small
 
 N, D, W, REAL = 37, 12, 48, 41
 
@@ -18,7 +20,7 @@ N, D, W, REAL = 37, 12, 48, 41
 @pytest.fixture(params=[8, 37, 512], autouse=True)
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Several chunks with an uneven last one, exactly one, and one that is not full."""
-    monkeypatch.setattr(loss, "CHUNK_ROWS", request.param)
+    monkeypatch.setitem(loss.CHUNK_ROWS, "cpu", request.param)
     return request.param
 
 
@@ -54,10 +56,29 @@ def test_value_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_gradcheck() -> None:
-    hidden, weight, bias, target = inputs(torch.float64, rows=11)
+@pytest.mark.parametrize("which", range(3))
+def test_gradients_are_the_slopes(which: int) -> None:
+    """Central differences along random directions (gradcheck would differentiate twice)."""
+    *tensors, target = inputs(torch.float64, rows=11)
     table = ChunkedCrossEntropy(REAL)
-    assert torch.autograd.gradcheck(lambda *x: table(*x, target)[0], (hidden, weight, bias))
+    (gradient,) = torch.autograd.grad(table(*tensors, target)[0], tensors[which])
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.empty_like(gradient).normal_(generator=generator) * 1e-5
+        with torch.no_grad():
+            moved = [[*tensors], [*tensors]]
+            moved[0][which], moved[1][which] = tensors[which] + direction, tensors[which] - direction
+            above, below = (table(*some, target)[0] for some in moved)
+        slope = (above - below) / 2
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-12)
+
+
+def test_a_second_backward_pass_says_why_not() -> None:
+    *tensors, target = inputs(torch.float64)
+    total, _ = ChunkedCrossEntropy(REAL)(*tensors, target)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="it can be differentiated once"):
+        total.backward()
 
 
 def test_padded_rows_take_no_part() -> None:
@@ -170,7 +191,7 @@ class _Operations(TorchDispatchMode):
 
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, chunk = 64, 8
-    monkeypatch.setattr(loss, "CHUNK_ROWS", chunk)
+    monkeypatch.setitem(loss.CHUNK_ROWS, "cpu", chunk)
     hidden, weight, bias, target = inputs(torch.float32, rows)
     with _Operations() as operations:
         ChunkedCrossEntropy(REAL)(hidden, weight, bias, target)[0].backward()
@@ -191,3 +212,68 @@ def test_scoring_computes_no_gradient(chunk_rows: int) -> None:
     assert scoring.products == chunks
     assert training.products == 3 * chunks
     assert total.item() == pytest.approx(full(hidden, weight, bias, target)[0].item(), rel=1e-5)
+
+
+# ---- other people's kernels ----------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+has_stock = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
+
+
+@has_stock
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_torchs_kernel_gives_the_same(dtype: torch.dtype, tolerance: float) -> None:
+    """Loss and gradients, those of weight and bias and of padding among them; and the same scores."""
+    tensors = inputs(dtype)
+    ours, theirs = ChunkedCrossEntropy(REAL), BorrowedCrossEntropy(REAL, "torch", CPU)
+    (total, _), (their_total, nobody_counted) = ours(*tensors), theirs(*tensors)
+    assert their_total.item() == pytest.approx(total.item(), rel=tolerance)
+    assert nobody_counted.isnan()
+    expected = torch.autograd.grad(3.0 * total, tensors[:3])
+    found = torch.autograd.grad(3.0 * their_total, tensors[:3])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=10 * tolerance)
+    assert not found[1][REAL:].any() and not found[2][REAL:].any()
+    with torch.no_grad():
+        assert [x.item() for x in theirs(*tensors)] == [x.item() for x in ours(*tensors)]
+
+
+@has_stock
+def test_torchs_kernel_under_autocast_is_no_worse_than_ours() -> None:
+    """The layers before it give bf16 there."""
+    hidden, *others = inputs(torch.float32)
+    tensors = [hidden.detach().bfloat16().float().requires_grad_(), *others]
+    expected, _ = full(*tensors)
+    slopes = torch.autograd.grad(expected, tensors[:3])
+    errors = []
+    for table in (ChunkedCrossEntropy(REAL), BorrowedCrossEntropy(REAL, "torch", CPU)):
+        with torch.autocast("cpu", torch.bfloat16):
+            total, _ = table(tensors[0].bfloat16(), *tensors[1:])
+        assert total.dtype == torch.float32
+        found = torch.autograd.grad(total, tensors[:3])
+        errors.append(sum((a - b).norm() for a, b in zip(found, slopes, strict=True)))
+    assert errors[1] <= errors[0]
+
+
+def test_a_kernel_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="liger: its kernel needs a GPU; run on one, or take own"):
+        BorrowedCrossEntropy(REAL, "liger", CPU)
+    monkeypatch.setattr(loss, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="liger-kernel is not installed; pip install"):
+        BorrowedCrossEntropy(REAL, "liger", torch.device("cuda"))
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    with pytest.raises(UserError, match="has no linear_cross_entropy; install 2.13, or take own"):
+        BorrowedCrossEntropy(REAL, "torch", CPU)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"parallel": {"tensor": 2}}, "wants the whole vocabulary on a rank"),
+        ({"train": {"precision": "fp16"}}, "forms gradients before the loss is scaled"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(keys: dict[str, Any], said: str) -> None:
+    keys = {**keys, "train": {"cross_entropy": "torch", **keys.get("train", {})}}
+    with pytest.raises(UserError, match=said):
+        small("3ml-self", **keys)

@@ -81,14 +81,23 @@ def make_batches(seed: int = 0, length: int = L) -> tuple[Natural, Batch, Tensor
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def reference_rows(model: LateMaskModel, batch: Natural) -> Tensor:
-    """Last hidden states of the predicted tokens, text order within a sequence: [B * P, D]."""
-    rows = [_sequence(model, *(column[b] for column in batch)) for b in range(len(batch.ids))]
+def reference_rows(model: LateMaskModel, batch: Natural, documents: Tensor | None = None) -> Tensor:
+    """Last hidden states of the predicted tokens, text order within a sequence: [B * P, D].
+
+    With `documents` [B, L] each of a window's documents goes through the model alone, in its place.
+    """
+    if documents is None:
+        documents = torch.zeros_like(batch.ids)
+    rows = []
+    for b in range(len(batch.ids)):
+        for number in documents[b].unique():
+            place = (documents[b] == number).nonzero()[:, 0]
+            rows.append(_sequence(model, *(column[b, place] for column in batch), place))
     return torch.cat(rows)
 
 
-def reference_loss(model: LateMaskModel, batch: Natural) -> Tensor:
-    logits = reference_logits(model, reference_rows(model, batch))
+def reference_loss(model: LateMaskModel, batch: Natural, documents: Tensor | None = None) -> Tensor:
+    logits = reference_logits(model, reference_rows(model, batch, documents))
     return F.cross_entropy(logits, batch.targets[batch.predicted])
 
 
@@ -98,9 +107,9 @@ def reference_logits(model: LateMaskModel, rows_ND: Tensor) -> Tensor:
 
 
 def _sequence(
-    model: LateMaskModel, ids: Tensor, targets: Tensor, predicted: Tensor, masked: Tensor
+    model: LateMaskModel, ids: Tensor, targets: Tensor, predicted: Tensor, masked: Tensor, place: Tensor
 ) -> Tensor:
-    m, place = model.m, torch.arange(len(ids))
+    m = model.m
     own = m.mask_from > 0 and m.mask_vector == "learned"
     mask_row = model.mask_vector if own else model.tok.weight[MASK]
     here = masked.logical_not() if m.mask_from > 0 else torch.ones_like(masked)
@@ -114,7 +123,7 @@ def _sequence(
         x = _layer(model, layer, x, place[here])
     x = _norm(model.final_norm, x)
     if model.decoder is not None:
-        x = _decoded(model, x, here, masked, predicted, mask_row)
+        x = _decoded(model, x, here, masked, predicted, mask_row, place)
     return x[predicted]
 
 
@@ -125,8 +134,9 @@ def _decoded(
     masked: Tensor,
     predicted: Tensor,
     mask_row: Tensor,
+    place: Tensor,
 ) -> Tensor:
-    m, d, place = model.m, model.decoder, torch.arange(len(masked))
+    m, d = model.m, model.decoder
     assert d is not None
     x = encoded.new_zeros(len(masked), m.hidden_size)
     x[here] = encoded
@@ -137,7 +147,7 @@ def _decoded(
     for layer in d.layers:
         if m.decoder == "query":
             changed = x.clone()
-            changed[predicted] = _query_layer(model, layer, x, predicted)
+            changed[predicted] = _query_layer(model, layer, x, predicted, place)
             x = changed
         elif m.decoder == "cross":
             x = _layer(model, layer, x, place, encoded, place[here])
@@ -175,9 +185,8 @@ def _layer(
     return _residual(model, layer.ffn_norm, lambda h: _ffn(layer.ffn, h), x)
 
 
-def _query_layer(model: LateMaskModel, layer: nn.Module, x: Tensor, asking: Tensor) -> Tensor:
+def _query_layer(model: LateMaskModel, layer: nn.Module, x: Tensor, asking: Tensor, place: Tensor) -> Tensor:
     """A self layer in which only the rows that ask are updated."""
-    place = torch.arange(len(x))
     pre = model.m.norm == "pre"
     h = _norm(layer.attention_norm, x) if pre else x
     (q,) = _heads(model, layer.attention.q, h[asking], 1)
@@ -214,7 +223,8 @@ def _attention(
         if model.m.block == "modern":
             q_SE, k_TE = _turned(model, q_SE, here), _turned(model, k_TE, there)
         scores = q_SE @ k_TE.T / math.sqrt(q_SE.shape[-1])
-        odds = (scores - scores.detach().max()).exp()
+        top = scores.detach().max() if scores.numel() else 0.0  # a document may have no row here
+        odds = (scores - top).exp()
         mixed.append(odds / odds.sum(-1, keepdim=True) @ v_TE)
     return torch.cat(mixed, -1)
 
@@ -302,6 +312,72 @@ def test_permuted_equals_natural(block: str, method: str, dtype: torch.dtype, to
     others = {"logits": reference_logits(model, reference_rows(model, natural))}
     assert_near(logits, others, tolerance)
     assert_near(gradients(model, loss), gradients(model, expected), tolerance)
+
+
+DOCUMENTS = torch.tensor([[0] * 7 + [1] * 4 + [2] * 9, [0] * 20])
+"""[B, L] as in a window that two documents end in, and one of a single document."""
+
+
+def slow_varlen(
+    q: Tensor, k: Tensor, v: Tensor, begin_q: Tensor, begin_k: Tensor, most_q: int, most_k: int
+) -> Tensor:
+    """What `varlen_attn` promises, one stretch at a time: [rows, H, E]."""
+    assert begin_q.dtype == begin_k.dtype == torch.int32
+    mixed = torch.zeros_like(q)
+    for i in range(len(begin_q) - 1):
+        asking, asked = slice(*begin_q[i : i + 2].tolist()), slice(*begin_k[i : i + 2].tolist())
+        assert asking.stop - asking.start <= most_q and asked.stop - asked.start <= most_k
+        scores = torch.einsum("she,the->hst", q[asking], k[asked]) / math.sqrt(q.shape[-1])
+        mixed[asking] = torch.einsum("hst,the->she", scores.softmax(-1), v[asked])
+    return mixed
+
+
+@blocks
+@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("stretches", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_documents_kept_apart(
+    block: str, method: str, stretches: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each document as if it were alone in the model, forward and gradients; by mask and by stretches."""
+    monkeypatch.setattr("pretrain.model.takes_stretches", lambda device: stretches)
+    monkeypatch.setattr("pretrain.model.varlen_attn", slow_varlen)
+    model = make_model(block, method).double()
+    natural, batch, order = make_batches(seed)
+    bounded = batch._replace(documents=DOCUMENTS.gather(1, order), most_documents=4)
+    loss, expected = model(bounded), reference_loss(model, natural, DOCUMENTS)
+    assert abs(expected.item() - model(batch).item()) > 1e-4  # it matters
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    logits = {"logits": permuted_logits(model, bounded, natural, order)}
+    others = {"logits": reference_logits(model, reference_rows(model, natural, DOCUMENTS))}
+    assert_near(logits, others, 1e-10)
+    assert_near(gradients(model, loss), gradients(model, expected), 1e-10)
+
+
+@blocks
+@pytest.mark.parametrize("method", VARIANTS)
+def test_a_document_without_a_visible_row(block: str, method: str) -> None:
+    """It has nothing to look at in the encoder's output; what comes out is still a number."""
+    model = make_model(block, method).double()
+    natural, _, _ = make_batches()
+    masked = torch.stack((DOCUMENTS[0] == 1, DOCUMENTS[0] == 1))
+    documents = DOCUMENTS[:1].expand(B, -1)
+    natural = natural._replace(
+        predicted=masked, masked=masked, ids=torch.where(masked, MASK, natural.targets)
+    )
+    order = masked.long().argsort(dim=1, stable=True)
+    ids, targets = natural.ids.gather(1, order), natural.targets.gather(1, order)[:, -4:]
+    bounded = Batch(ids, order, targets, 4, documents.gather(1, order), 4)
+    loss, expected = model(bounded), reference_loss(model, natural, documents)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
+def test_one_document_is_no_bound() -> None:
+    model = make_model("post", "3ml-self").double()
+    _, batch, _ = make_batches()
+    whole = batch._replace(documents=torch.zeros_like(batch.ids))
+    assert model(whole).item() == pytest.approx(model(batch).item(), rel=1e-12)
 
 
 @blocks

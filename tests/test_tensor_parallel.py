@@ -30,13 +30,15 @@ def make_model(options: config.Config, recompute: bool = False) -> LateMaskModel
 
 
 def make_batch(seed: int, rows: int = 3, length: int = 12, predicted: int = 6) -> Batch:
-    """Random pieces in permuted order; M of the P predicted rows are [MASK]."""
+    """Random pieces in permuted order; M of the P predicted rows are [MASK]. Every second batch keeps its
+    documents apart."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(MASK, (rows, length), generator=generator)
     ids[:, -4:] = MASK
     positions = torch.stack([torch.randperm(length, generator=generator) for _ in range(rows)])
     targets = torch.randint(VOCAB, (rows, predicted), generator=generator)
-    return Batch(ids, positions, targets, 4)
+    documents = (positions >= 5).long() if seed % 2 else None
+    return Batch(ids, positions, targets, 4, documents, 2)
 
 
 # ---- the table -----------------------------------------------------------------------------------

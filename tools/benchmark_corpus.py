@@ -12,7 +12,6 @@ MaskTokensDataset (written out here, as fairseq no longer installs).
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,9 @@ from pretrain import config
 from pretrain.corpus import CorpusWriter, IndexedReader, token_dtype
 from pretrain.masking import Masker
 from pretrain.sampler import Sampler
-from pretrain.tokenizer import SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
-from tools.measure import Row, Side, compare, row
+from pretrain.tokenizer import SMALLEST, SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
+from tools import console
+from tools.measure import Done, Row, Side, compare, row
 from tools.text_files import MAX_DOCUMENT_BYTES, Document, find_files, open_reader
 
 _SAMPLE = Path(__file__).parent / "sample" / "train.jsonl.gz"
@@ -38,28 +38,48 @@ _BATCH, _LENGTH = 256, 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", default=[str(_SAMPLE)], help="raw text (the shipped sample)")
-    parser.add_argument("--max-megabytes", type=float, default=10.0, help="of it that is used (%(default)s)")
+    parser.add_argument(
+        "--max-megabytes", type=console.positive, default=10.0, help="of it that is used (%(default)s)"
+    )
     parser.add_argument("--gpt2", metavar="DIR", help="a byte-level tokenizer folder; default: trained here")
-    parser.add_argument("--vocab-size", type=int, default=8000, help="of those trained here (%(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=console.whole(SMALLEST), default=8000, help="of those trained here (%(default)s)"
+    )
     parser.add_argument(
         "--wall-megabytes",
-        type=float,
+        type=console.positive,
         default=40.0,
         help="text for the row of two processes, by the clock: let the machine be idle (%(default)s)",
+    )
+    parser.add_argument(
+        "--unseen-megabytes",
+        type=console.positive,
+        default=10.0,
+        help="text of the rows of unseen words, whose memory must not depend on it (%(default)s)",
     )
     parser.add_argument("--only", default="", metavar="WORD", help="only rows with WORD in their name")
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def count(args: argparse.Namespace) -> int:
+    return len(chosen(args))
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The rows that were asked for."""
+    return console.matching(MEASURED, [args.only])
+
+
+def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
     """Every row, as it is measured."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
     texts = read_texts(args.input, int(args.max_megabytes * 1e6))
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), texts, args.runs, args.vocab_size, args.gpt2, args.wall_megabytes)
-        for name, measure in bench.table().items():
-            if args.only in name:
-                yield measure(name)
+        bench = Bench(Path(folder), texts, args)
+        for name in chosen(args):
+            found = MEASURED[name](bench, name)
+            done(1)
+            yield found
 
 
 def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
@@ -80,31 +100,16 @@ def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
 class Bench:
     """The rows over one text."""
 
-    def __init__(
-        self, folder: Path, texts: list[str], runs: int, vocab_size: int, gpt2: str | None, wall: float
-    ) -> None:
-        self.folder, self.texts, self.runs, self.vocab_size = folder, texts, runs, vocab_size
+    def __init__(self, folder: Path, texts: list[str], args: argparse.Namespace) -> None:
+        self.folder, self.texts = folder, texts
         self.megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        self.gpt2, self.wall_megabytes = gpt2, wall
-
-    def table(self) -> dict[str, Callable[[str], Row]]:
-        return {
-            "byte-level BPE, cached, text to .bin": lambda name: self.byte_level(name, False),
-            "byte-level BPE, fastokens, text to .bin": lambda name: self.byte_level(name, True),
-            "sentencepiece unigram, text to .bin": lambda name: self.sentencepiece(name, "unigram"),
-            "sentencepiece bpe, text to .bin": lambda name: self.sentencepiece(name, "bpe"),
-            "masking, against Hugging Face": lambda name: self.masking(name, hugging_face_masking),
-            "masking, against fairseq": lambda name: self.masking(name, fairseq_masking),
-            "reading a batch": self.reading,
-            "merge of 1,000 shards, peak memory": self.merging,
-            "two processes, against one": self.two_processes,
-            "start-up to the first document": self.start_up,
-        }
+        self.runs, self.vocab_size, self.gpt2 = args.runs, args.vocab_size, args.gpt2
+        self.wall_megabytes, self.unseen_megabytes = args.wall_megabytes, args.unseen_megabytes
 
     # ---- encoding --------------------------------------------------------------------------------
 
     def byte_level(self, name: str, use_fastokens: bool) -> Row:
-        folder = self.gpt2 or self._train_byte_level()
+        folder = self._byte_level()
         import tokenizers
 
         def peer() -> Callable[[], None]:
@@ -119,8 +124,7 @@ class Bench:
         return compare(name, "MB/s", self.megabytes, ours, peer, self.runs, packages)
 
     def sentencepiece(self, name: str, kind: Any) -> Row:
-        folder = self.folder / kind
-        train_sentencepiece(self.texts, folder, kind, self.vocab_size)
+        folder = self._trained(kind)
 
         def peer() -> Callable[[], None]:
             processor = load_tokenizer(folder)._processor  # type: ignore[attr-defined]
@@ -154,7 +158,15 @@ class Bench:
             builder.add_document(torch.IntTensor(ids), [len(ids)])
         builder.finalize(str(self.folder / "peer.idx"))
 
-    def _train_byte_level(self) -> str:
+    def _trained(self, kind: Any) -> Path:
+        folder = self.folder / kind
+        if not folder.exists():
+            train_sentencepiece(self.texts, folder, kind, self.vocab_size)
+        return folder
+
+    def _byte_level(self) -> str:
+        if self.gpt2:
+            return self.gpt2
         import tokenizers
 
         from tools.byte_level_files import build
@@ -171,31 +183,30 @@ class Bench:
 
     # ---- training data ---------------------------------------------------------------------------
 
-    def masking(self, name: str, make_peer: Callable[[int, int, Any], Side]) -> Row:
+    def masking(self, name: str, make_peer: Callable[[int, int, Any], Side], rounds: int) -> Row:
+        """Windows of ids to a whole batch: ours with its rows in order and their positions as well."""
         words = 30_000
         tokens = np.random.default_rng(0).integers(5, words - 1, (_BATCH, _LENGTH)).astype(np.uint16)
         special, pool = np.array([0, 1, 2, 3, words - 1]), np.arange(5, words - 1)
         options = config.Masking(rate=0.5)
-        rounds = 4
 
         def ours() -> Callable[[], None]:
             masker = Masker(options, _LENGTH, words - 1, pool, special)
             keys, views = np.arange(_BATCH, dtype=np.uint64), np.zeros(_BATCH, np.int64)
-            return lambda: [masker(tokens, keys, views) for _ in range(rounds)] and None
+            masker(tokens, keys, views)
+            return lambda: _exhaust(masker(tokens, keys, views) for _ in range(rounds))
 
         peer = make_peer(words, rounds, tokens)
         amount = rounds * tokens.size / 1e6
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "transformers"])
 
-    def reading(self, name: str) -> Row:
-        """An update of 4,096 windows of shuffled documents, with their mask keys, against items of that
-        length as they lie."""
+    def reading(self, name: str, batch: int, length: int) -> Row:
+        """Windows of shuffled documents that are joined, with their mask keys, against items of that length
+        as they lie."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        length, batch, batches = 128, 4096, 8
-        folder = self.folder / "unigram"
-        if not folder.exists():
-            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        batches = (1 << 22) // (batch * length)
+        folder = self._trained("unigram")
         self._encode(load_tokenizer(folder))
         reader = IndexedReader(self.folder / "ours")
         count = reader.num_tokens // length
@@ -207,12 +218,12 @@ class Bench:
             sampler = Sampler(reader, config.Masking(), length, 0, 0, 2)
             sampler.read(np.arange(batch))
             numbers = np.arange(batches * batch).reshape(batches, batch)
-            return lambda: [sampler.read(row) for row in numbers] and None
+            return lambda: _exhaust(sampler.read(row) for row in numbers)
 
         def peer() -> Callable[[], None]:
             items = IndexedDataset(str(self.folder / "items"))
             order = np.random.default_rng(0).integers(0, count, (batches, batch)).tolist()
-            return lambda: [np.stack([items[i] for i in row]) for row in order] and None
+            return lambda: _exhaust(np.stack([items[i] for i in row]) for row in order)
 
         amount = batches * batch * length / 1e6
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "megatron-core"])
@@ -242,9 +253,7 @@ class Bench:
         with source.open("w", encoding="utf-8") as file:
             for _ in range(copies):
                 file.writelines(json.dumps({"text": text}) + "\n" for text in self.texts)
-        folder = self.folder / "unigram"
-        if not folder.exists():
-            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        folder = self._trained("unigram")
         speeds: dict[int, list[float]] = {2: [], 1: []}
         for _ in range(self.runs):
             for workers, found in speeds.items():
@@ -258,55 +267,113 @@ class Bench:
 
     def start_up(self, name: str) -> Row:
         """CPU seconds from the start of the program to the first document encoded; no peer."""
-        folder = self.folder / "unigram"
-        if not folder.exists():
-            train_sentencepiece(self.texts, folder, "unigram", self.vocab_size)
+        folder = self._trained("unigram")
         seconds = []
         for _ in range(self.runs):
             done = self._python(_START_UP, str(folder))
             seconds.append(float(done.stdout.split()[-1]))
         return row(name, "s", seconds, [], ["sentencepiece"])
 
-    def _python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def unseen(self, name: str, folder: str | Path, plain: bool = False) -> Row:
+        """Of the largest process of two, over random words that no cache has met; once, for memory does not
+        vary; no peer. plain: without fastokens."""
+        source = self.folder / "unseen.jsonl"
+        if not source.exists():
+            write_unseen(source, int(self.unseen_megabytes * 1e6))
+        words = ["--input", source, "--tokenizer", folder, "--output", self.folder / "unseen", "--overwrite"]
+        environ = dict(os.environ)
+        if plain:
+            hidden = self.folder / "hidden"
+            hidden.mkdir(exist_ok=True)
+            (hidden / "fastokens.py").write_text("raise ImportError('hidden, to measure without')\n")
+            environ["PYTHONPATH"] = os.pathsep.join([str(hidden), *filter(None, [environ.get("PYTHONPATH")])])
+        done = self._python(_LARGEST, *map(str, [*words, "--workers", 2]), environ=environ)
+        packages = ["sentencepiece", "tokenizers", *([] if plain else ["fastokens"])]
+        return row(name, "MB", [float(done.stdout.split()[-1])], [], packages)
+
+    def _python(
+        self, code: str, *arguments: str, environ: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code, *arguments],
             check=True,
             capture_output=True,
             text=True,
+            env=environ,
         )
 
 
-def peak_megabytes() -> float:
-    """Largest memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def write_unseen(path: Path, size: int) -> None:
+    """Documents of 4 kB of random words, of seven letters on the average."""
+    draw = np.random.default_rng(1)
+    with path.open("wb") as file:
+        while file.tell() < size:
+            letters = draw.integers(ord("a"), ord("z") + 1, (256, 4096), np.uint8)
+            letters[draw.random(letters.shape, np.float32) < 1 / 8] = ord(" ")
+            file.writelines(b'{"text": "' + document.tobytes() + b'"}\n' for document in letters)
+
+
+MEASURED: dict[str, Callable[[Bench, str], Row]] = {
+    "byte-level BPE, cached, text to .bin": lambda bench, name: bench.byte_level(name, False),
+    "byte-level BPE, fastokens, text to .bin": lambda bench, name: bench.byte_level(name, True),
+    "sentencepiece unigram, text to .bin": lambda bench, name: bench.sentencepiece(name, "unigram"),
+    "sentencepiece bpe, text to .bin": lambda bench, name: bench.sentencepiece(name, "bpe"),
+    "masking, against Hugging Face": lambda bench, name: bench.masking(name, hugging_face_masking, 256),
+    "masking, against fairseq": lambda bench, name: bench.masking(name, fairseq_masking, 32),
+    "reading a batch, 4,096 x 128": lambda bench, name: bench.reading(name, 4096, 128),
+    "reading a batch, 256 x 512": lambda bench, name: bench.reading(name, 256, 512),
+    "merge of 1,000 shards, peak memory": Bench.merging,
+    "two processes, against one": Bench.two_processes,
+    "start-up to the first document": Bench.start_up,
+    "unseen words, unigram, peak memory": lambda bench, name: bench.unseen(name, bench._trained("unigram")),
+    "unseen words, bpe, peak memory": lambda bench, name: bench.unseen(name, bench._trained("bpe")),
+    "unseen words, byte-level BPE, peak memory": lambda bench, name: bench.unseen(
+        name, bench._byte_level(), True
+    ),
+    "unseen words, fastokens, peak memory": lambda bench, name: bench.unseen(name, bench._byte_level()),
+}
+"""Name of a row -> what measures it."""
+
+
+def _exhaust(results: Iterator[Any]) -> None:
+    """Make each of the results and drop it, as a training loop does."""
+    for _ in results:
+        pass
 
 
 _MERGE_OURS = """
 import sys
 from pretrain.corpus import merge
-from tools.benchmark_corpus import peak_megabytes
+from pretrain.ledger import peak_resident
 output, *shards = sys.argv[1:]
 merge(shards[:1], output, overwrite=True)
-before = peak_megabytes()
+before = peak_resident()
 merge(shards, output, overwrite=True)
-print(peak_megabytes() - before)
+print((peak_resident() - before) / 1e6)
 """
 
 _MERGE_MEGATRON = """
 import sys
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tools.benchmark_corpus import peak_megabytes
+from pretrain.ledger import peak_resident
 output, *shards = sys.argv[1:]
 builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
 builder.add_index(shards[0])
 builder.finalize(output + ".idx")
-before = peak_megabytes()
+before = peak_resident()
 builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
 for shard in shards:
     builder.add_index(shard)
 builder.finalize(output + ".idx")
-print(peak_megabytes() - before)
+print((peak_resident() - before) / 1e6)
+"""
+
+_LARGEST = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, "-m", "tools.encode_corpus", *sys.argv[1:]], check=True)
+# Counted in kB. A child begins with its parent's peak: this process is small, and does nothing else.
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
 """
 
 _START_UP = """
@@ -340,12 +407,13 @@ def hugging_face_masking(words: int, rounds: int, tokens: Any) -> Side:
         special = torch.zeros(tokens.shape, dtype=torch.bool)
         special[:, [0, -1]] = True
 
-        def work() -> None:
-            for _ in range(rounds):
+        def work(times: int) -> None:
+            for _ in range(times):
                 ids = torch.from_numpy(tokens.astype(np.int64))
                 collator.torch_mask_tokens(ids, special_tokens_mask=special.clone())
 
-        return work
+        work(1)
+        return lambda: work(rounds)
 
     return prepare
 

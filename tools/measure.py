@@ -2,6 +2,10 @@
 
 A busy machine slows both sides of a round alike, so the ratio is taken within each round; the row shows
 the median and the extremes of the rounds.
+
+The trap: a young process gives freed memory back to the system at once, so that arrays of a megabyte are
+paid for in page faults. One that has freed a large block, as any training process has, keeps it; both
+sides are measured in that state.
 """
 
 import gc
@@ -11,10 +15,18 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+_LARGE_BLOCK = 31 << 20
+"""Bytes; glibc keeps what is smaller than the largest block freed so far, up to 32 MiB."""
+
+Done = Callable[[int], None]
+"""Takes how many more measurements are made, of those that a subject's `count` announces."""
 
 Side = Callable[[], Any]
 """Makes ready and returns the function that is timed: preparation, such as loading, is not."""
@@ -31,7 +43,7 @@ class Row:
     """Median; None where the peer is not installed."""
     unit: str
     ratio: float | None
-    """Median over rounds of ours / peer: above 1 we are faster (of memory: below 1 we need less)."""
+    """Median over rounds of ours / peer: above 1 we are faster (of memory and time: below 1 we need less)."""
     spread: list[float]
     """Smallest and largest ratio of a round."""
     runs: int
@@ -39,6 +51,12 @@ class Row:
     dtype: str
     versions: dict[str, str]
     commit: str | None
+    flop_ratio: float | None = None
+    """What `ratio` would be if time followed FLOPs."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Shapes, threads and the like."""
+    command: str = ""
+    """That measured it."""
 
 
 def compare(
@@ -52,11 +70,16 @@ def compare(
     dtype: str = "uint16",
 ) -> Row:
     """`amount` units done by each side, in turn, `runs` times: units a CPU second."""
+    np.ones(_LARGE_BLOCK, np.uint8)
     speeds: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs):
         for i in (0, 1) if turn % 2 == 0 else (1, 0):
             speeds[i].append(amount / cpu_seconds((ours, peer)[i]))
     return row(name, unit, *speeds, packages, dtype)
+
+
+def untold(count: int) -> None:
+    """A `Done` that nobody watches."""
 
 
 def cpu_seconds(side: Side) -> float:
@@ -75,8 +98,11 @@ def row(
     peer: Sequence[float],
     packages: Sequence[str],
     dtype: str = "uint16",
+    device_name: str | None = None,
+    flop_ratio: float | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Row:
-    """A row of measured rounds; `peer` may be empty."""
+    """A row of measured rounds; `peer` may be empty. device_name: default: the processor."""
     ratios = [a / b for a, b in zip(ours, peer, strict=False)]
     return Row(
         name=name,
@@ -86,10 +112,12 @@ def row(
         ratio=statistics.median(ratios) if ratios else None,
         spread=[min(ratios), max(ratios)] if ratios else [],
         runs=len(ours),
-        device=device(),
+        device=device_name or device(),
         dtype=dtype,
         versions={"python": platform.python_version()} | {package: version(package) for package in packages},
         commit=commit(),
+        flop_ratio=flop_ratio,
+        settings=settings or {},
     )
 
 
