@@ -16,6 +16,7 @@ import numpy as np
 from pretrain import __version__, config, flops
 from pretrain.config import Config, UserError
 from pretrain.sampler import Blend
+from pretrain.signals import Signals
 from pretrain.tokenizer import Tokenizer
 
 STOPPED, USER, DEFECT = 75, 2, 1
@@ -45,51 +46,70 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(options: Config, data_size: int, blend: Blend) -> str:
     """What the run will do and the arithmetic behind it, for the reader of a log."""
+    from pretrain.budget import step_cost
     from pretrain.masking import counts
-    from pretrain.train import micro_batch, step_cost
+    from pretrain.train import micro_batch
 
-    m, t = options.model, options.train
+    m = options.model
     assert m.vocab_size
-    c, cost, micro = (
-        counts(options.masking, t.seq_length),
-        step_cost(options),
-        micro_batch(options, data_size),
-    )
     size = flops.parameters(m, m.vocab_size)
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
-    update = cost.flops
-    shares = "  ".join(
-        f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
-    )
     lines = [
         f"method      {config.method(options)}: {m.num_layers} + {m.decoder_layers} layers x {m.hidden_size},"
         f" {m.block} {m.norm}-LN, {m.vocab_size} pieces",
         f"parameters  {parts}",
-        f"sequence    {c.length} rows: {c.predicted} predicted ({c.masked} [MASK], {c.random} random,"
-        f" {c.predicted - c.masked - c.random} kept); the encoder sees"
-        f" {c.length - (flops.late_masks(m, c.masked) if m.mask_from else 0)}",
-        f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
-        f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
-        f"budget      {_budget(options, cost, blend)}",
     ]
-    return "\n".join(lines)
+    untils = [phase.until for phase in options.train.phases]
+    for phase, begin in zip(config.phases(options), [0.0, *untils], strict=True):
+        t, c = phase.train, counts(options.masking, phase.train.seq_length)
+        update, micro = step_cost(phase).flops, micro_batch(phase, data_size)
+        shares = "  ".join(
+            f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
+        )
+        if untils:
+            lines.append(f"phase       from {begin:.4g} of the budget on")
+        lines += [
+            f"sequence    {c.length} rows: {c.predicted} predicted ({c.masked} [MASK], {c.random} random,"
+            f" {c.predicted - c.masked - c.random} kept); the encoder sees"
+            f" {c.length - (flops.late_masks(m, c.masked) if m.mask_from else 0)}",
+            f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
+            f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
+        ]
+    lines.append(f"documents   {options.corpus.documents}; {_documents(blend)}")
+    return "\n".join([*lines, f"budget      {_budget(options, blend)}"])
 
 
-def _budget(options: Config, cost: flops.StepCost, blend: Blend) -> str:
-    ((unit, total),) = ((k, v) for k, v in options.budget.model_dump().items() if v is not None)
-    each = {"steps": 1, "tokens": cost.tokens_seen, "flops": cost.flops.total}.get(unit)
-    if each is None:
-        return f"{total:g} {unit}"
-    steps = int(total // each)
+def _documents(blend: Blend) -> str:
+    """How much of the first windows is within one document."""
+    from pretrain.masking import document_numbers
+
+    tokens = blend.read(np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))).tokens
+    numbers = document_numbers(tokens, blend.samplers[0].eos)
+    pairs = np.mean([np.mean(row[:, None] == row) for row in numbers])
+    return f"{numbers[:, -2].mean() + 1:.2f} a window, {pairs:.0%} of the pairs of rows are within one"
+
+
+def _budget(options: Config, blend: Blend) -> str:
+    from pretrain.budget import Budget, planned
+
+    unit, total = options.budget.amount
+    given = f"{total:.7g} {unit}"
+    if options.budget.relative_to:
+        given += f" ({options.budget.fraction:g} of {options.budget.relative_to}'s)"
+    budget = Budget(options)
+    if budget.measured:
+        return given
+    steps = budget.updates()
+    text = f"{given} = {' + '.join(f'{number:,}' for number in steps)} updates"
+    text += f" = {planned(options, 'flops'):.3g} FLOPs = {planned(options, 'tokens'):.3g} rows"
+    if len(steps) > 1:
+        return text
     windows = {sampler.corpus.prefix: sampler.samples_per_epoch for sampler in blend.samplers}
     epochs = [
         f"{count:.2f} epochs of {windows[prefix]:,} windows" + (f" of {prefix}" if len(windows) > 1 else "")
-        for prefix, count in blend.epochs(steps * cost.samples).items()
+        for prefix, count in blend.epochs(steps[0] * budget.costs[0].samples).items()
     ]
-    return (
-        f"{total:g} {unit} = {steps:,} updates = {steps * cost.flops.total:.3g} FLOPs"
-        f" = {steps * cost.tokens_seen:.3g} rows = {', '.join(epochs)}"
-    )
+    return f"{text} = {', '.join(epochs)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,17 +132,21 @@ def _say(error: UserError) -> int:
 def _dry_run(options: Config) -> int:
     import torch
 
+    from pretrain.budget import step_cost
     from pretrain.evaluate import HeldOut
-    from pretrain.train import check_budget, open_blend, open_data, resolve, step_cost
+    from pretrain.train import check_budget, check_start, open_blend, open_data, resolve
 
     for warning in config.warnings(options):
         logging.warning("warning: %s", warning)
     data = open_data(options.corpus)
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
-    check_budget(options, step_cost(options))
-    blend = open_blend(options, data)
+    phases = config.phases(options)
+    check_budget(options, step_cost(phases[0]))
+    check_start(options, data)
+    blend = [open_blend(phase, data) for phase in phases][-1]
     if options.corpus.valid:
-        HeldOut(options.corpus.valid, data.tokenizer, options.train.seq_length, options.evaluate.samples)
+        length = options.evaluate.seq_length or options.train.seq_length
+        HeldOut(options.corpus.valid, data.tokenizer, length, options.evaluate.samples)
     print(config.dump(options))
     print(plan(options, 1, blend))
     print(f"masks       {_masks(options, blend, data.tokenizer)}")
@@ -144,6 +168,7 @@ def _masks(options: Config, blend: Blend, tokenizer: Tokenizer) -> str:
 
 
 def _run(options: Config, local_rank: int | None) -> int:
+    signals = Signals()
     from pretrain.checkpoint import RunFolder
     from pretrain.topology import Topology, connect
     from pretrain.train import build, close, train
@@ -153,12 +178,13 @@ def _run(options: Config, local_rank: int | None) -> int:
     folder, topology = RunFolder(options.run.dir), Topology()
     try:
         topology = connect(options.parallel.tensor, options.train.engine == "deepspeed", local_rank)
-        run = build(options, topology, folder)
+        run = build(options, topology, folder, signals)
         if topology.is_main:
             logging.info(plan(run.config, topology.data_size, run.blend))
             if run.step:
                 logging.info("continues   from step %d", run.step)
         code = train(run)
+        signals.leave_with(code)
         close(run)
         if topology.is_main:
             logging.info("%s: %s", folder.path, folder.status()["reason"])
@@ -166,6 +192,7 @@ def _run(options: Config, local_rank: int | None) -> int:
         return code
     except BaseException as error:
         code, reason = _verdict(error)
+        signals.leave_with(code)
         if code == DEFECT:
             traceback.print_exc()
         elif code == STOPPED:

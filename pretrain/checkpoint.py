@@ -25,6 +25,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ FILES = {
     "exp_avg_sq": "exp_avg_sq.safetensors",
 }
 STATE, MANIFEST = "state.json", "manifest.json"
+TOKENIZER = "tokenizer"
+"""Folder of a run with the file that defines its vocabulary."""
 TEMPORARY = ".tmp-"  # whatever starts with this is the remains of an interrupted write
 PACKAGES = (
     "torch",
@@ -92,6 +95,10 @@ class State:
     format: int = FORMAT
     segments: list[Any] = field(default_factory=list)
     """The run's `sampler.Segment`s so far, as lists."""
+    phase: int = 0
+    """Number of the phase (`train.phases`) of the update before."""
+    loss_scale: dict[str, float] | None = None
+    """`LossScale.state` of a run in fp16."""
 
 
 # ---- durable files -------------------------------------------------------------------------------
@@ -124,6 +131,20 @@ def mend(path: Path) -> bytes:
     if whole < len(data):
         os.truncate(path, whole)
     return data[whole:]
+
+
+def check_folder(folder: str | Path) -> None:
+    """UserError where no file could be made in `folder`, to be found out before the work and not after it.
+
+    It is tried, as permissions do not tell everything; nothing stays, nor is the folder made.
+    """
+    place = Path(folder).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -200,10 +221,22 @@ class RunFolder:
         write_atomic(self.path / "status.json", _json(status))
 
     def status(self) -> dict[str, Any]:
-        """What `write_status` wrote last; {} if nothing yet."""
-        path = self.path / "status.json"
-        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """What `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
         return status
+
+    def keep_tokenizer(self, file: Path) -> None:
+        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone."""
+        kept = self.path / TOKENIZER / file.name
+        if kept.exists():
+            return
+        kept.parent.mkdir(exist_ok=True)
+        temporary = self.path / (TEMPORARY + file.name)
+        shutil.copyfile(file, temporary)
+        os.replace(temporary, kept)
 
 
 def _lock_or_refuse(file: IO[str], path: Path) -> None:
@@ -237,7 +270,7 @@ def _remove(path: Path) -> None:
 def _provenance() -> dict[str, Any]:
     return {
         "version": __version__,
-        "commit": _commit(),
+        "commit": code_revision(),
         "command": shlex.join(sys.orig_argv),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -246,9 +279,11 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Commit of this code, with -dirty if it was edited; None outside a git checkout."""
+def code_revision() -> str | None:
+    """Commit of this code, with -dirty if it was edited; None where neither git nor a frozen copy says."""
     root = Path(__file__).parent.parent
+    if (root / "REVISION").exists():
+        return (root / "REVISION").read_text(encoding="utf-8").strip()
     if not (root / ".git").exists():
         return None
     command = [
@@ -405,7 +440,8 @@ def find(run: str | Path, which: str | int = "latest") -> Path:
     """
     known = steps(run)
     if not known:
-        raise UserError(f"{run}: has no checkpoint; check the run's path")
+        what = "has no checkpoint yet" if Path(run).is_dir() else "no such folder"
+        raise UserError(f"{run}: {what}; give the run.dir of a run that has saved")
     if which == "latest":
         return _newest_good(Path(run), known)
     path = pointed(run, "best") if which == "best" else _explicit(Path(run), which)

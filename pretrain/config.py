@@ -11,6 +11,7 @@ The trap: YAML 1.1 reads ``1e-4`` as a string, so the loader here has a resolver
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +51,13 @@ class Corpus(Section):
     """Prefix of the held-out corpus; without one nothing is evaluated."""
     tokenizer: str | None = None
     """Tokenizer folder; default: the one that the manifest of `train` names."""
-    documents: Literal["packed"] = "packed"
-    """`packed`: windows run across documents, joined by </s>, and attention sees the whole window."""
+    copies: str | None = None
+    """Folder that may hold a copy of a training corpus, such as a node's own disk (`slurm.stage`): read
+    where it is whole, else the original is."""
+    documents: Literal["packed", "bounded"] = "packed"
+    """Windows run across documents, joined by </s>. `packed`: attention sees the whole window; `bounded`:
+    only the rows of the same document. Positions count from the window's beginning in both, and so do FLOPs:
+    what a kernel saves between documents is not credited."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -155,6 +161,19 @@ class Masking(Section):
     (from a random place on and round its end), drawn anew every K visits."""
 
 
+class Phase(Section):
+    """What is other than in `train` until a share of the budget is spent."""
+
+    until: float = Field(gt=0, lt=1)
+    """Share of the budget at which the phase ends."""
+    batch_size: int | None = Field(None, ge=1)
+    """As in `train`, whose value it takes if not given."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """As in `train`, whose value it takes if not given."""
+    seq_length: int | None = Field(None, ge=8)
+    """As in `train`, whose value it takes if not given."""
+
+
 class Train(Section):
     """One update, and how it is computed."""
 
@@ -164,12 +183,25 @@ class Train(Section):
     """Sequences per forward pass of one data-parallel rank; default: no accumulation."""
     seq_length: int = Field(128, ge=8)
     """Window length L in tokens, <s> and </s> included."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Arithmetic of the matrix products; default: bf16 where the device has it, else fp32."""
+    phases: list[Phase] = []
+    """Short sequences or small batches first: `[{until: 0.9, seq_length: 128}]` trains on 128 tokens until
+    90 % of the budget is spent. After the last phase the values above hold. Shares ascend."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of the matrix products, over float32 parameters; default: bf16 where the device has it, else
+    fp32. `fp16` is for GPUs without bf16: its loss is scaled, and an update whose gradients overflow is
+    skipped (and paid for)."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """`torch`: plain (data-parallel) torch. `deepspeed`: ZeRO 0-3."""
-    compile: Literal["none", "default", "max-autotune"] = "none"
-    """torch.compile mode of the layers."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """torch.compile mode of the layers. The last two replay CUDA graphs on a GPU, where the engine is torch,
+    parallel.tensor is 1 and nothing is recomputed; elsewhere `reduce-overhead` is `default`, and
+    `max-autotune` only picks the fastest kernels."""
+    float8: bool = False
+    """Form the layers' products whose widths are multiples of 16 in float8 (`pip install '.[float8]'`; H100
+    and its like, bf16 for all else). It pays with `compile` only. MFU stays a share of the bf16 peak."""
+    cross_entropy: Literal["own", "torch", "liger"] = "own"
+    """Whose kernel forms the loss over the vocabulary in training: ours, torch's `linear_cross_entropy` (from
+    2.13) or liger-kernel's (a GPU, `pip install '.[liger]'`). The same loss and gradients, up to rounding."""
     recompute: Literal["none", "block"] = "none"
     """`block`: keep only each layer's input and recompute the rest (less memory, more hardware FLOPs)."""
     deterministic: bool | None = None
@@ -203,7 +235,8 @@ class Schedule(Section):
 
 
 class Budget(Section):
-    """What the run may spend: exactly one unit. It is also the unit of progress."""
+    """What the run may spend: exactly one unit, or a share of what another recipe costs. It is also the unit
+    of progress."""
 
     steps: int | None = Field(None, ge=1)
     """Updates."""
@@ -211,8 +244,38 @@ class Budget(Section):
     """Input slots (rows of input), padding and [MASK] included."""
     flops: float | None = Field(None, gt=0)
     """Model matmul FLOPs of training, head included."""
+    flops_without_head: float | None = Field(None, gt=0)
+    """Those of encoder and decoder."""
+    token_layers: float | None = Field(None, gt=0)
+    """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
     device_hours: float | None = Field(None, gt=0)
     """Ranks x hours from process start to exit, over all attempts."""
+    kwh: float | None = Field(None, gt=0)
+    """Measured energy in kWh, over all attempts. Needs a sensor (NVML or RAPL)."""
+    relative_to: str | None = None
+    """Instead of an amount: another CONFIG, whose planned cost is the measure (its own budget must be in
+    steps, tokens or FLOPs), or the folder of a RUN, which has spent. The amount is kept in the run's
+    config.yaml."""
+    fraction: float = Field(1.0, gt=0)
+    """Share of that cost that this run may spend."""
+    measure: Literal[
+        "flops_with_head", "flops_without_head", "token_layers", "tokens", "device_hours", "kwh"
+    ] = "flops_with_head"
+    """What is compared with `relative_to`."""
+
+    @property
+    def amount(self) -> tuple[str, float]:
+        """(unit, how much of it); of a config whose `relative_to` is resolved."""
+        ((unit, amount),) = ((u, getattr(self, u)) for u in BUDGET_UNITS if getattr(self, u) is not None)
+        return unit, amount
+
+    @property
+    def measured_unit(self) -> str:
+        """The unit of `measure`."""
+        return "flops" if self.measure == "flops_with_head" else self.measure
+
+
+BUDGET_UNITS = ("steps", "tokens", "flops", "flops_without_head", "token_layers", "device_hours", "kwh")
 
 
 class Parallel(Section):
@@ -233,6 +296,8 @@ class Checkpoint(Section):
     """Save every so many updates."""
     every_minutes: float | None = Field(30.0, gt=0)
     """Save at least this often."""
+    end_margin_minutes: float = Field(5.0, ge=0)
+    """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept; the best by held-out loss is kept besides."""
 
@@ -244,6 +309,8 @@ class Evaluate(Section):
     """Evaluate every so many updates (and always at the end)."""
     samples: int = Field(512, ge=1)
     """Held-out windows; fewer if the corpus has fewer."""
+    seq_length: int | None = Field(None, ge=8)
+    """Their length, the same in all phases; default: that of `train`."""
 
 
 class Monitor(Section):
@@ -288,7 +355,7 @@ FREE_TO_CHANGE = (
     "corpus.segment",
     "corpus.valid",
     "corpus.tokenizer",
-    "model.init_from",
+    "corpus.copies",
     "train.micro_batch_size",
     "train.engine",
     "budget",
@@ -368,12 +435,16 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads, overrides, checks and completes a config; UserError lists every problem, one a line."""
-    tree = _merge(read_yaml(path), parse_overrides(overrides or []))
-    return build(tree, str(path))
+    overrides = overrides or []
+    tree = _merge(read_yaml(path), parse_overrides(overrides))
+    return build(tree, str(path), [word.partition("=")[0] for word in overrides])
 
 
-def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """A checked and completed Config from nested dicts; UserError lists every problem, one a line."""
+def build(tree: dict[str, Any], where: str = "config", overridden: Sequence[str] = ()) -> Config:
+    """A checked and completed Config from nested dicts; UserError lists every problem, one a line.
+
+    A problem that names an `overridden` key is said to be of the command line, any other of `where`.
+    """
     found: list[str] = []
     sections: dict[str, Any] = {}
     for name in tree.keys() - Config.model_fields.keys():
@@ -385,8 +456,13 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
     config = Config.model_construct(**sections, deepspeed=tree.get("deepspeed") or {})
     found += _contradictions(config)
     if found:
-        raise UserError("\n".join(f"{where}: {problem}" for problem in found))
+        raise UserError("\n".join(f"{_origin(problem, where, overridden)}: {problem}" for problem in found))
     return _complete(config)
+
+
+def _origin(problem: str, where: str, overridden: Sequence[str]) -> str:
+    sections = [f"unknown section {key.partition('.')[0]!r}" for key in overridden]
+    return "command line" if any(word in problem for word in [*overridden, *sections]) else where
 
 
 def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Section:
@@ -407,16 +483,22 @@ def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Se
         for item in error.errors():
             bad.add(item["loc"][0])
             found.append(_problem(name, kind, item))
-        good = {key: value for key, value in given.items() if key not in bad}
+        # Lists may hold sections of their own, which nobody has made of them yet.
+        good = {k: value for k, value in given.items() if k not in bad and not isinstance(value, list)}
         return kind.model_construct(_fields_set=set(given), **good)
 
 
 def _problem(name: str, kind: type[Section], item: Any) -> str:
     key = ".".join([name, *(str(part) for part in item["loc"])])
+    inner = len(item["loc"]) > 1
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(str(item['loc'][0]), list(kind.model_fields), name + '.')}"
-    if item["type"] == "missing":
+        known, prefix = (list(Phase.model_fields), "") if inner else (list(kind.model_fields), f"{name}.")
+        return f"unknown key {key}{_nearest(str(item['loc'][-1]), known, prefix)}"
+    if item["type"] == "missing" and not inner:
         return f"{key} is missing; set it ({kind.model_fields[str(item['loc'][0])].description})"
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):  # a list that is too short
+        whole = f"{name}.{item['loc'][0]}"
+        return f"{whole} = {item['input']!r}: {kind.model_fields[str(item['loc'][0])].description}"
     text = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     return f"{key} = {item['input']!r}: {text}"
 
@@ -430,11 +512,17 @@ def _nearest(word: str, known: list[str], prefix: str = "") -> str:
 
 
 def _contradictions(config: Config) -> list[str]:
-    return [
+    found = [
         problem
-        for check in (_check_model, _check_masking, _check_train, _check_budget, _check_parallel)
+        for check in (_check_model, _check_phases, _check_budget, _check_parallel, _check_evaluate)
         for problem in check(config)
     ]
+    *early, last = phases(config)
+    always = [*_check_masking(last), *_check_train(last)]
+    for number, phase in enumerate(early):
+        new = [problem for problem in (*_check_masking(phase), *_check_train(phase)) if problem not in always]
+        found += [f"train.phases.{number}: {problem}" for problem in new]
+    return found + always
 
 
 def _check_model(config: Config) -> list[str]:
@@ -492,18 +580,53 @@ def _check_train(config: Config) -> list[str]:
             f"train.batch_size = {t.batch_size} is no multiple of train.micro_batch_size ="
             f" {t.micro_batch_size}"
         )
+    if t.float8 and t.precision in ("fp32", "fp16"):
+        found.append(f"train.float8 = true with train.precision = {t.precision}: all else is bf16; set that")
+    if t.float8 and config.model.hidden_size % 16:
+        found.append(
+            f"train.float8 = true: model.hidden_size = {config.model.hidden_size} is no multiple of 16; leave"
+            " float8 out"
+        )
+    if t.cross_entropy != "own" and t.precision == "fp16":
+        found.append(
+            f"train.cross_entropy = {t.cross_entropy} forms gradients before the loss is scaled, which"
+            " train.precision = fp16 needs; take own"
+        )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         found.append(f"optimizer.betas = {list(config.optimizer.betas)}: both must lie in [0, 1)")
     return found
 
 
-def _check_budget(config: Config) -> list[str]:
-    given = [unit for unit in Budget.model_fields if unit in config.budget.model_fields_set]
-    if len(given) == 1:
+def _check_evaluate(config: Config) -> list[str]:
+    length, most = config.evaluate.seq_length, config.model.max_positions
+    if length and length > most:
+        return [f"evaluate.seq_length = {length} exceeds model.max_positions = {most}"]
+    return []
+
+
+def _check_phases(config: Config) -> list[str]:
+    untils = [phase.until for phase in config.train.phases]
+    if untils == sorted(set(untils)):
         return []
-    if not given:
-        return [f"budget is missing; give one of {', '.join(Budget.model_fields)}"]
-    return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one (unit=null unsets)"]
+    return [f"train.phases: until = {untils}: each must be larger than the one before"]
+
+
+def _check_budget(config: Config) -> list[str]:
+    b = config.budget
+    given = [unit for unit in BUDGET_UNITS if unit in b.model_fields_set]
+    if b.relative_to is None:
+        if not given:
+            units = f"{', '.join(BUDGET_UNITS[:-1])} or {BUDGET_UNITS[-1]}"
+            return [f"budget is missing; give one of {units}, or relative_to"]
+        alone = [name for name in ("fraction", "measure") if name in b.model_fields_set]
+        defaults = Budget()
+        if any(getattr(b, name) != getattr(defaults, name) for name in alone):
+            return [f"budget.{alone[0]} needs budget.relative_to"]
+    elif given not in ([], [b.measured_unit]):
+        return [f"budget has relative_to and {', '.join(given)}; keep one of them (unit=null unsets)"]
+    if len(given) > 1:
+        return [f"budget has {len(given)} units ({', '.join(given)}); keep exactly one (unit=null unsets)"]
+    return []
 
 
 def _check_parallel(config: Config) -> list[str]:
@@ -511,6 +634,22 @@ def _check_parallel(config: Config) -> list[str]:
     for name in ("num_heads", "ffn_size", "vocab_multiple"):
         if getattr(m, name) % p.tensor:
             found.append(f"model.{name} = {getattr(m, name)} is no multiple of parallel.tensor = {p.tensor}")
+    if config.train.float8 and p.tensor > 1:
+        found.append(
+            f"train.float8 = true: torchao does not know layers that parallel.tensor = {p.tensor} divides;"
+            " leave one of them out"
+        )
+    if config.train.float8 and p.zero == 3:
+        found.append(
+            "train.float8 = true keeps every gathered layer until the backward pass, which undoes"
+            " parallel.zero = 3; take 2"
+        )
+    kernel = config.train.cross_entropy
+    if kernel != "own" and p.tensor > 1:
+        found.append(
+            f"train.cross_entropy = {kernel} wants the whole vocabulary on a rank, which parallel.tensor ="
+            f" {p.tensor} divides; take own"
+        )
     if config.train.engine == "torch":
         if p.zero:
             found.append(f"parallel.zero = {p.zero} needs train.engine = deepspeed")
@@ -543,6 +682,11 @@ def warnings(config: Config) -> list[str]:
         default = SECTIONS[section].model_fields[name].default
         if not used and getattr(getattr(config, section), name) != default:
             found.append(f"{section}.{name} has no effect: {why}")
+    if config.train.compile == "reduce-overhead" and not replays_graphs(config):
+        found.append(
+            "train.compile = reduce-overhead is default here: CUDA graphs need train.engine = torch,"
+            " parallel.tensor = 1 and train.recompute = none"
+        )
     return found
 
 
@@ -573,6 +717,25 @@ def method(config: Config) -> str:
     if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
         return "mae-lm"
     return f"3ml-{m.decoder}"
+
+
+def replays_graphs(config: Config) -> bool:
+    """Whether a GPU replays the layers as CUDA graphs: their parameters and gradients must stay where they
+    are, which ZeRO does not allow, and no other rank may be waited for in them."""
+    t = config.train
+    graphs = t.compile in ("reduce-overhead", "max-autotune")
+    return graphs and t.engine == "torch" and config.parallel.tensor == 1 and t.recompute == "none"
+
+
+def phases(config: Config) -> list[Config]:
+    """The config of each stretch of the run, in order: `train` has the values that hold there. The last one
+    is what holds when all phases are over."""
+    stretches = []
+    for phase in config.train.phases:
+        other = {name: value for name, value in phase if name != "until" and value is not None}
+        stretches.append(config.train.model_copy(update={**other, "phases": []}))
+    stretches.append(config.train.model_copy(update={"phases": []}))
+    return [config.model_copy(update={"train": train}) for train in stretches]
 
 
 def dump(config: Config) -> str:

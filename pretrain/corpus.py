@@ -187,6 +187,17 @@ def tokenizer_folder(options: config.Corpus) -> str:
     return record.path
 
 
+def copy_of(prefix: str | Path, copies: str | Path) -> Path:
+    """Prefix of a copy of a corpus in the folder `copies`, there or not: its name and fingerprint."""
+    return Path(copies) / f"{Path(prefix).name}-{load_manifest(prefix).fingerprint[:16]}"
+
+
+def open_nearest(prefix: str, copies: str | None) -> "IndexedReader":
+    """The corpus, from its copy in the folder `copies` if that has a whole one (`slurm.stage`)."""
+    copy = copy_of(prefix, copies) if copies else None
+    return IndexedReader(prefix, copy if copy and corpus_file(copy, "json").exists() else None)
+
+
 class IndexedReader:
     """A Megatron indexed dataset, ours or anybody's, mapped and checked for consistency.
 
@@ -200,9 +211,10 @@ class IndexedReader:
     Raises UserError that names the file and what is wrong with it.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, copy: str | Path | None = None) -> None:
+        """Opens PREFIX, or what is known to be a `copy` of it, under the name of PREFIX."""
         self.prefix = str(prefix)
-        index_path, tokens_path = corpus_file(prefix, "idx"), corpus_file(prefix, "bin")
+        index_path, tokens_path = corpus_file(copy or prefix, "idx"), corpus_file(copy or prefix, "bin")
         index = _map(index_path)
         self.dtype, self.num_sequences, entries = _read_header(index_path, index)
         self.num_documents = entries - 1

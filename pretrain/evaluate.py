@@ -2,7 +2,8 @@
 
 15 % of the tokens of fixed windows of the held-out corpus, chosen uniformly, all of them [MASK] (no
 random or kept tokens). A late method is scored as it is trained: the masks join in its decoder. The mask
-does not depend on the seeds of the run, so two runs on one corpus answer the same questions.
+does not depend on the seeds of the run, so two runs on one corpus answer the same questions. A run trained
+with attention within documents is scored with it too.
 """
 
 import math
@@ -44,10 +45,13 @@ class Score:
 class HeldOut:
     """The fixed questions of one held-out corpus.
 
-    length: L of the windows; samples: how many (fewer if the corpus has fewer, once each).
+    length: L of the windows; samples: how many (fewer if the corpus has fewer, once each). bounded: attention
+    stays within documents, as in a run that is trained so.
     """
 
-    def __init__(self, prefix: str, tokenizer: Tokenizer, length: int, samples: int) -> None:
+    def __init__(
+        self, prefix: str, tokenizer: Tokenizer, length: int, samples: int, bounded: bool = False
+    ) -> None:
         corpus = IndexedReader(prefix)
         manifest = load_manifest(prefix)
         if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
@@ -55,9 +59,11 @@ class HeldOut:
                 f"{prefix}: encoded with another tokenizer than the run's; encode it again with the run's"
             )
         self.sampler = Sampler(corpus, _FIXED, length, _SEED, tokenizer.bos, tokenizer.eos)
-        self.masker = masker(_FIXED, length, tokenizer)
+        self.masker = masker(_FIXED, length, tokenizer, bounded)
         self.samples = min(samples, self.sampler.samples_per_epoch)
         self.predicted_tokens = self.samples * self.masker.counts.predicted
+        self.fingerprint = manifest.fingerprint
+        """Of the corpus."""
         self.tokens_per_byte = manifest.tokens / manifest.text_bytes if manifest.text_bytes else None
 
     def questions(self, first: int, count: int) -> Masked:
@@ -85,7 +91,7 @@ class HeldOut:
             for turn in range(math.ceil(len(starts) / ranks)):
                 mine = turn * ranks + rank
                 masked = self.questions(starts[min(mine, len(starts) - 1)], micro_batch)
-                answer = model(Batch.of(*masked[:4], device), score=True)
+                answer = model(Batch.of(*masked[:5], device), score=True)
                 if mine < len(starts):
                     total += answer
         loss, right = (add_up(total) / self.predicted_tokens).tolist()
@@ -106,8 +112,9 @@ class HeldOut:
         return Score(loss, accuracy, self.predicted_tokens, bits)
 
 
-def masker(masking: config.Masking, length: int, tokenizer: Tokenizer) -> Masker:
-    """The masker of a tokenizer's ids."""
+def masker(masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False) -> Masker:
+    """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
     specials = np.setdiff1d(everything, tokenizer.random_ids)
-    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, tokenizer.word_starts)
+    end = tokenizer.eos if bounded else None
+    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, tokenizer.word_starts, end)

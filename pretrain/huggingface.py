@@ -23,6 +23,8 @@ from pretrain.config import Model, UserError
 from pretrain.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
+SHARDS = "model.safetensors.index.json"
+"""In its place where a model is saved in several files: which tensor is in which."""
 
 _HEADS = {
     "roberta": ("roberta.", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
@@ -211,8 +213,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        files = [WEIGHTS]
+        if (folder / SHARDS).is_file():
+            shards = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({Path(name).name for name in shards})
+        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"model.init_from = {folder}: no readable {WEIGHTS} there ({error}); save the model with"
             " save_pretrained of transformers"

@@ -2,10 +2,10 @@
 
 Counts are exact and the same for every row, so shapes are static and the loss is a plain mean. A mask is
 a function of (data seed, text, visit): every unit (a token, a whole word or a span of words) draws a
-random key, the tokens of the units with the smallest keys are the predicted rows, and among them the
-first are [MASK], then random pieces, then kept tokens. So units are taken whole, in random order, and
-only the last may be cut. Sequence specials get the last keys, so that they are chosen only where nothing
-else is left.
+random key, the tokens of the units with the largest keys are the predicted rows, and among them the
+largest are [MASK], then come random pieces, then kept tokens. So units are taken whole, in random order,
+and only the last may be cut. Sequence specials get the smallest keys, so that they are chosen only where
+nothing else is left.
 
 K disjoint masks of a text (fully-explored masking, Zheng et al. 2020, arXiv 2010.06040) are K
 consecutive stretches of the same order; in the contiguous form, of the order of the text.
@@ -24,6 +24,10 @@ from pretrain import config, rng
 Tokens = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.uint32]
+Int64 = npt.NDArray[np.int64]
+
+_ORDINARY = np.uint32(1 << 31)
+"""The bit of a sort key that puts all other tokens before a sequence special."""
 
 
 class Counts(NamedTuple):
@@ -69,14 +73,16 @@ def _round(x: float) -> int:
 class Masked(NamedTuple):
     """A batch in permuted row order: context | kept | random | [MASK]."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64
     """[B, L] pieces as the model sees them."""
-    positions: npt.NDArray[np.int64]
+    positions: Int64
     """[B, L] place of each row in its sequence."""
-    targets: npt.NDArray[np.int64]
+    targets: Int64
     """[B, P] true pieces of the last P rows."""
     num_masked: int
     """M."""
+    documents: npt.NDArray[np.int64] | None
+    """[B, L] number of each row's document in its window; None where attention is not bounded by them."""
     specials_chosen: int
     """Predicted rows that are sequence specials, for want of other tokens."""
     units_cut: int
@@ -88,7 +94,8 @@ class Masker:
 
     mask_id: the [MASK] piece. random_ids: the pieces that may stand in for another. special_ids: pieces
     that are predicted only where nothing else is left. word_starts: bool by piece, True where it begins a
-    word; without the table each piece is a word.
+    word; without the table each piece is a word. document_end: the piece that ends a document, where
+    attention is bounded by documents.
     """
 
     def __init__(
@@ -99,42 +106,53 @@ class Masker:
         random_ids: Tokens,
         special_ids: Tokens,
         word_starts: Bools | None = None,
+        document_end: int | None = None,
     ) -> None:
         self.counts = counts(masking, length)
         self.masking = masking
-        self.mask_id = mask_id
+        self.mask_id, self.document_end = mask_id, document_end
         self.random_ids = np.asarray(random_ids, np.int64)
+        self._special_runs = _runs(np.asarray(special_ids, np.int64))
         pieces = int(max(random_ids.max(), special_ids.max(), mask_id)) + 1
-        self.special = np.zeros(pieces, bool)
-        self.special[special_ids] = True
         self.word_starts = np.ones(pieces, bool) if word_starts is None else word_starts
         self._span_ends = _span_length_odds(masking.span_stop, masking.span_max)
         self._place = np.arange(length, dtype=np.uint32)
         self._bits = np.uint32(int(length - 1).bit_length())
+        self._low = (np.uint32(1) << self._bits) - np.uint32(1)
+        self._drawn = ~(self._low | _ORDINARY)
 
-    def __call__(self, tokens: Tokens, keys: rng.Uint64, view: npt.NDArray[np.int64]) -> Masked:
+    def __call__(self, tokens: Tokens, keys: rng.Uint64, view: Int64) -> Masked:
         """tokens [B, L] natural order; keys [B] one per (seed, text, partition); view [B] in [0, views)."""
-        c, L = self.counts, tokens.shape[1]
+        c, (B, L) = self.counts, tokens.shape
         assert c.length == L
-        tokens_BL = tokens.astype(np.int64)
-        special = self.special[tokens_BL]
+        special = self._is_special(tokens)
         words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
-        unit = self._units(tokens_BL, special, keys)
+        unit = self._units(tokens, special, keys)
         if unit is not None:
             words = np.take_along_axis(words, unit, 1)
-        places = self._ordered(self._sort_keys(words, special), special, keys, view)
-        order = np.ascontiguousarray(places[:, ::-1], np.int64)
-        ids = np.take_along_axis(tokens_BL, order, 1)
+        ordered = self._ordered(self._sort_keys(words, special), special, keys, view)
+        positions = (ordered & self._low).astype(np.int64)
+        # `clip`, because looking for places out of bounds would take longer than the gather.
+        ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
         targets = ids[:, L - c.predicted :].copy()
         self._corrupt(ids, keys)
-        cut = 0 if unit is None else _cut(np.take_along_axis(unit, order, 1), c.predicted)
-        return Masked(ids, order, targets, c.masked, int(self.special[targets].sum()), cut)
+        documents = None
+        if self.document_end is not None:
+            documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)
+        specials = int(np.count_nonzero(ordered[:, L - c.predicted :] < _ORDINARY))
+        cut = 0 if unit is None else _cut(np.take_along_axis(unit, positions, 1), c.predicted)
+        return Masked(ids, positions, targets, c.masked, documents, specials, cut)
 
     # -- units: what is drawn as one
 
-    def _units(
-        self, tokens: npt.NDArray[np.int64], special: Bools, keys: rng.Uint64
-    ) -> npt.NDArray[np.int64] | None:
+    def _is_special(self, tokens: Tokens) -> Bools:
+        """[B, L]; a few comparisons, because a table would be looked up once for each token."""
+        found = np.zeros(tokens.shape, bool)
+        for first, last in self._special_runs:
+            found |= tokens == first if first == last else (tokens >= first) & (tokens <= last)
+        return found
+
+    def _units(self, tokens: Tokens, special: Bools, keys: rng.Uint64) -> Int64 | None:
         """[B, L] first place of the unit that each token belongs to; None where each is its own."""
         if self.masking.scheme == "uniform":
             return None
@@ -165,45 +183,62 @@ class Masker:
 
     # -- order: what is predicted, and of that what is [MASK]
 
-    def _sort_keys(self, high: Keys, special: Bools) -> Keys:
-        """The highest bit says "special", the next are those of `high`, the lowest are the place."""
-        keys = (high >> (self._bits + np.uint32(1))) << self._bits | self._place
-        return keys | special.astype(np.uint32) << np.uint32(31)
+    def _sort_keys(self, words: Keys, special: Bools) -> Keys:
+        """The highest bit says "no special", the next are those of `words`, the lowest are the place."""
+        keys = words & self._drawn
+        keys |= self._place | _ORDINARY
+        return np.bitwise_xor(keys, _ORDINARY, out=keys, where=special)
 
-    def _ordered(self, ordered: Keys, special: Bools, keys: rng.Uint64, view: npt.NDArray[np.int64]) -> Keys:
-        """Places [B, L], the [MASK]s first, then random, kept and context rows."""
+    def _ordered(self, ordered: Keys, special: Bools, keys: rng.Uint64, view: Int64) -> Keys:
+        """Sort keys [B, L] in the order of rows: context, kept, random, [MASK].
+
+        All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
+        and the order of the rows is then the same on every machine.
+        """
         c, k = self.counts, self.masking
-        low = (np.uint32(1) << self._bits) - np.uint32(1)
         if k.views == 1:
-            edges = {c.masked, c.masked + c.random, c.predicted} - {0, c.length}
-            ordered.partition(sorted(edge - 1 for edge in edges), axis=1)
-            return ordered & low
+            ordered.sort(axis=1)
+            return ordered
         contiguous = k.views_partition == "contiguous"
         by_view = self._ring(special, keys) if contiguous else ordered
-        stretch = (np.arange(c.length) + (view * c.predicted)[:, None]) % c.length
-        places = np.take_along_axis(np.sort(by_view, 1), stretch, 1) & low
+        stretch = (np.arange(c.length) - (view * c.predicted)[:, None]) % c.length
+        rows = np.take_along_axis(np.sort(by_view, 1), stretch, 1)
         if contiguous:  # where to look is settled; what becomes [MASK] there is still to be drawn
-            chosen = np.take_along_axis(ordered, places[:, : c.predicted].astype(np.int64), 1)
-            places[:, : c.predicted] = np.sort(chosen, 1) & low
-        return places
+            predicted = rows[:, c.length - c.predicted :]
+            places = (predicted & self._low).astype(np.int64)
+            predicted[...] = np.sort(np.take_along_axis(ordered, places, 1), 1)
+        return rows
 
     def _ring(self, special: Bools, keys: rng.Uint64) -> Keys:
         """Sort keys [B, L] for the order of the text, from a random place on and round its end."""
-        inner = np.uint32(self.counts.length - 2)  # <s> and </s> do not count: they come last anyway
+        inner = np.uint32(self.counts.length - 2)  # <s> and </s> do not count: they come first anyway
         with np.errstate(over="ignore"):
             turn = (rng.mix(keys + np.uint64(3)) % np.uint64(inner)).astype(np.uint32)
         ring = (self._place - np.uint32(1) + inner + turn[:, None]) % inner
-        return self._sort_keys(ring << (self._bits + np.uint32(1)), special)
+        return self._sort_keys(ring << self._bits, special)
 
-    def _corrupt(self, ids: npt.NDArray[np.int64], keys: rng.Uint64) -> None:
+    def _corrupt(self, ids: Int64, keys: rng.Uint64) -> None:
         c, L = self.counts, self.counts.length
         if c.random:
             with np.errstate(over="ignore"):
-                words = rng.stream(rng.mix(keys + np.uint64(1)), c.random) >> np.uint64(32)
-            draw = (words * np.uint64(len(self.random_ids))) >> np.uint64(32)
+                words = rng.stream(rng.mix(keys + np.uint64(1)), (c.random + 1) // 2).view(np.uint32)
+            draw = words[:, : c.random] * np.uint64(len(self.random_ids)) >> np.uint64(32)
             ids[:, L - c.masked - c.random : L - c.masked] = self.random_ids[draw.astype(np.int64)]
         if c.masked:
             ids[:, L - c.masked :] = self.mask_id
+
+
+def _runs(ids: Int64) -> list[tuple[int, int]]:
+    """(first, last) of the stretches of consecutive numbers."""
+    ids = np.unique(ids)
+    parts = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
+
+
+def document_numbers(tokens: Tokens, document_end: int) -> npt.NDArray[np.int64]:
+    """[B, L] which document of its window each token belongs to, from 0; an end belongs to what it ends."""
+    ends = tokens == document_end
+    return ends.cumsum(1) - ends
 
 
 def _span_length_odds(stop: float, longest: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -214,7 +249,7 @@ def _span_length_odds(stop: float, longest: int) -> tuple[npt.NDArray[np.float64
     return odds.cumsum()[:-1], (at_least / at_least.sum()).cumsum()[:-1]
 
 
-def _cut(unit_rows: npt.NDArray[np.int64], predicted: int) -> int:
+def _cut(unit_rows: Int64, predicted: int) -> int:
     """How many of the units [B, L] in row order have both predicted and context rows."""
     border = unit_rows.shape[1] - predicted
     inside, outside = np.zeros(unit_rows.shape, bool), np.zeros(unit_rows.shape, bool)

@@ -39,8 +39,9 @@ Totals = dict[str, Any]  # of Ledger.totals
 def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None) -> dict[str, float]:
     """Rates of the updates between two statements of the ledger; none if there was no work.
 
-    Slots are rows of input, [MASK] rows included. `peak` is one device's dense FLOP/s: with it
-    the model FLOPs utilization `mfu` is given, without it never guessed.
+    Slots are rows of input, [MASK] rows included; real tokens are the text among them. `peak` is
+    one device's dense FLOP/s: with it the model FLOPs utilization `mfu` is given, without it never
+    guessed.
     """
     device_seconds = after["device_seconds"]["productive"] - before["device_seconds"]["productive"]
     steps = after["steps"] - before["steps"]
@@ -52,6 +53,7 @@ def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None)
         "step_seconds": seconds / steps,
         "samples_per_second": (after["samples"] - before["samples"]) / seconds,
         "slots_per_second": (after["tokens_seen"] - before["tokens_seen"]) / seconds,
+        "real_tokens_per_second": (after["tokens_real"] - before["tokens_real"]) / seconds,
         "predictions_per_second": (after["tokens_predicted"] - before["tokens_predicted"]) / seconds,
         "model_flops_per_second": flops / seconds,
     }
@@ -60,10 +62,14 @@ def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None)
 
 def _counts(totals: Totals) -> Metrics:
     return {
-        **{name: totals[name] for name in ("samples", "tokens_seen", "tokens_predicted")},
+        **{name: totals[name] for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted")},
         "flops": totals["flops"]["total"],
         "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
+        "token_layers": totals["token_layers"],
         "device_hours": totals["device_seconds"]["total"] / 3600,
+        "lost_hours": totals["device_seconds"]["lost"] / 3600,
+        "kwh": None if totals["joules"] is None else totals["joules"] / 3.6e6,
+        "peak_bytes": totals["peak_bytes"],
     }
 
 
@@ -130,6 +136,9 @@ class Monitor:
             **_counts(totals),
             **speeds(self._before, totals, self._ranks, self._peak),
         }
+        if line.get("data_wait_seconds") is not None and "step_seconds" in line:
+            seconds = line["step_seconds"] * (totals["steps"] - self._before["steps"])
+            line["data_wait"] = line["data_wait_seconds"] / seconds
         self._before = totals
         line = {name: _finite(value) for name, value in line.items()}
         with open(self._path, "a", encoding="ascii") as file:
@@ -207,10 +216,15 @@ def _words(line: Metrics, seconds_left: float | None) -> str:
         parts.append(f"loss {line['loss']:.4f}")
     if line.get("held_out_loss") is not None:
         parts.append(f"held-out {line['held_out_loss']:.4f}")
-    if line.get("slots_per_second") is not None:
-        parts.append(f"{_number(line['slots_per_second'])} tokens/s")
+    for name, what in (("slots", "slots"), ("real_tokens", "tokens"), ("predictions", "predicted")):
+        if (rate := line.get(f"{name}_per_second")) is not None:
+            parts.append(f"{_number(rate)} {what}/s")
     if line.get("mfu") is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
+    if line.get("skipped_updates"):
+        parts.append(f"skipped {line['skipped_updates']:.0f}")
+    if line.get("data_wait") is not None:
+        parts.append(f"data wait {line['data_wait']:.1%}")
     return "  ".join([*parts, f"{line['progress']:.1%} of budget", f"left {_left(seconds_left)}"])
 
 

@@ -3,10 +3,11 @@
 Sample i of a run, its mask and its random replacements are computed from (seed, epoch, i). Any rank can
 compute any of them, a resume needs one integer, and the result does not depend on who computes it.
 The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), the permutation
-a Feistel network with cycle walking (Black and Rogaway, CT-RSA 2002).
+a generalised Feistel network with cycle walking (Black and Rogaway, CT-RSA 2002).
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 Uint64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FEISTEL_ROUNDS = 4
+_FEISTEL_ROUNDS = 3
 _WORD = 2**64 - 1
 
 
@@ -64,33 +66,49 @@ def name_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int) -> npt.NDArray[np.int64]:
-    """A pseudo-random permutation of range(size) evaluated at `index` only, in constant memory.
+def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int) -> Int64:
+    """A pseudo-random permutation of range(size) evaluated at `index` only, in memory of sqrt(size).
 
-    A Feistel network permutes the smallest even-bit power of two that holds `size`; values outside the
-    range walk on until they fall inside (fewer than 4 rounds on average).
+    A number is the cell of a grid with nearly equal sides that holds `size` cells and less than a row
+    more. Each round turns every row, then every column, by an amount of its own; what leaves the range
+    walks on until it is back inside.
     """
-    x = np.atleast_1d(np.asarray(index)).astype(np.uint64)
-    assert size > 0 and (x < size).all()
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    rounds = _round_keys((keys,) if isinstance(keys, int) else tuple(keys))
-    out = _feistel(x, half, low, rounds)
+    x = np.atleast_1d(np.asarray(index, np.int64))
+    assert size > 0 and (x >= 0).all() and (x < size).all()
+    turns = _turns((keys,) if isinstance(keys, int) else tuple(keys), size)
+    out = _feistel(x, turns)
     outside = np.flatnonzero(out >= size)
     while outside.size:
-        out[outside] = _feistel(out[outside], half, low, rounds)
+        out[outside] = _feistel(out[outside], turns)
         outside = outside[out[outside] >= size]
-    return out.astype(np.int64).reshape(np.shape(index))
+    return out.reshape(np.shape(index))
 
 
 @lru_cache(16)
-def _round_keys(keys: tuple[int, ...]) -> list[Uint64]:
+def _turns(keys: tuple[int, ...], size: int) -> tuple[tuple[Int64, Int64], ...]:
+    """For each round, by how much each row [height] and then each column [width] of the grid turns."""
+    width = math.isqrt(size - 1) + 1
+    height = -(-size // width)
     base = key(*keys)
-    return [key(base, r) for r in range(_FEISTEL_ROUNDS)]
+
+    def amounts(count: int, below: int, number: int) -> Int64:
+        draw = key(base, number, np.arange(count)) >> np.uint64(32)
+        return ((draw * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
+
+    return tuple(
+        (amounts(height, width, 2 * r), amounts(width, height, 2 * r + 1)) for r in range(_FEISTEL_ROUNDS)
+    )
 
 
-def _feistel(x: Uint64, half: np.uint64, low: np.uint64, rounds: list[Uint64]) -> Uint64:
-    left, right = x >> half, x & low
-    for round_key in rounds:
-        left, right = right, left ^ (mix(right ^ round_key) & low)
-    return (left << half) | right
+def _feistel(x: Int64, turns: tuple[tuple[Int64, Int64], ...]) -> Int64:
+    height, width = (len(amounts) for amounts in turns[0])
+    row = x // width
+    column = x - row * width
+    for of_rows, of_columns in turns:
+        column += of_rows.take(row)
+        column -= (column >= width) * width
+        row += of_columns.take(column)
+        row -= (row >= height) * height
+    row *= width
+    row += column
+    return row

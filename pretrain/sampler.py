@@ -9,15 +9,17 @@ Everything is a function of (data seed, sample number): any rank can read any sa
 is the number of samples consumed, and the order does not depend on how many ranks there are.
 
 A run may read a blend of corpora: the n-th sample belongs to the corpus whose share of the first n samples
-would otherwise fall behind, again in closed form. A blend may change at the boundary of a segment, where
-each corpus goes on with the samples that it has not given yet; so the state of a run is (its segments,
-samples consumed).
+would otherwise fall behind, again in closed form. The blend and the length may change at the boundary of a
+segment; so the state of a run is (its segments, samples consumed). After another blend each corpus goes on
+with the samples that it has not given yet. After another length it goes on as far into its epoch as it was,
+and as windows are visited in random order, some of their text has been seen in this epoch already.
 
 With K views (`masking.views`) the cut into windows stays for K epochs, so that the K disjoint masks fall
 on the same text; in batch mode the K masks of a text are K consecutive samples.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -53,15 +55,13 @@ class _Stretches(NamedTuple):
     rows: Int64
     """Which windows."""
     columns: Int64
-    """Where in them it begins."""
+    """Where in them it begins; <s> is at 0."""
     documents: Int64
     """Number among the documents that are not empty."""
     firsts: Int64
     """Its first token here, in the file."""
     takes: Int64
     """How many tokens."""
-    is_first: bool
-    """Whether these begin their windows."""
 
 
 class Sampler:
@@ -86,13 +86,21 @@ class Sampler:
         self.lengths = corpus.document_lengths[self.filled]
         self.offsets = corpus.document_offsets[self.filled]
         self.stream_tokens = int(self.lengths.sum()) + max(0, len(self.filled) - 1)
-        self.windows_per_epoch = self.stream_tokens // (length - 2)
+        self.windows_per_epoch = self.windows_at(length)
         if self.windows_per_epoch == 0:
             raise UserError(
                 f"{corpus.prefix}: {self.stream_tokens} tokens do not fill one window of"
-                f" train.seq_length = {length}; take a larger corpus or a shorter length"
+                f" seq_length = {length}; take a larger corpus or a shorter length"
             )
+        tokens, missing = corpus.tokens, length - len(corpus.tokens)
+        if missing > 0:  # the joining </s> may make up for a few
+            tokens = np.pad(tokens, (0, missing))
+        self._runs = sliding_window_view(tokens, length)  # [T - L + 1, L]
         self._orders: dict[int, tuple[Int64, Int64]] = {}
+
+    def windows_at(self, length: int) -> int:
+        """Windows of an epoch if they had this length."""
+        return self.stream_tokens // (length - 2)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -107,11 +115,10 @@ class Sampler:
         """The windows, mask keys and views of the given sample numbers [B]."""
         partitions, windows, views = self._place(samples)
         tokens = np.empty((len(samples), self.length), self.corpus.tokens.dtype)
-        tokens[:, 0], tokens[:, -1] = self.bos, self.eos
-        for partition in np.unique(partitions).tolist():
-            rows = np.flatnonzero(partitions == partition)
-            tokens[rows, 1:-1] = self._read_windows(partition, windows[rows])
-        keys = rng.key(self.seed, _MASK, partitions, windows)
+        keys = np.empty(len(samples), np.uint64)
+        for partition, rows in _groups(partitions):
+            tokens[rows] = self._read_windows(partition, windows[rows])
+            keys[rows] = rng.key(self.seed, _MASK, partition, windows[rows])
         return Samples(tokens, keys, views)
 
     def _place(self, samples: Int64) -> tuple[Int64, Int64, Int64]:
@@ -119,9 +126,8 @@ class Sampler:
         texts, view = np.divmod(samples, self.per_text)
         epochs, visits = np.divmod(texts, self.windows_per_epoch)
         windows = np.empty_like(visits)
-        for epoch in np.unique(epochs).tolist():
-            now = epochs == epoch
-            windows[now] = rng.permute(visits[now], self.windows_per_epoch, (self.seed, _WINDOWS, epoch))
+        for epoch, rows in _groups(epochs):
+            windows[rows] = rng.permute(visits[rows], self.windows_per_epoch, (self.seed, _WINDOWS, epoch))
         partitions, epoch_view = np.divmod(epochs, self.per_partition)
         return partitions, windows, view if self.per_text > 1 else epoch_view
 
@@ -132,56 +138,62 @@ class Sampler:
         """
         partitions, windows, _ = self._place(samples)
         found = np.full((len(samples), self.length), -1, np.int64)
-        for partition in np.unique(partitions).tolist():
-            rows = np.flatnonzero(partitions == partition)
+        for partition, rows in _groups(partitions):
+            mine, place = found[rows], np.arange(self.length)
             for part in self._stretches(partition, windows[rows]):
-                for row, column, document, take in zip(
-                    rows[part.rows].tolist(),
-                    part.columns.tolist(),
-                    self.filled[part.documents].tolist(),
-                    part.takes.tolist(),
-                    strict=True,
-                ):
-                    found[row, column + 1 : column + 1 + take] = document
+                inside = (place >= part.columns[:, None]) & (place < (part.columns + part.takes)[:, None])
+                documents = self.filled[part.documents][:, None]
+                mine[part.rows] = np.where(inside, documents, mine[part.rows])
+            found[rows] = mine
         return found
 
     def _read_windows(self, partition: int, windows: Int64) -> npt.NDArray[np.integer]:
-        """The stream tokens of windows [B, L - 2].
+        """Windows [B, L].
 
-        Every row is first filled with what follows its first token in the file, one copy for the whole
-        batch; then the few documents that begin inside a window are put in their places.
+        All that is done is done to whole windows at a time: each is first a run of the file around its
+        first document's tokens; those that hold a second document take the rest from a run around that
+        one's tokens, and so on.
         """
-        tokens, width = self.corpus.tokens, self.length - 2
-        out = np.empty((len(windows), width), tokens.dtype)
+        place = np.arange(self.length, dtype=np.int32)
+        out = np.empty((0, self.length), self.corpus.tokens.dtype)
         for part in self._stretches(partition, windows):
-            rest = np.ones(len(part.rows), bool)
-            if part.is_first and len(tokens) >= width:
-                rest = part.firsts > len(tokens) - width  # what follows is less than a window
-                out[part.rows[~rest]] = sliding_window_view(tokens, width)[part.firsts[~rest]]
-            pieces = (part.rows, part.columns, part.firsts, part.takes)
-            for row, column, first, take in zip(*(piece[rest].tolist() for piece in pieces), strict=True):
-                out[row, column : column + take] = tokens[first : first + take]
-            joins = part.columns + part.takes
-            inside = joins < width
-            out[part.rows[inside], joins[inside]] = self.eos
+            run = self._run(part.firsts - part.columns)
+            if len(out) == 0:
+                out = run
+            else:
+                later = place >= part.columns.astype(np.int32)[:, None]
+                out[part.rows] = np.where(later, run, out[part.rows])
+            out[part.rows, part.columns + part.takes] = self.eos
+        out[:, 0], out[:, -1] = self.bos, self.eos
         return out
+
+    def _run(self, starts: Int64) -> npt.NDArray[np.integer]:
+        """Tokens of the file from `starts` [n] on: [n, L]; anything where they would lie outside of it."""
+        near = np.clip(starts, 0, len(self._runs) - 1)
+        run = self._runs[near]
+        for row in np.flatnonzero(near != starts).tolist():
+            run[row] = np.roll(run[row], near[row] - starts[row])
+        return run
 
     def _stretches(self, partition: int, windows: Int64) -> Iterator[_Stretches]:
         """The first document of each window, then the second of those that have one, and so on."""
         order, ends = self._order(partition)
         width = self.length - 2
-        rows, columns = np.arange(len(windows)), np.zeros(len(windows), np.int64)
-        ranks = np.searchsorted(ends, windows * width, side="right")
+        starts = windows * width
+        rows, columns, ranks = (
+            np.arange(len(windows)),
+            np.ones_like(windows),
+            np.searchsorted(ends, starts, side="right"),
+        )
         while len(rows):
             documents = order[ranks]
             lengths = self.lengths[documents]
-            skips = windows[rows] * width + columns - (ends[ranks] - lengths - 1)
-            takes = np.minimum(lengths - skips, width - columns)
-            firsts = self.offsets[documents] + skips
-            yield _Stretches(rows, columns, documents, firsts, takes, not columns.any())
+            skips = starts + columns - (ends[ranks] - lengths)
+            takes = np.minimum(lengths - skips, width + 1 - columns)
+            yield _Stretches(rows, columns, documents, self.offsets[documents] + skips, takes)
             columns = columns + takes + 1  # a </s> between two documents
-            more = columns < width
-            rows, columns, ranks = rows[more], columns[more], ranks[more] + 1
+            more = np.flatnonzero(columns <= width)
+            rows, columns, ranks, starts = rows[more], columns[more], ranks[more] + 1, starts[more]
 
     def _order(self, partition: int) -> tuple[Int64, Int64]:
         """Documents in stream order, and where each ends in the stream (its </s> included)."""
@@ -194,8 +206,17 @@ class Sampler:
         return self._orders[partition]
 
 
+def _groups(values: Int64) -> Iterator[tuple[int, Int64 | slice]]:
+    """Each of the few values and the rows that have it."""
+    if len(values) and values.min() == values.max():
+        yield int(values[0]), slice(None)
+        return
+    for value in np.unique(values).tolist():
+        yield value, np.flatnonzero(values == value)
+
+
 class Segment(NamedTuple):
-    """A stretch of a run with one blend."""
+    """A stretch of a run with one blend and one length."""
 
     number: int
     """`corpus.segment`."""
@@ -203,19 +224,21 @@ class Segment(NamedTuple):
     """The run's sample number at which it begins."""
     blend: tuple[tuple[float, str], ...]
     """(weight, fingerprint) of each corpus."""
+    length: int
+    """L of the windows."""
 
 
 def continue_segments(
-    past: Sequence[Segment], number: int, blend: Sequence[tuple[float, str]], samples: int
+    past: Sequence[Segment], number: int, blend: Sequence[tuple[float, str]], samples: int, length: int
 ) -> list[Segment]:
     """The segments of a run that goes on after `samples` samples; UserError if the blend has changed
-    and `number` does not say that it may."""
+    and `number` does not say that it may. `length` is that of the first segment."""
     now = tuple((float(weight), fingerprint) for weight, fingerprint in blend)
     if not past:
-        return [Segment(number, samples, now)]
+        return [Segment(number, samples, now, length)]
     last = past[-1]
     if number == last.number + 1:
-        return [*past, Segment(number, samples, now)]
+        return [*past, Segment(number, samples, now, last.length)]
     if number == last.number and now == last.blend:
         return list(past)
     if number != last.number:
@@ -227,15 +250,21 @@ def continue_segments(
     )
 
 
-def used_samples(segments: Sequence[Segment], per_text: int = 1) -> dict[str, int]:
-    """Samples of each corpus (by fingerprint) read before the last of the segments."""
-    used: dict[str, int] = {}
+def used_samples(segments: Sequence[Segment], samplers: Mapping[str, Sampler]) -> dict[str, int]:
+    """Where each corpus (by fingerprint) goes on in the last of the segments: the samples of its length that
+    lie before, rounded up to whole texts."""
+    epochs = dict.fromkeys(samplers, Fraction(0))
     for segment, following in pairwise(segments):
+        per_text = next(iter(samplers.values())).per_text
         texts = np.array([(following.first - segment.first) // per_text])
         weights = [weight for weight, _ in segment.blend]
         for (_, corpus), count in zip(segment.blend, shares(weights, texts), strict=True):
-            used[corpus] = used.get(corpus, 0) + int(count[0]) * per_text
-    return used
+            if corpus in samplers:
+                epochs[corpus] += Fraction(int(count[0]), samplers[corpus].windows_at(segment.length))
+    return {
+        corpus: math.ceil(epochs[corpus] * sampler.windows_per_epoch) * sampler.per_text
+        for corpus, sampler in samplers.items()
+    }
 
 
 def shares(weights: Sequence[float], number: Int64) -> list[Int64]:

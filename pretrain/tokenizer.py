@@ -18,6 +18,7 @@ on every text.
 import hashlib
 import io
 import json
+import re
 import struct
 import tempfile
 from abc import ABC, abstractmethod
@@ -40,6 +41,9 @@ PROVENANCE_FILE = "provenance.json"
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 """bos, pad, eos, unk, mask. In a model trained here: ids 0, 1, 2, 3 and the last."""
+
+SMALLEST = len(SPECIALS) + 256 + 2
+"""Ids of the smallest vocabulary that can be trained: with every byte, a letter and the mark of a space."""
 
 _BERT_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
@@ -84,7 +88,8 @@ class Tokenizer(ABC):
     Attributes:
         kind: "unigram", "bpe" (both SentencePiece) or "json".
         vocab_size: number of ids W; every id is in [0, W).
-        hash: sha256 (hex) of the file that defines the vocabulary.
+        path: the file that defines the vocabulary.
+        hash: its sha256 (hex).
         bos, pad, eos, unk, mask: the special ids.
         random_ids: int32 [R], ascending: every id that is not special, the pool for random
             replacement.
@@ -106,7 +111,7 @@ class Tokenizer(ABC):
                 f"{path}: no piece {' '.join(missing)} in the vocabulary; "
                 "train one with python -m tools.train_tokenizer or add the special tokens"
             )
-        self.kind = kind
+        self.kind, self.path = kind, path
         self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
         self.vocab_size = len(pieces)
         self.bos, self.pad, self.eos, self.unk, self.mask = (ids[name] for name in specials)
@@ -168,7 +173,9 @@ class _SentencePieceTokenizer(Tokenizer):
         pieces = self._processor.id_to_piece(everything)
         self._cache = None
         if kind == "bpe" and self._encodes_by_word(pieces):
-            self._cache = word_cache.WordCache(self._processor.encode)
+            encode = self._processor.encode
+            self._cache = word_cache.WordCache(lambda word: word_cache.packed(encode(word)))
+            self._cache_pays = word_cache.Usefulness(self._cache)
             self._split = word_cache.space_splitter(SPACES)
         super().__init__(path, kind, pieces, SPECIALS, hidden)
 
@@ -184,7 +191,7 @@ class _SentencePieceTokenizer(Tokenizer):
         )
 
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
-        if self._cache is not None:
+        if self._cache is not None and self._cache_pays(sum(map(len, texts))):
             return word_cache.encode_flat(texts, self._split, self._cache)
         arrays: list[IdArray] = self._processor.encode_as_numpy(texts, num_threads=1)
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
@@ -333,12 +340,17 @@ def _train(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
                 sentence_iterator=_lines(texts), model_writer=model, **options
             )
         except RuntimeError as error:
-            reason = str(error).strip().rpartition("] ")[2]
-            raise UserError(
-                f"cannot train a vocabulary of {vocab_size} on this text: {reason} "
-                "Lower --vocab-size or give more text"
-            ) from error
+            raise UserError(f"--vocab-size {vocab_size}: {_size_advice(str(error))}") from error
     return model.getvalue()
+
+
+def _size_advice(reason: str) -> str:
+    """The trainer's complaint in our sizes, which are one larger than its own: <mask> comes after."""
+    if most := re.search(r"value <= (\d+)", reason):
+        return f"this text gives at most {int(most[1]) + 1}; lower it or give more text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return f"the characters of this text, bytes and specials take {int(least[1]) + 1} already; raise it"
+    return f"cannot train on this text: {reason.strip().rpartition('] ')[2]}"
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -5,30 +5,31 @@ what any rank was told (a signal) travel in one small all-reduce per step, so th
 turn. Nothing else is shared but gradients.
 """
 
+import ctypes
 import logging
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, config, engine, flops, huggingface, model, rng, schedule
+from pretrain import budget, checkpoint, config, energy, engine, flops, huggingface, model, rng, schedule
+from pretrain.budget import Budget, step_cost
 from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
-from pretrain.corpus import IndexedReader, load_manifest, tokenizer_folder
+from pretrain.corpus import IndexedReader, load_manifest, open_nearest, tokenizer_folder
 from pretrain.evaluate import HeldOut, masker
-from pretrain.ledger import Budget, Ledger
-from pretrain.masking import Masker, counts
+from pretrain.ledger import Ledger, peak_resident
+from pretrain.loss_scale import LEAST, hopeless
+from pretrain.masking import Masker
 from pretrain.model import Batch
 from pretrain.monitor import Monitor
 from pretrain.sampler import (
@@ -39,12 +40,14 @@ from pretrain.sampler import (
     share_of_rank,
     used_samples,
 )
+from pretrain.signals import Signals
 from pretrain.tokenizer import Tokenizer, load_tokenizer
-from pretrain.topology import Topology, device_name
+from pretrain.topology import Topology, device_name, device_uuid, job_end
 
 DONE, STOPPED = 0, 75
 """Exit codes: the budget is spent; stopped early on request, start me again."""
 
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
 
 
@@ -77,7 +80,8 @@ def open_data(options: config.Corpus) -> Data:
     fingerprints = {"tokenizer": tokenizer.hash}
     if len(blend) == 1:
         fingerprints["train"] = blend[0][1]
-    return Data(tokenizer, [IndexedReader(prefix) for _, prefix in options.blend], blend, fingerprints)
+    corpora = [open_nearest(prefix, options.copies) for _, prefix in options.blend]
+    return Data(tokenizer, corpora, blend, fingerprints)
 
 
 def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
@@ -85,21 +89,23 @@ def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) ->
     k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
     seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
     samplers = [Sampler(corpus, k, length, seed, bos, eos) for corpus in data.corpora]
-    used = used_samples(segments, samplers[0].per_text)
+    by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}
+    used = used_samples(segments, by_name)
     first = segments[-1].first if segments else 0
     weights = [weight for weight, _ in data.blend]
-    return Blend(samplers, weights, first, [used.get(name, 0) for _, name in data.blend])
+    return Blend(samplers, weights, first, [used[name] for _, name in data.blend])
 
 
 def run_segments(options: Config, data: Data, state: State | None) -> list[Segment]:
     """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
+    length = config.phases(options)[0].train.seq_length
     if state is None:
-        return continue_segments([], options.corpus.segment, data.blend, 0)
+        return continue_segments([], options.corpus.segment, data.blend, 0, length)
     past = [
-        Segment(number, first, tuple((weight, name) for weight, name in blend))
-        for number, first, blend in state.segments
+        Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
+        for number, first, blend, *rest in state.segments
     ]
-    return continue_segments(past, options.corpus.segment, data.blend, state.samples)
+    return continue_segments(past, options.corpus.segment, data.blend, state.samples, length)
 
 
 def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
@@ -112,12 +118,13 @@ def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
     train = options.train
     precision = train.precision or ("bf16" if _has_bf16(device) else "fp32")
     deterministic = device.type == "cpu" if train.deterministic is None else train.deterministic
-    return options.model_copy(
+    sized = options.model_copy(
         update={
             "model": options.model.model_copy(update={"vocab_size": vocab_size}),
             "train": train.model_copy(update={"precision": precision, "deterministic": deterministic}),
         }
     )
+    return budget.resolve(sized)
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -138,20 +145,6 @@ def micro_batch(options: Config, data_size: int) -> int:
 
 
 # ---- the parts of a run --------------------------------------------------------------------------
-
-
-class Signals:
-    """Remembers that somebody asked the run to stop; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 class Feed:
@@ -185,28 +178,47 @@ class Turn(NamedTuple):
     step_fits: bool
     save_due: bool
     progress: float
+    phase: int
+    """Of the next update."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run with one length and batch size."""
+
+    config: Config
+    """`train` has the values that hold here."""
+    cost: flops.StepCost
+    micro: int
 
 
 @dataclass
 class Run:
-    """The parts, and the two numbers that move."""
+    """The parts, and the numbers that move."""
 
     config: Config
     topology: Topology
     folder: RunFolder
     data: Data
-    cost: flops.StepCost
+    budget: Budget
+    phases: list[Phase]
     engine: engine.Engine
-    feed: Feed
     heldout: HeldOut | None
     ledger: Ledger | None
     """On rank 0."""
     monitor: Monitor | None
     """On rank 0."""
+    meter: energy.Meter
     signals: Signals
-    micro: int
-    blend: Blend
+    deadline: float | None
+    """Unix time at which to stop, on rank 0 of a job with a time limit."""
     segments: list[Segment]
+    phase: int
+    """Number of the one that `blend` and `feed` are of."""
+    blend: Blend
+    feed: Feed
+    seen: set[int] = field(default_factory=set)
+    """Phases that this attempt has made updates in."""
     step: int = 0
     samples: int = 0
     saved: int = -1
@@ -217,32 +229,75 @@ class Run:
     grad_norm: Tensor | None = None
     """Of the last update, before clipping; None where the engine does not tell."""
 
+    @property
+    def cost(self) -> flops.StepCost:
+        """Of an update of this phase."""
+        return self.phases[self.phase].cost
 
-def build(options: Config, topology: Topology, folder: RunFolder) -> Run:
+
+def build(options: Config, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
     """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
-    signals = Signals()  # a stop that is asked for meanwhile waits for the first step's boundary
     on_main(topology, folder.claim)
+    meter = open_meter(topology)
     with together(topology):
         data = open_data(options.corpus)
         options = resolve(options, data.tokenizer.vocab_size, topology.device)
-        micro = micro_batch(options, topology.data_size)
+        phases = [
+            Phase(phase, step_cost(phase), micro_batch(phase, topology.data_size))
+            for phase in config.phases(options)
+        ]
+        check_sensors(options, topology.device, meter.parts)
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     state = checkpoint.read_state(Path(start)) if start else None
-    ledger = _open_ledger(topology, folder, state)
+    ledger = _open_ledger(options, topology, folder, state, meter)
     with timed(ledger, "startup"):
         segments = run_segments(options, data, state)
         with together(topology):
             module = _module(options, data.tokenizer, fresh=state is None)
-        run = _assemble(options, topology, folder, data, segments, micro, ledger, module, signals)
+        run = _assemble(
+            options,
+            topology,
+            folder,
+            data,
+            phases,
+            state.phase if state else 0,
+            segments,
+            ledger,
+            module,
+            signals,
+            meter,
+        )
         if state:
             checkpoint.load(Path(start), run.engine)
             run.engine.optimizer_step = state.optimizer_step
+            if run.engine.loss_scale and state.loss_scale:
+                run.engine.loss_scale.load(state.loss_scale)
             run.step, run.samples, run.saved = state.step, state.samples, state.step
             run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
-    if ledger and state and len(segments) > len(state.segments):
-        now = segments[-1]
-        ledger.note("segment", segment=now.number, first_sample=now.first, blend=options.corpus.blend)
+    if ledger and state:
+        _note_changes(ledger, options, state, segments)
     return run
+
+
+def open_meter(topology: Topology) -> energy.Meter:
+    """This rank's sensors, running; it knows which parts are read on all nodes."""
+    texts = topology.gather_text(f"{energy.host_name()} {device_uuid(topology.device)}")
+    places = [(host, gpu) for host, _, gpu in (text.partition(" ") for text in texts)]
+    meter = energy.open_meter(topology.rank, places)
+    meter.start()
+    readers = topology.add_up([int(part in meter.methods) for part in energy.PARTS])
+    meter.parts = energy.known_parts(places, dict(zip(energy.PARTS, readers, strict=True)))
+    return meter
+
+
+def check_sensors(options: Config, device: torch.device, parts: Sequence[str]) -> None:
+    """UserError if the budget is of energy that nobody measures."""
+    needed, sensor = ("gpu", "NVML") if device.type == "cuda" else ("cpu", "RAPL")
+    if options.budget.amount[0] == "kwh" and needed not in parts:
+        raise UserError(
+            f"budget.kwh: no energy sensor can be read here on every node ({sensor}); have it made readable,"
+            " or take another unit"
+        )
 
 
 def _assemble(
@@ -250,41 +305,70 @@ def _assemble(
     topology: Topology,
     folder: RunFolder,
     data: Data,
+    phases: list[Phase],
+    number: int,
     segments: list[Segment],
-    micro: int,
     ledger: Ledger | None,
     module: model.LateMaskModel,
     signals: Signals,
+    meter: energy.Meter,
 ) -> Run:
     """The parts of a run that has not started."""
     t, tokenizer = options.train, data.tokenizer
     prepare_torch(bool(t.deterministic))
-    cost, heldout = step_cost(options), None
+    if topology.device.type == "cpu":
+        keep_freed_memory()
+    heldout = None
     with together(topology):
-        blend = open_blend(options, data, segments)
-        mask = masker(options.masking, t.seq_length, tokenizer)
+        for phase in phases:
+            open_blend(phase.config, data)  # refuses a corpus that is too small for its length
+        bounded = options.corpus.documents == "bounded"
         if options.corpus.valid:
-            heldout = HeldOut(options.corpus.valid, tokenizer, t.seq_length, options.evaluate.samples)
-        check_budget(options, cost)
-    built = engine.build(options, module, topology, micro)
+            length = options.evaluate.seq_length or t.seq_length
+            heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples, bounded)
+        check_budget(options, phases[0].cost)
+    phase = phases[number]
+    built = engine.build(phase.config, module, topology, phase.micro)
     if built.deepspeed_json and topology.is_main:
         checkpoint.write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
+    blend, feed = read_phase(phase, topology, data, segments)
     return Run(
         config=options,
         topology=topology,
         folder=folder,
         data=data,
-        cost=cost,
+        budget=Budget(options),
+        phases=phases,
         engine=built,
-        feed=Feed(_prepare(options, topology, blend, mask, micro), t.batch_size),
         heldout=heldout,
         ledger=ledger,
         monitor=_open_monitor(options, topology, ledger),
+        meter=meter,
         signals=signals,
-        micro=micro,
-        blend=blend,
+        deadline=_deadline(options) if topology.is_main else None,
         segments=segments,
+        phase=number,
+        blend=blend,
+        feed=feed,
     )
+
+
+def read_phase(
+    phase: Phase, topology: Topology, data: Data, segments: Sequence[Segment]
+) -> tuple[Blend, Feed]:
+    """What reads and masks the samples of a phase."""
+    o = phase.config
+    blend = open_blend(o, data, segments)
+    mask = masker(o.masking, o.train.seq_length, data.tokenizer, o.corpus.documents == "bounded")
+    return blend, Feed(_prepare(o, topology, blend, mask, phase.micro), o.train.batch_size)
+
+
+def _deadline(options: Config) -> float | None:
+    """So long before the job's end that there is time to save; in a short job at most a fifth of it."""
+    end = job_end(os.environ)
+    if end is None:
+        return None
+    return end - min(60 * options.checkpoint.end_margin_minutes, 0.2 * (end - time.time()))
 
 
 def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
@@ -295,9 +379,6 @@ def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMas
     if fresh and options.model.init_from:
         new = huggingface.load_folder(module, options.model, tokenizer)
         logging.info("init_from   %s; new here: %s", options.model.init_from, ", ".join(new) or "nothing")
-    if t.compile != "none":
-        for layer in module.all_layers():
-            layer.compile(mode=t.compile, dynamic=False)
     return module
 
 
@@ -309,21 +390,35 @@ def prepare_torch(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def step_cost(options: Config) -> flops.StepCost:
-    """What one update of a resolved config costs."""
-    assert options.model.vocab_size
-    t = options.train
-    c = counts(options.masking, t.seq_length)
-    rows = flops.Rows(c.length, c.visible, c.predicted)
-    return flops.step_cost(options.model, rows, options.model.vocab_size, t.batch_size, t.recompute)
+def keep_freed_memory() -> None:
+    """Lets the C library (glibc) keep what is freed, for the whole process.
+
+    It would map every large tensor of every step anew, and the kernel would fill its pages with zeros:
+    an eighth of a step in bf16.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def check_budget(options: Config, cost: flops.StepCost) -> None:
     """UserError if the budget does not pay for a single update."""
-    for unit, one in (("tokens", cost.tokens_seen), ("flops", cost.flops.total)):
-        total = getattr(options.budget, unit)
-        if total is not None and total < one:
-            raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
+    unit, total = options.budget.amount
+    one = budget.price(cost, unit)
+    if one is not None and total < one:
+        raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
+
+
+def check_start(options: Config, data: Data) -> None:
+    """What a first start would refuse but `open_data` and the budget do not know of; leaves nothing."""
+    checkpoint.check_folder(options.run.dir)
+    for phase in config.phases(options):
+        micro = micro_batch(phase, 1)
+        if options.train.engine == "deepspeed":
+            engine.deepspeed_config(phase, 1, micro, pin=False)
+    if options.model.init_from:
+        _module(options, data.tokenizer, fresh=True)
 
 
 def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
@@ -356,6 +451,7 @@ def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
         _check_continues(state, options, data)
         start = str(path)
     folder.write_config(options)
+    folder.keep_tokenizer(data.tokenizer.path)
     return start
 
 
@@ -374,16 +470,63 @@ def _check_continues(state: State, options: Config, data: Data) -> None:
         raise UserError("\n".join(reasons))
 
 
-def _open_ledger(topology: Topology, folder: RunFolder, state: State | None) -> Ledger | None:
+def _open_ledger(
+    options: Config,
+    topology: Topology,
+    folder: RunFolder,
+    state: State | None,
+    meter: energy.Meter,
+) -> Ledger | None:
     """The ledger of rank 0, as early as it is known where the run goes on: a start-up costs too."""
     if not topology.is_main:
         return None
     device, ranks = device_name(topology.device), topology.world_size
     folder.add_provenance(device=device, ranks=ranks, launcher=topology.launcher)
     ledger = Ledger.open(folder.path, ranks, device)
-    ledger.begin(*(state.step, state.ledger_head) if state else ())
+    about: dict[str, Any] = {"layout": layout(options, topology), "job": slurm_job(os.environ)}
+    about["sensors"] = {part: meter.methods[part] for part in meter.parts}  # rank 0 has one of each
+    if "cpu" in meter.parts:
+        about["host_share"] = round(meter.share, 4)
+    step, head = (state.step, state.ledger_head) if state else (0, "")
+    ledger.begin(step, head, **about)
+    ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
+    ledger.keep_beating()
     folder.write_status("running", ledger.totals()["steps"])
     return ledger
+
+
+def layout(options: Config, topology: Topology) -> dict[str, Any]:
+    """How the model is spread, for people: nothing depends on it."""
+    t, p = options.train, options.parallel
+    return {
+        "engine": t.engine,
+        "ranks": topology.world_size,
+        "tensor": p.tensor,
+        "zero": p.zero,
+        "device": device_name(topology.device),
+    }
+
+
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about."""
+    names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "STEP_ID", "CLUSTER_NAME")
+    given = {name.lower(): environ.get(f"SLURM_{name}", "") for name in names}
+    return {name: value for name, value in given.items() if value} if given["job_id"] else {}
+
+
+def _note_changes(ledger: Ledger, options: Config, state: State, segments: list[Segment]) -> None:
+    """Says and records what is other than in the attempt before."""
+    before = config.build(state.config, "config of the checkpoint").budget.amount
+    now = options.budget.amount
+    if before != now:
+        old, new = (f"{amount:g} {unit}" for unit, amount in (before, now))
+        logging.info("budget      changed: %s -> %s", old, new)
+        ledger.note("budget-change", before=old, now=new)
+    if segments[-1].number > state.segments[-1][0]:
+        blend = segments[-1]
+        ledger.note(
+            "blend-change", segment=blend.number, first_sample=blend.first, blend=options.corpus.blend
+        )
 
 
 def _open_monitor(options: Config, topology: Topology, ledger: Ledger | None) -> Monitor | None:
@@ -412,7 +555,7 @@ def _prepare(
         for start in range(0, len(s.keys), micro):
             some = slice(start, start + micro)
             masked = mask(s.tokens[some], s.keys[some], s.views[some])
-            batches.append(Batch.of(*masked[:4], topology.device))
+            batches.append(Batch.of(*masked[:5], topology.device))
         return batches
 
     return prepare
@@ -423,10 +566,13 @@ def _prepare(
 
 def train(run: Run) -> int:
     """Updates until the budget is spent or somebody asks to stop; returns the exit code."""
-    o, budget = run.config, Budget(run.config.budget, run.cost)
+    o = run.config
     loss_sum, logged = torch.zeros((), device=run.topology.device), run.step
     while True:
-        turn = agree(run, budget)
+        turn = agree(run)
+        if not (turn.step_fits or turn.stop or run.step):
+            unit, total = o.budget.amount
+            raise UserError(f"budget.{unit} = {total:g} is spent before the first update; raise it")
         ending = turn.stop or not turn.step_fits
         if run.step > logged and (ending or run.step % o.monitor.log_every == 0):
             write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
@@ -441,27 +587,72 @@ def train(run: Run) -> int:
         if ending:
             return finish(run, turn)
 
+        if turn.phase != run.phase:
+            enter(run, turn.phase)
         batches = run.feed.take(run.samples)
         for number, batch in enumerate(batches):
             seed_dropout(run, number)
             loss_sum += run.engine.backward(batch, 1 / len(batches)) / len(batches)
         run.grad_norm = run.engine.step(learning_rate(o, turn.progress))
         run.step += 1
-        run.samples += o.train.batch_size
+        run.samples += run.cost.samples
         if run.ledger:
-            run.ledger.step(run.cost)
+            run.ledger.step(run.cost, first=run.phase not in run.seen)
+        run.seen.add(run.phase)
 
 
-def agree(run: Run, budget: Budget) -> Turn:
-    """One all-reduce: rank 0's budget and clock, anybody's signal."""
-    stop = int(run.signals.received is not None)
-    fits, progress, due = 0, 0, 0
+def enter(run: Run, number: int) -> None:
+    """Makes updates of phase `number` from here on; another length begins another segment."""
+    phase = run.phases[number]
+    length, batch_size = phase.config.train.seq_length, phase.config.train.batch_size
+    if run.segments[-1].length != length:
+        run.segments.append(run.segments[-1]._replace(first=run.samples, length=length))
+    run.feed.close()
+    run.blend, run.feed = read_phase(phase, run.topology, run.data, run.segments)
+    run.engine.accumulate(batch_size // (phase.micro * run.topology.data_size))
+    run.phase = number
     if run.ledger:
-        fits = int(budget.allows_step(run.ledger))
-        progress = int(budget.progress(run.ledger) * _PROGRESS_UNITS)
-        due = int(save_due(run))
-    stop, fits, progress, due = run.topology.agree([stop, fits, progress, due])
-    return Turn(bool(stop), bool(fits), bool(due), progress / _PROGRESS_UNITS)
+        logging.info("phase       %d: %d sequences of %d tokens", number, batch_size, length)
+        run.ledger.note("phase-change", phase=number, seq_length=length, batch_size=batch_size)
+
+
+def agree(run: Run) -> Turn:
+    """One all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
+    if run.deadline and time.time() >= run.deadline:
+        run.signals.received = run.signals.received or "the job's time limit"
+    stop = int(run.signals.received is not None)
+    fits, progress, due, phase = 0, 0, 0, 0
+    if run.ledger:
+        totals = run.ledger.totals()
+        fits = int(run.budget.allows_step(totals, held_back(run, totals)))
+        progress = int(run.budget.progress(totals) * _PROGRESS_UNITS)
+        due, phase = int(save_due(run)), run.budget.phase(totals)
+    joules = run.meter.joules()
+    mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
+    stop, fits, progress, due, phase, *millijoules = run.topology.add_up(
+        [stop, fits, progress, due, phase, *mine]
+    )
+    if run.ledger:
+        run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
+    return Turn(bool(stop), bool(fits), bool(due), progress / _PROGRESS_UNITS, phase)
+
+
+def held_back(run: Run, totals: dict[str, Any]) -> float:
+    """What the next update and the end of the run will take of a budget of hours or kWh.
+
+    The end is an evaluation and a save; an evaluation that has not been timed yet takes at most as long as
+    training on its samples. Joules: at the mean power so far, and for the time by which their count is late.
+    """
+    assert run.ledger
+    step = run.ledger.step_hours
+    untimed = step * run.heldout.samples / run.cost.samples if run.heldout else 0.0
+    hours = step + (run.ledger.block_hours("evaluate") or untimed) + run.ledger.block_hours("checkpoint")
+    if run.budget.unit != "kwh":
+        return hours
+    late = step + run.topology.world_size * 2 * energy.PERIOD / 3600
+    metered = totals["metered_device_seconds"]
+    watts = (totals["joules"] or 0.0) / metered if metered else 0.0  # of one device
+    return (hours + late) * watts / 1e3
 
 
 def learning_rate(o: Config, progress: float) -> float:
@@ -496,17 +687,43 @@ def mean_loss(run: Run, loss: Tensor) -> float:
 
 
 def write_log(run: Run, turn: Turn, loss: float) -> None:
-    """Loss of the updates since the last log, and the speeds."""
+    """Loss of the updates since the last log, and the speeds; all ranks take part."""
+    (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
+    scaling = check_scale(run)
     if run.monitor and run.ledger:
+        lr = learning_rate(run.config, turn.progress)
+        run.ledger.peak(peak)
+        run.ledger.log(loss=loss, lr=lr, **scaling)
         run.monitor.log(
             turn.progress,
             run.ledger.totals(),
             loss=loss,
-            lr=learning_rate(run.config, turn.progress),
+            lr=lr,
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
             data_wait_seconds=run.feed.waited,
+            **scaling,
         )
     run.feed.waited = 0.0
+
+
+def check_scale(run: Run) -> dict[str, float]:
+    """Loss scale and skipped updates of a run in fp16, for its log; UserError if no scale will do."""
+    if run.engine.loss_scale is None:
+        return {}
+    state = run.engine.loss_scale.state()
+    if hopeless(state):
+        raise UserError(
+            f"train.precision = fp16: gradients overflow at step {run.step} although the loss scale is down"
+            f" to {LEAST:g}; take bf16 or fp32, or lower optimizer.lr, in a new run.dir"
+        )
+    return {"loss_scale": state["value"], "skipped_updates": state["skipped"]}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this rank has held: of the GPU's memory, or on a CPU of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident()
 
 
 def evaluation_due(run: Run, turn: Turn) -> bool:
@@ -525,12 +742,19 @@ def evaluate(run: Run, turn: Turn) -> None:
         t = run.topology
         run.engine.module.eval()
         score = run.heldout.score(
-            run.engine.forward, run.micro, t.device, t.data_rank, t.data_size, t.sum_over_data
+            run.engine.forward, run.phases[-1].micro, t.device, t.data_rank, t.data_size, t.sum_over_data
         )
         run.engine.module.train()
     run.scored = run.step, score.loss
     if run.ledger and run.monitor:
-        run.ledger.note("evaluate", held_out=asdict(score))
+        run.ledger.note(
+            "evaluate",
+            held_out={
+                **asdict(score),
+                "corpus": run.heldout.fingerprint,
+                "tokenizer": run.data.tokenizer.hash,
+            },
+        )
         run.monitor.log(
             turn.progress,
             run.ledger.totals(),
@@ -546,13 +770,15 @@ def save_due(run: Run) -> bool:
     c = run.config.checkpoint
     if run.step == run.saved or run.step == 0:
         return False
+    if run.budget.measured and run.ledger and not run.ledger.block_hours("checkpoint"):
+        return True  # once early, to know how long a save takes
     late = c.every_minutes and time.monotonic() - run.saved_at >= 60 * c.every_minutes
     return bool(late or (c.every_steps and run.step % c.every_steps == 0))
 
 
 def save(run: Run) -> None:
     """Writes a checkpoint; all ranks take part."""
-    t, p = run.topology, run.config.parallel
+    t = run.topology
     state = State(
         step=run.step,
         samples=run.samples,
@@ -562,7 +788,9 @@ def save(run: Run) -> None:
         segments=[list(segment) for segment in run.segments],
         ledger_head=run.ledger.save() if run.ledger else "",
         loss=run.scored[1] if run.scored[0] == run.step else None,
-        layout={"engine": run.config.train.engine, "ranks": t.world_size, "tensor": p.tensor, "zero": p.zero},
+        layout=layout(run.config, t),
+        phase=run.phase,
+        loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
     )
     with timed(run.ledger, "checkpoint"), together(t):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
@@ -589,6 +817,7 @@ def finish(run: Run, turn: Turn) -> int:
 
 def close(run: Run) -> None:
     """Leaves the run; nothing collective may follow."""
+    run.meter.close()
     run.feed.close()
     if run.monitor:
         run.monitor.close()

@@ -27,14 +27,28 @@ _LONGEST = 64
 """Longer words are encoded but not kept."""
 
 
-class WordCache(dict[str, bytes]):
-    """Word -> its ids as int32 bytes, by `encode` where it is not known; bounded in size."""
+_STRETCH, _RESTS = 1 << 20, 15
+"""Characters by which a cache is judged, and for how many such stretches one that lost rests."""
 
-    def __init__(self, encode: Callable[[str], Iterable[int]]) -> None:
+_MISS_COST = 20
+"""Characters that SentencePiece encodes in the time that one unseen word costs more than a known one."""
+
+
+def packed(ids: Iterable[int]) -> bytes:
+    """Ids as int32 bytes."""
+    return array("i", ids).tobytes()
+
+
+class WordCache(dict[str, bytes]):
+    """Word -> its ids, packed, by `encode` where it is not known; bounded in size."""
+
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
         self._encode = encode
+        self.misses = 0
 
     def __missing__(self, word: str) -> bytes:
-        ids = array("i", self._encode(word)).tobytes()
+        self.misses += 1
+        ids = self._encode(word)
         if len(word) <= _LONGEST:
             if len(self) >= ENTRIES:
                 self.clear()
@@ -50,6 +64,32 @@ def encode_flat(
     encoded = [b"".join(map(word_ids, split(text))) for text in texts]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // 4
     return np.frombuffer(b"".join(encoded), np.int32), lengths
+
+
+class Usefulness:
+    """Whether a cache is faster than its encoder on the text at hand; asked before each batch.
+
+    Judged by a stretch of text at a time. After one of mostly unseen words the cache rests for some
+    stretches and is tried again.
+    """
+
+    def __init__(self, cache: WordCache) -> None:
+        self._cache, self._misses, self._characters, self._rest = cache, 0, 0, 0
+
+    def __call__(self, characters: int) -> bool:
+        """Whether to take the cache for the next `characters`."""
+        if self._rest > 0:
+            self._rest -= characters
+            return False
+        if self._characters >= _STRETCH:
+            misses = self._cache.misses - self._misses
+            if misses * _MISS_COST > self._characters:
+                self._rest = _RESTS * self._characters
+            self._misses, self._characters = self._cache.misses, 0
+            if self._rest:
+                return self(characters)
+        self._characters += characters
+        return True
 
 
 # ---- byte-level BPE ------------------------------------------------------------------------------
@@ -87,13 +127,14 @@ def byte_level_cache(reference: Any) -> WordCache:
     """The cache in front of a `tokenizers.Tokenizer` for which `is_byte_level` holds."""
     model = reference.model
     letters = str.maketrans({chr(byte): letter for byte, letter in byte_letters().items() if byte < 128})
-    pretokens = WordCache(lambda word: [token.id for token in model.tokenize(word.translate(letters))])
+    pretokens = WordCache(
+        lambda word: packed([token.id for token in model.tokenize(word.translate(letters))])
+    )
 
-    def encode(word: str) -> Iterable[int]:
+    def encode(word: str) -> bytes:
         if word.isascii() and len(word) <= _LONGEST:
-            return np.frombuffer(b"".join(map(pretokens.__getitem__, _ascii_pretokens(word))), np.int32)
-        ids: list[int] = reference.encode(word, add_special_tokens=False).ids
-        return ids
+            return b"".join(map(pretokens.__getitem__, _ascii_pretokens(word)))
+        return packed(reference.encode(word, add_special_tokens=False).ids)
 
     return WordCache(encode)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.config import UserError
 from pretrain.evaluate import HeldOut
 from pretrain.model import Batch
 from tests.runs import finish
@@ -99,7 +100,7 @@ def rows_of_model(run: Path, corpus: str, windows: int) -> dict[tuple[str, int, 
     with torch.no_grad():
         for window in range(heldout.samples):
             q = heldout.questions(window, 1)
-            batch = Batch.of(*q[:4], torch.device("cpu"))
+            batch = Batch.of(*q[:5], torch.device("cpu"))
             true = batch.ids.clone()
             true[:, -batch.targets.shape[1] :] = batch.targets
             hooks = watch("encoder", true[0].tolist(), (CLEAN, "none"))
@@ -150,3 +151,10 @@ def test_program(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "rank.png").read_bytes().startswith(b"\x89PNG")
     assert analyze.main(["rank", *words[:-1], "--measure", "entropy"]) == 0
     assert "late: real, clean" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_before_a_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc/q: cannot be written"):
+        analyze.main(["rank", str(tmp_path), "--output", "/proc/q"])
+    with pytest.raises(UserError, match="the same folder as"):
+        analyze.main(["rank", str(tmp_path), f"{tmp_path}/", "--output", str(tmp_path)])

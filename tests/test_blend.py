@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.__main__ import main
 from pretrain.corpus import IndexedReader, load_manifest
+from tools import export
 
 Words = Callable[..., list[str]]
 
@@ -34,20 +35,24 @@ def test_a_blend_runs_and_changes_only_as_a_new_segment(
     said = capsys.readouterr().err
     assert said.count("error: ") == 1 and "train is another blend than at sample 40" in said
     assert main(words("a", other, "corpus.segment=1", "budget.steps=10")) == 0
-    notes = [line for line in ledger(tmp_path / "a") if line["event"] == "segment"]
+    notes = [line for line in ledger(tmp_path / "a") if line["event"] == "blend-change"]
     assert [(note["segment"], note["first_sample"]) for note in notes] == [(1, 40)]
     assert notes[0]["blend"] == [[0.5, f"{tiny}/train"], [0.5, f"{tiny}/short"]]
     epochs = ledger(tmp_path / "a")[-1]["epochs"]
     assert epochs[f"{tiny}/short"] == pytest.approx((12 + 20) / windows["short"], rel=0.05)
 
     assert main(words("a", other, "corpus.segment=1", "budget.steps=11")) == 0  # goes on in segment 1
-    assert sum(line["event"] == "segment" for line in ledger(tmp_path / "a")) == 1
+    assert sum(line["event"] == "blend-change" for line in ledger(tmp_path / "a")) == 1
     state = json.loads(max((tmp_path / "a" / "checkpoints").glob("step-*/state.json")).read_text())
     prints = [load_manifest(tiny / name).fingerprint for name in ("train", "short")]
     assert state["segments"] == [
-        [0, 0, [[0.7, prints[0]], [0.3, prints[1]]]],
-        [1, 40, [[0.5, prints[0]], [0.5, prints[1]]]],
+        [0, 0, [[0.7, prints[0]], [0.3, prints[1]]], 24],
+        [1, 40, [[0.5, prints[0]], [0.5, prints[1]]], 24],
     ]
+
+    assert export.main([str(tmp_path / "a"), "--output", str(tmp_path / "encoder")]) == 0
+    card = (tmp_path / "encoder" / "README.md").read_text(encoding="utf-8")
+    assert card.count("50.0% of the samples: ") == 2 and all(each in card for each in prints)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ def test_all_problems_are_reported_at_once():
         ({"parallel": {"tensor": 8}}, "no multiple of parallel.tensor"),
         ({"parallel": {"offload": "all"}, "train": {"engine": "deepspeed"}}, "needs parallel.zero = 3"),
         ({"deepspeed": {"zero_optimization": {}}}, "need train.engine = deepspeed"),
+        ({"evaluate": {"seq_length": 9999}}, "evaluate.seq_length = 9999 exceeds model.max_positions"),
+        ({"masking": {"corruption": [0.5, 0.5]}}, "masking.corruption = [0.5, 0.5]: Of the predicted"),
     ],
 )
 def test_one_problem(sections, words):
@@ -94,6 +96,20 @@ def test_bad_files(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         config.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_problem_names_the_place_it_comes_from(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {lr: fast}\n")
+    with pytest.raises(UserError) as caught:
+        config.load(path, ["foo.bar=1", "train.phases=[{until: 0.5, seq_length: 9999}]"])
+    assert sorted(line.partition(": ")[0] for line in str(caught.value).splitlines()) == [
+        str(path),
+        "command line",
+        "command line",
+    ]
+    with pytest.raises(UserError, match="command line: unknown key train.batch_siz"):
+        config.load(path, ["train.batch_siz=3", "train.phases=[{until: 0.5}]"])
 
 
 def test_missing_file_and_bad_override(tmp_path):

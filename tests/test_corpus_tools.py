@@ -24,6 +24,7 @@ from pretrain.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tools import (
     encode_corpus,
     encode_parts,
+    import_fairseq,
     inspect_corpus,
     merge_corpus,
     text_files,
@@ -222,10 +223,10 @@ def test_damaged_compression_is_named(
         (["none.jsonl"], "", "none.jsonl: no such file"),
         (["*.parquet"], "", "no such file"),
         (["empty"], "", "empty: no .jsonl, .txt, .parquet or .arrow files"),
-        (["in.jsonl"], "--max-document-bytes 0", "--max-document-bytes 0: at least 1"),
+        (["in.jsonl"], "--max-document-bytes 0", "--max-document-bytes: '0' is not a number of at least 1"),
         (["in.csv"], "", "unknown kind of file"),
         (["in.jsonl", "in.jsonl"], "", "named twice"),
-        (["in.jsonl"], "--workers 0", "--workers 0: at least 1"),
+        (["in.jsonl"], "--workers 0", "--workers: '0' is not a number of at least 1"),
         (["in.jsonl"], "--holdout 1.5", "--holdout 1.5: a share"),
         (["in.jsonl"], "--text-key body", "in.jsonl:1: no key 'body'"),
         (["blank.jsonl"], "", "no documents"),
@@ -241,6 +242,31 @@ def test_bad_arguments(inputs: list[str], options: str, message: str, folder: st
             folder, tmp_path / "c", *(tmp_path / name for name in inputs), options=f"--workers 1 {options}"
         )
     assert not list(tmp_path.glob("c.*"))
+
+
+@pytest.mark.parametrize("program", [encode_corpus, merge_corpus, import_fairseq])
+@pytest.mark.parametrize("output", ["out/", "."])
+def test_a_corpus_needs_a_name(
+    program: Any, output: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    words = {
+        encode_corpus: ["--input", "in.jsonl", "--tokenizer", folder],
+        merge_corpus: ["a", "b"],
+        import_fairseq: ["a", "--tokenizer", folder],
+    }
+    with pytest.raises(UserError, match=f"--output: '{output}' is a folder"):
+        program.main([*words[program], "--output", output])
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("program", [merge_corpus, import_fairseq])
+def test_a_place_that_cannot_be_written_is_named(program: Any, folder: str, tmp_path: Path) -> None:
+    words = {merge_corpus: [], import_fairseq: ["--tokenizer", folder]}[program]
+    with pytest.raises(UserError, match="^/proc: cannot be written"):
+        program.main([str(tmp_path / "a"), *words, "--output", "/proc/q"])
 
 
 def test_overwrite_must_be_asked_for(folder: str, tmp_path: Path) -> None:
@@ -298,6 +324,9 @@ def test_merge_and_inspect(
     assert all(entry["piece"] == tokenizer.piece(entry["id"]) for entry in report["frequent"])
     assert report["lengths"]["max"] == reader.document_lengths.max()
     assert report["specials_inside"] == report["unknown"] == 0
+    for option in ("--samples", "--top"):
+        with pytest.raises(UserError, match=f"{option}: '-1' is not a number of at least 0"):
+            inspect_corpus.main([str(tmp_path / "joined"), option, "-1"])
     assert report["samples"][0]["text"] == tokenizer.decode(reader.document(0)[:48])
     assert sum(bin["documents"] for bin in report["histogram"]) == len(lines)
     lengths = reader.document_lengths

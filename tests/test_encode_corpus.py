@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +158,6 @@ def _killed_at(number: int, arguments: list[str]) -> bool:
         os._exit(1)
 
 
-@pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside python")
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2)])
 def test_ranks_do_not_change_a_byte(job, ranks: int, workers: int, tmp_path: Path) -> None:
     command, expected = job
@@ -167,7 +168,6 @@ def test_ranks_do_not_change_a_byte(job, ranks: int, workers: int, tmp_path: Pat
     assert done.stdout.count("documents") == 2  # rank 0 reports, once for each corpus
 
 
-@pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside python")
 def test_a_rank_with_bad_text_stops_all(job, tmp_path: Path) -> None:
     command, _ = job
     line = [word for word in command(tmp_path / "out" / "c", 1) if word != "--keep-going"]
@@ -273,6 +273,19 @@ def test_totals_add_up(texts: list[dict], folder: str, tmp_path: Path, capsys) -
         assert len(set(decoded)) == len(decoded)
 
 
+def test_rejected_lines_are_kept_where_nothing_else_is(folder: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"no": 1}\n\n{"text": 3}\n')
+    options = "--workers 1 --holdout 0.2 --dedup --keep-going"
+    told = rf"no documents in .*in\.jsonl but 2 rejected lines in {tmp_path}/c\.rejected\.jsonl"
+    for _ in range(2):  # nothing is left that would stand in the way
+        with pytest.raises(UserError, match=told):
+            encode_corpus.main(words(folder, tmp_path / "c", source, options=options))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c.rejected.jsonl", "in.jsonl"]
+        lines = (tmp_path / "c.rejected.jsonl").read_text().splitlines()
+        assert [json.loads(line)["line"] for line in lines] == [1, 3]
+
+
 def test_held_out_copies_stay_held_out(folder: str, tmp_path: Path) -> None:
     """Of two variants of a text on both sides of the split, the one to train on goes."""
     number = next(
@@ -290,6 +303,25 @@ def test_held_out_copies_stay_held_out(folder: str, tmp_path: Path) -> None:
     train, valid = (IndexedReader(tmp_path / f"c{side}") for side in ("", "-valid"))
     assert [tokenizer.decode(train.document(i)) for i in range(train.num_documents)] == [more]
     assert [tokenizer.decode(valid.document(i)) for i in range(valid.num_documents)] == [f"Text {number}"]
+
+
+def test_the_bar_of_the_join_ends_full(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where documents are passed over."""
+    done: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+        done[title] = [total]
+        yield done[title].append
+
+    monkeypatch.setattr(encode_corpus.console, "progress", progress)
+    source = write(tmp_path / "in.jsonl", texts[:6] * 3)
+    encode_corpus.main(words(folder, tmp_path / "c", source, options="--workers 1 --dedup"))
+    assert load_manifest(tmp_path / "c").documents == 6
+    total, *steps = done["join"]
+    assert total == sum(steps) > 0
 
 
 # ---- duplicates ----------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from pretrain import model
 from pretrain.config import UserError
-from pretrain.corpus import IndexedReader, load_manifest
+from pretrain.corpus import CorpusWriter, IndexedReader, Origin, Tally, load_manifest
 from pretrain.evaluate import HeldOut
 from pretrain.model import Batch
 from pretrain.tokenizer import load_tokenizer
 from tests.methods import small
+from tools import evaluate
 
 LENGTH = 24
 
@@ -52,12 +53,14 @@ def test_questions_depend_on_nothing_but_the_corpus(corpus, heldout):
     assert (other.questions(0, 20).ids == heldout.questions(0, 20).ids).all()
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("method", ["mlm", "3ml-query"])
-def test_score_equals_plain_cross_entropy(corpus, heldout, method):
+def test_score_equals_plain_cross_entropy(corpus, method, bounded):
+    heldout = HeldOut(corpus.valid, corpus.tokenizer, LENGTH, 50, bounded)
     built = build(corpus, method)
     masked = heldout.questions(0, 50)
     with torch.no_grad():
-        batch = Batch.of(*masked[:4], torch.device("cpu"))
+        batch = Batch.of(*masked[:5], torch.device("cpu"))
         hidden = built.head(built.predicted_rows(batch))
         words = corpus.tokenizer.vocab_size
         logits = (hidden @ built.tok.weight.T + built.head.bias)[..., :words].flatten(0, 1)
@@ -110,3 +113,44 @@ def test_another_tokenizers_corpus_is_refused(corpus):
 
     with pytest.raises(UserError, match="another tokenizer"):
         HeldOut(corpus.valid, Other(), LENGTH, 5)
+
+
+def test_each_source_has_its_own_loss(corpus, tmp_path):
+    """Two sources with no token in common, so that a target tells its source."""
+    draw, prefix = np.random.default_rng(0), str(tmp_path / "c")
+    lengths = draw.integers(5, 90, 60)
+    second = draw.random(60) < 0.4
+    tokens = [
+        draw.integers(100 * code + 10, 100 * code + 90, n) for code, n in zip(second, lengths, strict=True)
+    ]
+    with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
+        codes = np.array([writer.source("low"), writer.source("high")])[second.astype(int)]
+        writer.append_documents(np.concatenate(tokens), lengths, sources=codes)
+        sizes = {name: int(lengths[second == code].sum()) for code, name in enumerate(("low", "high"))}
+        writer.finish(
+            Origin(
+                text_bytes=3 * sizes["low"] + 5 * sizes["high"],
+                sources={
+                    name: Tally(documents=1, tokens=sizes[name], text_bytes=factor * sizes[name])
+                    for name, factor in (("low", 3), ("high", 5))
+                },
+            )
+        )
+    heldout, built = HeldOut(prefix, corpus.tokenizer, LENGTH, 90), build(corpus)
+    by_source = evaluate.BySource(built, heldout, prefix)
+    score = heldout.score(by_source, 7, torch.device("cpu"))
+    assert score.loss == pytest.approx(heldout.score(built, 90, torch.device("cpu")).loss, rel=1e-6)
+    masked = heldout.questions(0, 90)
+    batch = Batch.of(*masked[:5], torch.device("cpu"))
+    with torch.no_grad():
+        hidden = built.head(built.predicted_rows(batch)).flatten(0, 1)
+        logits = (hidden @ built.tok.weight.T + built.head.bias)[:, : corpus.tokenizer.vocab_size]
+    targets = batch.targets.flatten()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    found = by_source.result()
+    assert list(found) == ["low", "high"]
+    for name, mine, factor in (("low", targets < 100, 3), ("high", targets >= 100, 5)):
+        mean = losses[mine].mean().item()
+        assert found[name]["predicted_tokens"] == int(mine.sum())
+        assert found[name]["loss"] == pytest.approx(mean, rel=1e-5)
+        assert found[name]["bits_per_byte"] == pytest.approx(mean / math.log(2) / factor, rel=1e-5)

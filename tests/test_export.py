@@ -16,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pretrain.config import Config, UserError
+from pretrain.corpus import load_manifest
 from pretrain.model import Batch, LateMaskModel
 from pretrain.tokenizer import load_tokenizer, train_sentencepiece
 from tests.methods import BLOCKS, METHODS, small
-from tools import export, huggingface_tokenizer
+from tools import evaluate, export, huggingface_tokenizer
 from tools import fill_mask as fill_mask_program
 from tools.export import ExportError, export_folder
 from tools.fill_mask import fill_mask, mask_logits
@@ -564,6 +565,13 @@ def test_program(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert str(finished_run.parent) not in card  # no path of this machine
 
 
+def test_the_code_of_a_decoder_is_not_asked_about(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(finished_run), "--output", str(tmp_path / "m"), "--with-decoder", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["class"] == "LateMaskForMaskedLM"
+
+
 def test_checkpoints_of_a_run(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each step is another model, and the weights are those of its checkpoint."""
     words = []
@@ -581,6 +589,19 @@ def test_checkpoints_of_a_run(finished_run: Path, tmp_path: Path, capsys: pytest
         export.main([str(finished_run), "--output", str(tmp_path / "7"), "--checkpoint", "7"])
 
 
+def test_evaluate_prints_each_source(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(finished_run), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"loss", "accuracy", "predicted_tokens", "mask_rate", "checkpoint", "sources"} <= set(report)
+    known = load_manifest(finished_run.parent / "corpus").sources
+    assert set(report["sources"]) <= set(known) and len(report["sources"]) > 1
+    parts = [(each["loss"], each["predicted_tokens"]) for each in report["sources"].values()]
+    assert sum(n for _, n in parts) == report["predicted_tokens"]
+    assert sum(x * n for x, n in parts) / report["predicted_tokens"] == pytest.approx(report["loss"])
+    assert evaluate.main([str(finished_run)]) == 0
+    assert capsys.readouterr().out.count("bits per byte") == 1 + len(parts)
+
+
 def test_fill_mask_program(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(finished_run), "The <mask> of the <mask>.", "--top", "3"]
     fill_mask_program.main([*words, "--json"])
@@ -589,15 +610,18 @@ def test_fill_mask_program(finished_run: Path, capsys: pytest.CaptureFixture[str
     assert set(answers[0][0]) == {"score", "token", "token_str", "sequence"}
     fill_mask_program.main(words)
     assert answers[1][2]["sequence"] in capsys.readouterr().out
+    for few in ("-1", "0"):
+        with pytest.raises(UserError, match=f"--top: '{few}' is not a number of at least 1"):
+            fill_mask_program.main([*words[:-1], few])
+    fill_mask_program.main([*words[:-1], "100000", "--json"])  # as many as there are
+    assert [len(group) for group in json.loads(capsys.readouterr().out)] == [700, 700]
 
 
 def test_another_tokenizer_is_refused(
     finished_run: Path, tokenizer_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    tree = yaml.safe_load((run / "config.yaml").read_text())
-    tree["corpus"]["tokenizer"] = str(tokenizer_dirs["bpe"])
-    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("tokenizer"))
+    shutil.copytree(tokenizer_dirs["bpe"], run / "tokenizer")
     with pytest.raises(UserError, match="not the tokenizer that"):
         load_model(run)

@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pretrain.__main__ import main
 from pretrain.config import UserError
-from pretrain.corpus import IndexedReader, load_manifest, verify
+from pretrain.corpus import IndexedReader, verify
 from pretrain.tokenizer import load_tokenizer, train_sentencepiece
 from tools import encode_corpus, import_fairseq, overlap, verify_corpus
 
@@ -117,29 +120,37 @@ def test_bad_data_bins_are_named(folder: str, tmp_path: Path) -> None:
 # ---- datatrove -----------------------------------------------------------------------------------
 
 
-def test_datatroves_megatron_files_are_adopted(texts: list[str], folder: str, tmp_path: Path) -> None:
-    """As `MegatronTokenizer` of datatrove lays them out (pipeline/tokens/megatron_tokenizer.py, read at
-    a649de7): header, dtype code 4 or 8, document count + 1, int32 lengths, int64 pointers, int64 table."""
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode_batch(texts[:7])
-    lengths = np.array([len(some) for some in ids])
-    with (tmp_path / "d.idx").open("wb") as index:
-        index.write(b"MMIDIDX\x00\x00")
-        index.write(struct.pack("<Q", 1))
-        index.write(struct.pack("<B", 8))
-        index.write(struct.pack("<Q", len(lengths)))
-        index.write(struct.pack("<Q", len(lengths) + 1))
-        index.write(lengths.astype(np.int32).tobytes(order="C"))
-        pointers = np.cumsum([0, *(lengths[:-1] * 2)])
-        index.write(pointers.astype(np.int64).tobytes(order="C"))
-        index.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes(order="C"))
-    (tmp_path / "d.bin").write_bytes(b"".join(struct.pack(f"<{len(s)}H", *s.tolist()) for s in ids))
-    verify_corpus.main([str(tmp_path / "d"), "--write-manifest", "--tokenizer", folder])
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:7])
+@pytest.fixture
+def datatrove(tmp_path: Path) -> Path:
+    """A copy of what datatrove 0.10.1 wrote of `texts.json`:
+
+    MegatronDocumentTokenizer(folder, tokenizer_name_or_path=".../tokenizer.json", eos_token=None), from
+    the tokenizer here without its post-processor, which would put specials into the text.
+    """
+    return shutil.copytree(Path(__file__).parent / "datatrove", tmp_path / "datatrove")
+
+
+def test_datatroves_megatron_files_are_adopted(datatrove: Path, tmp_path: Path) -> None:
+    prefix, texts = datatrove / "00000_tokens", json.loads((datatrove / "texts.json").read_text())
+    tokenizer, reader = load_tokenizer(datatrove), IndexedReader(prefix)
+    assert [tokenizer.decode(reader.document(i)) for i in range(reader.num_documents)] == texts
+    verify_corpus.main([str(prefix), "--write-manifest", "--tokenizer", str(datatrove)])
+    verify_corpus.main([str(prefix)])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "in.jsonl").write_text(lines)
-    words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", folder, "--output", str(tmp_path / "c")]
-    encode_corpus.main([*words, "--workers", "1"])
-    assert load_manifest(tmp_path / "d").fingerprint == load_manifest(tmp_path / "c").fingerprint
+    command = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(datatrove)]
+    encode_corpus.main([*command, "--output", str(tmp_path / "c"), "--workers", "1"])
+    ours = IndexedReader(tmp_path / "c")
+    assert reader.tokens.tolist() == ours.tokens.tolist()
+    assert reader.document_lengths.tolist() == ours.document_lengths.tolist()
+
+
+def test_datatroves_megatron_files_train(datatrove: Path, words: Callable[..., list[str]]) -> None:
+    prefix = datatrove / "00000_tokens"
+    overrides = [f"corpus.train={prefix}", f"corpus.valid={prefix}", "budget.steps=2"]
+    assert main(words("a", *overrides)) == 2  # no manifest yet
+    verify_corpus.main([str(prefix), "--write-manifest", "--tokenizer", str(datatrove)])
+    assert main(words("a", *overrides)) == 0
 
 
 # ---- overlap -------------------------------------------------------------------------------------

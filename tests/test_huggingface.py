@@ -108,6 +108,7 @@ def test_a_run_starts_from_it_and_goes_on_without_it(
     finish([*line, "budget.steps=5"])
     refused = attempt([*line, "model.init_from=null"])
     assert refused.codes == [2] and "model.token_type: True -> False" in refused.text
+    assert f"model.init_from: {folder} -> None" in refused.text
     trained = load_model(tmp_path / "run")
     assert trained.state.step == 5
     state = trained.model.state_dict()
@@ -131,6 +132,25 @@ def test_export_of_what_was_imported(tiny: Path, tokenizer: Tokenizer, tmp_path:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     again = options_of("mae-lm", "pre", tmp_path / "out")  # its tokenizer is compared, too
     assert load_folder(make(again, tokenizer), again.model, tokenizer)
+
+
+def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import transformers
+
+    save(tmp_path / "whole", "post", tokenizer)
+    whole = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    states = []
+    for name in ("whole", "shards"):
+        options = options_of("mlm", "post", tmp_path / name)
+        model = make(options, tokenizer)
+        assert load_folder(model, options.model, tokenizer) == []
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no readable model.safetensors there"):
+        load_folder(model, options.model, tokenizer)
 
 
 def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:

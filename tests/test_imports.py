@@ -7,32 +7,64 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"config", "schedule", "flops", "rng", "word_cache"},
-    {"tokenizer", "corpus", "sampler", "masking", "model", "loss", "optimizer"},
+    {"config", "schedule", "devices", "flops", "memory", "traffic", "rng", "energy", "word_cache", "signals"},
+    {
+        "tokenizer",
+        "corpus",
+        "sampler",
+        "masking",
+        "costs",
+        "model",
+        "loss",
+        "loss_scale",
+        "float8",
+        "optimizer",
+    },
     {"topology", "tensor_parallel", "engine", "checkpoint", "huggingface"},
-    {"ledger", "evaluate", "monitor"},
+    {"ledger", "budget", "evaluate", "monitor"},
     {"train", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Edges inside a layer: importer -> imported.
 ALLOWED = {
     ("flops", "config"),
+    ("flops", "devices"),
+    ("memory", "config"),
+    ("memory", "flops"),
+    ("traffic", "config"),
+    ("traffic", "flops"),
+    ("traffic", "memory"),
+    ("traffic", "devices"),
     ("sampler", "corpus"),
+    ("costs", "masking"),
     ("model", "loss"),
+    ("float8", "model"),
     ("tensor_parallel", "topology"),
     ("engine", "tensor_parallel"),
     ("engine", "topology"),
     ("checkpoint", "engine"),
+    ("budget", "ledger"),
     ("__main__", "train"),
 }
 HOMES = {
     "torch": None,  # checked apart: the corpus path must not wait for it
-    "megatron": {"pretrain/topology.py", "pretrain/tensor_parallel.py", "tools/benchmark_corpus.py"},
+    "megatron": {
+        "pretrain/topology.py",
+        "pretrain/tensor_parallel.py",
+        "tools/benchmark_corpus.py",
+        "tools/benchmark_peers.py",
+    },
     "deepspeed": {"pretrain/engine.py"},
     "sentencepiece": {"pretrain/tokenizer.py"},
+    "pynvml": {"pretrain/energy.py"},
+    "liger_kernel": {"pretrain/loss.py"},
+    "torchao": {"pretrain/float8.py"},
     "mpi4py": {"pretrain/topology.py", "tools/encode_corpus.py"},
 }
-WITHOUT_TORCH = {"config", "flops", "schedule", "rng", "word_cache", "tokenizer", "corpus"}
+WITHOUT_TORCH = {
+    *("config", "flops", "devices", "memory", "traffic", "schedule", "rng", "word_cache", "masking", "costs"),
+    *("tokenizer", "corpus"),
+}
 
 
 def imports(path):

@@ -8,7 +8,9 @@ import pytest
 
 from pretrain import config, rng
 from pretrain.__main__ import main
-from pretrain.masking import Masker, counts
+from pretrain.corpus import IndexedReader
+from pretrain.masking import Masker, counts, document_numbers
+from pretrain.sampler import Sampler
 
 VOCAB, MASK = 200, 199
 RANDOM_IDS, SPECIALS = np.arange(4, 199), np.array([0, 1, 2, 3, 199])
@@ -48,6 +50,29 @@ def test_counts(rate, corruption, expected):
     c = counts(config.Masking(rate=rate, corruption=corruption), 128)
     assert (c.predicted, c.masked, c.random) == expected
     assert c.visible == 128 - c.masked
+
+
+def test_documents_are_those_of_the_corpus(tiny):
+    """Oracle: the sampler's own account, which knows the corpus and not the pieces."""
+    corpus = IndexedReader(str(tiny / "train"))
+    sampler = Sampler(corpus, config.Masking(), 64, seed=1, bos=0, eos=2)
+    samples = np.arange(sampler.samples_per_epoch)
+    known = sampler.documents(samples)
+    numbers = document_numbers(sampler.read(samples).tokens, 2)
+    several = 0
+    for row, number in zip(known, numbers, strict=True):
+        inside = row >= 0
+        several += len(set(row[inside])) > 1
+        pairs = row[inside, None] == row[inside]
+        assert np.array_equal(pairs, number[inside, None] == number[inside])
+        ends = np.flatnonzero(~inside)[1:]  # </s> goes with what it ends, <s> with what it begins
+        assert (number[ends] >= number[ends - 1]).all() and number[0] == number[1] == 0
+        assert (number[ends[row[ends - 1] >= 0]] == number[ends[row[ends - 1] >= 0] - 1]).all()
+    assert several > 20
+    masker = Masker(config.Masking(), 64, MASK, RANDOM_IDS, SPECIALS, document_end=2)
+    tokens = np.minimum(sampler.read(samples).tokens, 198)
+    m = masker(tokens, rng.key(samples), np.zeros_like(samples))
+    assert np.array_equal(m.documents, np.take_along_axis(document_numbers(tokens, 2), m.positions, 1))
 
 
 @pytest.mark.parametrize("scheme", ["uniform", *UNITS])
@@ -143,7 +168,7 @@ def words_of(row):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_words_are_predicted_and_corrupted_whole(views):
-    """But for the one at the border between two kinds of rows, of which a beginning is taken."""
+    """But for the one at the border between two kinds of rows, of which an end is taken."""
     masker = make(rate=0.4, scheme="whole_word", views=views)
     cut = 0
     for view in range(views):
@@ -158,21 +183,21 @@ def test_words_are_predicted_and_corrupted_whole(views):
             split = [word for word in words if len(set(word)) > 1]
             assert len(split) <= 3 + (views > 1)
             cut += sum(min(word) == 0 for word in split)
-            if views == 1:  # what is taken of a word is its beginning
-                assert all((np.diff(word) <= 0).all() for word in split)
+            if views == 1:  # what is taken of a word is its end
+                assert all((np.diff(word) >= 0).all() for word in split)
         assert m.units_cut == cut
         cut = 0
 
 
 def test_words_of_equal_length_are_chosen_uniformly():
-    """60 tokens in words of 3, P = 31 = 10 words and the beginning of an 11th; 5 standard errors."""
+    """60 tokens in words of 3, P = 31 = 10 words and the end of an 11th; 5 standard errors."""
     masker = make(length=62, rate=31 / 60, scheme="whole_word")
     tokens = np.tile(np.arange(60) % 3 * 50 + 99, (20000, 1))  # 99 starts a word, 149 and 199 do not
     tokens = np.where(tokens == MASK, 150, tokens)
     tokens = np.pad(tokens, ((0, 0), (1, 1)), constant_values=2)
     m = masker(tokens, rng.key(3, np.arange(20000)), np.zeros(20000, np.int64))
     share = predicted(masker, m)[:, 1:61].mean(0).reshape(20, 3)
-    for column, expected in zip(share.T, (11 / 20, 10 / 20, 10 / 20), strict=True):
+    for column, expected in zip(share.T, (10 / 20, 10 / 20, 11 / 20), strict=True):
         assert abs(column - expected).max() < 5 * np.sqrt(expected * (1 - expected) / 20000)
     assert m.units_cut == 20000
 

@@ -20,9 +20,17 @@ def totals(step, productive=None, total=None):
         "steps": step,
         "samples": 4 * step,
         "tokens_seen": 512 * step,
+        "tokens_real": 504 * step,
         "tokens_predicted": 76 * step,
+        "token_layers": 24.5 * step,
+        "joules": None,
+        "peak_bytes": 7,
         "flops": {"encoder": 3000 * step, "decoder": 600 * step, "head": 90 * step, "total": 3690 * step},
-        "device_seconds": {"productive": productive, "total": productive if total is None else total},
+        "device_seconds": {
+            "productive": productive,
+            "lost": 36.0,
+            "total": productive if total is None else total,
+        },
     }
 
 
@@ -55,6 +63,7 @@ def test_speeds_are_per_second_of_work():
         "step_seconds": 0.5,
         "samples_per_second": 8.0,
         "slots_per_second": 1024.0,
+        "real_tokens_per_second": 1008.0,
         "predictions_per_second": 152.0,
         "model_flops_per_second": 7380.0,
         "mfu": 3.69,  # 7380 / (2 devices x 1000)
@@ -80,10 +89,15 @@ def test_a_line_holds_values_costs_and_speeds(tmp_path):
         "grad_norm": None,
         "samples": 40,
         "tokens_seen": 5120,
+        "tokens_real": 5040,
         "tokens_predicted": 760,
         "flops": 36900,
         "flops_without_head": 36000,
+        "token_layers": 245.0,
         "device_hours": 1.0,
+        "lost_hours": 0.01,
+        "kwh": None,
+        "peak_bytes": 7,
         **speeds(totals(0), totals(10), 2, 1e6),
     }
     assert line == expected
@@ -93,6 +107,14 @@ def test_speeds_are_of_the_updates_since_the_last_log(tmp_path):
     with opened(tmp_path) as writer:
         writer.log(0.1, totals(10, 10.0))
         assert writer.log(0.2, totals(20, 40.0))["step_seconds"] == 1.5
+
+
+def test_waiting_for_data_is_shown_as_a_share_of_the_updates(tmp_path):
+    stream = io.StringIO()
+    with opened(tmp_path, stream=stream) as writer:  # 10 steps in 30 s of work on 2 ranks
+        line = writer.log(0.2, totals(10, 30.0), data_wait_seconds=0.15)
+    assert line["data_wait"] == pytest.approx(0.01)
+    assert "data wait 1.0%" in stream.getvalue()
 
 
 def test_the_line_is_json_whatever_the_loss(tmp_path):
@@ -182,14 +204,20 @@ def test_a_log_file_gets_the_first_line_one_every_20_seconds_and_the_last(tmp_pa
             writer.log(step / 20, totals(step), loss=step / 8, held_out_loss=None)
     lines = stream.getvalue().splitlines()
     assert [line.split()[2] for line in lines] == ["1", "5", "9", "11"]
-    assert lines[-1] == ("3ml-self  step 11  loss 1.3750  1.02k tokens/s  55.0% of budget  left 0:00:45")
+    assert lines[-1] == (
+        "3ml-self  step 11  loss 1.3750  1.02k slots/s  1.01k tokens/s  152 predicted/s"
+        "  55.0% of budget  left 0:00:45"
+    )
 
 
 def test_nothing_is_shown_twice_in_a_log_file(tmp_path):
     stream = io.StringIO()
     with opened(tmp_path, stream=stream) as writer:
         writer.log(0.5, totals(1))
-    assert stream.getvalue() == "3ml-self  step 1  1.02k tokens/s  50.0% of budget  left -\n"
+    assert (
+        stream.getvalue()
+        == "3ml-self  step 1  1.02k slots/s  1.01k tokens/s  152 predicted/s  50.0% of budget  left -\n"
+    )
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):

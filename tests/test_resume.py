@@ -28,7 +28,12 @@ QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
 VARIANTS = {
     "mlm": (),
     "bf16-query": ("train.precision=bf16", *QUERY),
-    "modern": ("train.precision=bf16", "model.block=modern", "train.recompute=block"),
+    "modern": (
+        "train.precision=bf16",
+        "model.block=modern",
+        "train.recompute=block",
+        "corpus.documents=bounded",
+    ),
     "dropout": ("model.dropout=0.1", "train.micro_batch_size=4", *QUERY),
     "views-over-epochs": ("masking.views=2", "masking.rate=0.3"),
     "views-in-a-batch": ("masking.views=2", "masking.views_mode=batch"),

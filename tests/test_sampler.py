@@ -183,15 +183,16 @@ def test_one_corpus_is_a_blend_of_itself(corpus):
 
 def test_a_segment_goes_on_where_each_corpus_was(corpus, other):
     """A changed blend repeats no window of an epoch and skips none."""
-    segments = [Segment(0, 0, ((1.0, "a"),)), Segment(1, 40, ((0.5, "a"), (0.5, "b")))]
-    segments.append(Segment(2, 80, ((0.25, "b"), (0.75, "a"))))
-    assert used_samples(segments) == {"a": 60, "b": 20}
-    assert used_samples(segments, per_text=2) == {"a": 60, "b": 20}
+    segments = [Segment(0, 0, ((1.0, "a"),), 18), Segment(1, 40, ((0.5, "a"), (0.5, "b")), 18)]
+    segments.append(Segment(2, 80, ((0.25, "b"), (0.75, "a")), 18))
+    for masking in ({}, {"views": 2, "views_mode": "batch"}):
+        both = {"a": make(corpus, **masking), "b": make(other, **masking)}
+        assert used_samples(segments, both) == {"a": 60, "b": 20}
     seen = []
     for i, segment in enumerate(segments):
-        used = used_samples(segments[: i + 1])
         names = [name for _, name in segment.blend]
         samplers = [make(corpus if name == "a" else other) for name in names]
+        used = used_samples(segments[: i + 1], dict(zip(names, samplers, strict=True)))
         weights = [weight for weight, _ in segment.blend]
         blend = Blend(samplers, weights, segment.first, [used.get(name, 0) for name in names])
         seen.append(blend.read(np.arange(segment.first, segment.first + 40)).tokens)
@@ -203,17 +204,17 @@ def test_a_segment_goes_on_where_each_corpus_was(corpus, other):
 
 
 def test_a_changed_blend_needs_a_new_segment():
-    old = continue_segments([], 0, [(1.0, "a")], 0)
-    assert old == [Segment(0, 0, ((1.0, "a"),))]
-    assert continue_segments(old, 0, [(1, "a")], 64) == old
+    old = continue_segments([], 0, [(1.0, "a")], 0, 18)
+    assert old == [Segment(0, 0, ((1.0, "a"),), 18)]
+    assert continue_segments(old, 0, [(1, "a")], 64, 99) == old
     with pytest.raises(UserError, match="train has other content than at sample 64: .* corpus.segment = 1"):
-        continue_segments(old, 0, [(1.0, "b")], 64)
+        continue_segments(old, 0, [(1.0, "b")], 64, 99)
     with pytest.raises(UserError, match="train is another blend than at sample 64"):
-        continue_segments(old, 0, [(0.5, "a"), (0.5, "b")], 64)
+        continue_segments(old, 0, [(0.5, "a"), (0.5, "b")], 64, 99)
     with pytest.raises(UserError, match="corpus.segment = 3: the run is in segment 0"):
-        continue_segments(old, 3, [(1.0, "b")], 64)
-    new = continue_segments(old, 1, [(0.5, "a"), (0.5, "b")], 64)
-    assert new == [*old, Segment(1, 64, ((0.5, "a"), (0.5, "b")))]
-    assert continue_segments(new, 1, [(0.5, "a"), (0.5, "b")], 128) == new
+        continue_segments(old, 3, [(1.0, "b")], 64, 99)
+    new = continue_segments(old, 1, [(0.5, "a"), (0.5, "b")], 64, 99)
+    assert new == [*old, Segment(1, 64, ((0.5, "a"), (0.5, "b")), 18)]
+    assert continue_segments(new, 1, [(0.5, "a"), (0.5, "b")], 128, 99) == new
     with pytest.raises(UserError, match="corpus.segment = 0: the run is in segment 1"):
-        continue_segments(new, 0, [(1.0, "a")], 128)
+        continue_segments(new, 0, [(1.0, "a")], 128, 99)

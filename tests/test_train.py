@@ -1,17 +1,20 @@
 """Budgets, rates, layouts and refusals of whole runs."""
 
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from pretrain import config, ledger, schedule, train
+from pretrain import checkpoint, config, ledger, schedule, train
 from pretrain.checkpoint import RunFolder
 from pretrain.config import UserError
 from pretrain.monitor import read_metrics
@@ -19,6 +22,7 @@ from pretrain.topology import Topology, connect
 from tests.conftest import encode
 from tests.ranks import run as on_ranks
 from tests.runs import Outcome, Strike, attempt, finish, losses
+from tools.run_model import load_model
 
 Words = Callable[..., list[str]]
 
@@ -92,10 +96,10 @@ def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
     assert spent["device_seconds"]["total"] > first["device_seconds"]["total"]
 
 
-def build_here(command: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> train.Run:
+def build_here(command: list[str], run: Path) -> train.Run:
     """A run in this process, whose signals are left alone."""
-    monkeypatch.setattr(train, "Signals", lambda: SimpleNamespace(received=None))
-    return train.build(config.load(command[0], command[1:]), Topology(), RunFolder(run))
+    deaf: Any = SimpleNamespace(received=None)
+    return train.build(config.load(command[0], command[1:]), Topology(), RunFolder(run), deaf)
 
 
 @pytest.mark.parametrize("what", ["hours", "signal"])
@@ -103,7 +107,7 @@ def test_evaluation_is_followed_by_another_look(
     what: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No update is made where the evaluation used the hours up, or a signal came with it."""
-    run = build_here(words("a", "budget.steps=null", "budget.device_hours=0.5"), tmp_path / "a", monkeypatch)
+    run = build_here(words("a", "budget.steps=null", "budget.device_hours=0.5"), tmp_path / "a")
     assert run.heldout and run.ledger
     score, clock, slept = run.heldout.score, run.ledger._clock, [0.0]
 
@@ -127,9 +131,7 @@ def test_rate_follows_the_spent_share(
 ) -> None:
     shape = (f"schedule.kind={kind}", "schedule.warmup=0.3", "schedule.floor=0.1", "corpus.valid=")
     each, amount = cost(words("a")).tokens_seen, 2000
-    run = build_here(
-        words("a", "budget.steps=null", f"budget.tokens={amount}", *shape), tmp_path / "a", monkeypatch
-    )
+    run = build_here(words("a", "budget.steps=null", f"budget.tokens={amount}", *shape), tmp_path / "a")
     rates: list[float] = []
     step = run.engine.step
     monkeypatch.setattr(run.engine, "step", lambda lr: rates.append(lr) or step(lr))
@@ -230,6 +232,7 @@ def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path)
         (2, ("parallel.tensor=4",), "parallel.tensor = 4 does not divide the 2 ranks"),
         (1, ("parallel.tensor=2",), "parallel.tensor = 2 does not divide the 1 ranks"),
         (1, ("corpus.tokenizer=/no/where",), "/no/where"),
+        (2, ("budget.steps=null", "budget.device_hours=1e-9"), "is spent before the first update"),
         (2, ("run.dir=/proc/run",), "/proc/run: cannot be written"),
         (
             1,
@@ -253,7 +256,7 @@ def test_corpus_without_manifest_is_refused(words: Words, tiny: Path, tmp_path: 
 def test_corpus_below_one_window_is_refused(words: Words, tiny: Path, tmp_path: Path) -> None:
     encode(["a few words"], tiny / "tokenizer", tmp_path / "few")
     (line,) = refused(attempt(words("a", f"corpus.train={tmp_path}/few")))
-    assert "do not fill one window of train.seq_length = 24" in line
+    assert "do not fill one window of seq_length = 24" in line
 
 
 def test_setting_without_effect_is_told(words: Words) -> None:
@@ -266,3 +269,51 @@ def test_dry_run_leaves_nothing(words: Words, tmp_path: Path) -> None:
     assert "method      3ml-query: 2 + 2 layers x 32" in outcome.text
     assert config.build(yaml.safe_load(outcome.text.split("method ")[0])).model.vocab_size == 400
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("run.dir=/dev/null/run",), "/dev/null/run: cannot be written (Not a directory)"),
+        (("run.dir=/proc/run",), "/proc/run: cannot be written"),
+        (("model.init_from=/no/where",), "model.init_from = /no/where"),
+        ((*ZERO, "deepspeed.gradient_clipping=3"), "deepspeed.gradient_clipping = 3 contradicts train.clip"),
+    ],
+)
+def test_dry_run_finds_what_a_start_would(options: tuple[str, ...], part: str, words: Words) -> None:
+    (line,) = refused(attempt(words("a", "--dry-run", *options)))
+    assert part in line
+
+
+def test_a_run_without_its_corpus_can_be_used(words: Words, tmp_path: Path) -> None:
+    """It keeps its tokenizer; a status that is no JSON is written anew."""
+    finish(words("a", "budget.steps=1"))
+    file = tmp_path / "a" / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    tree["corpus"] = {"train": "/no/where"}
+    file.write_text(yaml.safe_dump(tree))
+    assert load_model(tmp_path / "a").tokenizer.vocab_size == 400
+    (tmp_path / "a" / "status.json").write_text("{bad")
+    assert RunFolder(tmp_path / "a").status() == {}
+    finish(words("a", "budget.steps=2"))
+    assert RunFolder(tmp_path / "a").status()["step"] == 2
+
+
+def test_who_interrupts_a_run_that_is_over_gets_its_exit_code() -> None:
+    code = "import os, signal as s; from pretrain.signals import Signals; Signals().leave_with(75)"
+    for number in (SIGINT, SIGTERM):
+        line = [sys.executable, "-c", f"{code}; os.kill(os.getpid(), {int(number)})"]
+        assert subprocess.run(line).returncode == 75
+
+
+def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
+    seconds = count(1000)
+    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
+    run = build_here(words("a", "budget.steps=1000000", "evaluate.every_steps=null"), tmp_path / "a")
+    assert train.train(run) == 75 and next(seconds) in range(1080, 1083)
+    train.close(run)
+    status = RunFolder(tmp_path / "a").status()
+    assert status["reason"] == "stopped by the job's time limit"
+    assert checkpoint.steps(tmp_path / "a") == [status["step"]] and status["step"] > 0

@@ -119,6 +119,20 @@ def test_sentencepiece_ids_are_sentencepieces(kind: str, tmp_path: Path) -> None
     check(ours, texts, ours._processor.encode(texts))
 
 
+def test_a_cache_rests_on_unseen_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_cache, "_STRETCH", 2000)
+    texts, draw = sample_texts()[:60], random.Random(0)
+    ours = train_sentencepiece(texts, tmp_path, "bpe", 2000)
+    noise = [" ".join("".join(draw.choices("abcdefg", k=9)) for _ in range(300)) for _ in range(30)]
+    sizes = []
+    for text in [*noise, *texts[:1] * 40]:
+        flat, lengths = ours.encode_flat([text])
+        assert flat.tolist() == ours._processor.encode(text) and lengths.tolist() == [len(flat)]
+        sizes.append(len(ours._cache))
+    assert 0 < sizes[29] <= 3 * 300, "of 30 stretches 2 are tried, the others rest"
+    assert sizes[-1] > sizes[29], "and it is tried again"
+
+
 def test_a_foreign_normaliser_is_not_cached(tmp_path: Path) -> None:
     import sentencepiece
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain import config
+from pretrain.checkpoint import check_folder
 from pretrain.config import UserError
 from tools import analyze_rank, analyze_variance, console
 from tools.run_model import add_checkpoint_argument, load_model
@@ -39,22 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="rank: which of the six the figure shows (%(default)s); the table has all",
     )
     parser.add_argument(
-        "--tokens", type=int, default=5_000_000, metavar="N", help="rank: tokens read, at most (%(default)s)"
+        "--tokens",
+        type=console.whole(1),
+        default=5_000_000,
+        metavar="N",
+        help="rank: tokens read, at most (%(default)s)",
     )
     parser.add_argument(
-        "--texts", type=int, default=200, metavar="N", help="variance: texts read, at most (%(default)s)"
+        "--texts",
+        type=console.whole(2),
+        default=200,
+        metavar="N",
+        help="variance: texts read, at most (%(default)s)",
     )
-    parser.add_argument("--rate", type=float, help="variance: share of a text that is masked (each run's)")
-    parser.add_argument("--views", type=int, metavar="K", help="variance: masks of a text (1 / rate)")
+    parser.add_argument(
+        "--rate", type=console.share, help="variance: share of a text that is masked (each run's)"
+    )
+    parser.add_argument(
+        "--views", type=console.whole(2), metavar="K", help="variance: masks of a text (1 / rate)"
+    )
     args = parser.parse_args(arguments)
-    if args.tokens < 1 or args.texts < 2:
-        raise UserError("--tokens: give 1 or more; --texts: 2 or more")
+    console.refuse_twice(args.runs)
+    check_folder(args.output)
     rows: list[dict[str, Any]] = []
     for run in args.runs:
         rows += _measured(run, args)
     figure = analyze_rank.figure(rows, args.measure) if args.what == "rank" else analyze_variance.figure(rows)
     write_table(Path(args.output), args.what, rows)
-    write_figure(Path(args.output) / f"{args.what}.png", figure)
+    console.write(Path(args.output) / f"{args.what}.png", figure)
     if args.json:
         console.print_json(rows)
     else:
@@ -82,13 +95,6 @@ def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         found = analyze_variance.measure(loaded, corpus, args.texts, args.rate, args.views, device)
     return [about | row for row in found]
-
-
-def write_figure(path: Path, png: bytes) -> None:
-    """Appears whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(png)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) ->
             true = questions.ids.copy()
             true[:, -questions.targets.shape[1] :] = questions.targets
             np.put_along_axis(natural, questions.positions, true, 1)
-            collector.look(torch.from_numpy(natural).to(device), Batch.of(*questions[:4], device))
+            collector.look(torch.from_numpy(natural).to(device), Batch.of(*questions[:5], device))
             done(len(natural))
     return table(collector.spectra)
 

@@ -165,7 +165,7 @@ class Gradients:
         view = np.arange(views) if masker.masking.views > 1 else np.zeros(views, np.int64)
         part = np.zeros_like(view) if masker.masking.views > 1 else np.arange(views)
         masked = masker(np.tile(text, (views, 1)), rng.key(_SEED, number, draw, part), view)
-        return self.of(Batch.of(*masked[:4], self.device))
+        return self.of(Batch.of(*masked[:5], self.device))
 
     def of_chain(
         self, mask_id: int, text: Tokens, order: npt.NDArray[np.int64], predicted: int, shifts: list[int]
@@ -179,7 +179,7 @@ class Gradients:
         ids = text.astype(np.int64)[places]
         targets = ids[:, -predicted:].copy()
         ids[:, -predicted:] = mask_id
-        return Batch.of(ids, places, targets, predicted, self.device)
+        return Batch.of(ids, places, targets, predicted, None, self.device)
 
 
 def texts_of(loaded: RunModel, corpus: str, count: int) -> Tokens:
@@ -228,8 +228,8 @@ def measure(
 
 def _sizes(rate: float, views: int | None, tokens: int) -> tuple[int, int]:
     """(K, P): as many masks as the rate leaves room for, and tokens of each."""
-    if not 0 < rate < 1 or (views is not None and not 2 <= views <= tokens):
-        raise UserError("--rate: a share of the tokens, between 0 and 1; --views: 2 or more")
+    if views is not None and views > tokens:
+        raise UserError(f"--views {views}: more than the {tokens} tokens of a text")
     views = views or max(2, round(1 / rate))
     return views, min(max(1, round(rate * tokens)), tokens // views)
 

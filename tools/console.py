@@ -1,16 +1,19 @@
-"""What the programs share: exit codes, one line for a user's mistake, a progress bar, --version and
---json.
+"""What the programs share: exit codes, one line for a user's mistake, types of arguments, files that appear
+whole, a progress bar, --version and --json.
 
 Standard output carries the result and nothing else; progress and errors go to standard error.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pretrain import __version__
@@ -42,19 +45,40 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def signals_kill() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: foreign code that runs for minutes without returning to
+    the interpreter would not see them. For work that leaves nothing half-written."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def fail(message: str) -> int:
-    """Print the one line of a user's error; its exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print a user's errors, each problem on a line of its own; their exit code."""
+    for problem in message.splitlines():
+        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
     return USER_ERROR
 
 
-def parser(name: str, description: str, reports: bool = False) -> argparse.ArgumentParser:
-    """An argument parser for ``python -m tools.NAME``; ``--json`` where it `reports`.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for any other mistake; argparse would print its usage before it."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser(
+    name: str, description: str, reports: bool = False, package: str = "tools"
+) -> argparse.ArgumentParser:
+    """An argument parser for ``python -m PACKAGE.NAME``; ``--json`` where it `reports`.
 
     An argument ``@FILE`` stands for the lines of FILE.
     """
-    result = argparse.ArgumentParser(
-        prog=f"python -m tools.{name}",
+    result = _Parser(
+        prog=f"python -m {package}.{name}",
         description=description,
         fromfile_prefix_chars="@",
     )
@@ -62,6 +86,67 @@ def parser(name: str, description: str, reports: bool = False) -> argparse.Argum
     if reports:
         result.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return result
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        if re.fullmatch("[0-9]+", text) and low <= int(text) <= (high or math.inf):
+            return int(text)
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
+
+    return number
+
+
+def share(text: str) -> float:
+    """The type of an argument: a number between 0 and 1, without both."""
+    value = _number(text)
+    if 0 < value < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.005")
+
+
+def positive(text: str) -> float:
+    """The type of an argument: a finite number above 0."""
+    value = _number(text)
+    if 0 < value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def prefix(text: str) -> str:
+    """The type of an argument: what the names of files begin with; a folder alone would hide them."""
+    if os.path.basename(text) in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; add the name that its files begin with")
+    return text
+
+
+def refuse_twice(runs: Sequence[str]) -> None:
+    """UserError if two paths are one folder, whose figures would count twice."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        folder = os.path.realpath(run)
+        if folder in seen:
+            raise UserError(f"{run}: the same folder as {seen[folder]}; name it once")
+        seen[folder] = run
+
+
+def matching(names: Iterable[str], words: Sequence[str]) -> list[str]:
+    """What --only chooses: the names that hold one of the words; UserError if none does."""
+    known = list(names)
+    found = [name for name in known if any(word in name for word in words)]
+    if not found:
+        raise UserError(f"--only {' '.join(words)}: in none of the names: {'; '.join(known)}")
+    return found
 
 
 def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -73,6 +158,14 @@ def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
         metavar="F",
         help=".jsonl or .txt [.gz .zst .bz2 .xz], .parquet, .arrow; files, folders, patterns, @lists or -",
     )
+    add_text_options(parser)
+    parser.add_argument(
+        "--stdin", choices=("jsonl", "txt"), default="jsonl", help="what - (standard input) is (%(default)s)"
+    )
+
+
+def add_text_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The options that say where in a file the documents are."""
     parser.add_argument("--text-key", default="text", help="JSON key or column of the text (%(default)s)")
     parser.add_argument(
         "--txt-document",
@@ -80,9 +173,14 @@ def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
         default="blank-line",
         help="what ends a document in .txt files (%(default)s)",
     )
+
+
+def add_output_prefix(parser: argparse.ArgumentParser) -> None:
+    """The options of programs that write a corpus."""
     parser.add_argument(
-        "--stdin", choices=("jsonl", "txt"), default="jsonl", help="what - (standard input) is (%(default)s)"
+        "--output", required=True, type=prefix, metavar="PREFIX", help="prefix of the corpus written"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
 
 
 def available_cores() -> int:
@@ -93,8 +191,22 @@ def available_cores() -> int:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of a ``--json`` run."""
-    print(json.dumps(document, indent=1))
+    """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
+    finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
+    print(json.dumps(finite, indent=1))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """The file appears whole, its folder with it; an OSError names it, not the temporary file."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -135,9 +247,15 @@ def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f} {unit}/s" if task.speed else "")
+            if not task.speed:
+                return Text("")
+            return Text(
+                f"{task.speed:.1f} {unit}/s" if task.speed >= 1 else f"{60 * task.speed:.1f} {unit}/min"
+            )
 
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+    # Things may take minutes each: without a few of them in view there would be no time left to show.
+    bar = Progress("{task.description}", *columns, console=Console(stderr=True), speed_estimate_period=600)
+    with bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)

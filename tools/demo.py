@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain import config
+from pretrain.checkpoint import check_folder
 from tools import console
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="section.key=value", help="for both runs, such as budget.flops=1e12"
     )
     args = parser.parse_args(arguments)
+    for name in RUNS:  # a mistake is told before the first step
+        config.load(str(ROOT / CONFIGS / f"{name}.yaml"), args.overrides)
+    check_folder(args.home)
     home = args.home.absolute() if Path.cwd() != ROOT else args.home
     begin = time.monotonic()
     # Ctrl-C reaches the program of the step as well; that saves its work and comes back here.

@@ -67,6 +67,8 @@ from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed,
 _PIECES = 256
 """Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
 _PIECE_BYTES = (1 << 20, 64 << 20)
+THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")
+"""Of a process: the work is divided between processes, and each thread would keep a cache of its own."""
 _EXPANSION = 3
 """Guessed size of compressed text, decompressed."""
 
@@ -234,6 +236,9 @@ def join(
             prefix, gone = part.prefix + side, next(dropped)
             manifest = load_manifest(prefix)
             writer.append_corpus(prefix, gone, advance)
+            if len(gone):
+                lost_tokens = int(IndexedReader(prefix).document_lengths[gone].sum())
+                advance(lost_tokens * dtype.itemsize)  # passed over, not copied
             lost_bytes, lost = _lost(prefix, gone) if len(gone) else (0, {})
             text_bytes += (manifest.text_bytes or 0) - lost_bytes
             sources = add_tallies(sources, _renamed(writer, manifest.sources))
@@ -283,9 +288,11 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
     prefixes = [part.prefix + side for side in sides for part in parts]
     if not any(load_manifest(prefix).documents for prefix in prefixes):
+        rejected = write_rejected(parts, args.output)
         for prefix in prefixes:
             corpus_file(prefix, "json").unlink()  # nothing to go on with
-        raise UserError(f"no documents in {args.input[0]}; nothing to write")
+        told = f" but {_rejected(rejected, args.output)}" if rejected else ""
+        raise UserError(f"no documents in {args.input[0]}{told}; nothing to write")
     duplicates = 0
     dropped: Iterator[Any] = itertools.repeat(())
     if job.dedup:
@@ -399,19 +406,27 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     )
 
 
+def show_corpus(prefix: str, manifest: Manifest, as_json: bool) -> None:
+    """Prints what a corpus made of other files holds."""
+    if as_json:
+        console.print_json({"prefix": prefix} | summary(manifest))
+    else:
+        print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
     console.add_input(parser)
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the corpus")
+    console.add_output_prefix(parser)
     parser.add_argument(
         "--workers",
-        type=int,
+        type=console.whole(1),
         help="processes (default: the cores this job may use; under mpirun or srun 1 a rank)",
     )
     parser.add_argument(
         "--max-document-bytes",
-        type=int,
+        type=console.whole(1),
         default=MAX_DOCUMENT_BYTES,
         metavar="N",
         help="longer documents are errors, for they would have to be held in memory (%(default)s)",
@@ -433,14 +448,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="set unreadable lines aside in PREFIX.rejected.jsonl instead of stopping at the first",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
     args = parser.parse_args(arguments)
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1")
     if not 0 <= args.holdout < 1:
         raise UserError(f"--holdout {args.holdout}: a share of the documents, from 0 to below 1")
-    if args.max_document_bytes < 1:
-        raise UserError(f"--max-document-bytes {args.max_document_bytes}: at least 1")
     report = encode(args)
     if report and args.json:
         console.print_json(report)
@@ -458,9 +468,15 @@ def _show(report: dict[str, Any], output: str) -> None:
     if report["duplicates"]:
         print(f"{report['duplicates']:,} duplicates left out")
     if report["rejected"]:
-        print(f"{report['rejected']:,} rejected lines in {output}.rejected.jsonl")
+        print(_rejected(report["rejected"], output))
     print(f"{report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB of text a second")
 
 
+def _rejected(lines: int, output: str) -> str:
+    return f"{lines:,} rejected {'line' if lines == 1 else 'lines'} in {output}.rejected.jsonl"
+
+
 if __name__ == "__main__":
+    for name in THREADS:  # not what a user has set
+        os.environ.setdefault(name, "1")
     console.run(main)

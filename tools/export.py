@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import config, ledger
+from pretrain.checkpoint import check_folder
 from pretrain.config import Config, UserError
 from pretrain.corpus import Manifest, corpus_file, load_manifest, tokenizer_folder
 from pretrain.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
@@ -225,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     args = parser.parse_args(arguments)
     _refuse(Path(args.output), args.overwrite)  # before minutes of reading
+    check_folder(Path(args.output).absolute().parent)
     model, options, tokenizer, state = load_model(args.run, args.checkpoint)
     form = form_of(options, args.with_decoder)
     card = model_card(
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer.piece(tokenizer.mask),
         count_left_out(model, form),
         state,
-        _manifest(options),
+        _corpora(options),
         ledger.total([args.run]),
         args.license,
         args.with_decoder,
@@ -248,10 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _manifest(options: Config) -> Manifest | None:
-    """Of the training corpus, if it is still where the run found it."""
-    present = corpus_file(options.corpus.train, "json").is_file()
-    return load_manifest(options.corpus.train) if present else None
+def _corpora(options: Config) -> list[tuple[float, Manifest]]:
+    """Weight and manifest of each training corpus, if all are still where the run found them."""
+    blend = options.corpus.blend
+    present = all(corpus_file(prefix, "json").is_file() for _, prefix in blend)
+    return [(weight, load_manifest(prefix)) for weight, prefix in blend] if present else []
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -38,7 +38,8 @@ def fill_mask(
         raise UserError(
             f"the text has {len(ids)} tokens, the model {model.m.max_positions} positions; cut it"
         )
-    scores, pieces = mask_logits(model.eval(), ids[None])[0].softmax(-1).topk(top)
+    shares = mask_logits(model.eval(), ids[None])[0].softmax(-1)
+    scores, pieces = shares.topk(min(top, shares.shape[-1]))
     places = masked.nonzero().flatten().tolist()
     return [
         [_answer(tokenizer, ids, place, token, score) for score, token in zip(*pair, strict=True)]
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="run folder")
     parser.add_argument("text", help='such as "The weather is <mask> today."')
     add_checkpoint_argument(parser)
-    parser.add_argument("--top", type=int, default=TOP, help="answers per mask (%(default)s)")
+    parser.add_argument("--top", type=console.whole(1), default=TOP, help="answers per mask (%(default)s)")
     args = parser.parse_args(arguments)
     model, options, _, _ = load_model(args.run, args.checkpoint)
     tokenizer = hugging_face_tokenizer(tokenizer_folder(options.corpus))

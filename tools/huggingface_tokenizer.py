@@ -167,7 +167,8 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """UserError unless AutoTokenizer loads `folder` and gives the training ids on CHECK_TEXTS."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # The folder is ours; not trusted, a model's code beside the tokenizer makes transformers ask on stdout.
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
     for text in CHECK_TEXTS:
         ours = [tokenizer.bos, *tokenizer.encode(text).tolist(), tokenizer.eos]
         found = theirs(text, split_special_tokens=True)["input_ids"]

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain import __version__
+from pretrain.checkpoint import check_folder
 from pretrain.config import UserError
 from pretrain.corpus import MAGIC, CorpusWriter, Manifest, Origin, token_dtype
 from pretrain.tokenizer import JSON_FILE, SPECIALS, Tokenizer, load_tokenizer
 from tools import console
 from tools.byte_level_files import fairseq_symbols, gpt2_pieces
-from tools.encode_corpus import summary
+from tools.encode_corpus import show_corpus
 from tools.encode_parts import tokenizer_record
 
 _HEADER = struct.Struct("<9sQBQ")
@@ -131,16 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("import_fairseq", "Make a corpus of a fairseq data-bin", True)
     parser.add_argument("prefix", metavar="PREFIX", help="such as data-bin/train")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the same vocabulary, for us")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the corpus")
+    console.add_output_prefix(parser)
     parser.add_argument("--dict", metavar="FILE", help="its dictionary (default: the dict.txt beside it)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
     args = parser.parse_args(arguments)
+    check_folder(Path(args.output).parent)
     dictionary = Path(args.dict) if args.dict else Path(args.prefix).with_name("dict.txt")
     manifest = convert(args.prefix, dictionary, args.tokenizer, args.output, args.overwrite)
-    if args.json:
-        console.print_json({"prefix": args.output} | summary(manifest))
-    else:
-        print(f"{args.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    show_corpus(args.output, manifest, args.json)
     return 0
 
 

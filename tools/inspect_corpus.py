@@ -258,18 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("inspect_corpus", "Look into a corpus", True)
     parser.add_argument("prefix", metavar="PREFIX", help="prefix of the corpus")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the one in the manifest")
-    parser.add_argument("--top", type=int, default=20, help="frequent tokens to show (%(default)s)")
-    parser.add_argument("--samples", type=int, default=3, help="documents to show (%(default)s)")
-    parser.add_argument("--rate", type=float, default=0.15, help="one more mask rate to show")
+    parser.add_argument(
+        "--top", type=console.whole(0), default=20, help="frequent tokens to show (%(default)s)"
+    )
+    parser.add_argument("--samples", type=console.whole(0), default=3, help="documents to show (%(default)s)")
+    parser.add_argument("--rate", type=console.share, default=0.15, help="one more mask rate to show")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page as well")
     args = parser.parse_args(arguments)
-    if not 0 < args.rate < 1:
-        raise UserError(f"--rate {args.rate}: a share of the tokens, between 0 and 1")
     report = inspect(args.prefix, args.tokenizer, args.top, args.samples, args.rate)
     if args.html:
-        partial = Path(f"{args.html}.partial")
-        partial.write_text(page(report), encoding="utf-8")
-        partial.replace(args.html)
+        console.write(Path(args.html), page(report))
     if args.json:
         console.print_json(report)
     else:

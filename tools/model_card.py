@@ -1,5 +1,6 @@
 """README.md of an exported model: what it is, what it read, what it cost, how to load it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -39,7 +40,7 @@ def model_card(
     mask_token: str,
     left_out: int,
     state: State | None = None,
-    manifest: Manifest | None = None,
+    corpora: Sequence[tuple[float, Manifest]] = (),
     totals: dict[str, Any] | None = None,
     licence: str | None = None,
     with_decoder: bool = False,
@@ -47,7 +48,8 @@ def model_card(
     """Markdown with Hugging Face's front matter.
 
     name: its title. left_out: parameters of the pre-training model that are not exported. state: the
-    checkpoint; manifest: of the training corpus; totals: of the ledger. What is None is said to be unknown.
+    checkpoint; corpora: weight and manifest of each that it was trained on; totals: of the ledger. What is
+    None or empty is said to be unknown.
     with_decoder: the folder holds the whole model of a late method.
     """
     head = config.method(options) == "mlm" or with_decoder
@@ -57,7 +59,7 @@ def model_card(
         _front_matter(options, head, licence),
         f"# {name}\n\n{_what(options, left_out, with_decoder)}",
         f"## Use\n\n```python\n{example}```\n\n{_advice(options)}",
-        f"## Training data\n\n{_data(manifest, state)}",
+        f"## Training data\n\n{_data(corpora, state)}",
         f"## Training\n\n{_training(options, state)}",
         f"## Cost\n\n{_cost(totals)}",
         f"## Licence\n\n{_licence(licence)}",
@@ -99,17 +101,26 @@ def _what(options: Config, left_out: int, with_decoder: bool) -> str:
 
 
 def _advice(options: Config) -> str:
+    lengths = dict.fromkeys(str(phase.train.seq_length) for phase in config.phases(options))
     return (
-        f"Trained on sequences of {options.train.seq_length} tokens. Letters such as `<mask>` in a text"
+        f"Trained on sequences of {', then '.join(lengths)} tokens. Letters such as `<mask>` in a text"
         " become the special token, unless the tokenizer is called with `split_special_tokens=True`, as"
         " training did."
     )
 
 
-def _data(manifest: Manifest | None, state: State | None) -> str:
-    if manifest is None:
+def _data(corpora: Sequence[tuple[float, Manifest]], state: State | None) -> str:
+    if not corpora:
         known = state and state.fingerprints.get("train")
         return f"Corpus with fingerprint `{known}`." if known else "Not recorded."
+    whole = sum(weight for weight, _ in corpora)
+    return "\n\n".join(
+        (f"{weight / whole:.1%} of the samples: " if len(corpora) > 1 else "") + _corpus(manifest)
+        for weight, manifest in corpora
+    )
+
+
+def _corpus(manifest: Manifest) -> str:
     rows = [f"{manifest.documents:,} documents, {manifest.tokens:,} tokens."]
     if manifest.sources:
         rows += ["", "| source | documents | tokens | bytes of text |", "|---|---|---|---|"]
@@ -125,7 +136,8 @@ def _training(options: Config, state: State | None) -> str:
     shares = ", ".join(
         f"{share:.0%} {what}" for share, what in zip(k.corruption, ("[MASK]", "random", "kept"), strict=True)
     )
-    text = f"{k.rate:.0%} of the tokens predicted ({shares}), {options.train.batch_size} sequences an update."
+    batches = dict.fromkeys(str(phase.train.batch_size) for phase in config.phases(options))
+    text = f"{k.rate:.0%} of the tokens predicted ({shares}), {', then '.join(batches)} sequences an update."
     if state is not None:
         text += f" This is the model after {state.step:,} updates ({state.samples:,} sequences)."
         if state.loss is not None:

@@ -39,9 +39,12 @@ def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
 
 
 def run_config(run: str | Path) -> Config:
-    """The resolved config that a run keeps."""
-    path = Path(run) / "config.yaml"
-    return config.build(config.read_yaml(path), str(path))
+    """The resolved config that a run keeps; its tokenizer is the copy in the run's folder."""
+    path, kept = Path(run) / "config.yaml", Path(run) / checkpoint.TOKENIZER
+    options = config.build(config.read_yaml(path), str(path))
+    if not kept.is_dir():
+        return options
+    return options.model_copy(update={"corpus": options.corpus.model_copy(update={"tokenizer": str(kept)})})
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ in a hundred is not trained on: on these the vocabulary is measured.
 
 import hashlib
 import heapq
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +20,16 @@ from typing import Any
 import numpy as np
 
 from pretrain import __version__
+from pretrain.checkpoint import check_folder
 from pretrain.config import UserError
-from pretrain.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer, train_sentencepiece
+from pretrain.tokenizer import (
+    JSON_FILE,
+    MODEL_FILE,
+    SMALLEST,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from tools import console
 from tools.encode_parts import held_out
 from tools.text_files import Document, Rejected, Unit, find_files, open_reader, spool_stdin
@@ -112,11 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder")
     parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     parser.add_argument(
-        "--vocab-size", type=int, default=32_000, help="all ids, specials included (%(default)s)"
+        "--vocab-size",
+        type=console.whole(SMALLEST),
+        default=32_000,
+        help="all ids, specials included (%(default)s)",
     )
     parser.add_argument(
         "--max-megabytes",
-        type=float,
+        type=console.positive,
         default=200.0,
         help="train on a sample of this much text where there is more (%(default)s)",
     )
@@ -129,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{Path(args.output) / name}: exists already; choose another --output or add --overwrite"
             )
+    check_folder(args.output)  # before minutes of training
     report = _import(args) if args.source else _train(args)
     if args.json:
         console.print_json(report)
@@ -143,23 +156,29 @@ def _train(args: Namespace) -> dict[str, Any]:
         files = find_files(spool_stdin(args.input, args.stdin, Path(spool)))
         documents = measure.split(read_documents(files, args.text_key, args.txt_document))
         texts, total = sample(documents, int(args.max_megabytes * 1e6))
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{' '.join(args.input)}: no text to train on; give some")
     used = sum(len(text.encode()) for text in texts)
     about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
-    tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
+    with console.signals_kill():
+        print(f"training on {len(texts):,} documents, {used / 1e6:,.1f} MB: shows no bar", file=sys.stderr)
+        tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
     return _about(args.output, tokenizer) | about | {"held_out": measure.report(tokenizer)}
 
 
 def _import(args: Namespace) -> dict[str, Any]:
     from tools.byte_level_files import convert
 
-    folder = Path(args.output)
     text = convert(Path(args.source))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
-    partial = folder / f"{JSON_FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / JSON_FILE)
-    return _about(args.output, load_tokenizer(folder))
+    with tempfile.TemporaryDirectory() as trial:
+        console.write(Path(trial, JSON_FILE), text)
+        try:
+            tokenizer = load_tokenizer(trial)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{trial}/{JSON_FILE}", args.source)) from error
+    console.write(Path(args.output, JSON_FILE), text)
+    Path(args.output, MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
+    return _about(args.output, tokenizer)
 
 
 def _about(path: str, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Training a vocabulary: sizes it cannot have, and signals while SentencePiece works."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import UserError
+from pretrain.tokenizer import SMALLEST
+from tools import train_tokenizer
+
+SAMPLE = Path(train_tokenizer.__file__).parent / "sample"
+TEXT = "hello world\n\nanother short text here\n"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize(("size", "words"), [(32_000, "at most"), (SMALLEST, "take")])
+def test_the_size_that_an_error_names_is_possible(tmp_path: Path, kind: str, size: int, words: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    arguments = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t"), "--kind", kind]
+    with pytest.raises(UserError, match=rf"--vocab-size {size}: .*{words} \d+") as caught:
+        train_tokenizer.main([*arguments, "--vocab-size", str(size)])
+    named = int(re.search(rf"{words} (\d+)", str(caught.value))[1])
+    assert not (tmp_path / "t").exists()
+    beyond = named + 1 if size > named else named - 1
+    with pytest.raises(UserError, match=f"{words} {named}"):
+        train_tokenizer.main([*arguments, "--vocab-size", str(beyond)])
+    assert train_tokenizer.main([*arguments, "--vocab-size", str(named)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--vocab-size 3", f"--vocab-size: '3' is not a number of at least {SMALLEST}"),
+        ("--max-megabytes 0", "--max-megabytes: '0' is not a number above 0"),
+        ("--output /proc/q", "/proc/q: cannot be written"),
+    ],
+)
+def test_mistakes_are_told_before_a_text_is_read(tmp_path: Path, words: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        train_tokenizer.main(
+            ["--input", str(tmp_path / "none.txt"), "--output", str(tmp_path / "t"), *words.split()]
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n \n"])
+def test_there_must_be_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.txt: no text to train on"):
+        train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t")])
+
+
+def test_a_failed_import_names_the_source_and_leaves_nothing(tmp_path: Path) -> None:
+    source, output = tmp_path / "bad", tmp_path / "t"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"^{source}: not a tokenizer.json"):
+        train_tokenizer.main(["--import", str(source), "--output", str(output)])
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training(tmp_path: Path, number: signal.Signals) -> None:
+    text = tmp_path / "train.jsonl.gz"
+    text.write_bytes((SAMPLE / "train.jsonl.gz").read_bytes() * 4)  # gzip members may follow each other
+    arguments = ["--input", str(text), "--output", str(tmp_path / "t"), "--vocab-size", "20000"]
+    command = [sys.executable, "-m", "tools.train_tokenizer", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().startswith("training on"):
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait() == -number
+    assert not (tmp_path / "t").exists()
