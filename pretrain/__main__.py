@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
+from typing import NoReturn
 
 import numpy as np
 
@@ -204,9 +206,19 @@ def _run(options: Config, local_rank: int | None) -> int:
         folder.write_status(state, folder.status().get("step", 0), reason, code)
     if topology.world_size == 1:
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once, without taking Python apart.
+
+    All that a run has is closed by then; threads of the libraries (gloo's, OpenMP's, TensorBoard's) can hang
+    or abort an interpreter that is being taken apart.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -222,4 +234,4 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,7 +18,10 @@ from tools import encode_corpus
 # A shell starts background jobs with Ctrl-C ignored, and programs started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SAMPLE = Path(__file__).parent.parent / "tools" / "sample"
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "tools" / "sample"
+# Programs that are started in another folder find the packages as they do under make.
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 def encode(texts: list[str], tokenizer: Path, prefix: Path) -> None:

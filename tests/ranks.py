@@ -2,7 +2,8 @@
 
 The function must be importable (top level of a test module) and gets the environment that torchrun
 would give it. An exception in any rank is raised here with its traceback, silence ends in a
-TimeoutError, and no process outlives the call.
+TimeoutError, and no process outlives the call. A rank that is done stays until all are: rank 0 holds the
+store through which others may still be connecting.
 """
 
 import faulthandler
@@ -14,14 +15,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
+PATIENCE = 900.0
+"""Seconds after which the tests take a silence for a hang. A machine that stands still for a while, or has
+other work, passes: only a defect costs them."""
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+
+def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = PATIENCE) -> list[Any]:
     """``[function(*args) of rank 0, of rank 1, ...]``."""
     context = multiprocessing.get_context("spawn")
     with closing(socket.socket()) as probe:
@@ -29,7 +34,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: floa
         port = probe.getsockname()[1]
     readers, ranks = [], []
     for rank in range(world_size):
-        reader, writer = context.Pipe(duplex=False)
+        reader, writer = context.Pipe()
         places = (rank, world_size, port, seconds, writer, function, args)
         ranks.append(context.Process(target=_rank, args=places, daemon=True))
         ranks[-1].start()
@@ -83,6 +88,8 @@ def _rank(
     writer.send_bytes(pickle.dumps(answer))
     sys.stdout.flush()
     sys.stderr.flush()
+    with suppress(EOFError):  # until this process is killed or the one that asked is gone
+        writer.recv_bytes()
     # Not sys.exit: a gloo worker that drops its last work while Python finalises aborts the process
     # (exit 134, 8-40 % of runs, torch 2.13).
     os._exit(0)

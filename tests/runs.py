@@ -22,6 +22,7 @@ from unittest import mock
 
 from pretrain import checkpoint, ledger
 from pretrain.monitor import read_metrics
+from tests.ranks import PATIENCE
 
 ENVIRON = {
     "OMP_NUM_THREADS": "1",
@@ -92,7 +93,7 @@ class Attempt:
             for process in self.processes:
                 process.start()
 
-    def wait(self, seconds: float = 120) -> Outcome:
+    def wait(self, seconds: float = PATIENCE) -> Outcome:
         """How it ended; an AssertionError with its words if it does not."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -107,7 +108,7 @@ class Attempt:
 
 
 def _rank(words: list[str], environ: dict[str, str], log: str, strike: Strike | None) -> None:
-    from pretrain.__main__ import main
+    from pretrain.__main__ import leave, main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -115,7 +116,7 @@ def _rank(words: list[str], environ: dict[str, str], log: str, strike: Strike | 
     os.environ.update(environ)
     if strike:
         strike.arm()
-    sys.exit(main(words))
+    leave(main(words))
 
 
 def torch_variables(rank: int, ranks: int, port: int) -> dict[str, str]:

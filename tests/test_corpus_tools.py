@@ -21,6 +21,7 @@ from pretrain import corpus
 from pretrain.config import UserError
 from pretrain.corpus import IndexedReader, load_manifest, verify
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from tests.ranks import PATIENCE
 from tools import (
     encode_corpus,
     encode_parts,
@@ -444,11 +445,11 @@ def test_a_signal_leaves_nothing_half_written(
     command = [sys.executable, str(tmp_path / "slow.py"), *arguments, "--workers", workers]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("out/c.parts/*.partial")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert not list(output.iterdir())
 

@@ -19,6 +19,7 @@ from pretrain import corpus
 from pretrain.config import UserError
 from pretrain.corpus import IndexedReader, Tally, load_manifest, merge, read_sources, verify
 from pretrain.tokenizer import load_tokenizer, train_sentencepiece
+from tests.ranks import PATIENCE
 from tools import duplicates, encode_corpus, encode_parts
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +163,7 @@ def _killed_at(number: int, arguments: list[str]) -> bool:
 def test_ranks_do_not_change_a_byte(job, ranks: int, workers: int, tmp_path: Path) -> None:
     command, expected = job
     mpi = [str(MPIRUN), "-n", str(ranks), *command(tmp_path / "out" / "c", workers)]
-    done = subprocess.run(mpi, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(mpi, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out" / "c") == expected
     assert done.stdout.count("documents") == 2  # rank 0 reports, once for each corpus
@@ -172,7 +173,7 @@ def test_a_rank_with_bad_text_stops_all(job, tmp_path: Path) -> None:
     command, _ = job
     line = [word for word in command(tmp_path / "out" / "c", 1) if word != "--keep-going"]
     done = subprocess.run(
-        [str(MPIRUN), "-n", "2", *line], env=environment(), capture_output=True, text=True, timeout=120
+        [str(MPIRUN), "-n", "2", *line], env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2
     assert "a.jsonl:21: not JSON" in done.stderr and done.stderr.count("a.jsonl:21") <= 2

@@ -13,6 +13,7 @@ import pytest
 from pretrain import energy, ledger
 from pretrain.energy import GpuPower, Meter, known_parts, open_gpu, open_host, open_meter
 from pretrain.monitor import read_metrics
+from tests.ranks import PATIENCE
 from tests.runs import Attempt, Strike, attempt
 
 
@@ -169,14 +170,14 @@ def test_the_thread_looks_and_ends(hardware, monkeypatch):
     meter = Meter(open_gpu("GPU-b"))
     meter.start()
     hardware.now += 1
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while meter.joules() != {"gpu": 300.0} and time.monotonic() < deadline:
         time.sleep(0.001)
     assert meter.joules() == {"gpu": 300.0}
     meter.close()
     threads = [thread for thread in threading.enumerate() if thread.name == "energy"]
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
 
 

@@ -249,7 +249,7 @@ def test_engines(world_size: int) -> None:
     clip = Case().options().train.clip
     assert [norm > clip for norm in expected.norms] == [True, True, False]
     cases = CASES[world_size]
-    saved = ranks.run(world_size, on_ranks, cases, expected, seconds=480)[0]
+    saved = ranks.run(world_size, on_ranks, cases, expected)[0]
     # What any layout saves, one plain process goes on from.
     for case, state in zip(cases, saved, strict=True):
         plain = engine.build(Case().options(), make_model(Case()), topology.Topology(), BATCH)

@@ -14,6 +14,7 @@ import pytest
 from pretrain import __version__, checkpoint
 from pretrain.checkpoint import RunFolder
 from pretrain.monitor import read_metrics
+from tests.ranks import PATIENCE
 from tests.runs import ENVIRON, free_port
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ def start(launcher: str, words: list[str]) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        text, _ = process.communicate(timeout=150)
+        text, _ = process.communicate(timeout=PATIENCE)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

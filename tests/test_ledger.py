@@ -13,6 +13,7 @@ from pretrain import ledger
 from pretrain.config import UserError
 from pretrain.flops import Flops, StepCost
 from pretrain.ledger import Ledger
+from tests.ranks import PATIENCE
 from tools import ledger as program
 
 COST = StepCost(
@@ -347,7 +348,7 @@ def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
     with account.time("startup"):
         for beats in range(1, 4):
             clock.now += 10
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while len(ledger.read(tmp_path)) < 1 + beats and time.monotonic() < deadline:
                 time.sleep(0.001)
     assert [line["event"] for line in ledger.read(tmp_path)] == ["start", *["heartbeat"] * 3]

@@ -123,7 +123,7 @@ def test_engines_follow_the_float32_oracle() -> None:
     """Alone and on two ranks; state through every door, as in test_engine."""
     expected = reference()
     ranks.run(1, on_ranks, ALONE, expected)
-    ranks.run(2, on_ranks, TOGETHER, expected, seconds=300)
+    ranks.run(2, on_ranks, TOGETHER, expected)
 
 
 def one_rank_overflows(cases: list[Case]) -> list[list[float]]:
@@ -149,7 +149,7 @@ def one_rank_overflows(cases: list[Case]) -> list[list[float]]:
 
 
 def test_all_ranks_skip_what_overflows_on_one() -> None:
-    for seen in ranks.run(2, one_rank_overflows, TOGETHER, seconds=200):
+    for seen in ranks.run(2, one_rank_overflows, TOGETHER):
         assert seen == [[FIRST / 2, 1.0, 1.0, 0.0]] * len(TOGETHER)
 
 

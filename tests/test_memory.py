@@ -69,7 +69,7 @@ def held(cases):
     ("world", "cases"), [(1, ALONE), (2, DATA), (2, TENSOR)], ids=["1", "data", "tensor"]
 )
 def test_planned_bytes_are_the_allocators(world, cases):
-    counted = ranks.run(world, held, cases, seconds=300)[0]
+    counted = ranks.run(world, held, cases)[0]
     planned = {}
     for name, options in cases.items():
         layout = layouts.configured(options, world, options.train.precision, gpu=False)

@@ -15,6 +15,7 @@ import pytest
 from pretrain import config
 from pretrain.config import UserError
 from pretrain.monitor import read_metrics
+from tests.ranks import PATIENCE
 from tests.runs import Strike, attempt, finish, result
 from tools import sweep
 
@@ -140,12 +141,11 @@ def test_as_a_program_that_is_stopped(tiny: Path, tmp_path: Path) -> None:
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "seed-1" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and metrics.stat().st_size:
-            break
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(60) == 75
+    assert process.wait(PATIENCE) == 75
     status = json.loads((tmp_path / "seed-1" / "status.json").read_text())
     assert status["state"] == "stopped" and status["exit_code"] == 75 and status["step"] > 0
     assert not (tmp_path / "seed-2").exists()

@@ -1,5 +1,6 @@
 """Who am I, from what real launchers set, and the groups that follow."""
 
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pretrain import topology
 from pretrain.config import UserError
 from pretrain.topology import Identity, first_host, identify
 from tests import ranks
+from tests.ranks import PATIENCE
 
 TORCH = {
     "RANK": "3",
@@ -134,7 +136,7 @@ def run(code: str, *before: str, **environ: str) -> subprocess.CompletedProcess[
     command = [*before, sys.executable, "-c", code]
     inherited = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=root, env={**inherited, **environ}, capture_output=True, text=True, timeout=120
+        command, cwd=root, env={**inherited, **environ}, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -280,17 +282,17 @@ def fails_on_rank_one() -> int:
     return place.rank
 
 
-def waits_for_ever() -> None:
-    place = topology.connect()
-    if place.rank == 0:
-        time.sleep(60)
-
-
 def test_a_failing_rank_is_named() -> None:
     with pytest.raises(AssertionError, match="rank 1 failed:(?s:.*)of purpose"):
         ranks.run(2, fails_on_rank_one)
 
 
+def sleeps() -> None:
+    time.sleep(PATIENCE)
+
+
 def test_silence_ends() -> None:
-    with pytest.raises(TimeoutError, match=r"no word from ranks \[0\]"):
-        ranks.run(2, waits_for_ever, seconds=8)
+    before = multiprocessing.active_children()
+    with pytest.raises(TimeoutError, match=r"no word from ranks \[0, 1\]"):
+        ranks.run(2, sleeps, seconds=1)
+    assert multiprocessing.active_children() == before

@@ -139,7 +139,7 @@ def trained(here, options, micro, accumulation):
 
 def in_namespace(group):
     raise_loopback()
-    found, primitive = ranks.run(GROUPS[group][0], train, group, seconds=240)[0]
+    found, primitive = ranks.run(GROUPS[group][0], train, group)[0]
     print(json.dumps([found, primitive]))
 
 

@@ -42,7 +42,7 @@ class Unavailable(Exception):
     """This machine cannot have a cluster; says why."""
 
 
-def run(*command: str, seconds: float = 90, check: bool = True) -> str:
+def run(*command: str, seconds: float = 300, check: bool = True) -> str:
     """Output of a command that has the cluster's environment."""
     done = subprocess.run(
         command,
@@ -202,7 +202,7 @@ def _lock(name: str = "lock") -> Iterator[None]:
 
 
 def _until(ready: Callable[[], bool], what: str) -> None:
-    if not _wait(ready, 30):
+    if not _wait(ready, 120):
         raise RuntimeError(f"{what} did not come up:\n{report()}")
 
 

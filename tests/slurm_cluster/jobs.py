@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pretrain.monitor import read_metrics
 from slurm import journal, scheduler, submit
+from tests.ranks import PATIENCE
 from tests.slurm_cluster import cluster
 from tests.slurm_cluster.cluster import run as command
 
@@ -46,7 +47,12 @@ def state(job: str) -> str:
     return scheduler.look([job])[job][0].state
 
 
-def until(happened: Callable[[], object], what: str, seconds: float = 240) -> None:
+def restarts(job: str) -> int:
+    """How often Slurm has started a job again."""
+    return scheduler.look([job])[job][0].restarts
+
+
+def until(happened: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     """Waits, and mends the cluster meanwhile; an AssertionError says for what and what Slurm says."""
     start = healed = time.monotonic()
     while not happened():
@@ -58,7 +64,7 @@ def until(happened: Callable[[], object], what: str, seconds: float = 240) -> No
         time.sleep(0.1)
 
 
-def wait(job: str, run: Path, seconds: float = 300) -> str:
+def wait(job: str, run: Path, seconds: float = PATIENCE) -> str:
     """Waits for the end of a job; its last state. What it wrote is shown if it does not end."""
     try:
         until(lambda: state(job) not in LIVE, f"job {job}", seconds)
@@ -75,11 +81,7 @@ def log(run: Path) -> str:
 def requeued(job: str) -> None:
     """Waits until a job is back in the queue, and as long as Slurm needs to forget its last start."""
 
-    def back() -> bool:
-        (seen,) = scheduler.look([job])[job]
-        return seen.state == "PENDING" and seen.restarts > 0
-
-    until(back, f"job {job} to be requeued")
+    until(lambda: state(job) == "PENDING" and restarts(job) > 0, f"job {job} to be requeued")
     time.sleep(2.5)
 
 
