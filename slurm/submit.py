@@ -20,7 +20,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pretrain.tokenizer import SMALLEST, load_tokenizer
 from slurm import cluster, journal, scheduler, status
 from slurm.cluster import Cluster
 from slurm.forms import seconds, time_limit
-from tools import console
+from tools import console, encode_corpus
 from tools.console import share, whole
 from tools.plan import plan
 from tools.text_files import find_files
@@ -111,21 +111,25 @@ def check_files(options: Config, stages: Sequence[str], args: argparse.Namespace
         raise UserError(f"{run}: has no checkpoint for {first}; begin the --pipeline with train")
     if "train" not in stages:
         return
-    for prefix in [*(prefix for _, prefix in read.blend), *([read.valid] if read.valid else [])]:
-        if Path(prefix).absolute() not in made:
-            check_corpus(prefix)
-    if not made:
-        load_tokenizer(tokenizer_folder(read))
+    check_data(read, made)
     if "evaluate" in stages and not read.valid:
         raise UserError("--pipeline evaluate: the config has no corpus.valid; name a held-out corpus")
 
 
-def check_corpus(prefix: str) -> None:
-    """UserError unless the corpus is there; what is in its files is the pre-flight's to check."""
-    load_manifest(prefix)
-    for file in (corpus_file(prefix, "bin"), corpus_file(prefix, "idx")):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; copy or encode the corpus again")
+def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
+    """UserError unless all that a run reads is there, or among what is `made` before it.
+
+    What is in the files is the pre-flight's to check.
+    """
+    for prefix in [*(prefix for _, prefix in read.blend), *([read.valid] if read.valid else [])]:
+        if Path(prefix).absolute() in made:
+            continue
+        load_manifest(prefix)
+        for file in (corpus_file(prefix, "bin"), corpus_file(prefix, "idx")):
+            if not file.is_file():
+                raise UserError(f"{file}: no such file; copy or encode the corpus again")
+    if not made:
+        load_tokenizer(tokenizer_folder(read))
 
 
 # ---- what a job is -------------------------------------------------------------------------------
@@ -212,14 +216,17 @@ def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
     prefix, valid = Path(options.corpus.train).absolute(), options.corpus.valid
     if valid and Path(valid).absolute() == Path(f"{prefix}-valid") and not args.holdout:
         raise UserError(f"corpus.valid = {valid} is what --holdout SHARE sets aside; give it, such as 0.005")
-    try:
-        choices = shlex.split(args.encode)
-    except ValueError as error:
-        raise UserError(f"--encode {args.encode}: {error}") from None
+    tokenizer = str(_tokenizer(options))
     holdout = ["--holdout", str(args.holdout)] if args.holdout else []
     form = ["--text-key", args.text_key, "--txt-document", args.txt_document]
+    given = ["--input", *args.input, *form, "--tokenizer", tokenizer, "--output", str(prefix), *holdout]
+    try:
+        choices = shlex.split(args.encode)
+        encode_corpus.arguments([*given, *choices])
+    except (ValueError, UserError) as error:
+        raise UserError(f"--encode {args.encode!r}: {error}") from None
     return {
-        "tokenizer": shlex.quote(str(_tokenizer(options))),
+        "tokenizer": shlex.quote(tokenizer),
         "prefix": shlex.quote(str(prefix)),
         "input": shlex.join([*args.input, *form]),
         "vocab_size": str(vocabulary(options, args)),

@@ -65,7 +65,8 @@ def test_without_nodes_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -
         (["corpus.valid=data/train-valid", "--pipeline", "corpus", "--input", "a"], "--holdout"),
         (["corpus.train=[[1, a], [2, b]]", "--pipeline", "corpus", "--input", "a"], "a blend"),
         (["--pipeline", "corpus", "--input", "-"], "no standard input"),
-        (["--pipeline", "corpus", "--input", "a", "--encode", "it's"], "--encode it's: No closing"),
+        (["--pipeline", "corpus", "--input", "a", "--encode", "it's"], "No closing quotation"),
+        (["--pipeline", "corpus", "--input", "a", "--encode=--dedupe"], "arguments: --dedupe"),
         (
             ["--pipeline", "corpus", "--input", "a", "--vocab-size", "900", "model.vocab_size=800"],
             "leave one",

@@ -134,6 +134,13 @@ def test_two_runs_of_one_name_are_refused(over: str, tiny: Path, tmp_path: Path)
     assert not (tmp_path / "s").exists()
 
 
+def test_a_run_that_could_not_read_its_corpus_is_not_queued(tiny: Path, tmp_path: Path) -> None:
+    line = [str(tiny / "tiny.yaml"), "--output", str(tmp_path / "s"), "--slurm", "--over"]
+    with pytest.raises(UserError, match=f"{tmp_path}/none"):
+        sweep.main([*line, f"corpus.train={tiny}/train,{tmp_path}/none"])
+    assert not (tmp_path / "s").exists()
+
+
 def test_as_a_program_that_is_stopped(tiny: Path, tmp_path: Path) -> None:
     """SIGTERM to the sweep reaches the run, which saves; both say 75."""
     command: list[Any] = [sys.executable, "-m", "tools.sweep", tiny / "tiny.yaml", "budget.steps=100000"]

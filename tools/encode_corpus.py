@@ -414,7 +414,8 @@ def show_corpus(prefix: str, manifest: Manifest, as_json: bool) -> None:
         print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def arguments(words: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked."""
     parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
     console.add_input(parser)
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
@@ -448,9 +449,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="set unreadable lines aside in PREFIX.rejected.jsonl instead of stopping at the first",
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(words)
     if not 0 <= args.holdout < 1:
         raise UserError(f"--holdout {args.holdout}: a share of the documents, from 0 to below 1")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = arguments(words)
     report = encode(args)
     if report and args.json:
         console.print_json(report)

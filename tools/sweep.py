@@ -125,6 +125,9 @@ def run(variant: Variant, output: Path) -> int:
 
 def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     """Puts the variants that are not done into Slurm's queue, unless the sweep is there; what to say."""
+    for variant in possible:
+        assert variant.options
+        submit.check_data(variant.options.corpus)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
         return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
     files = [file for variant in possible if (file := prepare(variant, args.output))]
