@@ -208,8 +208,13 @@ class RunFolder:
         attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         write_atomic(path, _json([*attempts, {**_provenance(), **details}]))
 
-    def write_status(self, state: str, step: int, reason: str = "", exit_code: int | None = None) -> None:
-        """Tells a queue how the run stands: `state` is running, finished, stopped or failed."""
+    def write_status(
+        self, state: str, step: int, reason: str = "", exit_code: int | None = None, ledger_head: str = ""
+    ) -> None:
+        """Tells a queue how the run stands: `state` is running, finished, stopped or failed.
+
+        ledger_head: hash of the ledger's line with an attempt's last word; it stays until the next one.
+        """
         assert state in ("running", "finished", "stopped", "failed"), state
         status = {
             "state": state,
@@ -217,6 +222,7 @@ class RunFolder:
             "step": step,
             "reason": reason,
             "time": time.time(),
+            "ledger_head": ledger_head or self.status().get("ledger_head", ""),
         }
         write_atomic(self.path / "status.json", _json(status))
 

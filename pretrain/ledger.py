@@ -112,8 +112,11 @@ def _path(run: str | Path) -> Path:
     return Path(run) / "ledger.jsonl"
 
 
-def _scan(run: str | Path) -> dict[str, Line]:
-    """Hash -> line, in order, the chain verified; a last line without an end is left out."""
+def chain(run: str | Path) -> dict[str, Line]:
+    """Hash -> line, oldest first; UserError names the first line that breaks the chain.
+
+    A last line without an end is left out: it is being written, or was when the run was killed.
+    """
     if not _path(run).exists():
         raise UserError(f"{_path(run)}: no such ledger; check the run's path")
     lines: dict[str, Line] = {}
@@ -135,22 +138,14 @@ def _scan(run: str | Path) -> dict[str, Line]:
 
 
 def read(run: str | Path) -> list[Line]:
-    """The lines of a run's ledger, oldest first; UserError names the first one that breaks the chain.
-
-    A last line without an end is left out: it is being written, or was when the run was killed.
-    """
-    return list(_scan(run).values())
-
-
-def heads(run: str | Path) -> set[str]:
-    """Hashes of all lines: what a checkpoint's `ledger_head` must be one of."""
-    return set(_scan(run))
+    """The lines of a run's ledger, as `chain` has them."""
+    return list(chain(run).values())
 
 
 def check(run: str | Path) -> int:
     """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
-    lines = _scan(run)
-    before = _nothing()
+    lines = chain(run)
+    before = nothing()
     for number, line in enumerate(lines.values(), 1):
         if wrong := _disagreement(before, line, lines):
             raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
@@ -160,6 +155,10 @@ def check(run: str | Path) -> int:
 
 def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
     """What in a line contradicts itself or the lines before it."""
+    if missing := [name for name in (*nothing(), "event", "seconds", "ranks", "device") if name not in line]:
+        return f"it has no {missing[0]}"
+    if before.get("event") in LAST_WORDS and line["attempt"] == before["attempt"]:
+        return "it follows the last word of its attempt"
     spent, tolerance = line["device_seconds"], 1e-4 * line["ranks"]
     for name in ("flops", "device_seconds"):
         if abs(_sum(line[name]) - line[name]["total"]) > tolerance:
@@ -170,10 +169,22 @@ def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | Non
     if abs(spent["total"] - before["device_seconds"]["total"] - line["ranks"] * elapsed) > tolerance:
         return "device_seconds are not ranks x elapsed seconds"
     if line["event"] == "resume":
-        branch = lines.get(line["head"]) if line["head"] else _nothing()
+        branch = lines.get(line["head"]) if line["head"] else nothing()
         if branch is None or any(line[name] != branch[name] for name in COUNTERS):
             return "the counters are not those of the line that it resumes from"
-    return None
+        lost = before["flops"]["total"] - branch["flops"]["total"]
+    else:
+        lost = 0
+        if line["step"] == before["step"] and any(line[name] != before[name] for name in COUNTERS):
+            return "the counters moved though no update was made"
+    if line["lost_flops"] != before["lost_flops"] + lost:
+        return "lost_flops are not those between the line before and the one that it resumes from"
+    joules = before["joules"].items()
+    fell = [part for part, value in joules if line["joules"].get(part, 0.0) < value]
+    fell += [name for name in ("metered_device_seconds", "peak_bytes") if line[name] < before[name]]
+    if line["event"] != "resume" and line["step"] < before["step"]:
+        fell.append("step")
+    return f"{fell[0]} went back" if fell else None
 
 
 def _sum(parts: dict[str, Any]) -> Any:
@@ -197,10 +208,10 @@ def _totals(line: Line) -> dict[str, Any]:
 
 def total(runs: Iterable[str | Path]) -> dict[str, Any]:
     """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest."""
-    spent = _totals(_nothing())
+    spent = _totals(nothing())
     for run in runs:
         lines = read(run)
-        more = _totals({**_nothing(), **lines[-1]} if lines else _nothing())
+        more = _totals({**nothing(), **lines[-1]} if lines else nothing())
         peak = max(spent["peak_bytes"], more["peak_bytes"])
         spent = {**_add(spent, more), "peak_bytes": peak}
     return spent
@@ -218,8 +229,8 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _nothing() -> Line:
-    """The statement before the first line."""
+def nothing() -> Line:
+    """The statement before the first line: its keys are those of every line."""
     return {
         "attempt": 0,
         "step": 0,
@@ -255,10 +266,10 @@ class Ledger:
         self._path, self._ranks, self._device = _path(run), ranks, device
         self._clock, self._started = clock, started
         self._torn = mend(self._path)
-        self._lines = _scan(run)
+        self._lines = chain(run)
         self._last = next(reversed(self._lines.values()), None)
-        known = {**_nothing(), **(self._last or {})}
-        self._account = {name: copy.copy(known[name]) for name in _nothing()}
+        known = {**nothing(), **(self._last or {})}
+        self._account = {name: copy.copy(known[name]) for name in nothing()}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
         self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
         self._joules: dict[str, float] = {}  # of this attempt
@@ -290,13 +301,18 @@ class Ledger:
             sync(Path(run))
         return cls(run, ranks, device, clock, process_start() if started is None else started)
 
-    def begin(self, step: int = 0, head: str = "", **details: Any) -> None:
+    def begin(self, step: int = 0, head: str = "", last: str = "", **details: Any) -> None:
         """Starts the run, or resumes it at `step` from the checkpoint that carries `head`.
 
-        All since the process started is start-up. `details` go into the line. UserError if `head` is
-        not a line of this ledger.
+        last: hash of the last word of the attempt before, if it had one. All since the process started is
+        start-up. `details` go into the line. UserError if `head` or `last` is not a line of this ledger.
         """
-        branch = self._lines.get(head) if head else _nothing()
+        if last and last not in self._lines:
+            raise UserError(
+                f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last; restore"
+                " the ledger, or choose another run.dir"
+            )
+        branch = self._lines.get(head) if head else nothing()
         if branch is None or branch["step"] != step:
             raise UserError(
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
@@ -314,7 +330,7 @@ class Ledger:
         lost_steps = self._account["step"] - step
         if self._last["event"] not in LAST_WORDS:
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
-        self._go_back({**_nothing(), **branch})
+        self._go_back({**nothing(), **branch})
         if step:
             spent = self._account["device_seconds"]
             self._steps.append(spent["productive"] / step / 3600)

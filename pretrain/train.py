@@ -488,7 +488,7 @@ def _open_ledger(
     if "cpu" in meter.parts:
         about["host_share"] = round(meter.share, 4)
     step, head = (state.step, state.ledger_head) if state else (0, "")
-    ledger.begin(step, head, **about)
+    ledger.begin(step, head, folder.status().get("ledger_head", ""), **about)
     ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
     ledger.keep_beating()
     folder.write_status("running", ledger.totals()["steps"])
@@ -809,9 +809,9 @@ def finish(run: Run, turn: Turn) -> int:
         if turn.stop:
             run.ledger.note("signal", reason=reason)
         epochs = run.blend.epochs(run.samples)
-        run.ledger.note("finish" if code == DONE else "stop", reason=reason, epochs=epochs)
+        head = run.ledger.note("finish" if code == DONE else "stop", reason=reason, epochs=epochs)
         state = "finished" if code == DONE else "stopped"
-        run.folder.write_status(state, run.step, reason, code)
+        run.folder.write_status(state, run.step, reason, code, head)
     return code
 
 

@@ -557,7 +557,7 @@ def test_a_run_killed_at_random_instants_always_goes_on(tmp_path):
             state = checkpoint.read_state(found)
             assert_holds(found, state.step)
             assert state.step >= reached
-            assert state.ledger_head in ledger.heads(tmp_path)
+            assert state.ledger_head in ledger.chain(tmp_path)
             reached = state.step
             assert (
                 not (tmp_path / "status.json").exists()

@@ -1,8 +1,11 @@
 """The ledger under a fake clock: every figure is exact."""
 
+import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from pretrain.config import UserError
 from pretrain.flops import Flops, StepCost
 from pretrain.ledger import Ledger
 from tests.ranks import PATIENCE
+from tests.runs import Strike, attempt, finish
 from tools import ledger as program
 
 COST = StepCost(
@@ -437,6 +441,106 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path):
     for step, wrong in ((10, "f" * 64), (9, head)):
         with pytest.raises(UserError, match="to which the checkpoint refers"):
             opened(tmp_path, clock).begin(step, wrong)
+
+
+# ---- a whole run: what holds its ledger ----------------------------------------------------------
+
+
+@pytest.fixture
+def ended(words, tmp_path):
+    """A finished run of eight updates, whose last checkpoint is of the fifth one."""
+    stopped = attempt(words("a"), strike=Strike(signal.SIGTERM, 5))
+    assert stopped.codes == [75], stopped.text
+    finish(words("a", "checkpoint.every_steps=null"))
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")
+    return tmp_path / "a"
+
+
+def refusal(run):
+    with pytest.raises(UserError) as caught:
+        program.check([str(run)])
+    return str(caught.value)
+
+
+def rewrite(run, change, last=1):
+    """Changes one of the last lines, those after it following from it."""
+    path = run / "ledger.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    change(lines[-last])
+    head = ""
+    with open(path, "wb") as file:
+        for line in lines:
+            text = json.dumps({**line, "previous": head}).encode()
+            file.write(text + b"\n")
+            head = hashlib.sha256(text).hexdigest()
+
+
+def test_a_run_that_ended_is_held_to_its_last_line(ended, words):
+    (report,), text = program.check([str(ended)])
+    assert report["held"] == report["lines"] and report["checkpoints"] == 1
+    assert text.endswith(f"{report['lines']} lines and 1 checkpoints agree")
+    path = ended / "ledger.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in (1, 2, 3):
+        path.write_bytes(b"".join(lines[:-cut]))
+        assert "status.json: its ledger line" in refusal(ended)
+    said = attempt(words("a", "budget.steps=9"))
+    assert said.codes == [2] and "which status.json names as an attempt's last" in said.text
+    for changes in ({"device": "another"}, {"peak_bytes": 1 << 60}, {"joules": {"gpu": 3.6e6}}):
+        path.write_bytes(whole)
+        rewrite(ended, lambda line: line.update(changes))  # noqa: B023
+        assert "status.json: its ledger line" in refusal(ended)
+    more = json.dumps({**json.loads(lines[-1]), "previous": hashlib.sha256(lines[-1][:-1]).hexdigest()})
+    path.write_bytes(whole + more.encode() + b"\n")
+    assert "it follows the last word of its attempt" in refusal(ended)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"step": 4000}, "samples"),
+        ({"samples": 65}, "samples"),
+        ({"tokens_predicted": 1}, "tokens_predicted"),
+        ({"flops": {"encoder": 1, "decoder": 0, "head": 1, "total": 2}}, "flops"),
+        ({"hardware_flops": 3}, "hardware_flops"),
+        ({"token_layers": 1.5}, "token_layers"),
+    ],
+)
+def test_every_count_is_held_to_the_config(ended, changes, wrong):
+    """Also where the one who changed it has written all hashes anew, those outside too."""
+    status = json.loads((ended / "status.json").read_text())
+    (ended / "status.json").write_text(json.dumps({**status, "ledger_head": ""}))
+    rewrite(ended, lambda line: line.update(changes))
+    assert f"its {wrong} are not those of" in refusal(ended) or "no update was made" in refusal(ended)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"lost_flops": 5}, "lost_flops are not those"),
+        ({"metered_device_seconds": -1.0}, "metered_device_seconds went back"),
+        ({"peak_bytes": 0}, "peak_bytes went back"),
+        ({"samples": 1}, "the counters moved though no update was made"),
+    ],
+)
+def test_what_cannot_be_in_a_line(ended, changes, wrong):
+    rewrite(ended, lambda line: line.update(changes))
+    assert wrong in refusal(ended)
+    rewrite(ended, lambda line: line.pop("device_seconds"))
+    assert "it has no device_seconds" in refusal(ended)
+
+
+def test_what_nothing_holds_is_said(words, tmp_path):
+    options = ("checkpoint.every_steps=3", "evaluate.every_steps=4")
+    cut = attempt(words("a", *options), strike=Strike(signal.SIGKILL, 5))
+    assert cut.codes == [-signal.SIGKILL], cut.text
+    (report,), text = program.check([str(tmp_path / "a")])
+    assert report["held"] < report["lines"]
+    assert f"nothing holds the last {report['lines'] - report['held']} lines" in text
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    _, text = program.check([str(tmp_path / "a")])
+    assert f"nothing holds the last {report['lines']} lines" in text
 
 
 # ---- the outside ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pretrain.corpus import IndexedReader
 from pretrain.monitor import read_metrics
 from pretrain.sampler import Sampler, Segment, used_samples
 from tests.runs import Strike, attempt, finish, losses, result
+from tools import ledger as program
 
 Words = Callable[..., list[str]]
 
@@ -57,7 +58,7 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
     assert first.segments == second.segments
     events = [line["event"] for line in ledger.read(tmp_path / "cut")]
     assert events.count("crash-detected") == 3
-    ledger.check(tmp_path / "cut")
+    program.check([str(tmp_path / "cut")])  # the counts of every line, by the phases it was in
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])

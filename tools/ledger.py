@@ -1,22 +1,27 @@
 """What runs have spent: ``python -m tools.ledger check|show|total|energy|reconcile RUN...``.
 
-`check` verifies the chain of hashes, the sums and that each checkpoint's line is there; `show`
+`check` verifies the chain of hashes, that each checkpoint's line and the run's last one are there, the sums,
+and that every count is that of so many updates of the run's config; `show`
 lists the events of each run; `total` adds the runs up; `energy` tells joules and, for a region, carbon;
 `reconcile` compares with Slurm's accounting.
 """
 
 import argparse
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, ledger
+from pretrain import checkpoint, config, ledger
+from pretrain.budget import step_cost
+from pretrain.checkpoint import RunFolder
 from pretrain.config import UserError
+from pretrain.flops import StepCost
 from tools import console, emissions, reconcile
 from tools.reconcile import SACCT
 
 ACTIONS = {
-    "check": "verify the chain, the sums and the lines that checkpoints refer to",
+    "check": "verify the chain to its end, the sums, and the counts against the config",
     "show": "list the events of each run",
     "total": "add the runs up",
     "energy": "kWh of each attempt and, with --region, carbon; --csv writes CodeCarbon's columns",
@@ -67,25 +72,71 @@ def _arguments() -> argparse.Namespace:
 
 def check(runs: list[str]) -> tuple[Any, str]:
     """Lines and checkpoints of each run; UserError at the first thing that does not hold."""
-    report = []
-    for run in runs:
-        lines = ledger.check(run)
-        heads = ledger.heads(run)
-        steps = checkpoint.steps(run)
-        for step in steps:
-            _check_checkpoint(Path(run), step, heads)
-        report.append({"run": run, "lines": lines, "checkpoints": len(steps)})
-    text = "\n".join(
-        f"{one['run']}: {one['lines']} lines and {one['checkpoints']} checkpoints agree" for one in report
-    )
-    return report, text
+    report = [_checked(Path(run)) for run in runs]
+    return report, "\n".join(map(_verdict, report))
 
 
-def _check_checkpoint(run: Path, step: int, heads: set[str]) -> None:
-    path = run / "checkpoints" / f"step-{step:08d}"
-    head = checkpoint.read_state(path).ledger_head
-    if head not in heads:
-        raise UserError(f"{path}: its ledger line {head[:12]} is missing; restore {run / 'ledger.jsonl'}")
+def _checked(run: Path) -> dict[str, Any]:
+    ledger.check(run)
+    lines = ledger.chain(run)
+    check_counts(run, lines)
+    saves = [run / "checkpoints" / f"step-{step:08d}" for step in checkpoint.steps(run)]
+    heads = {path: checkpoint.read_state(path).ledger_head for path in saves}
+    if last := RunFolder(run).status().get("ledger_head"):
+        heads[run / "status.json"] = last
+    for path, head in heads.items():
+        if head not in lines:
+            raise UserError(f"{path}: its ledger line {head[:12]} is missing; restore {run / 'ledger.jsonl'}")
+    order = list(lines)
+    held = max((order.index(head) + 1 for head in heads.values()), default=0)
+    return {
+        "run": str(run),
+        "lines": len(lines),
+        "checkpoints": len(saves),
+        "held": held,
+    }
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    """In words; what follows the last line that something else refers to can be cut off unnoticed."""
+    text = f"{one['run']}: {one['lines']} lines and {one['checkpoints']} checkpoints agree"
+    loose = one["lines"] - one["held"]
+    return f"{text}, but nothing holds the last {loose} lines: they could have been more" if loose else text
+
+
+def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
+    """UserError at the first line whose counts are not those of its updates, by the closed form."""
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    costs = [step_cost(phase) for phase in config.phases(config.load(str(path)))]
+    before, phase, phases = ledger.nothing(), 0, {"": 0}
+    for number, (head, line) in enumerate(lines.items(), 1):
+        if line["event"] == "resume":
+            before, phase = lines.get(line["head"], ledger.nothing()), phases[line["head"]]
+        if wrong := _miscounted(before, line, costs[phase]):
+            raise UserError(
+                f"{run / 'ledger.jsonl'}:{number}: its {wrong} are not those of"
+                f" {line['step'] - before['step']:,} updates of {path}; restore the files"
+            )
+        before, phase = line, line.get("phase", phase)
+        phases[head] = phase
+
+
+def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str | None:
+    """The first counter that did not grow by what the updates since `before` cost."""
+    updates = line["step"] - before["step"]
+    for name in ledger.COUNTERS[1:]:
+        old, new, each = before[name], line[name], getattr(cost, name)
+        if name == "flops":
+            same = all(old[part] + updates * getattr(each, part) == new[part] for part in old)
+        elif isinstance(each, float):  # added up one by one
+            same = math.isclose(old + updates * each, new, rel_tol=1e-9)
+        else:
+            same = old + updates * each == new
+        if not same:
+            return name
+    return None
 
 
 def show(runs: list[str]) -> tuple[Any, str]:
