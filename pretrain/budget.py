@@ -121,12 +121,7 @@ def resolve(options: Config) -> Config:
 def _cost_of(reference: str, unit: str, options: Config) -> float:
     where = f"budget.relative_to = {reference}"
     if Path(reference).is_dir():
-        totals = ledger.total([reference])
-        if unit == "kwh" and totals["joules"] is None:
-            raise UserError(f"{where}: this run's energy was not measured; take another budget.measure")
-        if not spent(totals, unit):
-            raise UserError(f"{where}: this run has spent nothing yet; take another, or a config")
-        return spent(totals, unit)
+        return _spent_by(reference, unit, where)
     other = config.load(reference)
     if other.budget.relative_to:
         raise UserError(f"{where}: its own budget is relative too; name what that is relative to")
@@ -140,6 +135,22 @@ def _cost_of(reference: str, unit: str, options: Config) -> float:
             " another budget.measure"
         )
     return planned(other, unit)
+
+
+def _spent_by(run: str, unit: str, where: str) -> float:
+    """What a run has spent; UserError while that still grows, or if it was not measured throughout."""
+    lines = ledger.read(run)
+    if not lines or lines[-1]["event"] != "finish":
+        raise UserError(f"{where}: this run has not finished yet; wait for it, or name a config")
+    totals = ledger.total([run])
+    spans = totals["device_seconds"]
+    worked = spans["productive"] + spans["evaluate"] + spans["checkpoint"] + spans["lost"]
+    # A kill may hide a heartbeat of joules, not more.
+    if unit == "kwh" and totals["metered_device_seconds"] < 0.99 * worked:
+        raise UserError(f"{where}: this run's energy was not all measured; take another budget.measure")
+    if not spent(totals, unit):
+        raise UserError(f"{where}: this run has spent nothing; take another, or a config")
+    return spent(totals, unit)
 
 
 def planned(options: Config, unit: str) -> float:

@@ -309,8 +309,8 @@ class Ledger:
         """
         if last and last not in self._lines:
             raise UserError(
-                f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last; restore"
-                " the ledger, or choose another run.dir"
+                f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last;"
+                " restore the ledger, or choose another run.dir"
             )
         branch = self._lines.get(head) if head else nothing()
         if branch is None or branch["step"] != step:

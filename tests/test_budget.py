@@ -226,8 +226,26 @@ def test_a_share_of_what_a_run_has_spent(tmp_path):
     for measure, amount in (("device_hours", 0.5), ("kwh", 1.0)):
         options = budget.resolve(relative(tmp_path, fraction=0.5, measure=measure))
         assert options.budget.amount == (measure, amount)
-    with pytest.raises(UserError, match="this run has spent nothing yet"):
+    with pytest.raises(UserError, match="this run has spent nothing"):
         budget.resolve(relative(tmp_path))
+
+
+def test_a_run_that_still_spends_is_no_reference(tmp_path):
+    account = begun(tmp_path, Clock())
+    for event in ("heartbeat", "stop"):
+        account.note(event)
+        with pytest.raises(UserError, match="this run has not finished yet; wait for it, or name a config"):
+            budget.resolve(relative(tmp_path, measure="tokens"))
+
+
+def test_energy_that_was_measured_in_part_is_no_reference(tmp_path):
+    clock = Clock()
+    account = begun(tmp_path, clock)
+    account.meter({"gpu": 7.2e6})
+    spend(recipe(), account, clock)
+    account.note("finish")
+    with pytest.raises(UserError, match="this run's energy was not all measured"):
+        budget.resolve(relative(tmp_path, measure="kwh"))
 
 
 def test_what_is_not_known_before_a_run_is_refused(other):

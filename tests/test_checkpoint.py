@@ -340,11 +340,14 @@ def test_config_status_and_provenance(folder):
     folder.write_config(options)
     assert config.load(folder.path / "config.yaml") == options
     before = time.time()
-    folder.write_status("stopped", 7, "USR1", 75)
+    folder.write_status("stopped", 7, "USR1", 75, "a" * 64)
     after = time.time()
     status = json.loads((folder.path / "status.json").read_text())
     assert before <= status.pop("time") <= after
-    assert status == {"state": "stopped", "exit_code": 75, "step": 7, "reason": "USR1"}
+    said = {"state": "stopped", "exit_code": 75, "step": 7, "reason": "USR1", "ledger_head": "a" * 64}
+    assert status == said
+    folder.write_status("running", 8)  # an attempt later: the last word of the one before is still there
+    assert folder.status()["ledger_head"] == "a" * 64
     for device in ("cpu", "gpu"):
         folder.add_provenance(device=device)
     first, second = json.loads((folder.path / "provenance.json").read_text())
