@@ -2,7 +2,8 @@
 unknown: no MFU, no time, no fit, never a guess.
 
 Rates are the makers' data sheets' (half of the figure "with sparsity" where only that is printed). The
-trap: names contain each other ("H100 PCIe" and "H100"), so the more particular one comes first.
+trap: names contain each other ("RTX 4090" and "RTX 4090 Laptop GPU", "H100" and "H100 ... MIG 3g.40gb"), so
+all words of a name must be known: one more is another device.
 """
 
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def _device(
 DEVICES = (
     _device("A100 40GB", 312, 19.5, 40, 1.555, 300, 25, 8, 400, 25, 1.3, "NVIDIA A100 data sheet, SXM4 40GB"),
     _device("A100", 312, 19.5, 80, 2.039, 300, 25, 8, 400, 25, 1.8, "NVIDIA A100 data sheet, SXM4 80GB"),
+    _device("A100 PCIe 40GB", 312, 19.5, 40, 1.555, 25, 25, 8, 250, 25, 1.2, "NVIDIA A100 data sheet, PCIe"),
+    _device("A100 PCIe 80GB", 312, 19.5, 80, 1.935, 25, 25, 8, 300, 25, 1.6, "NVIDIA A100 data sheet, PCIe"),
     _device("H100 PCIe", 756, 51, 80, 2.0, 50, 25, 8, 350, 50, 2.4, "NVIDIA H100 data sheet, PCIe"),
     _device("H100 NVL", 835, 60, 94, 3.9, 300, 25, 8, 400, 50, 2.6, "NVIDIA H100 data sheet, NVL"),
     _device("H100", 989, 67, 80, 3.35, 450, 50, 8, 700, 50, 3.0, "NVIDIA H100 data sheet, SXM5"),
@@ -78,10 +81,27 @@ DEVICES = (
 )
 
 
+ALIASES = {
+    "A100 40GB": ("A100-SXM4-40GB", "A100-SXM-40GB"),
+    "A100": ("A100-SXM4-80GB", "A100-SXM-80GB", "A100 80GB", "A100 SXM", "A100 SXM4"),
+    "H100 PCIe": ("H100 PCIe 80GB",),
+    "H100": ("H100 80GB HBM3", "H100 80GB", "H100 SXM", "H100 SXM5", "H100 SXM 80GB", "H100 SXM5 80GB"),
+    "H200": ("H200 SXM", "H200 141GB", "H200 SXM 141GB"),
+    "MI300X": ("MI300X OAM",),
+}
+"""What drivers and people call a device besides, the makers' words and the order of words apart."""
+MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct"}
+"""Words that tell no devices apart."""
+
+
 def find(name: str) -> Device | None:
     """The device that a driver or a person calls so (``NVIDIA H100 80GB HBM3``, ``h100``); None: unknown."""
-    words = set(name.lower().replace("-", " ").split())
+    words = _words(name)
     for device in DEVICES:
-        if words.issuperset(device.name.lower().split()):
+        if words in map(_words, (device.name, *ALIASES.get(device.name, ()))):
             return device
     return None
+
+
+def _words(name: str) -> set[str]:
+    return set(name.lower().replace("-", " ").split()) - MAKERS

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import flops, model
+from pretrain import devices, flops, model
 from pretrain.masking import counts
 from tests.methods import BLOCKS, METHODS, small
 
@@ -132,3 +132,53 @@ def test_peaks_name_the_device_or_nothing():
     assert flops.peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert flops.peak("AMD EPYC 9B45", "bf16") is None
     assert flops.peak("NVIDIA H1000", "bf16") is None
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA L40S", "L40S"),
+        ("A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 PCIe 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("AMD Instinct MI250X", "MI250X"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("h100", "H100"),
+        ("rtx 4090", "RTX 4090"),
+    ],
+)
+def test_devices_are_known_by_what_drivers_call_them(called, name):
+    found = devices.find(called)
+    assert found and found.name == name
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H200 NVL",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA H100 96GB HBM3",
+        "NVIDIA GH200 480GB",
+        "Tesla V100-SXM2-32GB",
+        "NVIDIA",
+        "",
+    ],
+)
+def test_what_resembles_a_device_is_unknown(other):
+    assert devices.find(other) is None
+
+
+def test_every_name_is_one_devices():
+    names = [device.name for device in devices.DEVICES]
+    assert set(devices.ALIASES) <= set(names)
+    names += [alias for aliases in devices.ALIASES.values() for alias in aliases]
+    sets = [frozenset(devices._words(name)) for name in names]
+    assert len(set(sets)) == len(sets)
