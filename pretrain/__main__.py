@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from pretrain import __version__, config, flops
+from pretrain import __version__, budget, config, flops
 from pretrain.config import Config, UserError
 from pretrain.sampler import Blend
 from pretrain.signals import Signals
@@ -48,7 +48,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(options: Config, data_size: int, blend: Blend) -> str:
     """What the run will do and the arithmetic behind it, for the reader of a log."""
-    from pretrain.budget import step_cost
     from pretrain.masking import counts
     from pretrain.train import micro_batch
 
@@ -64,7 +63,7 @@ def plan(options: Config, data_size: int, blend: Blend) -> str:
     untils = [phase.until for phase in options.train.phases]
     for phase, begin in zip(config.phases(options), [0.0, *untils], strict=True):
         t, c = phase.train, counts(options.masking, phase.train.seq_length)
-        update, micro = step_cost(phase).flops, micro_batch(phase, data_size)
+        update, micro = budget.step_cost(phase).flops, micro_batch(phase, data_size)
         shares = "  ".join(
             f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
         )
@@ -134,16 +133,15 @@ def _say(error: UserError) -> int:
 def _dry_run(options: Config) -> int:
     import torch
 
-    from pretrain.budget import step_cost
     from pretrain.evaluate import HeldOut
-    from pretrain.train import check_budget, check_start, open_blend, open_data, resolve
+    from pretrain.train import check_start, open_blend, open_data, resolve
 
     for warning in config.warnings(options):
         logging.warning("warning: %s", warning)
     data = open_data(options.corpus)
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
     phases = config.phases(options)
-    check_budget(options, step_cost(phases[0]))
+    budget.check(options)
     check_start(options, data)
     blend = [open_blend(phase, data) for phase in phases][-1]
     if options.corpus.valid:

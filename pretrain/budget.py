@@ -55,6 +55,14 @@ def price(cost: StepCost, unit: str) -> float | None:
     }.get(unit)
 
 
+def check(options: Config) -> None:
+    """UserError if the budget of a resolved config does not pay for a single update."""
+    unit, total = options.budget.amount
+    one = price(step_cost(config.phases(options)[0]), unit)
+    if one is not None and total < one:
+        raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
+
+
 class Budget:
     """The budget of a resolved config.
 

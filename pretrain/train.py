@@ -326,7 +326,7 @@ def _assemble(
         if options.corpus.valid:
             length = options.evaluate.seq_length or t.seq_length
             heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples, bounded)
-        check_budget(options, phases[0].cost)
+        budget.check(options)
     phase = phases[number]
     built = engine.build(phase.config, module, topology, phase.micro)
     if built.deepspeed_json and topology.is_main:
@@ -400,14 +400,6 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, -1)
-
-
-def check_budget(options: Config, cost: flops.StepCost) -> None:
-    """UserError if the budget does not pay for a single update."""
-    unit, total = options.budget.amount
-    one = budget.price(cost, unit)
-    if one is not None and total < one:
-        raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
 
 
 def check_start(options: Config, data: Data) -> None:
