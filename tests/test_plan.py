@@ -17,7 +17,7 @@ from pretrain import budget, config, costs, devices, flops, memory, model
 from pretrain.config import UserError
 from tests.methods import METHODS, small
 from tests.test_readme import commands
-from tools import layouts, plan, plan_pages
+from tools import layouts, plan, plan_pages, report
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,38 +32,46 @@ def planned(capsys, *words):
 def test_the_promised_keys(capsys):
     for one in planned(capsys, *map(str, CONFIGS), "--device", "H100", "--gpus", "8", "--fastest"):
         assert set(one["parameters"]) == {"encoder", "decoder", "head", "embeddings", "total"}
-        assert set(one["flops_per_sequence"]) == {"encoder", "decoder", "head", "total"}
+        for flop_counts in ("flops_per_sequence", "flops_per_step", "flops_total_by_part"):
+            parts = dict(one[flop_counts])
+            assert parts.pop("total") == pytest.approx(sum(parts.values()), rel=1e-12)
+            assert set(parts) == {"encoder", "decoder", "head"}
+        assert one["flops_total_by_part"]["total"] == one["flops_total"]
+        assert one["flops_per_step"]["head"] * one["steps"] == pytest.approx(
+            one["flops_total_by_part"]["head"], rel=1e-12
+        )
         measures = {"token_layers", "flops_without_head", "flops_with_head", "device_time"}
         assert set(one["relative"]) == measures
         parts = {"parameters", "gradients", "optimizer", "activations", "head", "buffers", "total"}
         assert parts <= set(one["memory_bytes_per_rank"])
         assert one["config"] in map(str, CONFIGS) and one["layout"]["gpus"] == 8
         assert one["kwh"] == pytest.approx(one["device_hours"] * 0.7)
-        if not config.load(one["config"]).train.phases:
-            hours = one["steps"] * one["step_seconds"] * 8 / 3600
-            assert one["device_hours"] == pytest.approx(hours)
+        assert one["device_hours"] == pytest.approx(one["steps"] * one["step_seconds"] * 8 / 3600)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
     """Against torch's counters on the whole model, of tensors that have shapes and no values."""
-    options = config.load(path)
-    made = plan.plan(options)
-    pieces, rows = made["vocab_size"], costs.rows(options)
-    with FakeTensorMode():
-        whole = model.LateMaskModel(options.model, pieces, pieces - 1).train()
-        ids = torch.zeros(1, rows.length, dtype=torch.long)
-        batch = model.Batch(ids, ids, ids[:, -rows.predicted :], rows.length - rows.visible)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            whole(batch).backward()
-        assert made["parameters"]["total"] == sum(one.numel() for one in whole.parameters())
-    assert made["flops_per_sequence"]["total"] == counter.get_total_flops()
+    for options in config.phases(config.load(path)):
+        made = plan.plan(options)
+        pieces, rows = made["vocab_size"], costs.rows(options)
+        with FakeTensorMode():
+            whole = model.LateMaskModel(options.model, pieces, pieces - 1).train()
+            ids = torch.zeros(1, rows.length, dtype=torch.long)
+            batch = model.Batch(ids, ids, ids[:, -rows.predicted :], rows.length - rows.visible)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                whole(batch).backward()
+            assert made["parameters"]["total"] == sum(one.numel() for one in whole.parameters())
+        assert made["flops_per_sequence"]["total"] == counter.get_total_flops()
 
 
 def test_without_a_device_there_are_no_times(capsys):
     (one,) = planned(capsys, LARGE)
     assert one["step_seconds"] is one["kwh"] is one["relative"]["device_time"] is None
     assert one["steps"] == 125_000 and one["memory_bytes_per_rank"]["total"] > 0
+    assert one["tokens_total"] == 125_000 * 2048 * 512
+    assert plan.main([LARGE]) == 0
+    assert re.search(r"mlm-large +125,000 +1\.31e11 +2\.64e20 +2\.57e20 +0", capsys.readouterr().out)
 
 
 def test_a_plan_takes_no_torch_and_little_time():
@@ -91,11 +99,65 @@ def test_nothing_fits():
 
 
 @pytest.mark.parametrize(
+    ("gpus", "near"), [(3, "2, 4"), (24, "16, 32"), (10_000, "8,192, 16,384"), (20_000, "16,384")]
+)
+def test_what_does_not_divide_is_not_said_not_to_fit(gpus, near):
+    problem = f"2048 sequences cannot be divided among {gpus:,} ranks; nearest: {near}$"
+    with pytest.raises(UserError, match=problem):
+        plan.main([LARGE, "--device", "H100", "--gpus", str(gpus), "--fastest"])
+
+
+def test_counts_that_scaling_leaves_out_are_named(capsys):
+    words = [LARGE, "--device", "RTX 4090", "--scaling", "train.batch_size=6", "train.micro_batch_size=6"]
+    (one,) = planned(capsys, *words, "model.hidden_size=4096", "model.ffn_size=16384")
+    missing = {row["gpus"]: row["why"] for row in one["scaling_missing"]}
+    counts = [row["gpus"] for row in one["scaling"]]
+    assert counts and sorted([*missing, *counts]) == [2**n for n in range(13)]
+    assert missing[1] == "nothing fits" and missing[32] == "6 sequences cannot be so divided"
+    assert one["layout"]["gpus"] == counts[0]
+    page = plan_pages.scaling_text(one)
+    assert "Not on 1" in page and max(map(len, page.splitlines())) <= 80
+
+
+def test_scaling_needs_not_the_configs_own_layout(capsys):
+    """On an A100 a whole batch is no micro-batch; the fastest layout of one A100 has its own."""
+    words = [LARGE, "--device", "A100", "train.micro_batch_size=null"]
+    with pytest.raises(UserError, match="needs"):
+        plan.main(words)
+    (one,) = planned(capsys, *words, "--scaling")
+    assert one["layout"] == one["scaling"][0]["layout"] and one["layout"]["micro_batch"] < 2048
+
+
+def test_a_share_of_ones_own_goes_before_what_is_known(capsys):
+    words = [LARGE, "--device", "H100"]
+    (assumed,), (given,), (whole,) = (
+        planned(capsys, *words, *more) for more in ([], ["--achieved", "0.4"], ["--achieved", "1"])
+    )
+    assert given["step_seconds"] == assumed["step_seconds"] > whole["step_seconds"]
+    assert (whole["achieved"], whole["achieved_from"]) == (1, "given")
+    assert plan.main(["--methods", "128", "--device", "H100", "--achieved", "0.5"]) == 0
+
+
+@pytest.mark.parametrize(("unit", "amount"), [("tokens", 1e6), ("flops", 1e9), ("device_hours", 1e-5)])
+def test_a_budget_below_one_update_is_refused(unit, amount):
+    words = [LARGE, "--device", "H100", "budget.steps=null", f"budget.{unit}={amount}"]
+    with pytest.raises(UserError, match=rf"mlm-large.yaml: budget.{unit} = .*; raise it"):
+        plan.main(words)
+
+
+@pytest.mark.parametrize(
     ("words", "problem"),
     [
         ([], "no CONFIG"),
+        ([LARGE, "--device", ""], "--device '': not in the table"),
+        ([LARGE, "--price", "5"], "--price: need --device"),
+        ([LARGE, "--achieved", "0.5"], "--achieved: need --device"),
+        (["--methods", "128", "--achieved", "0.5"], "--achieved: need --device"),
+        ([LARGE, "--device", "H100", "--achieved", "1.01"], "'1.01' is not a number above 0 and up to 1"),
+        ([LARGE, "--device", "H100", "--achieved", "0"], "'0' is not a number above 0 and up to 1"),
+        ([LARGE, "--methods", "128", "--gpus", "8", "--fastest"], "leave out --fastest, --gpus, "),
         ([LARGE, "--fastest"], "need --device"),
-        ([LARGE, "--device", "abacus"], "abacus: not in the table .*H100"),
+        ([LARGE, "--device", "abacus"], "'abacus': not in the table .*H100"),
         ([LARGE, "--gpus", "0"], "at least 1"),
         ([LARGE, "--gpus", "3"], "batch_size = 2048 is no multiple"),
         ([LARGE, "--gpus", "3", "parallel.tensor=2"], "no multiple of parallel.tensor"),
@@ -145,11 +207,37 @@ def test_phases_are_counted_apart():
     work = [budget.step_cost(one).flops.total for one in (short, long)]
     assert made["steps"] == first + second
     assert made["flops_total"] == first * work[0] + second * work[1]
-    alone = [
-        plan.plan(one, device="H100")["step_seconds"]
-        for one in (config.phases(o)[0].model_copy(update={"train": short.train}), long)
-    ]
-    assert made["hours"] * 3600 == pytest.approx(first * alone[0] + second * alone[1])
+    alone = [plan.plan(one, device="H100")["step_seconds"] for one in (short, long)]
+    seconds = first * alone[0] + second * alone[1]
+    assert made["hours"] * 3600 == pytest.approx(seconds)
+    assert made["step_seconds"] == pytest.approx(seconds / (first + second))
+
+
+def test_costs_of_phases_are_those_of_the_report():
+    """Of a run that did what was planned."""
+    phases = [{"until": 0.5, "seq_length": 12, "batch_size": 16}]
+    o = small("3ml-query", model={"vocab_size": 500}, train={"phases": phases}, budget={"steps": 10})
+    made = plan.plan(o)
+    steps = budget.Budget(o).updates()
+    border, samples = steps[0] * 16, steps[0] * 16 + steps[1] * o.train.batch_size
+    lines = [{"event": "phase-change", "phase": 1, "samples": border}]
+    run = report.Run("", "", o, {}, {"samples": samples}, lines, [], [])
+    expected = report._relative(run)
+    assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)
+    of_last = plan.plan(config.phases(o)[-1])["relative"]
+    assert made["relative"]["flops_with_head"] != pytest.approx(of_last["flops_with_head"], rel=1e-3)
+    sequence = made["flops_total"] / samples
+    assert made["flops_per_sequence"]["total"] == pytest.approx(sequence)
+
+
+def test_a_page_says_what_figures_of_phases_are_of(capsys):
+    """Of a budget of time without a device, nobody knows how many updates each phase has."""
+    path = str(ROOT / "configs" / "3ml-query-base-phases.yaml")
+    assert plan.main([path]) == 0
+    assert "means over all their sequences" in capsys.readouterr().out
+    words = ["budget.relative_to=null", "budget.fraction=null", "budget.device_hours=5"]
+    assert plan.main([path, *words]) == 0
+    assert "of the last phase: 3ml-query-base-phases" in capsys.readouterr().out
 
 
 def test_a_share_of_another_recipe_is_planned(tmp_path):
@@ -170,7 +258,7 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
     o = config.load(LARGE)
     job = layouts.job(o, 50265, device)
     share, _ = layouts.achieved(device, job.precision)
-    chosen = layouts.fastest(job, gpus, device)
+    (chosen,) = layouts.fastest([job], gpus, device, share)
     best = float("inf")
     for tensor in (1, 2, 4, 8):
         for zero, offload in layouts.SAVINGS:
@@ -234,10 +322,19 @@ def test_all_methods_at_all_rates(capsys):
 
 def test_pages_fit_a_terminal(capsys):
     plan.main([*map(str, CONFIGS), "--device", "H100", "--gpus", "8", "--fastest", "--scaling"])
-    plan.main(["--methods", "512", "--device", "H100"])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 100
     assert sum(line.startswith("Doubling pays") for line in lines) == len(CONFIGS)
+    short = [str(path) for path in CONFIGS if len(path.stem) <= 15]
+    plan.main([*short, "--device", "H100", "--gpus", "8"])
+    plan.main(["--methods", "512", "--device", "H100"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_long_names_are_told_apart():
+    names = [f"an-experiment-with-a-long-name-{n:02d}" for n in range(20)]
+    shown = {plan_pages._name({"config": f"configs/{name}.yaml"}) for name in names}
+    assert len(shown) == 20 and max(map(len, shown)) == plan_pages.NAME
 
 
 def test_the_readmes_commands(tmp_path, monkeypatch, capsys):

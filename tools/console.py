@@ -108,6 +108,14 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.005")
 
 
+def part(text: str) -> float:
+    """The type of an argument: a number above 0, and 1 at most."""
+    value = _number(text)
+    if 0 < value <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1, such as 0.4")
+
+
 def positive(text: str) -> float:
     """The type of an argument: a finite number above 0."""
     value = _number(text)

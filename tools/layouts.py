@@ -16,7 +16,7 @@ fragments take their share (`RESERVE`).
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -254,13 +254,30 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
 # ---- which layout --------------------------------------------------------------------------------
 
 
-def candidates(job: Job, gpus: int, device: Device) -> Iterator[Layout]:
-    """For each way to divide the model, its state and its activations, the largest micro-batch that fits."""
+def divisions(jobs: Sequence[Job], gpus: int, device: Device) -> list[tuple[int, int]]:
+    """(tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases divide."""
+    model, found = jobs[-1].model, []
     for tensor in powers(min(gpus, device.per_node)):
         data = gpus // tensor
-        widths = (job.model.num_heads, job.model.ffn_size, job.model.vocab_multiple, gpus)
-        if any(width % tensor for width in widths) or job.batch_size % data:
-            continue
+        widths = (model.num_heads, model.ffn_size, model.vocab_multiple, gpus)
+        if not any(width % tensor for width in widths) and not any(job.batch_size % data for job in jobs):
+            found.append((tensor, data))
+    return found
+
+
+def nearest(jobs: Sequence[Job], gpus: int, device: Device) -> list[int]:
+    """The next smaller and the next larger number of devices among which all divides, where there is one."""
+    most = device.per_node * max(job.batch_size for job in jobs)
+    found = []
+    for counts in (range(min(gpus - 1, most), 0, -1), range(gpus + 1, most + 1)):
+        found += [next((count for count in counts if divisions(jobs, count, device)), 0)]
+    return [count for count in found if count]
+
+
+def candidates(jobs: Sequence[Job], gpus: int, device: Device) -> Iterator[list[Layout]]:
+    """For each way to divide the model, its state and its activations, the simpler ones first: the layout
+    of each phase, with the largest micro-batch that fits."""
+    for tensor, data in divisions(jobs, gpus, device):
         for zero, offload in SAVINGS:
             for recompute in ("none", "block"):
                 layout = Layout(
@@ -270,12 +287,13 @@ def candidates(job: Job, gpus: int, device: Device) -> Iterator[Layout]:
                     zero=zero,
                     offload=offload,
                     recompute=recompute,
-                    precision=job.precision,
+                    precision=jobs[-1].precision,
                     gpu=device.gpu,
                 )
-                fitting = largest_micro_batch(job, layout, device)
-                if fitting:
-                    yield fitting
+                fitting = [largest_micro_batch(job, layout, device) for job in jobs]
+                found = [one for one in fitting if one]
+                if len(found) == len(jobs):
+                    yield found
 
 
 SAVINGS = [
@@ -309,10 +327,11 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def fastest(job: Job, gpus: int, device: Device) -> Layout | None:
-    """The simplest layout that fits and is as fast as the fastest, or nearly; None: nothing fits."""
-    share, _ = achieved(device, job.precision)
-    found = [(step_seconds(job, one, device, share), one) for one in candidates(job, gpus, device)]
+def fastest(jobs: Sequence[Job], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
+    """The simplest layout that fits all phases and is nearly as fast, in the last of them, as the fastest;
+    of each phase. None: nothing fits."""
+    job = jobs[-1]
+    found = [(step_seconds(job, one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)]
     best = min((seconds for seconds, _ in found), default=0.0)
     return next((one for seconds, one in found if seconds <= best * (1 + NEARLY)), None)
 
@@ -324,4 +343,4 @@ def named(name: str) -> Device:
     if name in measured():
         return Device(**measured()[name]["device"])
     known = ", ".join([*(device.name for device in devices.DEVICES), *measured()])
-    raise UserError(f"--device {name}: not in the table ({known}), nor measured by tools.calibrate")
+    raise UserError(f"--device {name!r}: not in the table ({known}), nor measured by tools.calibrate")

@@ -5,6 +5,7 @@ is a model (see tools/layouts.py) that a result file of the device, or a default
 is not imported, so that a plan takes less than two seconds.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain import budget, config, costs, flops, traffic
 from pretrain.config import Config, UserError
 from pretrain.corpus import tokenizer_folder
 from pretrain.devices import Device
+from pretrain.flops import Flops
 from pretrain.memory import Layout, Memory
 from pretrain.tokenizer import load_tokenizer
 from tools import console, layouts, plan_pages
@@ -62,42 +64,44 @@ def plan(
     fastest: bool = False,
     tariff: Tariff = Tariff(),
     name: str = "",
+    achieved: float | None = None,
 ) -> dict[str, Any]:
     """Everything that can be said about a run before it starts, JSON-serialisable.
 
     gpus: devices; default: as many as parallel.tensor. device: a name of the table, or a Device; without
     one there are no times. fastest: choose the fastest layout that fits, instead of the config's. name: of
-    the config, to be shown. Of a run in phases, what is said of a sequence, a step and the layout is said
-    of the last, and memory of the one that needs most.
-    UserError if the devices do not divide, or if the layout (with `fastest`: any) does not fit.
+    the config, to be shown. achieved: share of the peak that products reach, where one knows better.
+
+    Of a run in phases, what is said of a sequence is the mean over all of its sequences, of a step that over
+    all of its updates (`figures_of`: where only a run can tell how many, the last phase's); the layout is
+    the last phase's, and memory that of the one that needs most.
+    UserError if the devices do not divide, if the layout (with `fastest`: any) does not fit, or if the
+    budget pays for no update.
     """
     device = layouts.named(device) if isinstance(device, str) else device
     options, source = with_vocabulary(options)
-    run = Run(options, device, tariff)
+    run = Run(options, device, tariff, achieved)
     last, pieces = run.phases[-1], run.pieces
-    job = run.job(last)
     try:
+        budget.check(options)
         chosen = run.layouts(gpus or options.parallel.tensor, fastest)
+        totals = run.totals(chosen)
+        if totals["steps"] == 0:
+            unit, amount = options.budget.amount
+            raise UserError(f"budget.{unit} = {amount:g} pays for no update; raise it")
     except UserError as error:
         raise UserError(f"{name}: {error}" if name else str(error)) from None
-    layout = chosen[-1]
-    cost, reference = (costs.of_sequence(o, pieces) for o in (last, costs.baseline(last)))
-    per_sequence = flops.training(job.model, job.rows, pieces)
     return {
         "config": name,
         "method": config.method(options),
         "vocab_size": pieces,
         "vocab_size_from": source,
-        "parameters": flops.parameters(job.model, pieces),
-        "flops_per_sequence": {**asdict(per_sequence), "total": per_sequence.total},
-        **run.totals(chosen),
-        "relative": {
-            **{measure: value / getattr(reference, measure) for measure, value in asdict(cost).items()},
-            "device_time": _relative_time(run, last, layout),
-        },
+        "parameters": flops.parameters(last.model, pieces),
+        **totals,
+        "relative": run.relative(chosen),
         "memory_bytes_per_rank": asdict(run.memory(chosen)),
-        "bytes_sent_per_rank": _sent(job, layout),
-        "layout": _described(last, layout, device),
+        "bytes_sent_per_rank": _sent(run.job(last), chosen[-1]),
+        "layout": _described(last, chosen[-1], device),
     }
 
 
@@ -108,6 +112,8 @@ class Run:
     options: Config
     device: Device | None
     tariff: Tariff
+    achieved: float | None = None
+    """Share of the device's peak that products reach; None: what layouts.achieved says."""
 
     @property
     def pieces(self) -> int:
@@ -122,13 +128,30 @@ class Run:
     def job(self, phase: Config) -> Job:
         return layouts.job(phase, self.pieces, self.device)
 
+    @property
+    def _jobs(self) -> list[Job]:
+        return [self.job(phase) for phase in self.phases]
+
+    @property
+    def _device(self) -> Device:
+        assert self.device
+        return self.device
+
+    def share(self) -> tuple[float, str]:
+        """(share of the device's peak that products reach, where it is from)."""
+        if self.achieved is not None:
+            return self.achieved, "given"
+        return layouts.achieved(self._device, self._jobs[-1].precision)
+
+    # ---- layouts
+
     def layouts(self, gpus: int, fastest: bool) -> list[Layout]:
         """Of each phase: the config's, or the fastest; UserError with the smallest that fits."""
         if fastest:
             if found := self.fastest(gpus):
                 return found
-            raise UserError(f"nothing fits {gpus} x {self._device.name}; {self._smallest()}")
-        precision, gpu = self.job(self.phases[-1]).precision, self.device is None or self.device.gpu
+            raise UserError(self._refusal(gpus))
+        precision, gpu = self._jobs[-1].precision, self.device is None or self.device.gpu
         found = [layouts.configured(phase, gpus, precision, gpu) for phase in self.phases]
         needed = layouts.needs(self.memory(found))
         if self.device and needed > self.device.memory:
@@ -139,14 +162,24 @@ class Run:
         return found
 
     def fastest(self, gpus: int) -> list[Layout] | None:
-        """The fastest that fits for the last phase, and in the others with micro-batches of their own."""
-        *first, last = [self.job(phase) for phase in self.phases]
-        chosen = layouts.fastest(last, gpus, self._device)
-        if chosen is None:
-            return None
-        fitted = [layouts.largest_micro_batch(job, chosen, self._device) for job in first]
-        found = [layout for layout in (*fitted, chosen) if layout]
-        return found if len(found) == len(self.phases) else None
+        """The fastest that fits, of each phase; None: nothing does."""
+        return layouts.fastest(self._jobs, gpus, self._device, self.share()[0])
+
+    def obstacle(self, gpus: int) -> str:
+        """Why there is no layout on so many devices."""
+        if layouts.divisions(self._jobs, gpus, self._device):
+            return "nothing fits"
+        return f"{self._batches} sequences cannot be so divided"
+
+    @property
+    def _batches(self) -> str:
+        return " or ".join(dict.fromkeys(str(job.batch_size) for job in self._jobs))
+
+    def _refusal(self, gpus: int) -> str:
+        if layouts.divisions(self._jobs, gpus, self._device):
+            return f"nothing fits {gpus} x {self._device.name}; {self._smallest()}"
+        near = ", ".join(f"{count:,}" for count in layouts.nearest(self._jobs, gpus, self._device))
+        return f"{self._batches} sequences cannot be divided among {gpus:,} ranks; nearest: {near}"
 
     def _smallest(self) -> str:
         """The fewest devices on which something fits, in words."""
@@ -156,43 +189,45 @@ class Run:
                 return f"the smallest layout that fits: {gpus} x {self._device.name}, {words}"
         return f"no layout on up to {MOST:,} of them fits"
 
-    @property
-    def _device(self) -> Device:
-        assert self.device
-        return self.device
-
     def memory(self, chosen: Sequence[Layout]) -> Memory:
         """Of the phase that needs most."""
-        held = [
-            layouts.memory_of(self.job(phase), layout)
-            for phase, layout in zip(self.phases, chosen, strict=True)
-        ]
+        held = [layouts.memory_of(job, layout) for job, layout in zip(self._jobs, chosen, strict=True)]
         return max(held, key=lambda one: one.total)
 
-    def step_seconds(self, phase: Config, layout: Layout) -> float:
-        """Of an update of a phase."""
-        job = self.job(phase)
-        share, _ = layouts.achieved(self._device, job.precision)
-        return layouts.step_seconds(job, layout, self._device, share)
+    # ---- what is spent
 
     def totals(self, chosen: Sequence[Layout]) -> dict[str, Any]:
-        """Of the whole run; None for what cannot be known."""
-        seconds = [
-            self.step_seconds(phase, layout) if self.device else None
-            for phase, layout in zip(self.phases, chosen, strict=True)
-        ]
-        layout = chosen[-1]
-        steps = self._steps(layout, seconds)
-        spent = [budget.step_cost(phase) for phase in self.phases]
-        found: dict[str, Any] = dict.fromkeys(("steps", "flops_total", "token_layers"))
-        if steps is not None:
-            pairs = list(zip(steps, spent, strict=True))
-            found["steps"] = sum(steps)
-            found["flops_total"] = sum(number * cost.flops.total for number, cost in pairs)
-            found["token_layers"] = sum(number * cost.token_layers for number, cost in pairs)
-        return {**found, **self._times(layout, steps, seconds)}
+        """Of the whole run, and means over it; None for what cannot be known."""
+        steps = self._steps(chosen)
+        return {**self._work(steps), **self._times(chosen, steps)}
 
-    def _steps(self, layout: Layout, seconds: Sequence[float | None]) -> list[int] | None:
+    def relative(self, chosen: Sequence[Layout]) -> dict[str, float | None]:
+        """Costs over those of the baseline on the same sequences."""
+        ours = dict.fromkeys(("token_layers", "flops_without_head", "flops_with_head"), 0.0)
+        theirs = dict.fromkeys(ours, 0.0)
+        baselines = [costs.baseline(phase) for phase in self.phases]
+        counts = _counts(self._steps(chosen), len(chosen))
+        for steps, phase, baseline in zip(counts, self.phases, baselines, strict=True):
+            for sums, options in ((ours, phase), (theirs, baseline)):
+                for name, value in asdict(costs.of_sequence(options, self.pieces)).items():
+                    sums[name] += steps * phase.train.batch_size * value
+        time = None
+        if self.device is not None:
+            # In the same layouts.
+            time = _mean(counts, self._seconds(self.phases, chosen)) / _mean(
+                counts, self._seconds(baselines, chosen)
+            )
+        return {**{name: ours[name] / theirs[name] for name in ours}, "device_time": time}
+
+    def _seconds(self, phases: Sequence[Config], chosen: Sequence[Layout]) -> list[float]:
+        """Of an update of each phase."""
+        share, _ = self.share()
+        return [
+            layouts.step_seconds(self.job(phase), layout, self._device, share)
+            for phase, layout in zip(phases, chosen, strict=True)
+        ]
+
+    def _steps(self, chosen: Sequence[Layout]) -> list[int] | None:
         """Updates of each phase."""
         unit, amount = self.options.budget.amount
         if unit not in budget.MEASURED:
@@ -208,36 +243,68 @@ class Run:
         edges = [0.0, *(phase.until for phase in self.options.train.phases), 1.0]
         shares = [after - before for before, after in zip(edges, edges[1:], strict=False)]
         return [
-            int(share * hours * 3600 // (layout.ranks * each))
-            for share, each in zip(shares, seconds, strict=True)
-            if each
+            int(share * hours * 3600 // (chosen[-1].ranks * seconds))
+            for share, seconds in zip(shares, self._seconds(self.phases, chosen), strict=True)
         ]
 
-    def _times(
-        self, layout: Layout, steps: Sequence[int] | None, seconds: Sequence[float | None]
-    ) -> dict[str, Any]:
+    def _work(self, steps: Sequence[int] | None) -> dict[str, Any]:
+        """FLOPs, tokens and token-layers."""
+        counts = _counts(steps, len(self.phases))
+        spent = [(number, budget.step_cost(phase)) for number, phase in zip(counts, self.phases, strict=True)]
+        whole = Flops(
+            encoder=sum(number * cost.flops.encoder for number, cost in spent),
+            decoder=sum(number * cost.flops.decoder for number, cost in spent),
+            head=sum(number * cost.flops.head for number, cost in spent),
+        )
+        known = steps is not None
+        return {
+            "phases": len(counts),
+            "figures_of": "run" if steps and any(steps) else "last phase",
+            "flops_per_sequence": _by_part(whole, sum(number * cost.samples for number, cost in spent)),
+            "flops_per_step": _by_part(whole, sum(counts)),
+            "steps": sum(steps) if steps is not None else None,
+            "tokens_total": sum(number * cost.tokens_seen for number, cost in spent) if known else None,
+            "flops_total": whole.total if known else None,
+            "flops_total_by_part": _by_part(whole) if known else None,
+            "token_layers": sum(number * cost.token_layers for number, cost in spent) if known else None,
+        }
+
+    def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> dict[str, Any]:
         names = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "achieved", "achieved_from")
         if self.device is None:
             return dict.fromkeys(names)
-        job = self.job(self.phases[-1])
-        share, source = layouts.achieved(self.device, job.precision)
-        step = seconds[-1]
-        assert step
-        work = job.batch_size * flops.training(job.model, job.rows, self.pieces).total
-        hours = None
-        if steps is not None:
-            hours = sum(number * (each or 0.0) for number, each in zip(steps, seconds, strict=True)) / 3600
-        device_hours = None if hours is None else hours * layout.ranks
+        seconds, ranks = self._seconds(self.phases, chosen), chosen[-1].ranks
+        counts = _counts(steps, len(seconds))
+        step = _mean(counts, seconds)
+        work = _mean(counts, [budget.step_cost(phase).flops.total for phase in self.phases])
+        hours = None if steps is None else sum(steps) * step / 3600
+        device_hours = None if hours is None else hours * ranks
+        share, source = self.share()
         return {
             "step_seconds": step,
             "hours": hours,
             "device_hours": device_hours,
             "kwh": device_hours and self.tariff.kwh(self.device, device_hours),
             "cost": device_hours and self.tariff.dollars(self.device, device_hours),
-            "mfu": work / step / layout.ranks / self.device.peak[job.precision],
+            "mfu": work / step / ranks / self.device.peak[self._jobs[-1].precision],
             "achieved": share,
             "achieved_from": source,
         }
+
+
+def _counts(steps: Sequence[int] | None, phases: int) -> Sequence[int]:
+    """Updates by which phases count in a mean: where they are not known, or none, one of the last."""
+    return steps if steps and any(steps) else [0] * (phases - 1) + [1]
+
+
+def _mean(counts: Sequence[int], values: Sequence[float]) -> float:
+    return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
+
+
+def _by_part(spent: Flops, number: int = 1) -> dict[str, float]:
+    """One of so many equal shares; whole where it can be."""
+    parts = {**asdict(spent), "total": spent.total}
+    return {name: value / number if value % number else value // number for name, value in parts.items()}
 
 
 def _described(options: Config, layout: Layout, device: Device | None) -> dict[str, Any]:
@@ -248,13 +315,6 @@ def _described(options: Config, layout: Layout, device: Device | None) -> dict[s
         **{key: value for key, value in asdict(layout).items() if key != "gpu"},
         "overrides": layouts.changes(options, layout),
     }
-
-
-def _relative_time(run: Run, options: Config, layout: Layout) -> float | None:
-    """Estimated time of an update against the baseline's, in the same layout."""
-    if run.device is None:
-        return None
-    return run.step_seconds(options, layout) / run.step_seconds(costs.baseline(options), layout)
 
 
 def _sent(job: Job, layout: Layout) -> dict[str, float]:
@@ -268,38 +328,45 @@ def _sent(job: Job, layout: Layout) -> dict[str, float]:
 # ---- from 1 to 4,096 -----------------------------------------------------------------------------
 
 
-def scaling(options: Config, device: Device, tariff: Tariff = Tariff()) -> list[dict[str, Any]]:
-    """A row for each count from 1 to 4,096 on which something fits: the fastest layout, and what it gives.
+def scaling(
+    options: Config, device: Device, tariff: Tariff = Tariff(), name: str = "", achieved: float | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """`scaling`: a row for each count from 1 to 4,096 that has a layout: the fastest, and what it gives;
+    `scaling_missing`: the other counts, and why. UserError if these are all.
 
     efficiency: device-hours of the smallest count over those of this one. gain: how much faster than
     half as many.
     """
-    run = Run(with_vocabulary(options)[0], device, tariff)
-    last = run.phases[-1]
+    run = Run(with_vocabulary(options)[0], device, tariff, achieved)
     rows: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
     for gpus in layouts.powers(MOST):
         chosen = run.fastest(gpus)
         if chosen is None:
+            missing.append({"gpus": gpus, "why": run.obstacle(gpus)})
             continue
         found = run.totals(chosen)
         seconds = found["step_seconds"]
         share = rows[0]["step_seconds"] * rows[0]["gpus"] if rows else seconds * gpus
+        half = rows[-1] if rows and rows[-1]["gpus"] * 2 == gpus else None
         rows.append(
             {
                 "gpus": gpus,
                 **found,
                 "efficiency": share / (gpus * seconds),
-                "gain": rows[-1]["step_seconds"] / seconds if rows else None,
-                "layout": _described(last, chosen[-1], device),
+                "gain": half["step_seconds"] / seconds if half else None,
+                "layout": _described(run.phases[-1], chosen[-1], device),
             }
         )
-    return rows
+    if not rows:
+        raise UserError(f"{name or 'plan'}: no layout on up to {MOST:,} x {device.name} fits")
+    return {"scaling": rows, "scaling_missing": missing}
 
 
 # ---- all methods ---------------------------------------------------------------------------------
 
 
-def methods(length: int, device: Device | None) -> list[dict[str, Any]]:
+def methods(length: int, device: Device | None, achieved: float | None = None) -> list[dict[str, Any]]:
     """Costs against `mlm` at 15 % of every method at every rate, for RoBERTa's two sizes."""
     rows = []
     for name, rate, all_mask in METHODS:
@@ -314,7 +381,7 @@ def methods(length: int, device: Device | None) -> list[dict[str, Any]]:
                     "all_mask": all_mask,
                     "size": size,
                     "seq_length": length,
-                    "relative": plan(options, 1, device)["relative"],
+                    "relative": plan(options, 1, device, achieved=achieved)["relative"],
                 }
             )
     return rows
@@ -361,7 +428,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fastest", action="store_true", help="the fastest layout that fits, not the config's"
     )
-    parser.add_argument("--scaling", action="store_true", help="the fastest layouts from 1 to 4,096 devices")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="the fastest layouts from 1 to 4,096 devices, and the plan in that on --gpus (the fewest)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw that scaling as a PNG")
     parser.add_argument(
         "--methods",
@@ -371,22 +442,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--price", type=console.positive, help="of a device-hour (a round figure of rental)")
     parser.add_argument("--watts", type=console.positive, help="drawn by a device (its largest board power)")
+    parser.add_argument(
+        "--achieved",
+        type=console.part,
+        metavar="SHARE",
+        help="of the device's peak that products reach (measured, or 0.4)",
+    )
     args = parser.parse_intermixed_args(arguments)
-    tariff = Tariff(args.price, args.watts)
-    device = layouts.named(args.device) if args.device else None
+    _refuse_idle_words(args)
+    device = None if args.device is None else layouts.named(args.device)
     if args.methods is not None:
-        return show_methods(args.methods, device, args.json)
+        return show_methods(args.methods, device, args.achieved, args.json)
     paths = [word for word in args.words if "=" not in word]
     changes = [word for word in args.words if "=" in word]
     if not paths:
         raise UserError("no CONFIG; give one or more, such as configs/*.yaml")
-    if (args.scaling or args.plot or args.fastest) and device is None:
-        raise UserError("--scaling, --plot and --fastest need --device NAME")
-    recipes = {path: config.load(path, changes) for path in paths}
-    plans = [plan(o, args.gpus, device, args.fastest, tariff, path) for path, o in recipes.items()]
-    if device and (args.scaling or args.plot):
-        for one, options in zip(plans, recipes.values(), strict=True):
-            one["scaling"] = scaling(options, device, tariff)
+    plans = [_planned(args, path, config.load(path, changes), device) for path in paths]
     if args.plot:
         from tools import plan_plot  # matplotlib takes a second
 
@@ -401,8 +472,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_methods(length: int, device: Device | None, as_json: bool) -> int:
-    rows = methods(length, device)
+def _refuse_idle_words(args: argparse.Namespace) -> None:
+    """UserError if a word would change nothing."""
+    timed = [name for name in TIMED if getattr(args, name) not in (None, False)]
+    if args.methods is not None:
+        ours = [name for name in timed if name != "achieved"] + ["gpus"] * (args.gpus is not None)
+        if others := [*(f"--{name}" for name in ours), *args.words]:
+            raise UserError(f"--methods is a table of its own; leave out {', '.join(others)}")
+    if args.device is None and timed:
+        raise UserError(f"{', '.join(f'--{name}' for name in timed)}: need --device NAME")
+
+
+TIMED = ("fastest", "scaling", "plot", "price", "watts", "achieved")
+"""Options that only a device gives a sense."""
+
+
+def _planned(args: argparse.Namespace, path: str, options: Config, device: Device | None) -> dict[str, Any]:
+    """With its scaling, if that is asked for: then of the fastest layout, for the config's may not fit."""
+    tariff, gpus, rows = Tariff(args.price, args.watts), args.gpus, {}
+    if device and (args.scaling or args.plot):
+        rows = scaling(options, device, tariff, path, args.achieved)
+        gpus = gpus or rows["scaling"][0]["gpus"]
+    return {**plan(options, gpus, device, args.fastest or bool(rows), tariff, path, args.achieved), **rows}
+
+
+def show_methods(length: int, device: Device | None, achieved: float | None, as_json: bool) -> int:
+    rows = methods(length, device, achieved)
     if as_json:
         console.print_json(rows)
     else:

@@ -1,7 +1,8 @@
-"""What `tools.plan` shows: tables of at most 80 columns."""
+"""What `tools.plan` shows: tables of at most 80 columns, if the names of configs are short, else of 100."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from tools.tables import aligned
@@ -12,18 +13,35 @@ LEGEND = """Memory of a rank in GiB; the total is that of its fullest moment.
 Layout: tensor x data, ZeRO stage, micro-batch x accumulation; o (O): optimizer
 (all) offloaded; r: recomputed."""
 
+NAME = 24
+"""Letters of a config's name that are shown."""
 PAYS = 1.5
 """Doubling the devices pays while it makes a run this much faster."""
 
 
 def text(plans: Sequence[Plan]) -> str:
     """What the runs are, what a rank holds and, where a device is named, how long they take."""
-    parts = [_costs(plans), _memory(plans)]
+    parts = [_costs(plans), _run(plans), _memory(plans)]
     if plans[0]["step_seconds"]:
         parts.append(_time(plans))
+    parts += _cautions(plans)
     if any(plan["vocab_size_from"] == "assumed" for plan in plans):
         parts.append(f"Vocabulary: {plans[0]['vocab_size']:,} pieces, assumed; model.vocab_size=N sets it.")
     return "\n\n".join(parts)
+
+
+def _cautions(plans: Sequence[Plan]) -> list[str]:
+    """What figures are of, where it is not plain."""
+    found = []
+    if any(plan["phases"] > 1 for plan in plans):
+        found.append(
+            "Runs in phases: costs of a sequence are means over all their sequences, seconds\n"
+            "and MFU over all their updates; the layout is the last phase's, memory that of\n"
+            "the one that needs most."
+        )
+    if names := [_name(plan) for plan in plans if plan["phases"] > 1 and plan["figures_of"] != "run"]:
+        found.append(f"Updates are known only once it has run; of the last phase: {', '.join(names)}.")
+    return found
 
 
 def _costs(plans: Sequence[Plan]) -> str:
@@ -44,6 +62,16 @@ def _costs(plans: Sequence[Plan]) -> str:
     note = "Training on a sequence in GFLOPs, and its cost against mlm at 15 %:\n"
     note += "token-layers, FLOPs without and with the head, estimated device time."
     return f"{note}\n\n{aligned(rows)}"
+
+
+def _run(plans: Sequence[Plan]) -> str:
+    rows = [["config", "updates", "tokens", "FLOPs", "encoder", "decoder", "head", "t-layers"]]
+    for plan in plans:
+        parts = plan["flops_total_by_part"] or {}
+        work = [parts.get(part) for part in ("total", "encoder", "decoder", "head")]
+        figures = [plan["tokens_total"], *work, plan["token_layers"]]
+        rows.append([_name(plan), _maybe(plan["steps"], ",d"), *map(_power, figures)])
+    return f"The whole run: updates, tokens, FLOPs and their parts, token-layers.\n\n{aligned(rows)}"
 
 
 def _memory(plans: Sequence[Plan]) -> str:
@@ -94,14 +122,23 @@ def scaling_text(plan: Plan) -> str:
             ]
         )
     title = f"{_name(plan)} on {plan['layout']['device']}, the fastest layout for each count."
-    return f"{title}\n\n{aligned(table)}\n\n{verdict(rows)}"
+    missing = _missing(plan["scaling_missing"])
+    return f"{title}\n\n{aligned(table)}\n{missing}\n{verdict(rows)}"
+
+
+def _missing(counts: Sequence[Plan]) -> str:
+    """Why counts are not in the table, a sentence for each reason."""
+    found: dict[str, list[str]] = {}
+    for one in counts:
+        found.setdefault(one["why"], []).append(f"{one['gpus']:,}")
+    return "".join(fill(f"Not on {', '.join(gpus)}: {why}.", 80) + "\n" for why, gpus in found.items())
 
 
 def pays_up_to(rows: Sequence[Plan]) -> int:
     """The largest count up to which each doubling pays."""
     best = rows[0]["gpus"]
     for row in rows[1:]:
-        if row["gain"] < PAYS:
+        if (row["gain"] or 0) < PAYS:
             break
         best = row["gpus"]
     return int(best)
@@ -142,7 +179,9 @@ def layout_word(layout: Plan) -> str:
 
 
 def _name(plan: Plan) -> str:
-    return Path(plan["config"]).stem[:15]
+    """Of the config; of a long one the beginning and the end, which tell it from others."""
+    stem = Path(plan["config"]).stem
+    return stem if len(stem) <= NAME else f"{stem[: NAME - 12]}..{stem[-10:]}"
 
 
 def _count(number: int) -> str:
@@ -151,6 +190,11 @@ def _count(number: int) -> str:
 
 def _maybe(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _power(value: float | None) -> str:
+    """Three digits and a power of ten."""
+    return _maybe(value, ".2e").replace("e+", "e")
 
 
 def _amount(value: float | None) -> str:
