@@ -195,7 +195,9 @@ def activations(model: Model, rows: Rows, layout: Layout) -> int:
 
 def _layers(model: Model, rows: Rows, layout: Layout) -> list[int]:
     """Bytes that each layer saves for its backward pass."""
-    encoder = [_self_layer(n, model, layout, model.dropout) for n in flops.encoder_rows(rows, model)]
+    inputs = flops.encoder_rows(rows, model)
+    each = {n: _self_layer(n, model, layout, model.dropout) for n in set(inputs)}
+    encoder = [each[n] for n in inputs]
     decoder = [_decoder_layer(rows, model, layout)] if model.decoder_layers else []
     return encoder + decoder * model.decoder_layers
 

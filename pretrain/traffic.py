@@ -10,12 +10,18 @@ a ring of n ranks moves a tensor of S bytes in steps of S / n,
 and a step takes the latency and its bytes over the slowest link of the ring. Calls that carry a few
 numbers (norms, flags, losses) are left out.
 
+What runs beside the computation is what these engines let run there. The plain engine sums after the last
+backward pass, for the order of sums is to be the same in every run. DeepSpeed turns `overlap_comm` on for
+stage 3 alone: it fetches parameters ahead in the forward pass, keeps them for the backward pass, and reduces
+gradients there.
+
 The trap: DeepSpeed's stages 1 and 2 reduce gradients by all-reduce, also where a reduce-scatter would do
 with half, and stage 2 does so for every micro-batch.
 
 Letters: see memory.py; S bytes of a tensor.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +34,8 @@ from pretrain.memory import BUCKET, FULL, Layout
 
 LATENCY = {"node": 3e-6, "network": 8e-6}
 """Seconds of a ring's step, whatever its size: an assumption, where it has not been measured."""
+FORWARD = 1 / 3
+"""Of the computation, the forward pass."""
 LINK_SHARE = 0.8
 """Of a link's rate that large messages reach: an assumption."""
 
@@ -43,8 +51,8 @@ class Collective:
     bytes: int
     """Of the whole tensor: what an all-reduce or a reduce-scatter reads, or an all-gather leaves."""
     calls: int = 1
-    hidden: bool = False
-    """It runs beside the computation."""
+    beside: float = 0.0
+    """Share of the computation that goes on meanwhile; else all ranks wait for it."""
 
 
 def step(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
@@ -71,8 +79,8 @@ def _data(P: int, layout: Layout) -> Iterator[Collective]:
     if layout.zero in (1, 2):
         yield Collective("all-gather", "data", padded)
     if layout.zero == 3:
-        yield Collective("all-gather", "data", padded, times, hidden=True)
-        yield Collective("reduce-scatter", "data", padded, times, hidden=True)
+        yield Collective("all-gather", "data", padded, times, beside=FORWARD)
+        yield Collective("reduce-scatter", "data", padded, times, beside=1 - FORWARD)
 
 
 def _tensor(model: Model, rows: Rows, layout: Layout) -> Iterator[tuple[int, int]]:
@@ -84,8 +92,8 @@ def _tensor(model: Model, rows: Rows, layout: Layout) -> Iterator[tuple[int, int
     D, B = model.hidden_size, layout.micro_batch
     forward = 2 if layout.recompute == "block" else 1
     row = layout.width * B * D
-    for n in flops.encoder_rows(rows, model):
-        yield row * n, 2 * (forward + 1)
+    for n, layers in Counter(flops.encoder_rows(rows, model)).items():
+        yield row * n, 2 * (forward + 1) * layers
     L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
         asking = P if model.decoder == "query" else L
