@@ -128,8 +128,10 @@ def resolve(options: Config) -> Config:
 
 def _cost_of(reference: str, unit: str, options: Config) -> float:
     where = f"budget.relative_to = {reference}"
-    if Path(reference).is_dir():
+    if (Path(reference) / "ledger.jsonl").exists():
         return _spent_by(reference, unit, where)
+    if not Path(reference).is_file():
+        raise UserError(f"{where}: no such config, and no run that has begun; name its config, or wait")
     other = config.load(reference)
     if other.budget.relative_to:
         raise UserError(f"{where}: its own budget is relative too; name what that is relative to")

@@ -33,9 +33,8 @@ from pretrain.tokenizer import SMALLEST, load_tokenizer
 from slurm import cluster, journal, scheduler, status
 from slurm.cluster import Cluster
 from slurm.forms import seconds, time_limit
-from tools import console, encode_corpus
+from tools import console, encode_corpus, plan
 from tools.console import share, whole
-from tools.plan import plan
 from tools.text_files import find_files
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +71,7 @@ def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Sha
     for nodes in [args.nodes] if args.nodes else FEW:
         try:
             form = Shape(nodes, tasks, gpus)
-            return form, plan(options, form.ranks, site.device or None, name=args.config)
+            return form, plan.plan(options, form.ranks, site.device or None, name=args.config)
         except UserError as error:
             refusal = refusal or error
     assert refusal
@@ -80,12 +79,13 @@ def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Sha
 
 
 def with_vocabulary(options: Config, args: argparse.Namespace) -> Config:
-    """The config with the size of the vocabulary that the corpus job is going to make."""
+    """The config with the size of the vocabulary that the corpus job finds, or is going to make."""
     tokenizer = _tokenizer(options)
-    if tokenizer is None or (tokenizer / "tokenizer.model").exists() or options.model.vocab_size:
+    if tokenizer is None or options.model.vocab_size:
         return options
-    size = {"vocab_size": vocabulary(options, args)}
-    return options.model_copy(update={"model": options.model.model_copy(update=size)})
+    found = any((tokenizer / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    size = load_tokenizer(tokenizer).vocab_size if found else vocabulary(options, args)
+    return options.model_copy(update={"model": options.model.model_copy(update={"vocab_size": size})})
 
 
 def vocabulary(options: Config, args: argparse.Namespace) -> int:
@@ -94,6 +94,12 @@ def vocabulary(options: Config, args: argparse.Namespace) -> int:
     if args.vocab_size and own not in (None, args.vocab_size):
         raise UserError(f"--vocab-size {args.vocab_size}: model.vocab_size is {own}; leave one of them out")
     return own or args.vocab_size or 32_000
+
+
+def settled(options: Config, planned: Config | None = None) -> Config:
+    """The config with an amount for a budget that is relative to another recipe, which may be edited or
+    go on before a job reads it. planned: the config with the vocabulary that it is going to have."""
+    return options.model_copy(update={"budget": plan.with_vocabulary(planned or options)[0].budget})
 
 
 # ---- what jobs read ------------------------------------------------------------------------------
@@ -341,7 +347,7 @@ def submit_run(args: argparse.Namespace) -> int:
     folder = run.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     freeze(folder, site, form)
-    write_atomic(folder / "config.yaml", config.dump(options))
+    write_atomic(folder / "config.yaml", config.dump(settled(options, planned)))
     submitted = submit(folder, files)
     if args.json:
         console.print_json(submitted)

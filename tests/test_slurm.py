@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from pretrain import budget, config
 from pretrain.checkpoint import RunFolder
-from pretrain.config import UserError
+from pretrain.config import Config, UserError
 from slurm import attempts, cluster, forms, journal, preflight, scheduler, stage, status, submit
 from slurm.scheduler import Seen
 from tests.slurm_cluster.jobs import site
+from tools import sweep
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "slurm" / "cluster.env.example"
@@ -222,6 +224,76 @@ def test_programs_say_what_is_wrong(words: list[str], named: str, tmp_path: Path
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {named}: ".replace("TMP", str(tmp_path)))
     assert start("--version").stdout.startswith("LateMask ")
+
+
+# ---- what is frozen ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue that takes every job and starts none."""
+    monkeypatch.setattr(scheduler, "submit", lambda script, after=None: "7")
+    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+
+
+@pytest.fixture
+def share(tiny: Path, tmp_path: Path) -> list[str]:
+    """A command line for a run that may spend what ten updates of `ref.yaml` cost."""
+    words = ["budget.steps=10", f"run.dir={tmp_path / 'ref'}"]
+    (tmp_path / "ref.yaml").write_text(config.dump(config.load(tiny / "tiny.yaml", words)))
+    relative = ["budget.steps=null", f"budget.relative_to={tmp_path / 'ref.yaml'}"]
+    return [str(tiny / "tiny.yaml"), *relative, f"run.dir={tmp_path / 'run'}"]
+
+
+def frozen(run: Path, vocab_size: int) -> tuple[Config, float]:
+    """The config of a submitted run, and the FLOPs that it may spend once its vocabulary is known."""
+    options = config.load(run / "slurm" / "config.yaml")
+    model = options.model.model_copy(update={"vocab_size": vocab_size})
+    return options, budget.resolve(options.model_copy(update={"model": model})).budget.amount[1]
+
+
+@pytest.mark.usefixtures("queue")
+def test_a_budget_is_frozen_as_an_amount(share: list[str], tmp_path: Path) -> None:
+    """What it is relative to may be edited while the job waits."""
+    assert submit.main([*share, "--cluster", str(site(tmp_path))]) == 0
+    cost = budget.planned(config.load(tmp_path / "ref.yaml", ["model.vocab_size=400"]), "flops")
+    (tmp_path / "ref.yaml").unlink()
+    options, amount = frozen(tmp_path / "run", 400)
+    assert amount == pytest.approx(cost, rel=1e-12)
+    assert options.budget.relative_to == str(tmp_path / "ref.yaml") and options.model.vocab_size is None
+
+
+@pytest.mark.usefixtures("queue")
+@pytest.mark.parametrize(("tokenizer", "pieces"), [("tokenizer", 400), ("new", 700)])
+def test_a_budget_is_that_of_the_vocabulary_to_come(
+    tokenizer: str, pieces: int, share: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    """The corpus job finds a tokenizer, or makes one."""
+    words = [*share, f"corpus.train={tmp_path}/train", f"corpus.tokenizer={tiny / tokenizer}"]
+    words += ["--pipeline", "corpus,train", "--input", str(tiny / "train.jsonl"), "--vocab-size", "700"]
+    assert submit.main([*words, "--cluster", str(site(tmp_path))]) == 0
+    cost = budget.planned(config.load(tmp_path / "ref.yaml", [f"model.vocab_size={pieces}"]), "flops")
+    assert frozen(tmp_path / "run", pieces)[1] == pytest.approx(cost, rel=1e-12)
+
+
+@pytest.mark.usefixtures("queue")
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_share_of_a_run_to_come_is_refused(submitted: bool, share: list[str], tmp_path: Path) -> None:
+    if submitted:
+        (tmp_path / "mlm" / "slurm").mkdir(parents=True)
+    words = [*share, f"budget.relative_to={tmp_path / 'mlm'}", "--cluster", str(site(tmp_path))]
+    with pytest.raises(UserError, match="budget.relative_to = .*/mlm: no such config, and no run that"):
+        submit.main(words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("queue")
+def test_the_budgets_of_a_sweep_are_frozen(share: list[str], tmp_path: Path) -> None:
+    words = [*share, "--output", str(tmp_path / "sweep"), "--over", "budget.fraction=0.5,1", "--slurm"]
+    assert sweep.main([*words, "--cluster", str(site(tmp_path))]) == 0
+    (tmp_path / "ref.yaml").unlink()
+    half, whole = (config.load(tmp_path / "sweep" / f"fraction-{share}.yaml") for share in ("0.5", "1"))
+    assert whole.budget.amount == ("flops", 2 * half.budget.amount[1])
 
 
 # ---- verdicts ------------------------------------------------------------------------------------

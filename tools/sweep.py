@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
         submit.check_data(variant.options.corpus)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
         return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
-    files = [file for variant in possible if (file := prepare(variant, args.output))]
+    frozen = [replace(one, options=submit.settled(one.options)) for one in possible if one.options]
+    files = [file for variant in frozen if (file := prepare(variant, args.output))]
     if not files:
         return "all runs are done"
     commands = [f'"$PYTHON" -m pretrain {shlex.quote(str(file.absolute()))}' for file in files]
