@@ -239,14 +239,6 @@ class Topology:
         dist.all_gather(texts, padded, self.flags)
         return [bytes(given.tolist()).rstrip(b"\0").decode() for given in texts]
 
-    def broadcast_float(self, value: float) -> float:
-        """Rank 0's value, on every rank."""
-        if self.flags is None:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(tensor, 0, self.flags)
-        return tensor.item()
-
     def broadcast_text(self, text: str, source: int = 0) -> str:
         """The text of rank `source`, on every rank."""
         if self.flags is None:

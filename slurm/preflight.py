@@ -17,8 +17,10 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tools import console
 PATIENCE = 120.0
 """Seconds that a rank waits for the notes of the others; imports from a slow file system take long."""
 CLOCK = 30.0
-"""Seconds by which a node's clock may differ from that of rank 0."""
+"""Seconds by which a node's clock may differ from the median of the nodes."""
 MEMORY_BYTES = 1 << 30
 """Least free memory of a rank's device, or of a node's share for it."""
 
@@ -79,7 +81,7 @@ def _space(options: Config, copies: str) -> list[str]:
     """Room for two checkpoints where the run lives, and for a copy of the corpus on the node's disk."""
     m, run = options.model, Path(options.run.dir)
     size = flops.parameters(m, m.vocab_size or 65536)
-    found = _room(run, 2 * 12 * sum(size.values()))
+    found = _room(run, 2 * 12 * size["total"])
     return found + (_room(Path(copies), _to_copy(options, Path(copies))) if copies else [])
 
 
@@ -129,11 +131,17 @@ def meet(options: Config) -> list[str]:
     if topology.is_main:
         print(f"preflight: all-reduce of {ones.nbytes / 1e6:.0f} MB in {time.perf_counter() - begin:.3f} s")
     topology.barrier()
-    skew = time.time() - topology.broadcast_float(time.time())
+    clocks = [said.split() for said in topology.gather_text(f"{_node()} {time.time()}")]
+    skew = off({node: float(clock) for node, clock in clocks}, _node())
     if abs(skew) > CLOCK:
-        found.append(f"its clock is {skew:+.0f} s off that of the first node")
+        found.append(f"its clock is {skew:+.0f} s off the median of the nodes")
     topology.close()
     return found
+
+
+def off(clocks: Mapping[str, float], node: str) -> float:
+    """Seconds by which a node's clock differs from the median of the nodes; of two, both are as far off."""
+    return clocks[node] - statistics.median(clocks.values())
 
 
 def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
@@ -157,8 +165,11 @@ def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
 
 
 def _note(folder: Path, rank: int, problems: list[str]) -> None:
-    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    write_atomic(folder / f"{rank}.json", json.dumps({"node": node, "problems": problems}))
+    write_atomic(folder / f"{rank}.json", json.dumps({"node": _node(), "problems": problems}))
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What is said about jobs without a cluster: sizes, sbatch files, verdicts, who is to blame."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,14 +9,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from pretrain import budget, config
+from pretrain import budget, checkpoint, config
 from pretrain.checkpoint import RunFolder
 from pretrain.config import Config, UserError
 from slurm import attempts, cluster, forms, journal, preflight, scheduler, stage, status, submit
 from slurm.scheduler import Seen
+from tests import ranks, runs
 from tests.slurm_cluster.jobs import site
 from tools import sweep
 
@@ -380,6 +383,42 @@ def test_nodes_that_are_well_but_fail_together_try_again(run: Path, tmp_path: Pa
     note(tmp_path / "a", 1, "n2")
     assert preflight.judge(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "again"
     assert "failed together" in journal.read(run)[-1]["reason"]
+
+
+def meet_with_a_wrong_clock(file: str) -> list[str]:
+    """What a rank says, each on a node of its own, where that of rank 0 has a wrong clock."""
+    rank, now = int(os.environ["RANK"]), time.time
+    os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
+    with mock.patch("time.time", lambda: now() + (100 if rank == 0 else 0)):
+        return preflight.meet(config.load(file))
+
+
+def test_the_first_node_may_be_the_one_with_the_wrong_clock(run: Path, tiny: Path, tmp_path: Path) -> None:
+    for rank, said in enumerate(ranks.run(3, meet_with_a_wrong_clock, str(tiny / "tiny.yaml"))):
+        note(tmp_path / "a", rank, f"n{rank + 1}", *said)
+    assert preflight.judge(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3) == "again n1"
+    assert "n1: its clock is +100 s off" in journal.read(run)[-1]["reason"]
+
+
+def test_of_two_clocks_neither_is_known_to_be_right() -> None:
+    assert [preflight.off({"n1": 100.0, "n2": 0.0}, node) for node in ("n1", "n2")] == [50, -50]
+
+
+def test_there_must_be_room_for_two_checkpoints(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as one is on disk."""
+    run = tmp_path / "run"
+    runs.finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=1"])
+    size = sum(file.stat().st_size for file in checkpoint.find(run).iterdir())
+    usage, free = shutil.disk_usage(run), 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    options = config.load(run / "config.yaml")
+    free = int(2.2 * size)
+    assert preflight._space(options, "") == []
+    free = int(1.8 * size)
+    (said,) = preflight._space(options, "")
+    assert said.startswith(f"{run}: ") and said.endswith(" needed")
 
 
 # ---- copies of the corpus ------------------------------------------------------------------------
