@@ -30,6 +30,8 @@ _WORDS = {
     "BOOT_FAIL": "failed",
     "DEADLINE": "failed",
 }
+FEW = 5
+"""Failed commands of an array that are named."""
 Row = dict[str, Any]
 
 
@@ -61,9 +63,11 @@ def newest_jobs(lines: list[journal.Line]) -> dict[str, list[str]]:
 def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen: list[Seen]) -> Row:
     mine = [line for line in lines if line["stage"] == stage]
     if stage == "array":
-        counted = tasks(run, mine, seen)
+        words = tasks(run, mine, seen)
+        counted, said = Counter(words), failed(run, words)
     else:
         counted = Counter(state(one) for one in seen) or Counter([forgotten(mine, jobs[0])])
+        said = ""
     row = {
         "run": str(run),
         "stage": stage,
@@ -72,7 +76,7 @@ def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen
         "state": worst(counted),
         "tasks": dict(counted) if stage == "array" else None,
         "attempts": sum(line["event"] == "begin" for line in mine) or None,
-        "message": message(run, stage, mine, seen),
+        "message": said or message(run, stage, mine, seen),
     }
     return row | (training(run) if stage == "train" else dict.fromkeys(_PROGRESS))
 
@@ -91,21 +95,34 @@ def state(seen: Seen) -> str:
     return _WORDS.get(seen.state, seen.state.lower())
 
 
-def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> Counter[str]:
-    """How the tasks of an array stand, by what the queue knows of them and what is done on disk."""
-    here = run / "slurm"
-    count = len((here / "commands.txt").read_text(encoding="utf-8").splitlines())
-    done = {int(path.name) for path in (here / "done").iterdir()}
+def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> list[str]:
+    """How each task of an array stands, by what the queue knows of it and what is done on disk."""
+    count, done = commands(run)
     words = {int(one.job.partition("_")[2]): state(one) for one in seen}  # who took a task's place comes last
     asked = [line["event"] for line in lines if line["event"] in ("submit", "cancel")]
     unknown = "cancelled" if asked[-1] == "cancel" else "failed"
     size = min(count, scheduler.MAX_ARRAY)
-    return Counter(
+    return [
         "finished"
         if words.get(task) in (None, *ENDED) and done.issuperset(range(task, count, size))
         else words.get(task, unknown)
         for task in range(size)
-    )
+    ]
+
+
+def commands(run: Path) -> tuple[int, set[int]]:
+    """How many an array has, and the numbers (from 0) of those that are done."""
+    here = run / "slurm"
+    count = len((here / "commands.txt").read_text(encoding="utf-8").splitlines())
+    return count, {int(path.name) for path in (here / "done").iterdir()}
+
+
+def failed(run: Path, words: Sequence[str]) -> str:
+    """Which commands of an array its failed tasks have left undone, the first few by their lines."""
+    count, done = commands(run)
+    left = [str(n + 1) for n in range(count) if n not in done and words[n % len(words)] == "failed"]
+    few = [*left[:FEW], "..."] if len(left) > FEW else left
+    return f"failed in commands.txt: line {', '.join(few)}" if few else ""
 
 
 def forgotten(lines: list[journal.Line], job: str) -> str:
@@ -163,7 +180,9 @@ def text(table: list[Row]) -> str:
         words = ["-" if value is None else str(value) for value in shown]
         lines.append([row["run"], row["stage"], row["job"], row["state"], *words])
     messages = [
-        f"{row['run']} {row['stage']}: {said}" for row in table if (said := _tasks(row) or row["message"])
+        f"{row['run']} {row['stage']}: {said}"
+        for row in table
+        if (said := "; ".join(words for words in (_tasks(row), row["message"]) if words))
     ]
     return "\n".join([aligned(lines), *messages])
 

@@ -317,7 +317,8 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted((home / "out").read_text().split()) == ["one", "three", "two"]
     assert sorted(path.name for path in (home / "slurm" / "done").iterdir()) == ["0", "1", "2"]
     # Slurm forgets tasks one by one.
-    assert status.tasks(home, journal.read(home), []) == {"finished": 3, "failed": 2}
+    assert sorted(status.tasks(home, journal.read(home), [])) == ["failed"] * 2 + ["finished"] * 3
+    assert row(home, "array")["message"] == "failed in commands.txt: line 4, 5"
 
 
 def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
