@@ -37,6 +37,7 @@ class Cluster:
     cpus_per_task: int = 1
     memory: str = ""
     time: str = "24:00:00"
+    cpu_time: str = ""
     options: str = ""
     device: str = ""
     signal_seconds: int = 300
@@ -53,6 +54,7 @@ FORMS: dict[str, Callable[[str], Any]] = {
     "TASKS_PER_NODE": whole(1),
     "CPUS_PER_TASK": whole(1),
     "TIME": time_limit,
+    "CPU_TIME": time_limit,
     "SIGNAL_SECONDS": whole(1, 65535),
     "REQUEUE": yes_or_no,
     "MAX_ATTEMPTS": whole(1),

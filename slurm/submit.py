@@ -33,12 +33,14 @@ from pretrain.tokenizer import SMALLEST, load_tokenizer
 from slurm import cluster, journal, scheduler, status
 from slurm.cluster import Cluster
 from slurm.forms import seconds, time_limit
-from tools import console, encode_corpus, plan
+from tools import console, encode_corpus, layouts, plan
 from tools.console import share, whole
 from tools.text_files import find_files
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("corpus", "train", "evaluate", "export", "report")
+PROGRAMS = ("evaluate", "export", "report")
+"""Those of one program on one node."""
 FEW = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of nodes that are tried where none is given."""
 
@@ -66,12 +68,15 @@ def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Sha
     Without --nodes: the fewest on which the parallel settings fit the site's device.
     """
     gpus = site.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+    bare = args.gpus_per_node == 0 and site.gpus_per_node  # DEVICE is that of the site's GPUs
+    where = f"{args.cluster or cluster.DEFAULT}: DEVICE="
+    device = layouts.named(site.device, where) if site.device and not bare else None
     tasks = args.tasks_per_node or site.tasks_per_node or gpus or 1
     refusal = None
     for nodes in [args.nodes] if args.nodes else FEW:
         try:
             form = Shape(nodes, tasks, gpus)
-            return form, plan.plan(options, form.ranks, site.device or None, name=args.config)
+            return form, plan.plan(options, form.ranks, device, name=args.config)
         except UserError as error:
             refusal = refusal or error
     assert refusal
@@ -150,9 +155,11 @@ def render(stage: str, template: str, heads: Sequence[str], values: Mapping[str,
 
 def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.Namespace) -> list[str]:
     """The #SBATCH words of a job. Slurm reads quotes in them as a shell does; % is special in paths."""
-    small = stage not in ("train", "array")
+    single = stage in PROGRAMS
+    # Also what gets no GPU because of --gpus-per-node 0.
+    cpus = single or stage == "corpus" or bool(site.gpus_per_node and not form.gpus)
     log = "%A_%a" if stage == "array" else "%j"
-    limit = args.time or site.time
+    limit = args.time or (site.cpu_time if single else "") or site.time
     # To the ranks, in time to save; a corpus job unwinds on SIGTERM; the other programs save nothing.
     told = {"train": "USR1", "array": "USR1", "corpus": "TERM"}.get(stage)
     if told and site.signal_seconds >= seconds(limit):
@@ -165,13 +172,13 @@ def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.N
         "chdir": os.getcwd(),
         "output": str(folder / stage).replace("%", "%%") + f"-{log}.log",
         "open-mode": "append",
-        "partition": args.partition or (site.cpu_partition if small else "") or site.partition,
+        "partition": args.partition or (site.cpu_partition if cpus else "") or site.partition,
         "account": site.account,
         "qos": site.qos,
-        "constraint": "" if small else site.constraint,
+        "constraint": "" if cpus else site.constraint,
         "nodes": str(form.nodes),
         "ntasks-per-node": str(form.tasks),
-        "cpus-per-task": str(site.cpus_per_task),
+        "cpus-per-task": str(1 if stage == "corpus" else site.cpus_per_task),  # its ranks have no threads
         "mem": site.memory if stage == "train" else "",
         "time": limit,
         "signal": f"{told}@{site.signal_seconds}" if told else "",
@@ -340,7 +347,9 @@ def submit_run(args: argparse.Namespace) -> int:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
         print(f"warning: {error}", file=sys.stderr)
+    sizing = f"nodes x ranks: {form.nodes} x {form.tasks}{_expected(estimate)}"
     if args.dry_run:
+        print(sizing, file=sys.stderr)
         return show(files, args.json)
     run = Path(options.run.dir)
     refuse_live(run)
@@ -352,7 +361,7 @@ def submit_run(args: argparse.Namespace) -> int:
     if args.json:
         console.print_json(submitted)
         return 0
-    print(f"nodes x ranks: {form.nodes} x {form.tasks}{_expected(estimate)}")
+    print(sizing)
     print(f"config, code, packages and sbatch files are frozen in {run / 'slurm'}")
     for before, job in zip([None, *submitted], submitted, strict=False):
         print(f"job {job['job']}: {job['stage']}" + (f", after job {before['job']}" if before else ""))
@@ -395,10 +404,16 @@ def submit_array(args: argparse.Namespace) -> int:
 
 
 def runs_of(words: Sequence[str]) -> list[Path]:
-    """The run folders that words name, as folders or as configs; all in runs/ if there are none."""
+    """The run folders that words name: folders, or configs with overrides; all in runs/ if there are none."""
     if not words:
         return sorted(path.parent.parent for path in Path("runs").glob("*/slurm/journal.jsonl"))
-    runs = [Path(config.load(word).run.dir) if Path(word).is_file() else Path(word) for word in words]
+    changes = [word for word in words if "=" in word and not Path(word).exists()]
+    named = [word for word in words if word not in changes]
+    if changes and not any(Path(word).is_file() for word in named):
+        raise UserError(f"{changes[0]}: no such folder, and no CONFIG that it would change; name one of them")
+    runs = [
+        Path(config.load(word, changes).run.dir) if Path(word).is_file() else Path(word) for word in named
+    ]
     for run in runs:
         if not journal.path(run).exists():
             raise UserError(f"{run}: was never submitted from here; check the path")
@@ -486,6 +501,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(words)
     if not (args.config or args.status or args.cancel or args.array):
         parser.error("name a CONFIG, or ask for --status, --cancel or --array")
+    if args.array and args.config:
+        parser.error(f"--array {args.array}: its lines are whole commands; leave out {args.config}")
     if args.dry_run and (args.status or args.cancel):
         parser.error("--dry-run is for what is submitted, not for --status or --cancel")
     return args

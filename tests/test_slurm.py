@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,6 +79,7 @@ def test_without_nodes_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -
         ),
         (["--time", "5"], f"{EXAMPLE}: SIGNAL_SECONDS=300 is not shorter than a job (5)"),
         (["--cluster", "/no/where"], "cluster.env.example"),
+        (["--array", "commands"], f"--array commands: its lines are whole commands; leave out {LARGE}"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str) -> None:
@@ -161,15 +163,64 @@ def test_what_the_corpus_job_makes_is_not_missed(tmp_path: Path, capsys: pytest.
     words += ["--pipeline", "corpus,train,evaluate", "--input", f"{tmp_path}/*.jsonl", "--text-key", "body"]
     assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run"]) == 0
     told = capsys.readouterr()
-    assert not told.err
+    assert "warning" not in told.err
     # The tokenizer is trained on the same documents.
     (tmp_path / "a.jsonl").rename(tmp_path / "archived")
     assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run"]) == 0
     assert "no such file" in capsys.readouterr().err
     (tmp_path / "train.json").touch()
     assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run", "model.vocab_size=400"]) == 0
-    assert not capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().err
     assert f"input=('{tmp_path}/*.jsonl' --text-key body --txt-document blank-line)\n" in told.out
+
+
+def test_a_dry_run_says_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no sbatch file and no JSON document is in its way."""
+    words = [LARGE, "--nodes", "2", "--cluster", str(EXAMPLE), "--dry-run"]
+    for more in ([], ["--json"]):
+        assert submit.main([*words, *more]) == 0
+        told = capsys.readouterr()
+        assert re.search(r"^nodes x ranks: 2 x 8; [\d.]+ GB a rank, about [\d.]+ hours of ", told.err, re.M)
+        assert "nodes x ranks" not in told.out
+    assert [stage["stage"] for stage in json.loads(told.out)] == ["train"]
+
+
+def test_corpus_ranks_have_one_cpu_and_programs_a_limit_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    words = [LARGE, "--pipeline", ",".join(submit.STAGES), "--input", str(tmp_path / "a.txt")]
+
+    def asked(name: str, more: str, *options: str) -> list[str]:
+        file = site(tmp_path, f"CPUS_PER_TASK=6\nTIME=9:00:00\n{more}")
+        return re.findall(rf"#SBATCH --{name}=(\S+)", dry(capsys, *words, *options, cluster=file))
+
+    assert asked("cpus-per-task", "") == ["1", "6", "6", "6", "6"]
+    assert asked("time", "") == ["9:00:00"] * 5
+    assert asked("time", "CPU_TIME=30\n") == ["9:00:00", "9:00:00", "30", "30", "30"]
+    assert asked("time", "CPU_TIME=30\n", "--time", "2:00:00") == ["2:00:00"] * 5
+
+
+def test_a_job_without_gpus_is_for_the_other_nodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would not fit the site's device is not for it either."""
+    more = "GPUS_PER_NODE=8\nDEVICE=H100\nPARTITION=gpu\nCONSTRAINT=ib\n"
+    words = [LARGE, "train.micro_batch_size=256", "--nodes", "1", "--gpus-per-node", "0"]
+    text = dry(capsys, *words, cluster=site(tmp_path, more + "CPU_PARTITION=cpu\n"))
+    assert "--partition=cpu\n" in text and "gpus" not in text and "constraint" not in text
+    assert "--partition=gpu\n" in dry(capsys, *words, cluster=site(tmp_path, more))
+    (tmp_path / "commands").write_text("true\n")
+    words = ["--array", str(tmp_path / "commands"), "--output", str(tmp_path / "out")]
+    file = site(tmp_path, more + "CPU_PARTITION=cpu\n")
+    assert "--partition=gpu\n" in dry(capsys, *words, cluster=file)
+    assert "--partition=cpu\n" in dry(capsys, *words, "--gpus-per-node", "0", cluster=file)
+
+
+def test_an_unknown_device_is_the_sites(tmp_path: Path) -> None:
+    file = site(tmp_path, "DEVICE=V100\n")
+    with pytest.raises(UserError, match=f"^{file}: DEVICE=V100: not in the table"):
+        submit.main([LARGE, "--cluster", str(file), "--dry-run"])
 
 
 def test_an_array_is_only_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +257,21 @@ def test_a_misspelt_site_variable_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bash cannot read it"):
         cluster.read(site(tmp_path, "setup() {\n"))
     assert cluster.read(EXAMPLE).gpus_per_node == 8 and cluster.read(EXAMPLE).tasks_per_node is None
+
+
+def test_what_the_example_suggests_can_be_typed(tmp_path: Path) -> None:
+    """A value where the others are, as it stands in the comment."""
+    text, suggested = EXAMPLE.read_text(), {}
+    for line in text.splitlines():
+        if found := re.match(r"(\w+)=.*# .*such as (\"[^\"]*\"|[^ ,;]+)", line):
+            suggested[found[1]] = found[2]
+            text = text.replace(line, f"{found[1]}={found[2]}  # {line}")
+        elif found := re.match(r"(SRUN|WRAP)=.*# \w+: (\1=\(.*\))$", line):
+            text = text.replace(line, found[2])
+    assert suggested.keys() == {"CONSTRAINT", "CPU_TIME", "OPTIONS", "LOCAL_SCRATCH"}
+    (tmp_path / "cluster.env").write_text(text)
+    read = cluster.read(tmp_path / "cluster.env")
+    assert read.options == "--exclusive --mail-type=FAIL" and read.constraint == "h100&ib"
 
 
 @pytest.mark.parametrize(
@@ -452,6 +518,42 @@ def test_a_bad_original_makes_no_copy(tiny: Path, tmp_path: Path) -> None:
 
 
 # ---- status --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_named_by_a_config_with_overrides(tiny: Path, run: Path, tmp_path: Path) -> None:
+    journal.note(run, "submit", "train", "7")
+    file, odd = str(tiny / "tiny.yaml"), tmp_path / "lr=3"
+    assert submit.runs_of([file, f"run.dir={run}"]) == [run]
+    shutil.copytree(run, odd)
+    assert submit.runs_of([str(odd), file, f"run.dir={run}"]) == [odd, run]
+    with pytest.raises(UserError, match=f"^run.dir={run}: no such folder, and no CONFIG"):
+        submit.runs_of([str(odd), f"run.dir={run}"])
+
+
+@pytest.mark.parametrize(
+    ("count", "undone", "message"),
+    [
+        (3, [1], "failed in commands.txt: line 2"),
+        (1003, [0, 1001, 1002], "failed in commands.txt: line 1, 1002, 1003"),  # tasks 0, 1 and 2
+        (9, range(2, 9), "failed in commands.txt: line 3, 4, 5, 6, 7, ..."),
+    ],
+)
+def test_failed_commands_are_numbered(
+    count: int, undone: Sequence[int], message: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "slurm" / "commands.txt").write_text("a command\n" * count)
+    (run / "slurm" / "done").mkdir()
+    for number in set(range(count)) - set(undone):
+        (run / "slurm" / "done" / str(number)).touch()
+    journal.note(run, "submit", "array", "7")
+    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+    (row,) = status.rows([run])
+    assert row["state"] == "failed" and row["tasks"]["failed"] == len(undone)
+    assert row["message"] == message and status.text([row]).endswith(f"; {message}")
+    # What is not over has not failed.
+    running = [Seen(f"7_{task}", "RUNNING", "None", 0) for task in range(count)]
+    monkeypatch.setattr(scheduler, "look", lambda jobs: {"7": running})
+    assert status.rows([run])[0]["message"] == ""
 
 
 def test_words_for_states() -> None:

@@ -344,11 +344,14 @@ def doubted(job: Job, layout: Layout, device: Device, achieved: float) -> float:
     return step_seconds(job, layout, device, achieved) * (1 + MARGIN[layout.zero])
 
 
-def named(name: str) -> Device:
-    """The device of that name, in the table or measured; UserError lists the known ones."""
+def named(name: str, given: str = "--device ") -> Device:
+    """The device of that name, in the table or measured; UserError lists the known ones.
+
+    given: what a person wrote before the name.
+    """
     if found := devices.find(name):
         return found
     if name in measured():
         return Device(**measured()[name]["device"])
     known = ", ".join([*(device.name for device in devices.DEVICES), *measured()])
-    raise UserError(f"--device {name!r}: not in the table ({known}), nor measured by tools.calibrate")
+    raise UserError(f"{given}{name!r}: not in the table ({known}), nor measured by tools.calibrate")
