@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +33,10 @@ pytestmark = pytest.mark.usefixtures("slurm")
 
 # Of no importance to the weights but for the rate, which must not depend on where the budget ends.
 LONG = ["budget.steps=1000000", "schedule.warmup=0", "schedule.floor=1", "evaluate.every_steps=null"]
+
+
+FOREVER = "sleep infinity"
+"""A job that ends when somebody ends it."""
 
 
 @pytest.fixture
@@ -168,6 +171,7 @@ def test_a_run_that_dies_without_progress_stops(tiny: Path, odd: Path, tmp_path:
             lambda: (odd / "metrics.jsonl").exists() and (odd / "metrics.jsonl").stat().st_mtime > begun,  # noqa: B023
             f"updates of attempt {number}",
         )
+        # Who made updates has written into its lock before.
         os.kill(int((odd / ".lock").read_text().split()[1]), signal.SIGKILL)
         if number == 1:
             jobs.requeued(job)
@@ -306,9 +310,9 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     assert submit.main(words) == 0
     (job,) = [line["job"] for line in journal.read(home) if line["event"] == "submit"]
-    jobs.until(lambda: row(home, "array")["tasks"].get("requeued") == 2, "two tasks to be requeued")
+    waiting = {"finished": 2, "requeued": 2, "failed": 1}
+    jobs.until(lambda: row(home, "array")["tasks"] == waiting, "two tasks to be requeued, the others' end")
     assert row(home, "array")["state"] == "requeued"
-    time.sleep(2.5)
     jobs.hurry(f"{job}_2")
     jobs.hurry(f"{job}_4")
     jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
@@ -324,13 +328,13 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
     """A task's successor takes its place; the others stay what they were."""
     home = tmp_path / "a grid"
-    (tmp_path / "commands").write_text("exit 3\nsleep 300\n[ -e again ] || { touch again; exit 75; }")
+    (tmp_path / "commands").write_text("exit 3\nsleep infinity\n[ -e again ] || { touch again; exit 75; }")
     site = jobs.site(tmp_path, f"REQUEUE=no\nsetup() {{ cd '{tmp_path}'; }}\n")
     array = ["--array", str(tmp_path / "commands"), "--output", str(home)]
     assert submit.main([*array, "--cluster", str(site)]) == 0
     jobs.until(lambda: len(row(home, "array")["jobs"]) == 2, "the successor")
-    jobs.until(lambda: "finished" in row(home, "array")["tasks"], "its end")
-    assert row(home, "array")["tasks"] == {"failed": 1, "running": 1, "finished": 1}
+    tasks = {"failed": 1, "running": 1, "finished": 1}
+    jobs.until(lambda: row(home, "array")["tasks"] == tasks, "its end, and that of the first")
     assert submit.main(["--cancel", str(home)]) == 0
     jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array's end")
     assert row(home, "array")["tasks"] == {"failed": 1, "cancelled": 1, "finished": 1}
@@ -339,16 +343,23 @@ def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
 def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Interrupted, it goes on with what is left; the table is that of a sweep on one machine."""
     home = tmp_path / "a sweep"
+    # Until this job has gone the sweep is in the queue, and until it is interrupted its second run.
+    before = command(
+        "sbatch", "--parsable", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", FOREVER
+    ).strip()
+    jobs.until(lambda: jobs.state(before) == "RUNNING", "the job before")
     words = [str(tiny / "tiny.yaml"), "budget.steps=3", "--output", str(home), "--over", "run.seed=1,2"]
     words += ["--slurm", "--cluster", str(jobs.site(tmp_path)), "--at-once", "1", "--json"]
     assert sweep.main(words) == 0
     first = row(home, "array")["job"]
     assert sweep.main(words) == 0  # not twice at the same time
-    assert f"job {first}: " in capsys.readouterr().err
+    assert f"job {first}: pending" in capsys.readouterr().err
+    command("scontrol", "hold", f"{first}_1")
+    command("scancel", before)
     jobs.until(lambda: RunFolder(home / "seed-1").status().get("state") == "finished", "the first run")
     submit.main(["--cancel", str(home)])
     jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array's end")
-    assert RunFolder(home / "seed-2").status().get("state") != "finished"
+    assert not (home / "seed-2").exists()
     assert sweep.main(words) == 0
     assert len((home / "slurm" / "commands.txt").read_text().splitlines()) == 1
     jobs.until(lambda: row(home, "array")["state"] == "finished", "the rest")
@@ -367,7 +378,7 @@ def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capsys: pytest.Ca
 def test_every_state_has_its_word(tmp_path: Path) -> None:
     """Of jobs that do nothing: what is asked is how the queue's answers are read."""
 
-    def put(name: str, *options: str, do: str = "sleep 60") -> str:
+    def put(name: str, *options: str, do: str = FOREVER) -> str:
         (tmp_path / name / "slurm").mkdir(parents=True)
         job = command("sbatch", "--parsable", "-o", "/dev/null", *options, "--wrap", do).strip()
         journal.note(tmp_path / name, "submit", "train", job)
@@ -384,6 +395,7 @@ def test_every_state_has_its_word(tmp_path: Path) -> None:
     sent_back = put("requeued", "-w", "lm1")
     jobs.until(lambda: jobs.state(sent_back) == "RUNNING", "the job to be sent back")
     command("scontrol", "requeue", sent_back)
+    jobs.requeued(sent_back)
     (tmp_path / "vanished" / "slurm").mkdir(parents=True)
     journal.note(tmp_path / "vanished", "submit", "train", "987654")
     runs = sorted(path.name for path in tmp_path.iterdir())
@@ -399,7 +411,7 @@ def test_every_state_has_its_word(tmp_path: Path) -> None:
 
 def test_the_jobs_end_is_found() -> None:
     """SLURM_JOB_END_TIME is not set by this Slurm: the queue is asked."""
-    job = command("sbatch", "--parsable", "--time", "7", "-o", "/dev/null", "--wrap", "sleep 60").strip()
+    job = command("sbatch", "--parsable", "--time", "7", "-o", "/dev/null", "--wrap", FOREVER).strip()
     jobs.until(lambda: jobs.state(job) == "RUNNING", "the job")
     end = job_end({"SLURM_JOB_ID": job})
     (known,) = re.findall(r" EndTime=(\S+)", command("scontrol", "-o", "show", "job", job))

@@ -105,7 +105,7 @@ def test_the_same_losses(name: str, tiny: Path, tmp_path: Path, expected: list[d
         "--nodelist=lm1,lm2" if nodes == 2 else "--nodelist=lm1",
         f"--output={log}",
     ]
-    options += ["--ntasks-per-node=1", "--time=5", "--wrap", script(tmp_path, start, words)]
+    options += ["--ntasks-per-node=1", "--time=15", "--wrap", script(tmp_path, start, words)]
     job = command("sbatch", "--parsable", *options).strip()
     jobs.until(lambda: jobs.state(job) not in jobs.LIVE, f"job {job}")
     assert jobs.state(job) == "COMPLETED", log.read_text()

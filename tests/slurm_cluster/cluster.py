@@ -123,7 +123,7 @@ def down() -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             _cancel_all()
     for file in (HOME / "run").glob("*.pid"):
-        _stop(int(file.read_text()), file)
+        _stop(_pid(file), file)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in _left_over():
             with contextlib.suppress(ProcessLookupError):
@@ -338,8 +338,15 @@ def _start_munge() -> None:
 
 def _alive(daemon: str) -> bool:
     """True if the process lives that wrote this pid file: "slurmctld", "slurmd.NODE"."""
-    file = HOME / "run" / f"{daemon}.pid"
-    return file.exists() and _name(int(file.read_text())) == daemon.partition(".")[0]
+    return _name(_pid(HOME / "run" / f"{daemon}.pid")) == daemon.partition(".")[0]
+
+
+def _pid(file: Path) -> int:
+    """What a pid file says; 0 where there is none, or a daemon has made it and is about to write."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _name(pid: int) -> str:

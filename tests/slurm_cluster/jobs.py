@@ -12,7 +12,7 @@ from tests.slurm_cluster.cluster import run as command
 
 SITE = """
 GPUS_PER_NODE=0
-TIME=10
+TIME=30
 SIGNAL_SECONDS=60
 PREFLIGHT=no
 SRUN=()
@@ -79,15 +79,17 @@ def log(run: Path) -> str:
 
 
 def requeued(job: str) -> None:
-    """Waits until a job is back in the queue, and as long as Slurm needs to forget its last start."""
-
+    """Waits until a job is back in the queue, where it stays until `hurry`, however slow the test is."""
     until(lambda: state(job) == "PENDING" and restarts(job) > 0, f"job {job} to be requeued")
-    time.sleep(2.5)
+    command("scontrol", "update", f"JobId={job}", "StartTime=now+1hour")
 
 
 def hurry(job: str) -> None:
-    """Lets a requeued job start; Slurm would wait for two minutes."""
-    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    """Lets a requeued job start.
+
+    Not in this very second: to its nodes the new start would be one that was revoked with the last.
+    """
+    command("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
 def trains(run: Path, job: str) -> None:
