@@ -219,6 +219,67 @@ def test_device_time_only_against_the_same_size_device_and_precision(
     assert runs[0]["relative"]["device_time"] == pytest.approx(2 / 3, rel=1e-12)
 
 
+HALVES = {"phases": [{"until": 0.5, "seq_length": 12}]}
+
+
+def phased(made: MadeRun, *parts: tuple[int, float]) -> MadeRun:
+    """Works through the phases of a run: of each the updates and the seconds of one."""
+    phases = config.phases(made.options)
+    for number, (steps, seconds) in enumerate(parts):
+        made.cost = budget.step_cost(phases[number])
+        made.step_seconds = seconds
+        if number:
+            made.ledger.note("phase-change", phase=number)
+        made.work(steps)
+    return made
+
+
+def test_device_time_of_phases_only_against_the_same_lengths(corpora: Corpora, tmp_path: Path) -> None:
+    late, halved = (options_of(corpora, method, train=HALVES) for method in ("3ml-self", "mlm"))
+    phased(MadeRun(tmp_path / "late", late), (4, 1.0), (1, 3.0))
+    MadeRun(tmp_path / "long", options_of(corpora), step_seconds=6.0).work(3)
+    phased(MadeRun(tmp_path / "mlm", halved), (3, 1.5), (3, 4.0))
+    phased(MadeRun(tmp_path / "begun", halved), (3, 1.5))
+
+    def times(*names: str) -> list[float | None]:
+        runs = report.gather([str(tmp_path / name) for name in names])["runs"]
+        return [run["relative"]["device_time"] for run in runs]
+
+    # Sequences of 24 say nothing of those of 12, and the other way round.
+    assert times("late", "long") == [None, 1] and times("late", "begun") == [None, 1]
+    assert times("late", "mlm") == [pytest.approx((4 * 1 + 3) / (4 * 1.5 + 4)), 1]
+    assert times("late", "long", "begun") == [pytest.approx((4 * 1 + 3) / (4 * 1.5 + 6)), 1, 1]
+    # The long run and the second half of the other are pooled: 5 s for a sequence of 24.
+    assert times("long", "mlm") == [
+        pytest.approx(6 / 5),
+        pytest.approx((3 * 1.5 + 3 * 4) / (3 * 1.5 + 3 * 5)),
+    ]
+
+
+def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) -> None:
+    """Killed in the second phase after a save in the first: until it is there again it has begun nothing."""
+    made = MadeRun(tmp_path / "run", options_of(corpora, "3ml-self", train=HALVES))
+    first = made.cost = budget.step_cost(config.phases(made.options)[0])
+    head = made.work(2).ledger.save()
+    phased(made, (1, 2.0), (1, 2.0))
+    made.ledger = Ledger.open(made.path, 2, "cpu", made.clock, made.clock.now)
+    made.ledger.begin(2, head)
+    (run,) = report.read_runs([str(made.path)])
+    assert [(done.samples, done.seconds) for done in run.stretches] == [(16, 8.0)]
+    made.cost = first
+    made.work(2)
+    made.ledger.note("phase-change", phase=1)
+    made.cost = budget.step_cost(config.phases(made.options)[1])
+    made.work(1)
+    made.ledger.note("phase-change", phase=0)  # a larger budget, of which this is the first half
+    made.cost = first
+    made.work(1)
+    (run,) = report.read_runs([str(made.path)])
+    lengths = [done.options.train.seq_length for done in run.stretches]
+    assert (lengths, [done.samples for done in run.stretches]) == ([12, 24, 12], [32, 8, 8])
+    assert [done.seconds for done in run.stretches] == [16.0, 4.0, 4.0]
+
+
 def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
     from pretrain.model import LateMaskModel
 

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain import __version__, budget, config, costs, flops, ledger
 from pretrain.checkpoint import RunFolder, check_folder
@@ -77,6 +77,16 @@ def write(document: dict[str, Any], output: Path) -> list[Path]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+class Stretch(NamedTuple):
+    """What surviving updates of one phase took."""
+
+    options: Config
+    """Of the phase."""
+    samples: int
+    seconds: float
+    """Device-seconds of updates."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run folder says."""
@@ -98,6 +108,28 @@ class Run:
     @property
     def devices(self) -> list[str]:
         return sorted({line["device"] for line in self.lines})
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """In order; none before the first update, and two of a phase that a larger budget came back to."""
+        borders = [(0, 0, 0.0)]  # phase, and what there was before it
+        for line in self.lines:
+            if line["event"] == "resume":  # phases that the run went back from are not begun yet
+                borders = [border for border in borders if border[1] <= line["samples"]]
+            if line["event"] == "phase-change":
+                borders.append((line["phase"], *_surviving(line)))
+        ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
+        phases = config.phases(self.options)
+        return [
+            Stretch(phases[phase], samples - before, seconds - since)
+            for (phase, before, since), (_, samples, seconds) in pairwise([*borders, *ends])
+            if samples > before
+        ]
+
+
+def _surviving(line: ledger.Line) -> tuple[int, float]:
+    """Sequences, and device-seconds of updates, that the model is made of."""
+    return line["samples"], line["device_seconds"]["productive"]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -265,11 +297,12 @@ def _budget(o: Config, totals: dict[str, Any]) -> dict[str, Any]:
 def _relative(run: Run) -> dict[str, float]:
     """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
     ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
-    for samples, phase in zip(_phase_samples(run), config.phases(run.options), strict=True):
-        mine, reference = _sequence_costs(phase), _sequence_costs(costs.baseline(phase))
+    # Before the first update: of one sequence of the first phase.
+    for done in run.stretches or [Stretch(config.phases(run.options)[0], 1, 0.0)]:
+        mine, reference = _sequence_costs(done.options), _sequence_costs(costs.baseline(done.options))
         for name in MEASURES:
-            ours[name] += samples * mine[name]
-            theirs[name] += samples * reference[name]
+            ours[name] += done.samples * mine[name]
+            theirs[name] += done.samples * reference[name]
     return {name: ours[name] / theirs[name] for name in MEASURES}
 
 
@@ -277,37 +310,28 @@ def _sequence_costs(o: Config) -> dict[str, float]:
     return asdict(costs.of_sequence(o, o.model.vocab_size or 0))
 
 
-def _phase_samples(run: Run) -> list[int]:
-    """Sequences of each phase; before the first update, one of the first phase."""
-    borders = {0: 0}  # phase -> samples before it; written anew where the run went back
-    for line in run.lines:
-        if line["event"] == "phase-change":
-            borders[line["phase"]] = line["samples"]
-    ends = [*borders.items(), (len(run.options.train.phases) + 1, max(1, run.totals["samples"]))]
-    samples = [0] * (len(run.options.train.phases) + 1)
-    for (phase, begin), (_, end) in pairwise(ends):
-        samples[phase] = max(0, end - begin)
-    return samples
-
-
 def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
-    """Device-seconds of updates per sequence over those of the baselines among `runs`; None without."""
-    reference = ledger.total(other.path for other in runs if _is_baseline(other, run))
-    if not (reference["samples"] and run.totals["samples"]):
-        return None
-    return _seconds_per_sequence(run.totals) / _seconds_per_sequence(reference)
+    """Device-seconds of updates over those that the baselines among `runs` take for as many sequences.
 
-
-def _seconds_per_sequence(totals: dict[str, Any]) -> float:
-    return totals["device_seconds"]["productive"] / totals["samples"]
+    Phase by phase, for a sequence of half the length takes less than half as long; None if the baselines
+    were not timed in each of them: a guess would be no measurement.
+    """
+    known = [done for other in runs if _is_baseline(other, run) for done in other.stretches if done.seconds]
+    theirs = 0.0
+    for mine in run.stretches:
+        wanted = _sequence_costs(costs.baseline(mine.options))
+        same = [done for done in known if _sequence_costs(done.options) == wanted]
+        if not same:
+            return None
+        each = sum(done.seconds for done in same) / sum(done.samples for done in same)
+        theirs += mine.samples * each
+    return sum(mine.seconds for mine in run.stretches) / theirs if theirs else None
 
 
 def _is_baseline(other: Run, run: Run) -> bool:
-    """Whether `other` is what `run` is measured against: same size, same arithmetic, same device."""
+    """Whether `other` may be what `run` is measured against: same arithmetic, same device."""
     return (
         config.method(other.options) == "mlm"
-        and bool(other.lines)
-        and _sequence_costs(other.options) == _sequence_costs(costs.baseline(run.options))
         and other.options.model.block == run.options.model.block
         and other.options.train.precision == run.options.train.precision
         and other.devices == run.devices

@@ -198,8 +198,9 @@ COSTS = Table(
             "vs mlm",
             lambda r: _relative(r, "device_time"),
             "the same cost for ordinary MLM at 15 % with an encoder of this size, trained on as many"
-            " sequences of this length, is 1; the first three by formula, time by the mlm runs of this report"
-            " on the same device in the same precision (a dash: there is none)",
+            " sequences of the same lengths, is 1; the first three by formula, time by what the mlm runs of"
+            " this report took at these lengths on the same device in the same precision (a dash: at one of"
+            " them there is none)",
         ),
     ),
 )
