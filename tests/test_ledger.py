@@ -622,3 +622,13 @@ def test_program_total_shows_hours(tmp_path):
     written(tmp_path)
     _, text = program.total([str(tmp_path)])
     assert "device-hours, productive           0.0111" in text.splitlines()
+
+
+def test_program_reads_a_ledger_without_a_line(tmp_path):
+    """So it is between a run's first look at its folder and its first line."""
+    Ledger.open(tmp_path, 2, "cpu", Clock(), started=1000.0)
+    runs = [str(tmp_path)]
+    assert program.check(runs)[0] == [{"run": runs[0], "lines": 0, "checkpoints": 0}]
+    assert program.total(runs)[0]["steps"] == 0
+    assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
+    assert program.emissions.report(runs, None, None)[0]["attempts"] == []

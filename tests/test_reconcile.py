@@ -97,6 +97,30 @@ def test_what_slurm_prints_is_read() -> None:
     assert reconcile.read_scontrol(CONTROL.format("PENDING")) == []  # its times are a forecast
 
 
+@pytest.mark.parametrize(
+    ("tres", "gpus"),
+    [
+        ("billing=2,gres/gpu:h100=4,node=1", 4),
+        ("gres/gpu:h100=4,gres/gpu=4", 4),
+        ("gres/gpu:a100_1g.10gb=2,gres/gpu:h100=1", 3),
+        ("cpu=2,gres/gpumem=80,gres/gpuutil=100", None),
+        ("gres/gpu=0", None),
+    ],
+)
+def test_gpus_are_counted_once_by_whatever_name(tres: str, gpus: int | None) -> None:
+    (one,) = reconcile.read_sacct(COMPLETED.replace("gres/gpu=4", tres))
+    (same,) = reconcile.read_scontrol(CONTROL.format("COMPLETED").replace("gres/gpu=4", tres))
+    assert one.gpus == same.gpus == gpus
+
+
+def test_saved_words_that_are_not_sacct_s_are_named(run: Path, tmp_path: Path) -> None:
+    assert reconcile.read_sacct("\nJobIDRaw|State|Start|End|AllocTRES\n" + COMPLETED + "\n")[0].gpus == 4
+    saved = tmp_path / "sacct.txt"
+    saved.write_bytes(COMPLETED.encode() + b"\xffslurm says no\n")
+    with pytest.raises(UserError, match=r"sacct.txt:2: expected JobIDRaw\|State"):
+        reconcile.reconcile([str(run)], str(saved))
+
+
 PROGRAMS = {
     "sacct": "#!/bin/sh\ncase $* in *--completion*) printf '%s' \"$COMPLETION\";;"
     " *) printf '%s' \"$SACCT\";; esac\n",

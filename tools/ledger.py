@@ -150,11 +150,11 @@ def show(runs: list[str]) -> tuple[Any, str]:
 
 def _telling(lines: list[ledger.Line]) -> list[ledger.Line]:
     """Without heartbeats and logs, but for the one that an attempt ends with: there it was killed."""
-    followers: list[ledger.Line] = [*lines[1:], {"attempt": None}]
+    last = {line["attempt"]: number for number, line in enumerate(lines)}
     return [
         line
-        for line, after in zip(lines, followers, strict=True)
-        if line["event"] not in ("heartbeat", "log") or after["attempt"] != line["attempt"]
+        for number, line in enumerate(lines)
+        if line["event"] not in ("heartbeat", "log") or last[line["attempt"]] == number
     ]
 
 

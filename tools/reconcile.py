@@ -143,15 +143,23 @@ def _ask(command: Sequence[str], environ: dict[str, str]) -> tuple[str, str]:
     return done.stdout, (done.stderr.strip().splitlines() or [""])[-1]
 
 
-def read_sacct(text: str) -> list[Allocation]:
+_LINE = re.compile(
+    r"(?P<job>[^|]+)\|(?P<state>[A-Z_]+)[^|]*\|(?P<start>[^|]*)\|(?P<end>[^|]*)(\|(?P<tres>.*))?"
+)
+
+
+def read_sacct(text: str, source: str = "sacct") -> list[Allocation]:
     """The allocations in the output of `SACCT` or `COMPLETION`; one that has not begun is left out."""
     found = []
-    for line in text.splitlines():
-        job, state, start, end, *tres = line.split("|")
-        if (begin := _time(start)) is not None:
-            gpus = re.search(r"(?:^|,)gres/gpu=(\d+)", tres[0]) if tres else None
-            count = int(gpus[1]) if gpus else None
-            found.append(Allocation(job, state.split()[0], begin, _time(end) or ledger.now(), count))
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        words = _LINE.fullmatch(line)
+        if not words:
+            raise UserError(f"{source}:{number}: expected {'|'.join(FIELDS)}; save what {SACCT[0]} prints")
+        if (begin := _time(words["start"])) is not None:
+            end = _time(words["end"]) or ledger.now()
+            found.append(Allocation(words["job"], words["state"], begin, end, _gpus(words["tres"] or "")))
     return found
 
 
@@ -162,11 +170,17 @@ def read_scontrol(text: str) -> list[Allocation]:
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
         begin = _time(words.get("StartTime", ""))
         if begin is not None and words["JobState"] != "PENDING":  # whose start is a forecast
-            gpus = re.search(r"gres/gpu[^=,]*[=:](\d+)", words.get("AllocTRES") or words.get("TRES", ""))
+            gpus = _gpus(words.get("AllocTRES") or words.get("TRES", ""))
             end = _time(words.get("EndTime", "")) if words["JobState"] != "RUNNING" else None
-            count = int(gpus[1]) if gpus else None
-            found.append(Allocation(words["JobId"], words["JobState"], begin, end or ledger.now(), count))
+            found.append(Allocation(words["JobId"], words["JobState"], begin, end or ledger.now(), gpus))
     return found
+
+
+def _gpus(tres: str) -> int | None:
+    """GPUs in a list of resources; None without. Some sites count them by type, or in both ways."""
+    counts = re.findall(r"(?:^|,)gres/gpu(:[^=,]+)?=(\d+)", tres)
+    untyped = [int(count) for kind, count in counts if not kind]
+    return sum(untyped or [int(count) for _, count in counts]) or None
 
 
 def _time(text: str) -> float | None:
@@ -220,7 +234,8 @@ def reconcile(runs: Sequence[str], saved: str | None = None) -> tuple[Any, str]:
     if not jobs:
         raise UserError(f"{', '.join(runs)}: no attempt ran in a Slurm job; there is nothing to compare")
     if saved:
-        source, given = saved, read_sacct(Path(saved).read_text(encoding="utf-8"))
+        text = Path(saved).read_text(encoding="utf-8", errors="replace")
+        source, given = saved, read_sacct(text, saved)
         given = [one for one in given if one.job in jobs]
     else:
         source, given = allocations(jobs)
