@@ -15,6 +15,7 @@ import pytest
 from pretrain import ledger
 from pretrain.config import UserError
 from pretrain.ledger import Ledger
+from slurm import journal
 from tests.test_ledger import COST, Clock
 from tools import emissions, reconcile
 
@@ -22,7 +23,7 @@ REQUEUED = "2|REQUEUED|1795178388|1795178408|billing=2,cpu=2,gres/gpu=4,mem=2000
 PENDING = "2|PENDING|Unknown|Unknown|\n"
 RUNNING = "2|RUNNING|1795178539|Unknown|billing=2,cpu=2,gres/gpu=4,mem=2000M,node=1\n"
 COMPLETED = "2|COMPLETED|1795178539|1795178639|billing=2,cpu=2,gres/gpu=4,mem=2000M,node=1\n"
-COMPLETION = "2|COMPLETED|2026-11-20T12:39:48|2026-11-20T12:40:08\n"
+COMPLETION = "2|COMPLETED|2026-11-20T12:39:48|2026-11-20T12:40:08|2\n"
 CONTROL = (
     "JobId=2 JobName=job.sh UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901758 Nice=0"
     " JobState={} Reason=BeginTime Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1 Reboot=0 ExitCode=0:0"
@@ -81,7 +82,7 @@ def test_a_killed_attempts_silence_is_after_its_last_line(tmp_path: Path) -> Non
 def test_without_gpus_a_rank_is_a_device(run: Path) -> None:
     given = reconcile.read_sacct(COMPLETED.replace("gres/gpu=4,", ""))
     (one,) = reconcile.accounts(given, reconcile.attempts(ledger.read(run)))
-    assert (one.devices, one.slurm, one.undriven, one.rest) == (2, 200.0, 0.0, 0.0)
+    assert (one.devices, one.device, one.slurm, one.undriven, one.rest) == (2, "rank", 200.0, 0.0, 0.0)
 
 
 def test_what_slurm_prints_is_read() -> None:
@@ -91,7 +92,7 @@ def test_what_slurm_prints_is_read() -> None:
     (cancelled,) = reconcile.read_sacct(COMPLETED.replace("COMPLETED", "CANCELLED by 0"))
     assert cancelled.state == "CANCELLED"
     (done,) = reconcile.read_sacct(COMPLETION)
-    assert (done.end - done.start, done.gpus) == (20.0, None)
+    assert (done.end - done.start, done.gpus, done.nodes) == (20.0, None, 2)
     (one,) = reconcile.read_scontrol(CONTROL.format("COMPLETED"))
     assert (one.job, one.state, one.end - one.start, one.gpus) == ("2", "COMPLETED", 100.0, 4)
     assert reconcile.read_scontrol(CONTROL.format("PENDING")) == []  # its times are a forecast
@@ -155,8 +156,7 @@ def test_slurm_is_asked_for_what_it_keeps(
     document = json.loads(done.stdout)
     assert document["source"] == source and document["missing_jobs"] == []
     for job in document["jobs"]:
-        parts = ("ledger", "before", "between", "after", "undriven", "rest")
-        assert job["slurm"] == pytest.approx(sum(job[part] for part in parts))
+        assert job["slurm"] == pytest.approx(sum(job[part] for part in reconcile.PARTS[1:]))
 
 
 def test_saved_words_serve_too(run: Path, tmp_path: Path) -> None:
@@ -164,8 +164,50 @@ def test_saved_words_serve_too(run: Path, tmp_path: Path) -> None:
     saved.write_text(REQUEUED + COMPLETED + COMPLETED.replace("2|", "3|", 1))
     document, text = reconcile.reconcile([str(run)], str(saved))
     assert [job["job"] for job in document["jobs"]] == ["2", "2"]
-    hours = "0.1333  0.0511  0.0100   0.0067  0.0144    0.0511  0.0000"
+    hours = "0.1333  0.0511  0.0100   0.0067  0.0144    0.0511  0.0000  0.0000"
     assert text.splitlines()[3].split()[1:] == hours.split() and text.splitlines()[3].startswith("all")
+
+
+def submitted(run: Path, **stages: str) -> None:
+    (run / "slurm").mkdir(parents=True)
+    for stage, job in stages.items():
+        journal.note(run, "submit", stage, job)
+
+
+def test_jobs_that_reached_no_ledger_are_paid_for_too(run: Path, tmp_path: Path) -> None:
+    """A corpus on two nodes, a start of the training that its pre-flight ended, and a report to come."""
+    submitted(run, corpus="1", train="2", report="3")
+    corpus = "1|COMPLETED|1795178000|1795178060|billing=8,cpu=8,node=2\n"
+    early = REQUEUED.replace("1795178388", "1795178428").replace("1795178408", "1795178438")
+    saved = tmp_path / "sacct.txt"
+    saved.write_text(corpus + REQUEUED + early + COMPLETED)
+    document, text = reconcile.reconcile([str(run)], str(saved))
+    found = [(job["stage"], job["devices"], job["device"], job["unledgered"]) for job in document["jobs"]]
+    assert found == [
+        ("corpus", 2, "node", 120.0),
+        ("train", 4, "GPU", 0.0),
+        ("train", 4, "GPU", 40.0),
+        ("train", 4, "GPU", 0.0),
+    ]
+    for job in document["jobs"]:
+        assert job["slurm"] == sum(job[part] for part in reconcile.PARTS[1:]) and job["rest"] == 0
+    lines = text.splitlines()
+    sums = {tuple(line.split()[:-8]): [float(hours) for hours in line.split()[-8:]] for line in lines[5:7]}
+    assert set(sums) == {("all", "GPUs"), ("all", "no", "GPUs")}
+    assert sums["all", "no", "GPUs"] == [0.0333, 0, 0, 0, 0, 0, 0.0333, 0]
+    assert sums["all", "GPUs"] == [0.1444, 0.0511, 0.01, 0.0067, 0.0144, 0.0511, 0.0111, 0]
+    assert document["missing_jobs"] == ["3"] and "no record that job 3 began" in text
+
+
+def test_a_run_whose_jobs_all_ended_before_its_ledger(tmp_path: Path) -> None:
+    submitted(tmp_path / "run", train="2")
+    saved = tmp_path / "sacct.txt"
+    saved.write_text(COMPLETED)
+    (one,) = reconcile.reconcile([str(tmp_path / "run")], str(saved))[0]["jobs"]
+    assert one["slurm"] == one["unledgered"] == 400.0
+    (tmp_path / "run" / "ledger.jsonl").touch()  # made before its first line
+    (one,) = reconcile.reconcile([str(tmp_path / "run")], str(saved))[0]["jobs"]
+    assert one["slurm"] == one["unledgered"] == 400.0
 
 
 def test_starts_that_slurm_has_forgotten_are_told(run: Path, tmp_path: Path) -> None:
@@ -177,7 +219,6 @@ def test_starts_that_slurm_has_forgotten_are_told(run: Path, tmp_path: Path) -> 
 
 def test_a_real_job(slurm: None, tiny: Path, tmp_path: Path) -> None:
     """Without accounting: what scontrol still knows of a run of two ranks."""
-    from slurm import journal
     from tests.slurm_cluster import jobs
 
     folder = tmp_path / "run"

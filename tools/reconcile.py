@@ -1,8 +1,12 @@
 """A run's ledger against Slurm's own account of its jobs: where each device-second of an allocation went.
 
 The one idea: Slurm counts devices from a job's start to its end, the ledger ranks from a process's start to
-its last line; so the difference is what lies before, between and after the attempts, and devices that no rank
-drove. These parts add up to Slurm's figure, and what remains is its rounding to whole seconds.
+its last line; so the difference is what lies before, between and after the attempts, devices that no rank
+drove, and whole jobs that reached no ledger. These parts add up to Slurm's figure, and what remains is its
+rounding to whole seconds.
+
+Jobs are those that the ledger and the run's journal name: a job that ended before its first line, and the
+corpus, evaluation, export and report of a pipeline, are paid for as well.
 
 Slurm is asked in the order of what it can say: sacct (slurmdbd), `sacct --completion` (the job completion
 file), scontrol (jobs of the last minutes). The trap: a requeued job keeps its number, so `--duplicates`.
@@ -11,7 +15,7 @@ file), scontrol (jobs of the last minutes). The trap: a requeued job keeps its n
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +23,7 @@ from typing import Any
 
 from pretrain import ledger
 from pretrain.config import UserError
+from slurm import journal
 from tools.tables import aligned
 
 FIELDS = ("JobIDRaw", "State", "Start", "End", "AllocTRES")
@@ -30,8 +35,12 @@ SACCT = (
     "--parsable2",
     "--format=" + ",".join(FIELDS),
 )
-COMPLETION = ("sacct", "--completion", "--noheader", "--parsable2", "--format=JobID,State,Start,End")
+COMPLETION = ("sacct", "--completion", "--noheader", "--parsable2", "--format=JobID,State,Start,End,NNodes")
 SCONTROL = ("scontrol", "--oneliner", "show", "job")
+
+
+EXPLAINED = ("ledger", "before", "between", "after", "undriven", "unledgered")
+PARTS = ("slurm", *EXPLAINED, "rest")
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Allocation:
     """Unix time."""
     end: float
     gpus: int | None
-    """None where Slurm does not say, or gave none: then a rank is a device."""
+    """None where Slurm does not say, or gave none."""
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,11 @@ class Account:
     """Device-seconds of one allocation."""
 
     job: str
+    stage: str
     state: str
     devices: int
+    device: str
+    """What is counted: GPUs; without, ranks; where no rank ran, nodes."""
     slurm: float
     ledger: float
     before: float
@@ -79,11 +92,13 @@ class Account:
     """From the last line to the job's end: leaving, or what a kill hid."""
     undriven: float
     """Devices that no rank drove, while ranks ran."""
+    unledgered: float
+    """All of an allocation in which no ledger was written."""
 
     @property
     def rest(self) -> float:
         """What is not explained: Slurm counts whole seconds."""
-        return self.slurm - self.ledger - self.before - self.between - self.after - self.undriven
+        return self.slurm - sum(getattr(self, part) for part in EXPLAINED)
 
 
 # ---- the ledger's side ---------------------------------------------------------------------------
@@ -158,8 +173,8 @@ def read_sacct(text: str, source: str = "sacct") -> list[Allocation]:
         if not words:
             raise UserError(f"{source}:{number}: expected {'|'.join(FIELDS)}; save what {SACCT[0]} prints")
         if (begin := _time(words["start"])) is not None:
-            end = _time(words["end"]) or ledger.now()
-            found.append(Allocation(words["job"], words["state"], begin, end, _gpus(words["tres"] or "")))
+            end, tres = _time(words["end"]) or ledger.now(), words["tres"] or ""
+            found.append(Allocation(words["job"], words["state"], begin, end, _gpus(tres), _nodes(tres)))
     return found
 
 
@@ -170,9 +185,9 @@ def read_scontrol(text: str) -> list[Allocation]:
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
         begin = _time(words.get("StartTime", ""))
         if begin is not None and words["JobState"] != "PENDING":  # whose start is a forecast
-            gpus = _gpus(words.get("AllocTRES") or words.get("TRES", ""))
-            end = _time(words.get("EndTime", "")) if words["JobState"] != "RUNNING" else None
-            found.append(Allocation(words["JobId"], words["JobState"], begin, end or ledger.now(), gpus))
+            tres, state = words.get("AllocTRES") or words.get("TRES", ""), words["JobState"]
+            end = (_time(words.get("EndTime", "")) if state != "RUNNING" else None) or ledger.now()
+            found.append(Allocation(words["JobId"], state, begin, end, _gpus(tres), _nodes(tres)))
     return found
 
 
@@ -181,6 +196,12 @@ def _gpus(tres: str) -> int | None:
     counts = re.findall(r"(?:^|,)gres/gpu(:[^=,]+)?=(\d+)", tres)
     untyped = [int(count) for kind, count in counts if not kind]
     return sum(untyped or [int(count) for _, count in counts]) or None
+
+
+def _nodes(tres: str) -> int:
+    """Nodes in a list of resources, or the bare number of `COMPLETION`; 1 where Slurm does not say."""
+    count = re.search(r"(?:^|,)(?:node=)?(\d+)(?:,|$)", tres)
+    return int(count[1]) if count else 1
 
 
 def _time(text: str) -> float | None:
@@ -196,9 +217,18 @@ def _time(text: str) -> float | None:
 # ---- both ----------------------------------------------------------------------------------------
 
 
-def accounts(given: Sequence[Allocation], made: Sequence[Attempt]) -> list[Account]:
-    """Where the device-seconds of each allocation went."""
-    return [_account(one, [a for a in made if a.job == one.job and _inside(a, one)]) for one in given]
+def accounts(
+    given: Sequence[Allocation], made: Sequence[Attempt], stages: Mapping[str, str] | None = None
+) -> list[Account]:
+    """Where the device-seconds of each allocation went; `stages`: of the jobs that did not train."""
+    return [
+        _account(
+            one,
+            [a for a in made if a.job == one.job and _inside(a, one)],
+            (stages or {}).get(one.job, "train"),
+        )
+        for one in given
+    ]
 
 
 def _inside(attempt: Attempt, allocation: Allocation) -> bool:
@@ -206,42 +236,63 @@ def _inside(attempt: Attempt, allocation: Allocation) -> bool:
     return allocation.start <= (attempt.begin + attempt.end) / 2 <= allocation.end + 1
 
 
-def _account(given: Allocation, made: Sequence[Attempt]) -> Account:
-    devices = given.gpus or max((attempt.ranks for attempt in made), default=0)
-    spent = sum(attempt.ranks * (attempt.end - attempt.begin) for attempt in made)
-    run = sum(attempt.end - attempt.begin for attempt in made)
+def _account(given: Allocation, made: Sequence[Attempt], stage: str) -> Account:
+    devices, device = _devices(given, made)
     elapsed = given.end - given.start
-    before = max(0.0, made[0].begin - given.start) if made else elapsed
-    after = max(0.0, given.end - made[-1].end) if made else 0.0
-    between = made[-1].end - made[0].begin - run if made else 0.0
+    explained = _explained(given, made, devices) if made else {"unledgered": devices * elapsed}
     return Account(
         job=given.job,
+        stage=stage,
         state=given.state,
         devices=devices,
+        device=device,
         slurm=devices * elapsed,
-        ledger=spent,
-        before=devices * before,
-        between=devices * between,
-        after=devices * after,
-        undriven=devices * run - spent,
+        **{**dict.fromkeys(EXPLAINED, 0.0), **explained},
     )
+
+
+def _devices(given: Allocation, made: Sequence[Attempt]) -> tuple[int, str]:
+    """How many there are, of what."""
+    if given.gpus:
+        return given.gpus, "GPU"
+    return (max(attempt.ranks for attempt in made), "rank") if made else (given.nodes, "node")
+
+
+def _explained(given: Allocation, made: Sequence[Attempt], devices: int) -> dict[str, float]:
+    """Device-seconds of an allocation in which there were attempts."""
+    spent = sum(attempt.ranks * (attempt.end - attempt.begin) for attempt in made)
+    run = sum(attempt.end - attempt.begin for attempt in made)
+    return {
+        "ledger": spent,
+        "before": devices * max(0.0, made[0].begin - given.start),
+        "between": devices * (made[-1].end - made[0].begin - run),
+        "after": devices * max(0.0, given.end - made[-1].end),
+        "undriven": devices * run - spent,
+    }
+
+
+def _read(run: str) -> list[Attempt]:
+    """The attempts of a run; none where its jobs ended before it had a ledger."""
+    if journal.read(run) and not (Path(run) / "ledger.jsonl").exists():
+        return []
+    return attempts(ledger.read(run))
 
 
 def reconcile(runs: Sequence[str], saved: str | None = None) -> tuple[Any, str]:
     """The accounts of the runs' jobs as a document and as text; `saved`: a file with `SACCT`'s output."""
-    made = [attempt for run in runs for attempt in attempts(ledger.read(run))]
-    jobs = list(dict.fromkeys(attempt.job for attempt in made if attempt.job))
+    made = [attempt for run in runs for attempt in _read(run)]
+    stages = {line["job"]: line["stage"] for run in runs for line in journal.read(run)}
+    jobs = list(dict.fromkeys([*stages, *(attempt.job for attempt in made if attempt.job)]))
     if not jobs:
         raise UserError(f"{', '.join(runs)}: no attempt ran in a Slurm job; there is nothing to compare")
     if saved:
         text = Path(saved).read_text(encoding="utf-8", errors="replace")
-        source, given = saved, read_sacct(text, saved)
-        given = [one for one in given if one.job in jobs]
+        source, given = saved, [one for one in read_sacct(text, saved) if one.job in jobs]
     else:
         source, given = allocations(jobs)
-    found = accounts(given, made)
+    found = accounts(given, made, stages)
     outside = sum(a.ranks * (a.end - a.begin) for a in made if not a.job)
-    missing = sorted(set(jobs) - {one.job for one in given})
+    missing = [job for job in jobs if job not in {one.job for one in given}]
     forgotten = sum(
         a.ranks * (a.end - a.begin)
         for a in made
@@ -257,21 +308,19 @@ def reconcile(runs: Sequence[str], saved: str | None = None) -> tuple[Any, str]:
     return document, _text(document, found)
 
 
-PARTS = ("slurm", "ledger", "before", "between", "after", "undriven", "rest")
-
-
 def _text(document: dict[str, Any], found: Sequence[Account]) -> str:
-    rows = [["job", "state", "devices", *PARTS]]
+    rows = [["job", "stage", "state", "devices", *PARTS]]
     for one in found:
-        rows.append([one.job, one.state, str(one.devices), *(_hours(getattr(one, part)) for part in PARTS)])
+        rows.append([one.job, one.stage, one.state, f"{one.devices} {one.device}", *_cells([one])])
     if len(found) > 1:
-        rows.append(["all", "", "", *(_hours(sum(getattr(one, part) for one in found)) for part in PARTS)])
+        rows += _sums(found)
     notes = [
         f"Device-hours; Slurm's from {document['source']}.",
-        "slurm = ledger + before + between + after + undriven + rest.",
+        f"slurm = {' + '.join(EXPLAINED)} + rest.",
         "before: from the job's start to the run's first process; between: from one attempt to the next;",
         "after: from the ledger's last line to the job's end; undriven: allocated devices without a rank;",
-        "rest: Slurm counts whole seconds.",
+        "unledgered: jobs, or starts of them, that wrote no ledger; rest: Slurm counts whole seconds.",
+        "A device is a GPU; in a job without GPUs a rank; where no rank ran either, a node.",
     ]
     if outside := document["outside_of_slurm"]:
         notes.append(f"Outside of Slurm the ledger has {_hours(outside)} device-hours more.")
@@ -281,8 +330,24 @@ def _text(document: dict[str, Any], found: Sequence[Account]) -> str:
             " Slurm no longer knows (without slurmdbd it forgets)."
         )
     if missing := document["missing_jobs"]:
-        notes.append(f"Slurm has no record of job {', '.join(missing)}.")
+        notes.append(f"Slurm has no record that job {', '.join(missing)} began.")
     return "\n".join([aligned(rows), *notes])
+
+
+def _sums(found: Sequence[Account]) -> list[list[str]]:
+    """One row, or two where GPUs and other devices were given: nobody is billed for them at one price."""
+    kinds = {
+        "GPUs": [one for one in found if one.device == "GPU"],
+        "no GPUs": [one for one in found if one.device != "GPU"],
+    }
+    present = {name: some for name, some in kinds.items() if some}
+    return [
+        ["all", "", name if len(present) > 1 else "", "", *_cells(some)] for name, some in present.items()
+    ]
+
+
+def _cells(found: Sequence[Account]) -> list[str]:
+    return [_hours(sum(getattr(one, part) for one in found)) for part in PARTS]
 
 
 def _hours(seconds: float) -> str:
