@@ -498,6 +498,26 @@ def test_legend_shows_every_name_as_it_is() -> None:
     assert shown == [" _hidden", r"\$x\$", "..." + "a" * 37, *names[3:]]
 
 
+@pytest.mark.parametrize("drop", [0.0, 3.0, -3.0])
+def test_a_plateau_is_flat_and_the_name_of_a_level_inside_its_panel(drop: float) -> None:
+    """Early accuracies: all of one value, the unigram's; and lines that leave it downwards or upwards."""
+    level, ends = 11.66666, [11.66666, 11.666661, 11.66666 - drop]
+    with plots.theme("light"):
+        figure, panels = plots.figure(2)
+        for axes in panels:
+            lines = [plots.Line(name, [1.0, 2.0, 3.0], ends) for name in "ab"]
+            plots.draw(axes, lines, [plots.Level("unigram", level)], "x", "y")
+        plots.encode(figure, "png")
+    for axes in panels:
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        low, high = axes.get_ylim()
+        assert low < min(ends) and max(ends) < high and high - low > 0.1
+        (name,) = axes.texts
+        box, panel = name.get_window_extent(), axes.get_window_extent()
+        assert panel.y0 < box.y0 and box.y1 < panel.y1
+        assert (box.y1 < axes.transData.transform((0, level))[1]) == (drop < 0)
+
+
 def test_axes_have_fitting_units() -> None:
     flops, _, hours, energy = report_pages.AXES
     assert report_pages._scaled(flops, [[2.5e19], [5e18]]) == (

@@ -31,6 +31,8 @@ _MARKERS = "osD^v"  # 5 and 7 have no common factor: 35 lines before a pair repe
 _MARKS = 10  # on a line, at most
 _LABEL = 40  # letters of a legend's longest entry; of a longer one the end is shown
 _LETTERS = 11  # of a legend, that fit on an inch
+_LEAST = 0.01  # span of a panel, as a share of its largest value: a plateau must not look like a mountain
+_NAME = 0.04  # of the span, that a level's name needs beyond matplotlib's own margin
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,11 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
         )
     if any(len(line.x) for line in lines):
         axes.set_xlim(left=0)
-        for level in levels:
-            _draw_level(axes, level)
+        ends = [line.y[-1] for line in lines if len(line.y)]
+        below = [sum(ends) / len(ends) > level.y for level in levels]
+        for level, under in zip(levels, below, strict=True):
+            _draw_level(axes, level, under)
+        _make_room(axes, lines, levels, below)
     else:
         axes.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
@@ -175,10 +180,27 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$").replace("_", " _", int(text.startswith("_")))
 
 
-def _draw_level(axes: Axes, level: Level) -> None:
-    """A dashed line; its name stands on it at the right end, where the lines have fallen below."""
+def _make_room(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], below: Sequence[bool]) -> None:
+    """For a least span and for the names of levels; plain numbers at the ticks, not what is left of them.
+
+    By the limits of the data: those of the axes are for all panels of the row to find.
+    """
+    values = [y for line in lines for y in line.y if math.isfinite(y)] + [level.y for level in levels]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    more = max(0.0, _LEAST * max(abs(low), abs(high)) - (high - low)) / 2
+    name = _NAME * (high - low + 2 * more)
+    names = [level.y - name if under else level.y + name for level, under in zip(levels, below, strict=True)]
+    edges = [low - more, high + more, *names]
+    axes.update_datalim([(0, min(edges)), (0, max(edges))], updatex=False)
+    axes.autoscale_view(scalex=False)
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _draw_level(axes: Axes, level: Level, below: bool) -> None:
+    """A dashed line; its name stands at the right end, on the side that the lines have left."""
     axes.axhline(level.y, color=matplotlib.rcParams["xtick.color"], linestyle="--", linewidth=1.1)
-    place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
+    place |= {"xytext": (0, -3), "va": "top"} if below else {"xytext": (0, 3), "va": "bottom"}
     at = axes.get_yaxis_transform()
     name = axes.annotate(_literal(level.label), (0.995, level.y), xycoords=at, fontsize=9.5, **place)
     name.set_in_layout(False)  # a long one must not squeeze the panel

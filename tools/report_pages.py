@@ -475,7 +475,7 @@ def _drawn(runs: Sequence[Described], rows: Sequence[Measure], columns: Sequence
             levels = _levels(runs, measure)
             plots.draw(panel, lines, levels, label, "" if number else measure.label)
             if measure in RATES:
-                panel.set_ylim(bottom=0)
+                panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     plots.legend(figure, panels[0][0])
     return plots.encode(figure, kind)
 
