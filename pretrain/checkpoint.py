@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -279,6 +280,7 @@ def _provenance() -> dict[str, Any]:
         "commit": code_revision(),
         "command": shlex.join(sys.orig_argv),
         "python": sys.version.split()[0],
+        "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "host": socket.gethostname(),
         "time": time.time(),

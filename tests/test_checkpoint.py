@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import random
 import shlex
 import shutil
@@ -353,7 +354,12 @@ def test_config_status_and_provenance(folder):
     first, second = json.loads((folder.path / "provenance.json").read_text())
     assert (first["device"], second["device"]) == ("cpu", "gpu")
     assert first["packages"]["torch"] == torch.__version__ and first["python"] == sys.version.split()[0]
-    assert first["version"] and first["host"] and first["command"] == shlex.join(sys.orig_argv)
+    assert (
+        first["version"]
+        and first["host"]
+        and first["os"] == platform.platform()
+        and first["command"] == shlex.join(sys.orig_argv)
+    )
 
 
 def test_the_commit_is_that_of_this_code():

@@ -295,6 +295,24 @@ def test_the_table_has_codecarbons_columns(metered: Path, tmp_path: Path) -> Non
         1.1 * emissions.intensity("DEU")["grams_per_kwh"] / 1e3
     )
     assert rows[1]["energy_consumed"] == rows[1]["emissions"] == ""  # absent, not 0
+    # Nobody asked, and this machine is not that of the run.
+    unknown = ("on_cloud", "pue", "wue", "os", "python_version", "codecarbon_version", "ram_total_size")
+    assert {rows[0][name] for name in unknown} == {""}
+
+
+def test_the_table_tells_of_the_software_of_each_attempt(metered: Path, tmp_path: Path) -> None:
+    """The start between the two failed before its first line; the first was made by an older version."""
+    told = [
+        {"time": 1000.0, "python": "3.10.1", "version": "0.0.9"},
+        {"time": 4300.0, "python": "3.11.1", "os": "Plan 9", "version": "0.1.0"},
+        {"time": 4600.0, "python": "3.12.1", "os": "Linux-6", "version": "0.1.0"},
+    ]
+    (metered / "provenance.json").write_text(json.dumps(told))
+    emissions.report([str(metered)], None, str(tmp_path / "emissions.csv"))
+    with open(tmp_path / "emissions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["os"], row["python_version"], row["codecarbon_version"]) for row in rows]
+    assert found == [("", "3.10.1", "LateMask 0.0.9"), ("Linux-6", "3.12.1", "LateMask 0.1.0")]
 
 
 def test_every_factor_is_one() -> None:

@@ -4,19 +4,21 @@ Grams of CO2 equivalent per kWh of electricity, by country and year: carbon_inte
 Data (Ember; Energy Institute), CC BY 4.0, as CodeCarbon 3 distributes it. A national mean of a year is a
 convention, not a measurement: a contract for green power, the hour and the grid's margin are not in it.
 
-The CSV has CodeCarbon's column names and units (kWh, W, s, kg), one line for each attempt; what was not
-measured is empty. Its energy is what this run's ranks and their share of the hosts took: no cooling (PUE).
+The CSV has the column names of CodeCarbon 3.3 and its units (kWh, W, s, kg), one line for each attempt; what
+was not measured is empty: so are the factor for cooling (PUE) and whether it was a cloud. Its energy is what
+this run's ranks and their share of the hosts took. The trap: it may be written on another machine than that
+of the run, so what it says of machine and software is what the attempt left in provenance.json.
 """
 
 import csv
 import io
-import platform
+import json
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pretrain import __version__, ledger
+from pretrain import ledger
 from pretrain.budget import JOULES_PER_KWH
 from pretrain.config import UserError
 from pretrain.energy import PARTS
@@ -28,9 +30,12 @@ SOURCE = "Our World in Data (Ember; Energy Institute), CC BY 4.0"
 COLUMNS = (
     *("timestamp", "project_name", "run_id", "experiment_id", "duration", "emissions", "emissions_rate"),
     *("cpu_power", "gpu_power", "ram_power", "cpu_energy", "gpu_energy", "ram_energy", "energy_consumed"),
+    "water_consumed",
     *("country_name", "country_iso_code", "region", "cloud_provider", "cloud_region", "os"),
     *("python_version", "codecarbon_version", "cpu_count", "cpu_model", "gpu_count", "gpu_model"),
-    *("longitude", "latitude", "ram_total_size", "tracking_mode", "on_cloud", "pue"),
+    *("longitude", "latitude", "ram_total_size", "tracking_mode"),
+    *("cpu_utilization_percent", "gpu_utilization_percent", "ram_utilization_percent", "ram_used_gb"),
+    *("on_cloud", "pue", "wue"),
 )
 
 
@@ -68,6 +73,7 @@ def attempts(run: str) -> list[dict[str, Any]]:
                 "seconds": sum(own[-1]["seconds"].values()),
                 "device": own[-1]["device"],
                 "ranks": own[-1]["ranks"],
+                "provenance": _provenance(Path(run), own[0]),
                 "sensors": about.get("sensors", {}),
                 "host_share": about.get("host_share"),
                 "kwh": {
@@ -79,6 +85,17 @@ def attempts(run: str) -> list[dict[str, Any]]:
         )
         before = joules
     return found
+
+
+def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
+    """What the attempt with this first line said of its software, a moment before; {} if it is not known.
+
+    By its time: attempts that failed before their first line are in provenance.json only.
+    """
+    file = run / "provenance.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    begin = first["time"] - sum(first["seconds"].values())
+    return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first["time"] + 1), {})
 
 
 def report(runs: list[str], region: str | None, table: str | None) -> tuple[Any, str]:
@@ -135,21 +152,19 @@ def _csv(found: list[dict[str, Any]], place: dict[str, Any] | None) -> str:
 def _row(one: dict[str, Any], place: dict[str, Any] | None) -> dict[str, Any]:
     """A line of the CSV: powers are means over the attempt."""
     kwh, seconds = one["kwh"], one["seconds"]
-    on_gpu = "gpu" in one["sensors"]
+    on_gpu, told = "gpu" in one["sensors"], one["provenance"]
     row = {
         "timestamp": datetime.fromtimestamp(one["end"]).isoformat(timespec="seconds"),
         "project_name": "LateMask",
         "run_id": f"{one['run']}#{one['attempt']}",
         "duration": round(seconds, 3),
-        "os": platform.platform(),
-        "python_version": platform.python_version(),
-        "codecarbon_version": f"LateMask {__version__}",
+        "os": told.get("os", ""),
+        "python_version": told.get("python", ""),
+        "codecarbon_version": f"LateMask {told['version']}" if told else "",
         "gpu_count": one["ranks"] if on_gpu else "",
         "gpu_model": one["device"] if on_gpu else "",
         "cpu_model": "" if on_gpu else one["device"],
         "tracking_mode": "process",
-        "on_cloud": "N",
-        "pue": 1.0,
     }
     for part, energy in kwh.items():
         row |= {f"{part}_energy": energy, f"{part}_power": energy * JOULES_PER_KWH / seconds}
