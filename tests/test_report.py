@@ -618,6 +618,25 @@ def test_large_numbers(value: float, text: str) -> None:
     assert report_pages._scientific(value) == text
 
 
+def test_a_terminal_shows_every_figure_within_its_width(pair: list[str]) -> None:
+    document = report.gather(pair)
+    for run in document["runs"]:
+        run["name"] = f"{'x' * 60}/{run['name']}"
+    report_pages.show(document, stream := io.StringIO())
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [re.split(" {2,}", line) for line in lines if line.endswith("-") or "  " in line]
+    heads = [row for row in rows if row[0] == "run"]
+    assert len(heads) > len(report_pages.TABLES)  # some are in parts
+    assert not any(head[1] == "vs mlm" for head in heads)  # a ratio without its cost
+    for run in document["runs"]:
+        name = "..." + run["name"][-37:]
+        shown = Counter(cell for row in rows if row[0] == name for cell in row[1:])
+        wanted = Counter(cell for table in report_pages.TABLES for cell in _row(table, run)[1:])
+        assert shown == wanted
+    assert lines.index("Account") < lines.index("Four costs")
+
+
 def test_a_place_for_nothing_is_told_before_a_run_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="/proc/q: cannot be written"):
         report.main([str(tmp_path), "--output", "/proc/q"])

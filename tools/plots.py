@@ -206,10 +206,15 @@ def _draw_level(axes: Axes, level: Level, below: bool) -> None:
     name.set_in_layout(False)  # a long one must not squeeze the panel
 
 
+def short(label: str) -> str:
+    """The end of a long label: of a path, that is where runs differ."""
+    return label if len(label) <= _LABEL else f"...{label[3 - _LABEL :]}"
+
+
 def legend(drawn: Figure, axes: Axes) -> None:
     """One legend over all panels, in as many columns as fit; the figure grows by its rows."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [label if len(label) <= _LABEL else f"...{label[3 - _LABEL :]}" for label in labels]
+    labels = [short(label) for label in labels]
     longest = max(map(len, labels)) + 8  # with the sample of the line
     columns = min(len(labels), max(1, int(_LETTERS * drawn.get_figwidth() / longest)))
     drawn.set_figheight(drawn.get_figheight() + 0.24 * math.ceil(len(labels) / columns))

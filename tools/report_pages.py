@@ -12,6 +12,7 @@ from html import escape
 from typing import IO, Any, NamedTuple
 
 from tools import plots
+from tools.tables import aligned
 
 Described = dict[str, Any]  # one run of the document
 
@@ -34,6 +35,10 @@ class Table(NamedTuple):
 # ---- numbers as text -----------------------------------------------------------------------------
 
 NONE = "-"
+VERSUS = "vs mlm"
+"""Title of the columns with the ratio of the cost before."""
+TERMINAL = 100
+"""Letters of a line that a table for a terminal keeps to."""
 
 
 def _scientific(value: float) -> str:
@@ -176,26 +181,26 @@ COSTS = Table(
             "products with weights in all layers, in units of one self-attention layer on one token; blind to"
             " attention scores and to the head",
         ),
-        Column("vs mlm", lambda r: _relative(r, "token_layers"), ""),
+        Column(VERSUS, lambda r: _relative(r, "token_layers"), ""),
         Column(
             "FLOPs without head",
             lambda r: _scientific(r["costs"]["flops_without_head"]),
             "model FLOPs of encoder and decoder, forward and backward, attention included",
         ),
-        Column("vs mlm", lambda r: _relative(r, "flops_without_head"), ""),
+        Column(VERSUS, lambda r: _relative(r, "flops_without_head"), ""),
         Column(
             "FLOPs with head",
             lambda r: _scientific(r["costs"]["flops_with_head"]),
             "those and the prediction head, which grows with the share of tokens predicted",
         ),
-        Column("vs mlm", lambda r: _relative(r, "flops_with_head"), ""),
+        Column(VERSUS, lambda r: _relative(r, "flops_with_head"), ""),
         Column(
             "update time",
             lambda r: f"{_hours(r['costs']['device_seconds'])} h",
             "measured device-hours of the updates that the model is made of, and of nothing else",
         ),
         Column(
-            "vs mlm",
+            VERSUS,
             lambda r: _relative(r, "device_time"),
             "the same cost for ordinary MLM at 15 % with an encoder of this size, trained on as many"
             " sequences of the same lengths, is 1; the first three by formula, time by what the mlm runs of"
@@ -348,7 +353,7 @@ MODEL = Table(
     ),
 )
 
-TABLES = (RESULT, COSTS, WORK, SPEED, ACCOUNT, MODEL)
+TABLES = (RESULT, ACCOUNT, COSTS, WORK, SPEED, MODEL)
 
 
 def _meanings(table: Table) -> list[tuple[str, str]]:
@@ -499,20 +504,36 @@ def speed_picture(document: dict[str, Any]) -> bytes:
 
 def show(document: dict[str, Any], stream: IO[str]) -> None:
     """The tables, without the meanings of their columns, for a terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Drawn
+    for table in TABLES:
+        print(f"{table.title}\n\n{_text_table(table, document['runs'])}\n", file=stream)
 
-    # A file has no width to keep to.
-    console = Console(file=stream, width=None if stream.isatty() else 240)
-    for table in (RESULT, COSTS, WORK, SPEED):
-        drawn = Drawn(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        drawn.add_column("run")
-        for column in table.columns:
-            drawn.add_column(column.title, justify="right")
-        for run in document["runs"]:
-            drawn.add_row(run["name"], *(column.cell(run) for column in table.columns))
-        console.print(drawn)
+
+def _text_table(table: Table, runs: Sequence[Described]) -> str:
+    """In as many parts, one below the other, as it takes to keep within a terminal."""
+    names = ["run", *(plots.short(run["name"]) for run in runs)]
+    parts = [[names]]
+    for group in _groups(table):
+        cells = [[column.title, *(column.cell(run) for run in runs)] for column in group]
+        if len(parts[-1]) > 1 and _width([*parts[-1], *cells]) > TERMINAL:
+            parts.append([names])
+        parts[-1] += cells
+    return "\n\n".join(aligned(list(zip(*part, strict=True))) for part in parts)
+
+
+def _groups(table: Table) -> list[list[Column]]:
+    """Columns that are not torn apart: a cost and its ratio."""
+    groups: list[list[Column]] = []
+    for column in table.columns:
+        if column.title == VERSUS:
+            groups[-1].append(column)
+        else:
+            groups.append([column])
+    return groups
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Of columns as `aligned` writes them."""
+    return sum(max(map(len, cells)) + 2 for cells in columns) - 2
 
 
 # ---- Markdown ------------------------------------------------------------------------------------
