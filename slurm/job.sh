@@ -28,6 +28,10 @@ helper() { # helper MODULE WORD...: in one task
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${SRUN[@]}" "${WRAP[@]}" "$PYTHON" -m "$@"
 }
 
+sent_back() { # sent_back JOB: it is known, and does not run any more
+    scontrol -o show job "$1" | grep -qv JobState=RUNNING
+}
+
 again() { # again [NODES]: the same job once more, from now on without NODES
     # The last task of an array has the array's own id, which would send back every task. Where a job of
     # another kind has a SLURM_ARRAY_TASK_ID, it is that of the task in which somebody submitted it.
@@ -37,7 +41,8 @@ again() { # again [NODES]: the same job once more, from now on without NODES
     without=${without#(null)}${without:+${1:+,}}${1:-}
     without=${without#,}
     trap '' TERM # a requeue ends this script, but gives it the time for what follows
-    if [ "${REQUEUE:-yes}" = yes ] && scontrol requeue "$me"; then
+    # It fails where a preemption, a lost node or a person has sent the job back a moment before.
+    if [ "${REQUEUE:-yes}" = yes ] && { scontrol requeue "$me" || sent_back "$me"; }; then
         [ -z "$without" ] || scontrol update JobId="$me" ExcNodeList="$without"
         # Slurm may kill the sleep a moment before this script, which must not go on to submit a second job.
         while :; do sleep 60; done

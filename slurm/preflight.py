@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pretrain import config, corpus, flops
 from pretrain.checkpoint import write_atomic
 from pretrain.config import Config, UserError
@@ -50,7 +52,7 @@ def _device(gpus: int) -> list[str]:
     import torch
 
     if not gpus:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = psutil.virtual_memory().available  # what is cached counts as free
         return [] if free >= MEMORY_BYTES else [f"{free / 1e9:.1f} GB of memory free"]
     if not torch.cuda.is_available():
         return ["no GPU answers"]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "tools" / "sample"
 # Programs that are started in another folder find the packages as they do under make.
 os.environ["PYTHONPATH"] = str(ROOT)
+# Who runs the tests inside of a job is no rank of theirs.
+for name in list(os.environ):
+    if re.match("(SLURM|PMIX?|OMPI|MASTER)_|(RANK|LOCAL_RANK|WORLD_SIZE)$", name):
+        del os.environ[name]
 
 
 def encode(texts: list[str], tokenizer: Path, prefix: Path) -> None:

@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
@@ -26,12 +27,19 @@ PATIENCE = 900.0
 other work, passes: only a defect costs them."""
 
 
+def free_port() -> int:
+    """A port that the kernel gives to nobody by itself before the ranks have imported what they need."""
+    while True:
+        port = random.SystemRandom().randrange(30000, 32768)
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = PATIENCE) -> list[Any]:
     """``[function(*args) of rank 0, of rank 1, ...]``."""
     context = multiprocessing.get_context("spawn")
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     readers, ranks = [], []
     for rank in range(world_size):
         reader, writer = context.Pipe()

@@ -8,12 +8,10 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +20,7 @@ from unittest import mock
 
 from pretrain import checkpoint, ledger
 from pretrain.monitor import read_metrics
-from tests.ranks import PATIENCE
+from tests.ranks import PATIENCE, free_port
 
 ENVIRON = {
     "OMP_NUM_THREADS": "1",
@@ -34,6 +32,7 @@ ENVIRON = {
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pretrain.train", "deepspeed", "megatron.core.tensor_parallel"])
 
+NEVER = 10**9
 UPDATE = ("pretrain.train:Feed.take",)
 """What every rank calls once an update."""
 DISK = ("os:fsync", "os:replace")
@@ -52,11 +51,7 @@ class Strike:
     def arm(self) -> None:
         calls = iter(range(1, sys.maxsize))
         for target in self.targets:
-            module, _, path = target.partition(":")
-            *parents, name = path.split(".")
-            owner = importlib.import_module(module)
-            for parent in parents:
-                owner = getattr(owner, parent)
+            owner, name = _place(target)
             setattr(owner, name, self._counted(getattr(owner, name), calls))
 
     def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
@@ -66,6 +61,53 @@ class Strike:
             return function(*args, **kwargs)
 
         return counted
+
+
+PACE = {
+    "pretrain.train:Feed.take": 0.05,
+    "pretrain.evaluate:HeldOut.score": 0.1,
+    "pretrain.checkpoint:save": 0.1,
+}
+"""Seconds that each call takes a `Paced` rank."""
+IMPORTS = 0.5
+
+
+class Paced(Strike):
+    """A rank by whose clock only what it does takes time, whatever the machine is busy with."""
+
+    def arm(self) -> None:
+        moment = time.monotonic()
+        time.monotonic = lambda: moment
+        ledger.process_start = lambda: ledger.now() - IMPORTS
+
+        def pass_time(seconds: float) -> None:
+            nonlocal moment
+            moment += seconds
+
+        for target, seconds in PACE.items():
+            owner, name = _place(target)
+            setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
+        super().arm()
+
+
+def _place(target: str) -> tuple[Any, str]:
+    """``module:Class.name`` -> what has the name, and the name."""
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
+
+
+def _taking(
+    seconds: float, function: Callable[..., Any], pass_time: Callable[[float], None]
+) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        pass_time(seconds)
+        return function(*args, **kwargs)
+
+    return timed
 
 
 class Outcome(NamedTuple):
@@ -123,12 +165,6 @@ def torch_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun would set."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def attempt(words: list[str], ranks: int = 1, strike: Strike | None = None) -> Outcome:

@@ -14,8 +14,8 @@ import pytest
 from pretrain import __version__, checkpoint
 from pretrain.checkpoint import RunFolder
 from pretrain.monitor import read_metrics
-from tests.ranks import PATIENCE
-from tests.runs import ENVIRON, free_port
+from tests.ranks import PATIENCE, free_port
+from tests.runs import ENVIRON
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -118,7 +118,7 @@ def test_signal_is_75(launcher: str, to: str, words: Words, tmp_path: Path) -> N
 
 
 def test_a_signal_during_the_imports_is_remembered(words: Words, tmp_path: Path) -> None:
-    process = start("python", words("a"))
+    process = start("python", words("a", "budget.steps=1000000"))
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch_python" not in maps.read_text():  # the import of torch takes a second from here
         assert process.poll() is None

@@ -12,7 +12,7 @@ from pretrain import budget, checkpoint, config, ledger
 from pretrain.corpus import IndexedReader
 from pretrain.monitor import read_metrics
 from pretrain.sampler import Sampler, Segment, used_samples
-from tests.runs import Strike, attempt, finish, losses, result
+from tests.runs import NEVER, Paced, Strike, attempt, finish, losses, result
 from tools import ledger as program
 
 Words = Callable[..., list[str]]
@@ -118,7 +118,9 @@ def test_a_corpus_too_small_for_a_later_phase_is_refused_at_once(words: Words, t
 def test_hours_end_before_the_budget_does(words: Words, tmp_path: Path) -> None:
     """The last evaluation and the last save are inside the budget too."""
     seconds = 6.0
-    finish(words("a", PHASES, "budget.steps=null", f"budget.device_hours={seconds / 3600}"))
+    options = (PHASES, "budget.steps=null", f"budget.device_hours={seconds / 3600}")
+    ended = attempt(words("a", *options), strike=Paced(SIGKILL, NEVER))
+    assert ended.codes == [0], ended.text
     lines = ledger.read(tmp_path / "a")
     assert lines[-1]["event"] == "finish" and lines[-1]["step"] > 20
     assert [line["event"] for line in lines if line["event"] == "phase-change"] == ["phase-change"] * 2

@@ -15,7 +15,7 @@ from pretrain import topology
 from pretrain.config import UserError
 from pretrain.topology import Identity, first_host, identify
 from tests import ranks
-from tests.ranks import PATIENCE
+from tests.ranks import PATIENCE, free_port
 
 TORCH = {
     "RANK": "3",
@@ -161,14 +161,14 @@ def test_ranks_that_do_not_come_are_an_error_not_a_hang() -> None:
     code = """if True:
         import datetime
         from pretrain import topology
-        topology.RENDEZVOUS = datetime.timedelta(seconds=1)
+        topology.RENDEZVOUS = datetime.timedelta(seconds=10)
         try:
             topology.connect()
         except topology.UserError as error:
             print(error)
     """
     lonely = {**TORCH, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    done = run(code, **{**lonely, "MASTER_PORT": "29873"})
+    done = run(code, **{**lonely, "MASTER_PORT": str(free_port())})
     assert done.stdout.startswith("rank 0 of 8 (by RANK) did not meet the others"), done.stderr
     assert "1/8 clients joined" in done.stdout
 
@@ -293,4 +293,4 @@ def test_silence_ends() -> None:
     before = multiprocessing.active_children()
     with pytest.raises(TimeoutError, match=r"no word from ranks \[0, 1\]"):
         ranks.run(2, sleeps, seconds=1)
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before)

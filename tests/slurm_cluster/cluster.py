@@ -114,14 +114,13 @@ def up() -> None:
         (HOME / "tmp" / node).mkdir(exist_ok=True)
         (HOME / f"scratch.{node}").mkdir(exist_ok=True)
         _start_node(number)
-    _until(healthy, "the nodes")
+    _until(mended, "the nodes")
 
 
 def down() -> None:
     """Stops the jobs, then every process of the cluster, and removes what it made."""
     if _alive("slurmctld"):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _cancel_all()
+        _cancel_all()
     for file in (HOME / "run").glob("*.pid"):
         _stop(_pid(file), file)
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -154,6 +153,12 @@ def heal() -> None:
             run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
 
+def mended() -> bool:
+    """True once every node takes jobs, after what can be done for those that do not."""
+    heal()
+    return healthy()
+
+
 def report() -> str:
     """What Slurm says of its nodes and jobs, and the last lines of its logs."""
     logs = "\n".join(run("tail", "-n", "12", str(log)) for log in sorted((HOME / "log").iterdir()))
@@ -169,11 +174,6 @@ def _states() -> dict[str, str]:
 
 def _mend() -> None:
     """Waits until every node takes jobs; a cluster that does not come to that is started anew."""
-
-    def mended() -> bool:
-        heal()
-        return healthy()
-
     if _alive("slurmctld") and _wait(mended, 60):
         return
     print(f"The cluster starts anew:\n{report()}")
@@ -185,9 +185,10 @@ def _mend() -> None:
 
 
 def _cancel_all() -> None:
-    if jobs := run("squeue", "-h", "-o", "%A", check=False).split():
-        run("scancel", *jobs, check=False)
-        _wait(lambda: not run("squeue", "-h", check=False), 10)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if jobs := run("squeue", "-h", "-o", "%A", check=False).split():
+            run("scancel", *jobs, check=False)
+            _wait(lambda: not run("squeue", "-h", check=False), 30)
 
 
 def _users() -> Path:
@@ -227,9 +228,9 @@ def _install() -> None:
     if not shutil.which("apt-get"):
         raise Unavailable(f"no apt-get here to install {' '.join(missing)}")
     try:
-        run("apt-get", "-o", "DPkg::Lock::Timeout=300", "update", seconds=300)
+        run("apt-get", "-o", "DPkg::Lock::Timeout=300", "update", seconds=600)
         run("apt-get", "install", "-y", "--no-install-recommends", *missing, seconds=600)
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
         reason = str(error).strip().splitlines()[-1]
         raise Unavailable(f"apt-get cannot install {' '.join(missing)}: {reason}") from None
 

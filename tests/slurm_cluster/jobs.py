@@ -22,7 +22,7 @@ setup() {
     export PYTHONWARNINGS=ignore
 }
 """
-LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
 
 
 def site(folder: Path, more: str = "") -> Path:
