@@ -295,26 +295,6 @@ ACCOUNT = Table(
             lambda r: _hours(r["totals"]["device_seconds"]["total"]),
             "ranks x hours from start to exit, over all attempts, whatever the time went into",
         ),
-        *(
-            Column(name, lambda r, part=part: _hours(r["totals"]["device_seconds"][part]), meaning)
-            for part, name, meaning in (
-                ("productive", "updates", "device-hours of updates that the model is made of"),
-                ("evaluate", "evaluation", "of held-out evaluation"),
-                ("checkpoint", "saving", "of writing checkpoints"),
-                ("startup", "start-up", "from a process's start to its first update, compilation included"),
-                ("idle", "idle", "of what nobody claims"),
-            )
-        ),
-        Column(
-            "lost hours",
-            lambda r: _hours(r["totals"]["device_seconds"]["lost"]),
-            "those of them whose work was gone after a crash and done again",
-        ),
-        Column(
-            "lost FLOPs",
-            lambda r: _scientific(r["totals"]["lost_flops"]),
-            "FLOPs of that work, in no other column",
-        ),
         Column(
             "energy",
             _energy,
@@ -329,7 +309,33 @@ ACCOUNT = Table(
             ),
             "share of the device-hours in which a sensor was read; imports before the first reading are not",
         ),
+    ),
+)
+
+HOURS = Table(
+    "Where the device-hours went",
+    (
         Column("attempts", lambda r: f"{r['totals']['attempts']}", "how often the run was started"),
+        *(
+            Column(name, lambda r, part=part: _hours(r["totals"]["device_seconds"][part]), meaning)
+            for part, name, meaning in (
+                ("productive", "updates", "device-hours of updates that the model is made of"),
+                ("evaluate", "evaluation", "of held-out evaluation"),
+                ("checkpoint", "saving", "of writing checkpoints"),
+                ("startup", "start-up", "from a process's start to its first update, compilation included"),
+                ("idle", "idle", "of what nobody claims"),
+            )
+        ),
+        Column(
+            "lost hours",
+            lambda r: _hours(r["totals"]["device_seconds"]["lost"]),
+            "of work that was gone after a crash and done again",
+        ),
+        Column(
+            "lost FLOPs",
+            lambda r: _scientific(r["totals"]["lost_flops"]),
+            "FLOPs of that work, in no other column",
+        ),
     ),
 )
 
@@ -353,7 +359,7 @@ MODEL = Table(
     ),
 )
 
-TABLES = (RESULT, ACCOUNT, COSTS, WORK, SPEED, MODEL)
+TABLES = (RESULT, ACCOUNT, HOURS, COSTS, WORK, SPEED, MODEL)
 
 
 def _meanings(table: Table) -> list[tuple[str, str]]:
@@ -579,7 +585,9 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .subtitle, dl { color: var(--faint); }
 .warning { background: var(--warn); border-left: 4px solid #d98200; padding: .5rem .75rem; margin: 1rem 0;
   overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(to left, var(--page) 1rem, transparent)
+  right / 3rem 100% no-repeat local, linear-gradient(to left, var(--line), transparent)
+  right / 1rem 100% no-repeat; } /* a shade where a table goes on, which its own end covers */
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
