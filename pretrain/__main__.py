@@ -23,6 +23,7 @@ from pretrain.tokenizer import Tokenizer
 
 STOPPED, USER, DEFECT = 75, 2, 1
 _WINDOWS_SHOWN = 256
+_REASON = 500  # letters
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
@@ -191,7 +192,7 @@ def _run(options: Config, local_rank: int | None) -> int:
         topology.close()
         return code
     except BaseException as error:
-        code, reason = _verdict(error)
+        code, reason = _verdict(error, signals.received)
         signals.leave_with(code)
         if code == DEFECT:
             traceback.print_exc()
@@ -220,15 +221,18 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
-    """Exit code and reason of a run that ended with `error`."""
+def _verdict(error: BaseException, signal: str | None) -> tuple[int, str]:
+    """Exit code and reason, of one line, of a run that ended with `error`, after that signal."""
     if isinstance(error, UserError):
         return USER, str(error)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "interrupted; what came after the last checkpoint is lost"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         return USER, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place"
-    return DEFECT, f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:_REASON]
+    if signal:  # who tells a whole group of processes to stop ends the compilers in it too
+        return STOPPED, f"stopped by {signal}; what came after the last checkpoint is lost ({text})"
+    return DEFECT, text
 
 
 if __name__ == "__main__":

@@ -665,7 +665,7 @@ def _check_parallel(config: Config) -> list[str]:
 
 
 def warnings(config: Config) -> list[str]:
-    """Settings that differ from their default and have no effect here, one line each."""
+    """Settings that have no effect here, or another one than they say, one line each."""
     m, k, found = config.model, config.masking, []
     late, decoder = m.mask_from > 0, m.decoder_layers > 0
     for section, name, used, why in (
@@ -682,6 +682,11 @@ def warnings(config: Config) -> list[str]:
         default = SECTIONS[section].model_fields[name].default
         if not used and getattr(getattr(config, section), name) != default:
             found.append(f"{section}.{name} has no effect: {why}")
+    if k.rate * k.views > 1:
+        found.append(
+            f"masking.rate = {k.rate:g} is {1 / k.views:.3g} here: masking.views = {k.views} masks of a text"
+            " have no token in common"
+        )
     if config.train.compile == "reduce-overhead" and not replays_graphs(config):
         found.append(
             "train.compile = reduce-overhead is default here: CUDA graphs need train.engine = torch,"
@@ -707,16 +712,18 @@ def _complete(config: Config) -> Config:
 
 
 def method(config: Config) -> str:
-    """The name under which the literature knows this combination of settings."""
+    """The name under which the literature knows this combination of settings; +leak: the encoder sees some
+    of the [MASK]s all the same."""
     m = config.model
     if m.mask_from == 0:
         return "mlm"
+    leak = "+leak" if m.mask_leak else ""
     if m.decoder_layers == 0:
-        return "shared-depth"
+        return f"shared-depth{leak}"
     all_mask = config.masking.corruption[0] == 1.0
     if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
-        return "mae-lm"
-    return f"3ml-{m.decoder}"
+        return f"mae-lm{leak}"
+    return f"3ml-{m.decoder}{leak}"
 
 
 def replays_graphs(config: Config) -> bool:

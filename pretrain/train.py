@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -378,7 +379,9 @@ def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMas
     model.init_weights(module, options.run.seed)
     if fresh and options.model.init_from:
         new = huggingface.load_folder(module, options.model, tokenizer)
-        logging.info("init_from   %s; new here: %s", options.model.init_from, ", ".join(new) or "nothing")
+        parts = Counter(name.partition(".")[0] for name in new)
+        said = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()) or "nothing"
+        logging.info("init_from   %s; new here: %s", options.model.init_from, said)
     return module
 
 

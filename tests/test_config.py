@@ -72,6 +72,19 @@ def test_one_problem(sections, words):
     assert len(found) == 1 and words in found[0]
 
 
+def test_views_that_cut_the_rate_are_told():
+    options = config.build({**MINIMAL, "masking": {"rate": 0.5, "views": 4}})
+    assert config.warnings(options) == [
+        "masking.rate = 0.5 is 0.25 here: masking.views = 4 masks of a text have no token in common"
+    ]
+
+
+def test_a_leak_is_in_the_name_of_a_method():
+    late = {"mask_from": 12, "decoder_layers": 2, "mask_leak": 0.5}
+    assert config.method(config.build({**MINIMAL, "model": late})) == "3ml-self+leak"
+    assert config.method(config.build({**MINIMAL, "model": {"mask_leak": 0.5}})) == "mlm"
+
+
 def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {lr: 1e-4}\nmodel:\n")

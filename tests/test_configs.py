@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pretrain import checkpoint, config
+from pretrain.masking import counts
 from tests.runs import finish
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -52,6 +53,13 @@ def test_configs_name_a_folder_each() -> None:
 
 
 def test_every_method_has_a_config() -> None:
-    methods = {"mlm", "3ml-self", "3ml-cross", "3ml-query", "mae-lm"}
+    methods = {"mlm", "3ml-self", "3ml-cross", "3ml-query", "mae-lm", "shared-depth"}
     for size in ("base", "large"):
         assert {path.stem.removesuffix(f"-{size}") for path in CONFIGS if path.stem.endswith(size)} >= methods
+
+
+def test_fully_explored_recipes_leave_no_token_out() -> None:
+    for path in CONFIGS:
+        if path.stem.endswith("-views"):
+            k, length = config.load(path).masking, config.load(path).train.seq_length
+            assert k.views * counts(k, length).predicted >= 0.97 * (length - 2), path

@@ -325,6 +325,7 @@ def test_late_folder_with_decoder(method: str, block: str, tmp_path: Path, token
     logits = torch.cat([mask_logits(model, ids[i : i + 1])[0] for i in range(3)])
     expected = torch.nn.functional.cross_entropy(logits, torch.full((len(logits),), 7))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert theirs.config.get_text_config() is theirs.config  # its key is not taken for another model's
 
 
 def test_mlm_has_no_decoder_to_export(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -628,7 +628,7 @@ def test_program_reads_a_ledger_without_a_line(tmp_path):
     """So it is between a run's first look at its folder and its first line."""
     Ledger.open(tmp_path, 2, "cpu", Clock(), started=1000.0)
     runs = [str(tmp_path)]
-    assert program.check(runs)[0] == [{"run": runs[0], "lines": 0, "checkpoints": 0}]
+    assert program.check(runs)[0] == [{"run": runs[0], "lines": 0, "checkpoints": 0, "held": 0}]
     assert program.total(runs)[0]["steps"] == 0
     assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
     assert program.emissions.report(runs, None, None)[0]["attempts"] == []

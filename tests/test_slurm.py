@@ -219,7 +219,7 @@ def test_a_job_without_gpus_is_for_the_other_nodes(
 
 def test_an_unknown_device_is_the_sites(tmp_path: Path) -> None:
     file = site(tmp_path, "DEVICE=V100\n")
-    with pytest.raises(UserError, match=f"^{file}: DEVICE=V100: not in the table"):
+    with pytest.raises(UserError, match=f"^{file}: DEVICE='V100': not in the table"):
         submit.main([LARGE, "--cluster", str(file), "--dry-run"])
 
 

@@ -122,6 +122,8 @@ def test_a_failed_run_does_not_end_the_sweep(
 def test_values_with_commas_and_names() -> None:
     assert sweep._axis("masking.corruption=[0.8,0.1,0.1],[1,0,0]")[1] == ["[0.8,0.1,0.1]", "[1,0,0]"]
     assert sweep._axis("model.decoder=self, cross") == ("model.decoder", ["self", "cross"])
+    blends = ["[[0.5, a], [0.5, b]]", "c"]
+    assert sweep._axis(f"corpus.train={','.join(blends)}") == ("corpus.train", blends)
     assert sweep._slug("[0.8, 0.1, 0.1]") == "0.8-0.1-0.1" and sweep._slug("/a b/c") == "a-b-c"
 
 

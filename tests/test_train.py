@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain import checkpoint, config, ledger, schedule, train
+from pretrain import __main__, checkpoint, config, ledger, schedule, train
 from pretrain.checkpoint import RunFolder
 from pretrain.config import UserError
 from pretrain.monitor import read_metrics
@@ -297,6 +297,17 @@ def test_a_run_without_its_corpus_can_be_used(words: Words, tmp_path: Path) -> N
     assert RunFolder(tmp_path / "a").status() == {}
     finish(words("a", "budget.steps=2"))
     assert RunFolder(tmp_path / "a").status()["step"] == 2
+
+
+def test_an_error_after_a_signal_is_a_stop() -> None:
+    """Who signals a whole group of processes ends the compilers in it too."""
+    error = RuntimeError(f"a compiler died{'!' * 1000}\nand said a lot")
+    code, reason = __main__._verdict(error, "SIGTERM")
+    assert code == 75 and reason.startswith("stopped by SIGTERM") and "a compiler died!" in reason
+    code, reason = __main__._verdict(error, None)
+    assert code == 1 and reason.startswith("RuntimeError: a compiler died!")
+    assert len(reason) == 500 and "\n" not in reason
+    assert __main__._verdict(UserError("change this"), "SIGTERM") == (2, "change this")
 
 
 def test_who_interrupts_a_run_that_is_over_gets_its_exit_code() -> None:

@@ -270,7 +270,7 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
         left.set_ylabel("independent masks = 1; distance 0 = 1")
         left.set_title("variance over the masks of a text")
         lines = [_curve(run, [row for row in rows if row["run"] == run]) for run in runs]
-        lines.append(_additive(rows))
+        lines += _additive(rows)
         plots.draw(right, lines, [], "Hamming distance of two masks (share of the largest)", "")
         right.set_title("covariance of their gradients")
         plots.legend(drawn, right)
@@ -292,29 +292,37 @@ def _curve(run: str, rows: list[dict[str, Any]]) -> plots.Line:
     )
 
 
-def _additive(rows: list[dict[str, Any]]) -> plots.Line:
-    """The straight line of the additive gradient, for the first run's P and N."""
-    found = [row for row in rows if row["run"] == rows[0]["run"] and row["quantity"] == COVARIANCE]
-    P, N = found[0]["predicted"], found[0]["tokens"]
-    values = [additive_covariance(P - row["distance"] / 2, P, N) for row in found]
+def _additive(rows: list[dict[str, Any]]) -> list[plots.Line]:
+    """The straight lines of the additive gradient, one for each P and N that runs were measured with."""
+    found = {(row["predicted"], row["tokens"]): row["run"] for row in rows if row["quantity"] == COVARIANCE}
+    return [_additive_line(P, N, rows, run, len(found) > 1) for (P, N), run in found.items()]
+
+
+def _additive_line(P: int, N: int, rows: list[dict[str, Any]], run: str, several: bool) -> plots.Line:
+    here = [row for row in rows if row["run"] == run and row["quantity"] == COVARIANCE]
+    distances = [row["distance"] for row in here]
+    values = [additive_covariance(P - distance / 2, P, N) for distance in distances]
     return plots.Line(
-        "an additive gradient",
-        [row["distance"] / found[-1]["distance"] for row in found],
+        f"additive, {P} of {N}" if several else "an additive gradient",
+        [distance / distances[-1] for distance in distances],
         [value / values[0] for value in values],
     )
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """For people: each sampler's variance, and how it compares with the variance over texts."""
+    """For people: each sampler's variances over masks and over texts, that of independent masks being 1."""
     lines = []
     for run in dict.fromkeys(row["run"] for row in rows):
         here = [row for row in rows if row["run"] == run]
         first = here[0]
         lines.append(f"{run}: {first['masks']} masks of {first['predicted']} in {first['tokens']} tokens")
         texts = {row["sampler"]: row["value"] for row in here if row["quantity"] == OVER_TEXTS}
+        (unit,) = [
+            row["value"] for row in here if row["quantity"] == OVER_MASKS and row["sampler"] == "independent"
+        ]
         for name, (value, error) in relative_variances(here).items():
             lines.append(
-                f"  {name:12} variance over masks {value:.3g} +- {error:.2g} of independent masks';"
-                f" over texts {texts[name]:.3g}"
+                f"  {name:12} variance over masks {value:.3g} +- {error:.2g}, over texts"
+                f" {texts[name] / unit:.3g}, of that of independent masks over masks"
             )
     return "\n".join(lines)

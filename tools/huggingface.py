@@ -107,7 +107,7 @@ def _modernbert_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _late_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     module = MODELING.stem
-    same = ("block", "norm", "mask_from", "decoder_layers", "decoder", "decoder_positions", "mask_vector")
+    same = ("block", "norm", "mask_from", "decoder_layers", "decoder_positions", "mask_vector")
     return {
         "model_type": "latemask",
         "auto_map": {
@@ -117,5 +117,6 @@ def _late_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
         "tie_word_embeddings": False,  # one table is used twice, there is nothing to tie
         "max_position_embeddings": m.max_positions,
         "mask_token_id": tokenizer.mask,
+        "decoder_kind": m.decoder,  # transformers takes a key `decoder` for the config of another model
         **{name: getattr(m, name) for name in (*same, "mask_leak", "token_type", "norm_eps", "rope_theta")},
     }

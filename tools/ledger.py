@@ -172,6 +172,7 @@ _TOLD = ("reason", "lost_steps", "before", "now", "seq_length", "batch_size", "s
 
 def _details(line: ledger.Line) -> str:
     words = [f"{name} {line[name]}" for name in _TOLD if name in line]
+    words += [f"{share:.2f} epochs of {prefix}" for prefix, share in line.get("epochs", {}).items()]
     if "held_out" in line:
         words.append(f"held-out loss {line['held_out']['loss']:.4f}")
     return ", ".join(words)

@@ -9,6 +9,7 @@ from pretrain import __version__, config
 from pretrain.checkpoint import State
 from pretrain.config import Config
 from pretrain.corpus import Manifest
+from pretrain.masking import counts
 from tools.huggingface import Form, model_class
 
 _METHODS = {
@@ -84,8 +85,10 @@ def _what(options: Config, left_out: int, with_decoder: bool) -> str:
     form: Form = "late" if with_decoder else "masked-lm" if method == "mlm" else "encoder"
     text = (
         f"A bidirectional encoder of {m.num_layers} layers x {m.hidden_size}, pre-trained with LateMask"
-        f" {__version__} by {_METHODS[method]}. Class: `{model_class(m, form)}`."
+        f" {__version__} by {_METHODS[method.removesuffix('+leak')]}. Class: `{model_class(m, form)}`."
     )
+    if m.mask_leak and m.mask_from:
+        text += f" Other than there, its encoder saw {m.mask_leak:.0%} of the [MASK]s (`model.mask_leak`)."
     if with_decoder:
         text += (
             " It is the whole pre-training model, decoder and head included, and can fill in masks. Its code"
@@ -132,12 +135,15 @@ def _corpus(manifest: Manifest) -> str:
 
 
 def _training(options: Config, state: State | None) -> str:
-    k = options.masking
+    k, length = options.masking, options.train.seq_length
+    predicted = counts(k, length).predicted / (length - 2)
     shares = ", ".join(
         f"{share:.0%} {what}" for share, what in zip(k.corruption, ("[MASK]", "random", "kept"), strict=True)
     )
     batches = dict.fromkeys(str(phase.train.batch_size) for phase in config.phases(options))
-    text = f"{k.rate:.0%} of the tokens predicted ({shares}), {', then '.join(batches)} sequences an update."
+    text = (
+        f"{predicted:.0%} of the tokens predicted ({shares}), {', then '.join(batches)} sequences an update."
+    )
     if state is not None:
         text += f" This is the model after {state.step:,} updates ({state.samples:,} sequences)."
         if state.loss is not None:

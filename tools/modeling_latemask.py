@@ -43,7 +43,7 @@ class LateMaskConfig(PretrainedConfig):
         norm: str = "post",
         mask_from: int = 12,
         decoder_layers: int = 2,
-        decoder: str = "self",
+        decoder_kind: str = "self",
         decoder_positions: str = "own",
         mask_vector: str = "learned",
         mask_leak: float = 0.0,
@@ -63,7 +63,7 @@ class LateMaskConfig(PretrainedConfig):
         self.norm = norm
         self.mask_from = mask_from
         self.decoder_layers = decoder_layers
-        self.decoder = decoder
+        self.decoder_kind = decoder_kind
         self.decoder_positions = decoder_positions
         self.mask_vector = mask_vector
         self.mask_leak = mask_leak
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         if learned and c.decoder_positions == "own":
             self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.input_norm = make_norm(c) if learned else nn.Identity()
-        self.layers = nn.ModuleList(Layer(c, c.decoder) for _ in range(c.decoder_layers))
+        self.layers = nn.ModuleList(Layer(c, c.decoder_kind) for _ in range(c.decoder_layers))
         self.final_norm = make_norm(c) if c.norm == "pre" else nn.Identity()
 
 
@@ -282,7 +282,7 @@ class LateMaskForMaskedLM(PreTrainedModel):
         if c.block == "roberta":
             x = x + (d.positions if c.decoder_positions == "own" else self.positions)(positions)
         x = d.input_norm(x)
-        asking = ids == c.mask_token_id if c.decoder == "query" else None
+        asking = ids == c.mask_token_id if c.decoder_kind == "query" else None
         for layer in d.layers:
             x = layer(x, rotation, text, encoded, seen, asking)
         return d.final_norm(x)

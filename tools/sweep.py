@@ -70,8 +70,14 @@ def variants(path: str, overrides: list[str], over: list[str], output: Path) -> 
 def _axis(word: str) -> tuple[str, list[str]]:
     """``a.b=1,[2,3]`` -> ("a.b", ["1", "[2,3]"]): commas inside brackets belong to a value."""
     key, equals, text = word.partition("=")
-    values = re.findall(r"(?:\[[^]]*\]|[^,\[])+", text)
-    if not equals or "." not in key or not values:
+    values, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            values.append("")
+        else:
+            values[-1] += letter
+    if not equals or "." not in key or not all(values):
         raise UserError(f"--over {word!r}: write section.key=value,value,...")
     return key, [value.strip() for value in values]
 
@@ -212,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
     parser.add_argument("--slurm", action="store_true", help="submit the runs as a job array")
     submit.add_job_options(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     args.output = args.output or Path("runs") / f"sweep-{Path(args.config).stem}"
     todo = variants(args.config, args.overrides, args.over, args.output)
     possible = [variant for variant in todo if variant.options]
