@@ -30,6 +30,13 @@ def test_arguments_in_their_bounds(kind, good, bad):
             parser.parse_args([f"--it={text}"])
 
 
+def test_blank_lines_of_a_list_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("\na b\n \n c\n\n")
+    parser = console.parser("test", "")
+    parser.add_argument("names", nargs="+")
+    assert parser.parse_args([f"@{tmp_path}/list"]).names == ["a b", " c"]
+
+
 def test_a_file_appears_whole_or_is_named(tmp_path: Path) -> None:
     console.write(tmp_path / "new" / "a", "text")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]

@@ -220,3 +220,13 @@ def test_folders_are_searched(tmp_path: Path) -> None:
         find_files([str(tmp_path / "a" / "README.md")])
     with pytest.raises(UserError, match="x.txt: named twice"):
         find_files([str(tmp_path / "a"), str(tmp_path / "a" / "x.*")])
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="an empty name"):
+        find_files(["a.txt", name])

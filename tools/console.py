@@ -69,6 +69,10 @@ class _Parser(argparse.ArgumentParser):
         """One line, as for any other mistake; argparse would print its usage before it."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """A blank line of an @FILE says nothing."""
+        return [arg_line] if arg_line.strip() else []
+
 
 def parser(
     name: str, description: str, reports: bool = False, package: str = "tools"

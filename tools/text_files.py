@@ -91,6 +91,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for pattern in patterns:
+        if not pattern.strip():
+            raise UserError("--input: an empty name; it takes files, folders, patterns and @lists")
         for match in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
             path = Path(match)
             files += _folder_files(path) if path.is_dir() else [path]
