@@ -222,6 +222,35 @@ def test_folders_are_searched(tmp_path: Path) -> None:
         find_files([str(tmp_path / "a"), str(tmp_path / "a" / "x.*")])
 
 
+def test_a_folder_is_searched_for_text_alone(tmp_path: Path) -> None:
+    """Not for what lies there when the output of a job or a tokenizer is in it."""
+    others = ["c.json", "c.rejected.jsonl", "c.parts/stdin.jsonl", "c.parts.done/x.txt", "t/tokenizer.json"]
+    for name in ("a.txt", "d.parts.txt", *others, ".cache/x.txt", ".b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [file.name for file in find_files([str(tmp_path)])] == ["a.txt", "d.parts.txt"]
+    for name in others:
+        assert find_files([str(tmp_path / name)]) == [tmp_path / name]
+    with pytest.raises(UserError, match="json: by name or pattern"):
+        find_files([str(tmp_path / "t")])
+
+
+def test_a_split_of_a_saved_dataset_must_be_named(tmp_path: Path) -> None:
+    """The layout of `datasets.DatasetDict.save_to_disk`."""
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        write_arrow_stream(tmp_path / "d" / split / "data-00000-of-00001.arrow")
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (tmp_path / "d" / split / "state.json").write_text(json.dumps(state))
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name in ("d", "."):
+        with pytest.raises(
+            UserError, match=f"several splits; name one: {tmp_path}/d/train, {tmp_path}/d/test"
+        ):
+            find_files([str(tmp_path / name)])
+    assert len(find_files([str(tmp_path / "d" / "test")])) == 1
+
+
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_not_the_current_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,7 @@ _EXCERPT = 1000
 """Bytes of an over-long document that are kept to show."""
 _BOM = b"\xef\xbb\xbf"
 _DATASET_STATE = "state.json"
+_DATASET_SPLITS = "dataset_dict.json"
 
 
 class Document(NamedTuple):
@@ -87,7 +88,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files named by `patterns`: files, folders (all they hold), Hugging Face datasets, globs.
 
     In the order given; what one of them names is sorted. Files of other kinds in a folder are left
-    out, named directly they are an error.
+    out, named directly they are an error. Left out too: hidden files, .json, and what a job writes.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -122,10 +123,35 @@ def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
 def _folder_files(folder: Path) -> list[Path]:
     if (folder / _DATASET_STATE).is_file():
         return _dataset_files(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path))
+    if splits := next(folder.rglob(_DATASET_SPLITS), None):
+        raise UserError(f"{splits.parent}: a dataset of several splits; name one: {_splits(splits)}")
+    files = sorted(path for path in folder.rglob("*") if _is_searched(path.relative_to(folder)))
+    files = [path for path in files if path.is_file()]
     if not files:
-        raise UserError(f"{folder}: no .jsonl, .txt, .parquet or .arrow files in this folder")
+        raise UserError(
+            f"{folder}: no .jsonl, .txt, .parquet or .arrow files in this folder (.json: by name or pattern)"
+        )
     return files
+
+
+def _splits(listed: Path) -> str:
+    """The folders that Hugging Face's `DatasetDict.save_to_disk` names in a file beside them."""
+    names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+    return ", ".join(str(listed.with_name(name)) for name in names)
+
+
+def _is_searched(path: Path) -> bool:
+    """Whether a path within a folder is of text.
+
+    A .json beside text is rarely that: corpora and tokenizers have one, and so have datasets. Compressed
+    it is text, for nobody packs those.
+    """
+    *folders, name = path.parts
+    hidden = any(part.startswith(".") for part in path.parts)
+    ours = name.endswith(".rejected.jsonl") or any(
+        part.endswith((".parts", ".parts.done")) for part in folders
+    )
+    return bool(_kind(path)) and path.suffix != ".json" and not hidden and not ours
 
 
 def _dataset_files(folder: Path) -> list[Path]:
