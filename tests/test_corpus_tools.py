@@ -226,7 +226,7 @@ def test_damaged_compression_is_named(
         (["empty"], "", "empty: no .jsonl, .txt, .parquet or .arrow files"),
         (["in.jsonl"], "--max-document-bytes 0", "--max-document-bytes: '0' is not a number of at least 1"),
         (["in.csv"], "", "unknown kind of file"),
-        (["in.jsonl", "in.jsonl"], "", "named twice"),
+        (["in.jsonl", "in.jsonl"], "", "the same file as"),
         (["in.jsonl"], "--workers 0", "--workers: '0' is not a number of at least 1"),
         (["in.jsonl"], "--holdout 1.5", "--holdout 1.5: a share"),
         (["in.jsonl"], "--text-key body", "in.jsonl:1: no key 'body'"),
@@ -335,6 +335,16 @@ def test_merge_and_inspect(
         assert bin["documents"] == ((lengths >= bin["from"]) & (lengths <= bin["to"])).sum()
     inspect_corpus.main([str(tmp_path / "joined")])
     assert "a window as the model sees it" in capsys.readouterr().out
+
+
+def test_a_corpus_is_merged_once(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    encode(folder, tmp_path / "a", tmp_path / "in.jsonl")
+    prefix, output = str(tmp_path / "a"), str(tmp_path / "out")
+    for other in (prefix, f"{tmp_path}/../{tmp_path.name}/a"):
+        with pytest.raises(UserError, match=f"{other}: the same corpus as {prefix}"):
+            merge_corpus.main([prefix, other, "--output", output])
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_window_is_shown_as_each_method_sees_it(

@@ -218,8 +218,23 @@ def test_folders_are_searched(tmp_path: Path) -> None:
     assert found == ["a/notes.json.gz", "a/x.txt", "a/y.txt.bz2", "b.jsonl.xz", "z.parquet"]
     with pytest.raises(UserError, match="unknown kind of file"):
         find_files([str(tmp_path / "a" / "README.md")])
-    with pytest.raises(UserError, match="x.txt: named twice"):
+    with pytest.raises(UserError, match="x.txt: the same file as"):
         find_files([str(tmp_path / "a"), str(tmp_path / "a" / "x.*")])
+
+
+@pytest.mark.parametrize("other", ["./a.txt", "../here/a.txt", "link.txt", "linked/a.txt"])
+def test_one_file_under_two_names_is_named_twice(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "a.txt").touch()
+    (here / "link.txt").symlink_to("a.txt")
+    (here / "linked").symlink_to(here)
+    for names in ([str(here / "a.txt"), other], [other, other]):
+        with pytest.raises(UserError, match="the same file as"):
+            find_files(names)
 
 
 def test_a_folder_is_searched_for_text_alone(tmp_path: Path) -> None:

@@ -142,14 +142,14 @@ def prefix(text: str) -> str:
     return text
 
 
-def refuse_twice(runs: Sequence[str]) -> None:
-    """UserError if two paths are one folder, whose figures would count twice."""
+def refuse_twice(names: Iterable[str], what: str = "folder", suffix: str = "") -> None:
+    """UserError if two names, with `suffix` added, are of one file or folder: it would count twice."""
     seen: dict[str, str] = {}
-    for run in runs:
-        folder = os.path.realpath(run)
-        if folder in seen:
-            raise UserError(f"{run}: the same folder as {seen[folder]}; name it once")
-        seen[folder] = run
+    for name in names:
+        place = os.path.realpath(name + suffix)
+        if place in seen:
+            raise UserError(f"{name}: the same {what} as {seen[place]}; name it once")
+        seen[place] = name
 
 
 def matching(names: Iterable[str], words: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="corpora to join")
     console.add_output_prefix(parser)
     args = parser.parse_args(arguments)
+    console.refuse_twice(args.prefixes, "corpus", ".bin")
     check_folder(Path(args.output).parent)
     files = [corpus_file(prefix, "bin") for prefix in args.prefixes]
     total = sum(file.stat().st_size for file in files if file.exists())

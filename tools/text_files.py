@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Self, TypeAlias
 
 from pretrain.config import UserError
+from tools import console
 
 Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
 """What ends a document: in .jsonl files a line, in tables a row, in .txt files one of the others."""
@@ -101,9 +102,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         if not file.exists() or file.is_dir():
             raise UserError(f"{file}: no such file; --input takes files, folders, patterns and @lists")
         file_unit(file, "line")
-    repeated = {file for file in files if files.count(file) > 1} if len(set(files)) < len(files) else ()
-    if repeated:
-        raise UserError(f"{min(repeated)}: named twice as an input")
+    console.refuse_twice(map(str, files), "file")
     return files
 
 
