@@ -241,6 +241,43 @@ def test_a_corrected_file_is_encoded_again_and_the_others_are_not(
     assert load_manifest(tmp_path / "c").documents == 6
 
 
+def test_what_a_failed_job_left_does_not_permit_to_overwrite(
+    texts: list[dict], folder: str, tmp_path: Path
+) -> None:
+    good, more = write(tmp_path / "a.jsonl", texts[:3]), write(tmp_path / "b.jsonl", texts[3:5])
+    bad, output = tmp_path / "bad.jsonl", tmp_path / "out" / "c"
+    bad.write_text("{bad\n")
+    encode_corpus.main(words(folder, output, good, options="--workers 1"))
+    expected = contents(output)
+    with pytest.raises(UserError, match="not JSON"):
+        encode_corpus.main(words(folder, output, more, bad, options="--workers 1 --overwrite"))
+    assert (tmp_path / "out" / "c.parts").is_dir()
+    for inputs in ([more], [more, bad], [good]):
+        with pytest.raises(UserError, match="c.json: exists already"):
+            encode_corpus.main(words(folder, output, *inputs, options="--workers 1"))
+    assert contents(output) == expected
+
+
+def test_only_the_command_that_was_joining_may_go_on(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = write(tmp_path / "a.jsonl", texts[:9]), write(tmp_path / "b.jsonl", texts[9:])
+    output, options = tmp_path / "out" / "c", "--workers 1 --holdout 0.4"
+    join = encode_corpus.join
+
+    def crash(*arguments: object) -> None:
+        join(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(encode_corpus, "join", crash)
+        encode_corpus.main(words(folder, output, source, options=options))
+    with pytest.raises(UserError, match="c-valid.json: exists already"):
+        encode_corpus.main(words(folder, output, other, options=options))
+    encode_corpus.main(words(folder, output, source, options=options.replace("1", "2", 1)))
+    assert sum(load_manifest(f"{output}{side}").documents for side in ("", "-valid")) == 9
+
+
 def test_one_job_at_a_time(texts: list[dict], folder: str, tmp_path: Path) -> None:
     import fcntl
 

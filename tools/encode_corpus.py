@@ -67,6 +67,8 @@ from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed,
 _PIECES = 256
 """Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
 _PIECE_BYTES = (1 << 20, 64 << 20)
+_JOINING = "joining"
+"""The file in PREFIX.parts that says which command has begun to write the corpus."""
 THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")
 """Of a process: the work is divided between processes, and each thread would keep a cache of its own."""
 _EXPANSION = 3
@@ -304,6 +306,7 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     inputs = [InputFile(path=str(file.resolve()), bytes=file.stat().st_size) for file in files]
     record = tokenizer_record(job.tokenizer, load_tokenizer(job.tokenizer))
     origin = Origin(tokenizer=record, inputs=inputs, history=history)
+    Path(job.folder, _JOINING).write_text(_command(args), encoding="utf-8")  # from here on files may be ours
     sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
     with console.progress("join", sum(sizes)) as advance:
         manifests = {side: join(parts, dropped, side, args.output, origin, advance) for side in sides}
@@ -370,15 +373,29 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"{folder}: another encode_corpus is at work there; wait for it") from error
+    if not _was_joining(args, folder):
+        (folder / _JOINING).unlink(missing_ok=True)  # what another command began is this one's now
     return lock
 
 
 def _refuse_existing(args: Namespace, folder: Path) -> None:
-    """An unfinished job of the same name may be finished, everything else is not overwritten unasked."""
+    """The command that was joining its parts may finish that; nothing else is overwritten unasked."""
     shutil.rmtree(folder.with_name(f"{folder.name}.done"), ignore_errors=True)
-    if not args.overwrite and not folder.exists():
+    if not args.overwrite and not _was_joining(args, folder):
         for side in ("", "-valid") if args.holdout else ("",):
             refuse_existing(args.output + side)
+
+
+def _was_joining(args: Namespace, folder: Path) -> bool:
+    """Whether this command has begun to write the corpus before."""
+    note = folder / _JOINING
+    return note.is_file() and note.read_text(encoding="utf-8") == _command(args)
+
+
+def _command(args: Namespace) -> str:
+    """What was asked for, but for how: the same text for a command that may go on."""
+    how = ("workers", "overwrite", "json")
+    return json.dumps({name: value for name, value in vars(args).items() if name not in how})
 
 
 def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
