@@ -387,7 +387,15 @@ def test_duplicates_against_a_dictionary(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "same"), [("A  b\n", "a B", True), ("\ufb01", "fi", True), ("a", "b", False)]
+    ("a", "b", "same"),
+    [
+        ("A  b\n", "a B", True),
+        ("Stra\u00dfe", "STRASSE", True),
+        ("x\u00b2", "x2", False),
+        ("\uff21", "A", False),
+        ("e\u0301", "\u00e9", False),
+        ("a", "b", False),
+    ],
 )
 def test_what_counts_as_the_same_text(a: str, b: str, same: bool) -> None:
     assert (encode_parts.text_hash(a) == encode_parts.text_hash(b)) is same

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -226,8 +225,11 @@ def held_out(utf8: bytes, share: float) -> bool:
 
 
 def text_hash(text: str) -> tuple[int, int]:
-    """Equal for texts that differ in white space, letter case or Unicode form only (128 bits)."""
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Equal for texts that differ in white space and letter case only (128 bits).
+
+    No Unicode form is applied: NFKC would make x2 of x with a raised 2.
+    """
+    normal = " ".join(text.casefold().split())
     digest = hashlib.blake2b(normal.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
