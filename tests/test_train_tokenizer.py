@@ -1,5 +1,6 @@
 """Training a vocabulary: sizes it cannot have, and signals while SentencePiece works."""
 
+import json
 import re
 import signal
 import subprocess
@@ -51,6 +52,23 @@ def test_there_must_be_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.txt: no text to train on"):
         train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t")])
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "a.jsonl", str(tmp_path / "t")
+    good = [json.dumps({"text": f"{TEXT} {i}"}) for i in range(9)]
+    source.write_text("\n".join(["{bad", *good, json.dumps({"text": "x" * 1000}), '{"no": 1}']))
+    words = ["--input", str(source), "--output", output, "--max-document-bytes", "500", "--keep-going"]
+    words += ["--vocab-size", "285", "--overwrite"]
+    train_tokenizer.main([*words, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["rejected"] == 3
+    assert report["bytes"] == sum(len(json.loads(line)["text"]) for line in good)
+    train_tokenizer.main(words)
+    assert "\n3 rejected lines passed over\n" in capsys.readouterr().out
+    source.write_text("{bad\n")
+    with pytest.raises(UserError, match="no text to train on, but 1 rejected line passed over"):
+        train_tokenizer.main(words)
 
 
 def test_a_failed_import_names_the_source_and_leaves_nothing(tmp_path: Path) -> None:

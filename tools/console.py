@@ -187,6 +187,17 @@ def add_text_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup"
     )
 
 
+def add_document_limit(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option that bounds what is held of one document."""
+    parser.add_argument(
+        "--max-document-bytes",
+        type=whole(1),
+        default=default,
+        metavar="N",
+        help="longer documents are errors, for they would have to be held in memory (%(default)s)",
+    )
+
+
 def add_output_prefix(parser: argparse.ArgumentParser) -> None:
     """The options of programs that write a corpus."""
     parser.add_argument(

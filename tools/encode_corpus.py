@@ -442,13 +442,7 @@ def arguments(words: Sequence[str] | None = None) -> Namespace:
         type=console.whole(1),
         help="processes (default: the cores this job may use; under mpirun or srun 1 a rank)",
     )
-    parser.add_argument(
-        "--max-document-bytes",
-        type=console.whole(1),
-        default=MAX_DOCUMENT_BYTES,
-        metavar="N",
-        help="longer documents are errors, for they would have to be held in memory (%(default)s)",
-    )
+    console.add_document_limit(parser, MAX_DOCUMENT_BYTES)
     parser.add_argument(
         "--holdout",
         type=float,

@@ -32,7 +32,7 @@ from pretrain.tokenizer import (
 )
 from tools import console
 from tools.encode_parts import held_out
-from tools.text_files import Document, Rejected, Unit, find_files, open_reader, spool_stdin
+from tools.text_files import MAX_DOCUMENT_BYTES, Document, Rejected, find_files, open_reader, spool_stdin
 
 _HELD_OUT = 0.01
 """Share of the documents that measure; those of `encode_corpus --holdout 0.01` too."""
@@ -57,17 +57,30 @@ def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], in
     return [utf8.decode() for _, utf8 in sorted(heap, reverse=True)], total
 
 
-def read_documents(files: Sequence[Path], text_key: str, txt_document: Unit) -> Iterator[Document]:
-    """All documents; UserError at the first that cannot be read."""
-    with console.progress("read", sum(file.stat().st_size for file in files)) as advance:
-        for file in files:
-            with open_reader(file, txt_document, text_key) as reader:
-                for batch in reader.read(None):
-                    for item in batch.items:
-                        if isinstance(item, Rejected):
-                            raise UserError(f"{item}; correct or remove the line")
-                        yield item
-                    advance(batch.disk_bytes)
+class Text:
+    """All documents of some files; UserError at the first that cannot be read, unless told to keep going."""
+
+    def __init__(self, files: Sequence[Path], args: Namespace) -> None:
+        self.files, self.args = files, args
+        self.rejected = 0
+        """Passed over so far."""
+
+    def __iter__(self) -> Iterator[Document]:
+        args = self.args
+        with console.progress("read", sum(file.stat().st_size for file in self.files)) as advance:
+            for file in self.files:
+                with open_reader(file, args.txt_document, args.text_key, args.max_document_bytes) as reader:
+                    for batch in reader.read(None):
+                        yield from filter(None, map(self._checked, batch.items))
+                        advance(batch.disk_bytes)
+
+    def _checked(self, item: Document | Rejected) -> Document | None:
+        if isinstance(item, Document):
+            return item
+        if not self.args.keep_going:
+            raise UserError(f"{item}; correct it, or add --keep-going to pass over such lines")
+        self.rejected += 1
+        return None
 
 
 class Measure:
@@ -118,6 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="instead of training, take over vocab.json + merges.txt, encoder.json + vocab.bpe + dict.txt, or"
         " tokenizer.json",
     )
+    console.add_document_limit(parser, MAX_DOCUMENT_BYTES)
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="pass over unreadable lines instead of stopping at the first",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder")
     parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     parser.add_argument(
@@ -154,16 +173,18 @@ def _train(args: Namespace) -> dict[str, Any]:
     measure = Measure()
     with tempfile.TemporaryDirectory() as spool:
         files = find_files(spool_stdin(args.input, args.stdin, Path(spool)))
-        documents = measure.split(read_documents(files, args.text_key, args.txt_document))
-        texts, total = sample(documents, int(args.max_megabytes * 1e6))
+        text = Text(files, args)
+        texts, total = sample(measure.split(text), int(args.max_megabytes * 1e6))
     if not any(text.strip() for text in texts):
-        raise UserError(f"{' '.join(args.input)}: no text to train on; give some")
+        told = f", but {_passed_over(text.rejected)}" if text.rejected else ""
+        raise UserError(f"{' '.join(args.input)}: no text to train on{told}; give some")
     used = sum(len(text.encode()) for text in texts)
     about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
     with console.signals_kill():
         print(f"training on {len(texts):,} documents, {used / 1e6:,.1f} MB: shows no bar", file=sys.stderr)
         tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
-    return _about(args.output, tokenizer) | about | {"held_out": measure.report(tokenizer)}
+    report = _about(args.output, tokenizer) | about
+    return report | {"rejected": text.rejected, "held_out": measure.report(tokenizer)}
 
 
 def _import(args: Namespace) -> dict[str, Any]:
@@ -194,12 +215,18 @@ def _show(report: dict[str, Any]) -> None:
     print(f"{report['path']}: {report['kind']}, {report['vocab_size']:,} ids")
     if "bytes" in report:
         print(f"trained on {report['bytes_used'] / 1e6:,.1f} of {report['bytes'] / 1e6:,.1f} MB of text")
+    if report.get("rejected"):
+        print(_passed_over(report["rejected"]))
     if held := report.get("held_out"):
         print(
             f"on {held['bytes'] / 1e6:,.2f} MB of held-out text: {held['tokens_per_word']:.3f} tokens a word,"
             f" {held['bytes_per_token']:.2f} bytes a token, {held['unknown_rate']:.4%} unknown, "
             f"{held['byte_rate']:.4%} spelt in bytes"
         )
+
+
+def _passed_over(lines: int) -> str:
+    return f"{lines:,} rejected {'line' if lines == 1 else 'lines'} passed over"
 
 
 if __name__ == "__main__":
