@@ -176,8 +176,44 @@ def test_a_rank_with_bad_text_stops_all(job, tmp_path: Path) -> None:
         [str(MPIRUN), "-n", "2", *line], env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2
-    assert "a.jsonl:21: not JSON" in done.stderr and done.stderr.count("a.jsonl:21") <= 2
+    assert "a.jsonl:21: not JSON" in done.stderr and done.stderr.count("error:") == 1
     assert not list(tmp_path.glob("out/c.[bij]*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [("--workers 0", "--workers: '0'"), ("--input none.jsonl", "none.jsonl: no such file")],
+)
+def test_ranks_say_a_mistake_once(job, options: str, told: str, tmp_path: Path) -> None:
+    command, _ = job
+    mpi = [str(MPIRUN), "-n", "3", *command(tmp_path / "out" / "c", 1), *options.split()]
+    done = subprocess.run(mpi, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert told in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_the_error_of_one_rank_is_said_by_the_first(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "from pretrain.config import UserError\n"
+        "from tools import console\n"
+        "from tools.encode_corpus import Ranks\n"
+        "def main():\n"
+        "    ranks = Ranks()\n"
+        "    def fail():\n"
+        "        if ranks.rank == 1: raise UserError('of one rank alone')\n"
+        "    ranks.together(fail)\n"
+        "console.run(main)\n"
+    )
+    done = subprocess.run(
+        [str(MPIRUN), "-n", "3", sys.executable, str(script)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error: of one rank alone") == done.stderr.count("error:") == 1
 
 
 def test_srun_without_mpi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,14 +97,18 @@ class Ranks:
             )
 
     def together(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere."""
+        """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere.
+
+        Only rank 0 has the words of it: all would print the same line. The others leave no sooner, for
+        MPI_Finalize, when Python ends, waits for all.
+        """
         result, message = None, None
         try:
             result = action()
         except UserError as error:
             message = str(error)
         except BaseException as error:
-            if self._world:  # the others would wait for ever
+            if self._world and not _is_help(error):  # the others would wait for ever
                 sys.excepthook(type(error), error, error.__traceback__)
                 self._world.Abort(1)
             raise
@@ -112,12 +116,17 @@ class Ranks:
         everyone = self._world.allgather(mine) if self._world else [mine]
         for _, problem in everyone:
             if problem is not None:
-                raise UserError(problem)
+                raise UserError(problem if self.rank == 0 else "")
         return [answer for answer, _ in everyone]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0's result of `action`, on all ranks."""
         return self.together(action if self.rank == 0 else lambda: None)[0]
+
+
+def _is_help(error: BaseException) -> bool:
+    """Whether this is the end after --help or --version, which every rank comes to."""
+    return isinstance(error, SystemExit) and not error.code
 
 
 def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
@@ -320,10 +329,9 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def encode(args: Namespace) -> dict[str, Any]:
+def encode(args: Namespace, ranks: Ranks) -> dict[str, Any]:
     """Do the work of the command line; the report (on rank 0)."""
     started = time.monotonic()
-    ranks = Ranks()
     workers = args.workers or (1 if ranks.size > 1 else console.available_cores())
     folder = Path(f"{args.output}.parts")
     with _workplace(folder, args, ranks):
@@ -467,8 +475,9 @@ def arguments(words: Sequence[str] | None = None) -> Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    args = arguments(words)
-    report = encode(args)
+    ranks = Ranks()
+    args = ranks.together(lambda: arguments(words))[ranks.rank]
+    report = encode(args, ranks)
     if report and args.json:
         console.print_json(report)
     elif report:
