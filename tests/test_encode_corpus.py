@@ -1,6 +1,7 @@
 """Encoding at scale: killed and resumed, on workers and ranks, without duplicates, by source."""
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -275,6 +276,39 @@ def test_a_corrected_file_is_encoded_again_and_the_others_are_not(
     encode_corpus.main(words(folder, tmp_path / "c", a, b, options="--workers 1"))
     assert made == [str(b)]
     assert load_manifest(tmp_path / "c").documents == 6
+
+
+def test_the_standard_input_goes_on_and_is_listed_by_its_name(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_corpus, "_PIECE_BYTES", (20_000, 20_000))
+    source, output = write(tmp_path / "in.jsonl", [*texts, {}]), tmp_path / "out" / "c"
+    data, made = source.read_bytes(), []
+    line = len(texts) + 1
+
+    def encode(data: bytes, options: str = "") -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        encode_corpus.main(words(folder, output, Path("-"), options=f"--workers 1 {options}"))
+
+    with pytest.raises(UserError, match=f"^-:{line}: no key 'text'"):
+        encode(data)
+    write_part = encode_parts.Encoder._write
+    monkeypatch.setattr(
+        encode_parts.Encoder,
+        "_write",
+        lambda self, task, piece, *more: (made.append(piece), write_part(self, task, piece, *more)),
+    )
+    with pytest.raises(UserError, match=f"^-:{line}: "):
+        encode(data)
+    assert len(made) == 1 and made[0] > 3  # the last piece alone
+    changed = data.replace(b" the ", b" tha ", 1)
+    with pytest.raises(UserError, match=f"^-:{line}: "):
+        encode(changed)
+    assert made[1:] == list(range(made[0] + 1))
+    encode(data, "--keep-going")
+    assert [(file.path, file.bytes) for file in load_manifest(output).inputs] == [("-", len(data))]
+    (rejected,) = map(json.loads, (tmp_path / "out" / "c.rejected.jsonl").read_text().splitlines())
+    assert (rejected["path"], rejected["line"]) == ("-", line)
 
 
 def test_what_a_failed_job_left_does_not_permit_to_overwrite(

@@ -14,6 +14,7 @@ the result.
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -57,12 +58,13 @@ from tools.encode_parts import (
     Job,
     Task,
     finished,
+    input_name,
     part_name,
     stop_file,
     tally,
     tokenizer_record,
 )
-from tools.text_files import MAX_DOCUMENT_BYTES, cut, find_files, is_compressed, spool_stdin
+from tools.text_files import MAX_DOCUMENT_BYTES, STDIN, cut, find_files, is_compressed, spool_stdin
 
 _PIECES = 256
 """Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
@@ -312,7 +314,11 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     rejected = write_rejected(parts, args.output)
     history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
     history |= {"duplicates": duplicates} if job.dedup else {}
-    inputs = [InputFile(path=str(file.resolve()), bytes=file.stat().st_size) for file in files]
+    names = [input_name(job, file) for file in files]
+    inputs = [
+        InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
+        for name, file in zip(names, files, strict=True)
+    ]
     record = tokenizer_record(job.tokenizer, load_tokenizer(job.tokenizer))
     origin = Origin(tokenizer=record, inputs=inputs, history=history)
     Path(job.folder, _JOINING).write_text(_command(args), encoding="utf-8")  # from here on files may be ours
@@ -419,9 +425,15 @@ def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], J
         holdout=args.holdout,
         dedup=args.dedup,
         keep_going=args.keep_going,
+        stdin_hash="".join(_digest(file) for file in files if file.parent == folder),
     )
     stop_file(job).unlink(missing_ok=True)
     return files, job, plan(files, args.txt_document, workers)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

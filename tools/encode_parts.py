@@ -37,7 +37,7 @@ from pretrain.corpus import (
     verify,
 )
 from pretrain.tokenizer import Tokenizer, load_tokenizer
-from tools.text_files import Document, Reader, Rejected, Unit, open_reader
+from tools.text_files import STDIN, Document, Reader, Rejected, Unit, open_reader
 
 HASH = np.dtype([("key", "<u8", 2), ("bytes", "<u4")])
 """What is kept of each document when duplicates are looked for, in PART.hash."""
@@ -56,6 +56,8 @@ class Job:
     holdout: float
     dedup: bool
     keep_going: bool
+    stdin_hash: str = ""
+    """Of the standard input, where that is an input."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -82,12 +84,19 @@ def part_name(folder: str, file: int, piece: int) -> str:
     return f"{folder}/{file:05d}-{piece:06d}"
 
 
+def input_name(job: Job, file: Path) -> str:
+    """What the user calls an input: the copy of the standard input goes with the folder of the parts."""
+    return STDIN if file.parent == Path(job.folder) else str(file)
+
+
 def identity(job: Job, task: Task, piece: int) -> dict[str, Any]:
     """What a part must have been made from."""
     about = os.stat(task.path)
-    options = {key: value for key, value in asdict(job).items() if key not in ("folder", "tokenizer")}
+    place = ("folder", "tokenizer", "stdin_hash")
+    options = {key: value for key, value in asdict(job).items() if key not in place}
+    name = input_name(job, Path(task.path))
     return {
-        "file": [task.path, about.st_size, about.st_mtime_ns],
+        "file": [name, about.st_size, job.stdin_hash if name == STDIN else about.st_mtime_ns],
         "piece": [piece, task.step],
         "options": options,
         "version": __version__,
@@ -170,6 +179,7 @@ class Encoder:
                 side.finish({"identity": identity(self.job, task, piece)} | counts)
 
     def _reject(self, item: Rejected, reader: Reader, file: TextIO) -> None:
+        item = item._replace(path=input_name(self.job, reader.path))
         if not self.job.keep_going:
             here = item._replace(line=reader.lines_before() + item.line)
             raise UserError(f"{here}; correct it, or add --keep-going to set such lines aside")

@@ -37,6 +37,9 @@ TXT_UNITS: tuple[Unit, ...] = ("blank-line", "line", "file")
 MAX_DOCUMENT_BYTES = 16 << 20
 """Of one document, JSON escapes included: the largest that is read unless asked otherwise."""
 
+STDIN = "-"
+"""The name of the standard input among the inputs."""
+
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -107,16 +110,16 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
-    """`patterns` with "-" replaced by a file in `folder` that holds the standard input.
+    """`patterns` with STDIN replaced by a file in `folder` that holds the standard input.
 
     So it can be cut into pieces like any other.
     """
-    if "-" not in patterns:
+    if STDIN not in patterns:
         return list(patterns)
     spool = folder / f"stdin.{kind}"
     with spool.open("wb") as target:
         shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
-    return [str(spool) if pattern == "-" else pattern for pattern in patterns]
+    return [str(spool) if pattern == STDIN else pattern for pattern in patterns]
 
 
 def _folder_files(folder: Path) -> list[Path]:
