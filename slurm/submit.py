@@ -235,7 +235,7 @@ def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
     given = ["--input", *args.input, *form, "--tokenizer", tokenizer, "--output", str(prefix), *holdout]
     try:
         choices = shlex.split(args.encode)
-        encode_corpus.arguments([*given, *choices])
+        encoding = encode_corpus.arguments([*given, *choices])
     except (ValueError, UserError) as error:
         raise UserError(f"--encode {args.encode!r}: {error}") from None
     return {
@@ -243,8 +243,15 @@ def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
         "prefix": shlex.quote(str(prefix)),
         "input": shlex.join([*args.input, *form]),
         "vocab_size": str(vocabulary(options, args)),
+        "limits": shlex.join(_limits(encoding)),
         "options": shlex.join([*holdout, *choices]),
     }
+
+
+def _limits(encoding: argparse.Namespace) -> list[str]:
+    """What is refused of the text: a new tokenizer passes over the same documents as the corpus."""
+    going = ["--keep-going"] if encoding.keep_going else []
+    return ["--max-document-bytes", str(encoding.max_document_bytes), *going]
 
 
 def _tokenizer(options: Config) -> Path | None:

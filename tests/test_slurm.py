@@ -172,6 +172,11 @@ def test_what_the_corpus_job_makes_is_not_missed(tmp_path: Path, capsys: pytest.
     assert submit.main([LARGE, *words, "--cluster", str(EXAMPLE), "--dry-run", "model.vocab_size=400"]) == 0
     assert "warning" not in capsys.readouterr().err
     assert f"input=('{tmp_path}/*.jsonl' --text-key body --txt-document blank-line)\n" in told.out
+    more = ["--encode=--keep-going --max-document-bytes 99", "--cluster", str(EXAMPLE), "--dry-run"]
+    assert submit.main([LARGE, *words, *more, "model.vocab_size=400"]) == 0
+    training, _, encoding = capsys.readouterr().out.partition("-m tools.encode_corpus")
+    assert "\n        --max-document-bytes 99 --keep-going || finish" in training
+    assert "--keep-going --max-document-bytes 99\n" in encoding
 
 
 def test_a_dry_run_says_the_size(capsys: pytest.CaptureFixture[str]) -> None:
