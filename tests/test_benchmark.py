@@ -1,11 +1,18 @@
 """The benchmark's rows: complete, of the right sides, and with the arithmetic that they claim."""
 
+import gzip
+import importlib.util
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from pretrain.config import UserError
-from tools import benchmark, measure
+from pretrain.tokenizer import Tokenizer
+from tools import benchmark, benchmark_corpus, measure
+
+SAMPLE = Path(__file__).parent.parent / "tools" / "sample" / "train.jsonl.gz"
 
 KEYS = {
     *("name", "ours", "peer", "unit", "ratio", "spread", "runs"),
@@ -54,6 +61,44 @@ def test_rows(only: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(row) >= KEYS and only in row["name"]
     assert row["ours"] > 0 and row["runs"] == 1
     assert (row["peer"] is None) == only.startswith(("start-up", "unseen"))
+
+
+def test_ids_of_every_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each kind of tokenizer, past the megabytes that are used for speeds."""
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as lines:
+        count = sum(1 for _ in lines)
+    words = ["--max-megabytes", "0.1", "--vocab-size", "500", "--only", "ids", "--json"]
+    assert benchmark.main(["corpus", *words, "--output", str(tmp_path / "ids")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    kinds = ["byte-level BPE, plain Python", "byte-level BPE, fastokens"]
+    kinds += ["sentencepiece unigram", "sentencepiece bpe"]
+    there = [kind for kind in kinds if "fastokens" not in kind or importlib.util.find_spec("fastokens")]
+    assert [row["name"] for row in rows] == [f"ids, {kind}" for kind in there]
+    for row in rows:
+        assert (row["ours"], row["peer"], row["unit"]) == (count, count, measure.SAME)
+        inputs = [{"name": SAMPLE.name, "bytes": SAMPLE.stat().st_size}]
+        assert row["settings"] == {"inputs": inputs, "vocab_size": 500}
+    assert json.loads((tmp_path / "ids.json").read_text()) == rows
+    assert not (tmp_path / "ids.png").exists()  # nothing to draw
+
+
+def test_one_document_with_other_ids_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, texts = benchmark_corpus.reference, benchmark_corpus.read_texts([str(SAMPLE)], 1 << 30)
+
+    def bad(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+        encode = good(tokenizer)
+        return lambda some: [ids[text == texts[-1] :] for text, ids in zip(some, encode(some), strict=True)]
+
+    monkeypatch.setattr(benchmark_corpus, "reference", bad)
+    words = ["--max-megabytes", "0.1", "--vocab-size", "500", "--only", "ids, sentencepiece bpe"]
+    assert benchmark.main(["corpus", *words, "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["ours"], row["peer"]) == (len(texts) - 1, len(texts))
+    monkeypatch.setattr(benchmark_corpus, "reference", good)
+    assert benchmark.main(["corpus", *words]) == 0
+    assert f"{len(texts)}   {len(texts)}  {measure.SAME}" in capsys.readouterr().out
 
 
 def test_bad_arguments() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import check_folder
 from tools import console
-from tools.measure import Row
+from tools.measure import SAME, Row
 from tools.tables import aligned
 
 SUBJECTS = ("corpus", "step", "head", "attention", "memory", "scaling")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print_json([asdict(row) for row in rows])
     else:
         print(_table(rows))
-    return 0
+    return int(any(row.unit == SAME and row.ours != row.peer for row in rows))
 
 
 def _measured(args: argparse.Namespace) -> Iterator[Row]:
@@ -72,7 +72,7 @@ def _write(rows: Sequence[Row], prefix: str) -> None:
     compared = [
         plots.Ratio(row.name, row.ratio, row.spread, not row.unit.endswith("/s"), row.flop_ratio)
         for row in rows
-        if row.ratio is not None
+        if row.ratio is not None and row.unit != SAME
     ]
     if compared:
         with plots.theme("light"):
@@ -86,11 +86,16 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         peer, ratio, rounds, expected = "", "", "", ""
         if row.ratio is not None:
-            peer, ratio = f"{row.peer:,.4g}", f"{row.ratio:.3f}"
+            peer, ratio = _number(row, row.peer), f"{row.ratio:.3f}"
             rounds = f"{row.spread[0]:.3f} to {row.spread[1]:.3f}" if row.runs > 1 else "1"
             expected = "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}"
-        table.append((row.name, f"{row.ours:,.4g}", peer, row.unit, ratio, rounds, expected))
+        table.append((row.name, _number(row, row.ours), peer, row.unit, ratio, rounds, expected))
     return aligned(table)
+
+
+def _number(row: Row, value: float | None) -> str:
+    """Counts in full: one document in a million matters."""
+    return f"{value:,.0f}" if row.unit == SAME else f"{value:,.4g}"
 
 
 def _line(row: Row) -> str:
@@ -99,7 +104,7 @@ def _line(row: Row) -> str:
     expected = "" if row.flop_ratio is None else f", FLOPs {row.flop_ratio:.3f}"
     spread = f"{row.spread[0]:.3g} to {row.spread[1]:.3g}"
     return (
-        f"{row.name}: {row.ours:,.4g} against {row.peer:,.4g} {row.unit}"
+        f"{row.name}: {_number(row, row.ours)} against {_number(row, row.peer)} {row.unit}"
         f"  ratio {row.ratio:.3g} ({spread}{expected})"
     )
 

@@ -7,39 +7,49 @@ finished .bin and .idx, with cold caches; loading a tokenizer is not timed.
 Peers: Megatron's route is `encode_batch` of tokenizers (or `encode` of sentencepiece to lists) and
 megatron-core's IndexedDatasetBuilder; masking is Hugging Face's collator and the logic of fairseq's
 MaskTokensDataset (written out here, as fairseq no longer installs).
+
+The rows `ids` are no speeds: they compare our ids with those of the library that defines the vocabulary, on
+every document of the input (`--max-megabytes` is for training and for speeds), and one difference fails the
+program.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain import config
+from pretrain.config import UserError
 from pretrain.corpus import CorpusWriter, IndexedReader, token_dtype
 from pretrain.masking import Masker
 from pretrain.sampler import Sampler
 from pretrain.tokenizer import SMALLEST, SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
 from tools import console
-from tools.measure import Done, Row, Side, compare, row
+from tools.measure import SAME, Done, Row, Side, compare, row
 from tools.text_files import MAX_DOCUMENT_BYTES, Document, find_files, open_reader
 
 _SAMPLE = Path(__file__).parent / "sample" / "train.jsonl.gz"
 _SHARDS, _SHARD_DOCUMENTS = 1000, 2000
 _BATCH, _LENGTH = 256, 512
+_FASTOKENS_IDS = "ids, byte-level BPE, fastokens"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", default=[str(_SAMPLE)], help="raw text (the shipped sample)")
     parser.add_argument(
-        "--max-megabytes", type=console.positive, default=10.0, help="of it that is used (%(default)s)"
+        "--max-megabytes",
+        type=console.positive,
+        default=10.0,
+        help="used of it, but for ids (%(default)s)",
     )
     parser.add_argument("--gpt2", metavar="DIR", help="a byte-level tokenizer folder; default: trained here")
     parser.add_argument(
@@ -65,8 +75,9 @@ def count(args: argparse.Namespace) -> int:
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """The rows that were asked for."""
-    return console.matching(MEASURED, [args.only])
+    """The rows that were asked for; ids can be compared only of an encoder that is there."""
+    lost = set() if importlib.util.find_spec("fastokens") else {_FASTOKENS_IDS}
+    return console.matching([name for name in MEASURED if name not in lost], [args.only])
 
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
@@ -85,23 +96,42 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
 def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
     """The first documents of the input."""
     texts, size = [], 0
-    for file in find_files(patterns):
+    for batch in batches(find_files(patterns)):
+        for text in batch:
+            if size >= max_bytes:
+                return texts
+            texts.append(text)
+            size += len(text.encode())
+    return texts
+
+
+def batches(files: Sequence[Path]) -> Iterator[list[str]]:
+    """All documents, some at a time."""
+    for file in files:
         with open_reader(file, "blank-line", max_bytes=MAX_DOCUMENT_BYTES) as reader:
             for batch in reader.read(None):
-                for item in batch.items:
-                    if isinstance(item, Document) and size < max_bytes:
-                        texts.append(item.text)
-                        size += len(item.utf8)
-        if size >= max_bytes:
-            break
-    return texts
+                yield [item.text for item in batch.items if isinstance(item, Document)]
+
+
+def reference(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """The ids of texts by the library that defines the vocabulary, in its plainest way."""
+    if tokenizer.kind == "json":
+        import tokenizers
+
+        library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+        library.encode_special_tokens = True
+        return lambda texts: [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    return lambda texts: [processor.encode(text) for text in texts]
 
 
 class Bench:
     """The rows over one text."""
 
     def __init__(self, folder: Path, texts: list[str], args: argparse.Namespace) -> None:
-        self.folder, self.texts = folder, texts
+        self.folder, self.texts, self.input = folder, texts, args.input
         self.megabytes = sum(len(text.encode()) for text in texts) / 1e6
         self.runs, self.vocab_size, self.gpt2 = args.runs, args.vocab_size, args.gpt2
         self.wall_megabytes, self.unseen_megabytes = args.wall_megabytes, args.unseen_megabytes
@@ -134,6 +164,26 @@ class Bench:
         return compare(
             name, "MB/s", self.megabytes, ours, peer, self.runs, ["sentencepiece", "megatron-core"]
         )
+
+    def ids(self, name: str, folder: str | Path, use_fastokens: bool = False) -> Row:
+        """Documents of the whole input with the ids of the reference library, of all that were compared."""
+        tokenizer = load_tokenizer(folder, use_fastokens)
+        if use_fastokens and not getattr(tokenizer, "_fast", None):
+            raise UserError(f"{folder}: fastokens does not encode this vocabulary; leave the row {name} out")
+        expected, files = reference(tokenizer), find_files(self.input)
+        equal = compared = 0
+        for texts in batches(files):
+            pairs = zip(tokenizer.encode_batch(texts), expected(texts), strict=True)
+            equal += sum(ours.tolist() == theirs for ours, theirs in pairs)
+            compared += len(texts)
+        settings = {
+            "inputs": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+            "vocab_size": tokenizer.vocab_size,
+        }
+        packages = ["tokenizers" if tokenizer.kind == "json" else "sentencepiece"]
+        packages += ["fastokens"] if use_fastokens else []
+        dtype = token_dtype(tokenizer.vocab_size).name
+        return row(name, SAME, [equal], [compared], packages, dtype, settings=settings)
 
     def _ours(self, load: Callable[[], Tokenizer]) -> Side:
         def prepare() -> Callable[[], None]:
@@ -318,6 +368,10 @@ MEASURED: dict[str, Callable[[Bench, str], Row]] = {
     "byte-level BPE, fastokens, text to .bin": lambda bench, name: bench.byte_level(name, True),
     "sentencepiece unigram, text to .bin": lambda bench, name: bench.sentencepiece(name, "unigram"),
     "sentencepiece bpe, text to .bin": lambda bench, name: bench.sentencepiece(name, "bpe"),
+    "ids, byte-level BPE, plain Python": lambda bench, name: bench.ids(name, bench._byte_level()),
+    _FASTOKENS_IDS: lambda bench, name: bench.ids(name, bench._byte_level(), True),
+    "ids, sentencepiece unigram": lambda bench, name: bench.ids(name, bench._trained("unigram")),
+    "ids, sentencepiece bpe": lambda bench, name: bench.ids(name, bench._trained("bpe")),
     "masking, against Hugging Face": lambda bench, name: bench.masking(name, hugging_face_masking, 256),
     "masking, against fairseq": lambda bench, name: bench.masking(name, fairseq_masking, 32),
     "reading a batch, 4,096 x 128": lambda bench, name: bench.reading(name, 4096, 128),

@@ -25,6 +25,9 @@ import numpy as np
 _LARGE_BLOCK = 31 << 20
 """Bytes; glibc keeps what is smaller than the largest block freed so far, up to 32 MiB."""
 
+SAME = "documents equal / compared"
+"""Unit of a row that compares results, not speeds: `ours` of `peer` documents are equal."""
+
 Done = Callable[[int], None]
 """Takes how many more measurements are made, of those that a subject's `count` announces."""
 
