@@ -34,7 +34,7 @@ from typing import Any, BinaryIO, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain import config
 from pretrain.config import UserError
@@ -133,7 +133,7 @@ class Manifest(Origin):
     sequences: int
     tokens: int
     empty_documents: int
-    block_bytes: int
+    block_bytes: int = Field(gt=0)
     bin_blocks: list[str]
     idx_blocks: list[str]
     src_blocks: list[str] = []
@@ -141,6 +141,9 @@ class Manifest(Origin):
     """Names of the codes in PREFIX.src; empty where there is no such file."""
     fingerprint: str = ""
     """sha256 of everything that defines the content: the same tokens in the same documents."""
+    seal: str = ""
+    """sha256 of all else that the manifest says: bytes of text, sources, inputs, history. Empty in one that
+    was written before there was any."""
 
 
 def load_manifest(prefix: str | Path) -> Manifest:
@@ -174,6 +177,20 @@ def _fingerprint(manifest: Manifest) -> str:
         "tokenizer": manifest.tokenizer.hash if manifest.tokenizer else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _seal_of(manifest: Manifest) -> str:
+    said = manifest.model_dump(mode="json", exclude={"seal"})
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _check_seal(prefix: str | Path, manifest: Manifest) -> None:
+    """Separate from loading: a run goes on with a manifest whose paths somebody has corrected by hand."""
+    if manifest.seal and manifest.seal != _seal_of(manifest):
+        raise UserError(
+            f"{corpus_file(prefix, 'json')}: does not match its own seal: bytes of text, sources, inputs or "
+            "history were edited or damaged; copy it again, or encode the text again"
+        )
 
 
 def tokenizer_folder(options: config.Corpus) -> str:
@@ -479,7 +496,7 @@ class CorpusWriter:
         for extension in blocks:
             self._partial(extension).replace(corpus_file(self.prefix, extension))
         counts = (self.documents, self.sequences, self.tokens, self.empty_documents)
-        return _seal(self.prefix, self.dtype, counts, blocks, origin or Origin(), self.source_names)
+        return _write_manifest(self.prefix, self.dtype, counts, blocks, origin or Origin(), self.source_names)
 
     def _write_index(self) -> list[str]:
         index = _HashedFile(self._partial("idx"), self._durable)
@@ -588,7 +605,7 @@ def _read_chunks(file: BinaryIO, dtype: str) -> Iterator[npt.NDArray[Any]]:
         yield np.frombuffer(data, dtype=dtype)
 
 
-def _seal(
+def _write_manifest(
     prefix: str | Path,
     dtype: np.dtype[Any],
     counts: tuple[int, int, int, int],
@@ -613,6 +630,7 @@ def _seal(
         **dict(origin),
     )
     manifest = manifest.model_copy(update={"fingerprint": _fingerprint(manifest)})
+    manifest = manifest.model_copy(update={"seal": _seal_of(manifest)})
     partial = corpus_file(prefix, "json.partial")
     partial.write_text(manifest.model_dump_json(indent=1) + "\n")
     partial.replace(corpus_file(prefix, "json"))
@@ -629,12 +647,16 @@ def adopt(prefix: str | Path, origin: Origin, progress: Progress = lambda done: 
         extension: list(_block_digests(corpus_file(prefix, extension), BLOCK_BYTES, progress))
         for extension in ("bin", "idx")
     }
-    return _seal(prefix, reader.dtype, counts, blocks, origin, [])
+    return _write_manifest(prefix, reader.dtype, counts, blocks, origin, [])
 
 
 def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manifest:
-    """Check every byte against the manifest; UserError names the first range that differs."""
+    """Check every byte against the manifest; UserError names the first range that differs.
+
+    Of a manifest without a seal, the bytes of text, inputs and history are taken as they are.
+    """
     manifest = load_manifest(prefix)
+    _check_seal(prefix, manifest)
     reader = IndexedReader(prefix)
     found = [reader.num_documents, reader.num_sequences, reader.num_tokens, reader.dtype.name]
     noted = [manifest.documents, manifest.sequences, manifest.tokens, manifest.dtype]
@@ -643,12 +665,18 @@ def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manife
             f"{corpus_file(prefix, 'idx')}: documents, sequences, tokens, dtype are {found}, "
             f"the manifest says {noted}; another corpus was copied over this one"
         )
-    read_sources(prefix)
+    names, codes = read_sources(prefix)
     blocks = {"bin": manifest.bin_blocks, "idx": manifest.idx_blocks}
     if manifest.source_names:
         blocks["src"] = manifest.src_blocks
     for extension, noted_blocks in blocks.items():
         path = corpus_file(prefix, extension)
+        spans = -(-path.stat().st_size // manifest.block_bytes)
+        if spans != len(noted_blocks):
+            raise UserError(
+                f"{path}: has {spans} blocks of {manifest.block_bytes} bytes, the manifest has hashes of "
+                f"{len(noted_blocks)}; one of them was damaged or changed: copy or encode both again"
+            )
         digests = _block_digests(path, manifest.block_bytes, progress)
         for i, (digest, expected) in enumerate(zip(digests, noted_blocks, strict=True)):
             if digest != expected:
@@ -658,8 +686,48 @@ def verify(prefix: str | Path, progress: Progress = lambda done: None) -> Manife
                     f"{path}: bytes {start} to {end - 1} differ from the manifest; "
                     "the file was damaged or changed: copy or encode it again"
                 )
+    _check_counts(reader, manifest, names, codes)
     check_ids(reader, manifest.tokenizer)
     return manifest
+
+
+def _check_counts(
+    reader: IndexedReader, manifest: Manifest, names: Sequence[str], codes: npt.NDArray[np.uint16]
+) -> None:
+    """UserError unless empty documents and what each source gave are as counted anew."""
+    empty, documents, tokens = _counted(reader, codes)
+    path = corpus_file(reader.prefix, "json")
+    if empty != manifest.empty_documents:
+        raise UserError(f"{path}: says {manifest.empty_documents} empty documents, the index has {empty}")
+    said: dict[str, Tally] = {}
+    for name, entry in manifest.sources.items():  # a merge counts sources by name that share one code
+        said = add_tallies(said, {name if name in names else "other": entry})
+    for code, name in enumerate(names):
+        entry = said.pop(name, Tally(documents=0, tokens=0, text_bytes=0))
+        if (entry.documents, entry.tokens) != (documents[code], tokens[code]):
+            raise UserError(
+                f"{path}: says {entry.documents} documents and {entry.tokens} tokens of source {name!r}, "
+                f"PREFIX.src has {documents[code]} and {tokens[code]}; encode the text again"
+            )
+    if names and said:
+        lost = " or ".join(sorted(manifest.sources.keys() - set(names)))
+        raise UserError(f"{path}: PREFIX.src has no source {lost}; encode the text again")
+    text = sum(entry.text_bytes for entry in manifest.sources.values())
+    whole = manifest.text_bytes
+    if whole is not None and (text > whole or (text < whole and documents[NO_SOURCE] == 0)):
+        raise UserError(f"{path}: text_bytes = {whole}, but its sources have {text}; encode the text again")
+
+
+def _counted(reader: IndexedReader, codes: npt.NDArray[np.uint16]) -> tuple[int, Int64Array, Int64Array]:
+    """Empty documents in all; documents and tokens of each code [NO_SOURCE + 1]."""
+    empty, documents, tokens = 0, np.zeros(NO_SOURCE + 1, np.int64), np.zeros(NO_SOURCE + 1, np.int64)
+    for start in range(0, reader.num_documents, _CHUNK):
+        some = codes[start : start + _CHUNK]
+        lengths = np.diff(reader.token_offsets(reader.document_table[start : start + len(some) + 1]))
+        empty += int(np.count_nonzero(lengths == 0))
+        documents += np.bincount(some, minlength=NO_SOURCE + 1)
+        np.add.at(tokens, some, lengths)  # in whole numbers, which bincount would not
+    return empty, documents, tokens
 
 
 def check_ids(reader: IndexedReader, tokenizer: TokenizerRecord | None) -> None:
@@ -692,6 +760,7 @@ def merge(
     first, origin = load_manifest(prefixes[0]), Origin(text_bytes=0, history={"merged": []})
     for prefix in prefixes:
         manifest = load_manifest(prefix)
+        _check_seal(prefix, manifest)
         if manifest.dtype != first.dtype or _hash_of(manifest) != _hash_of(first):
             raise UserError(
                 f"{prefix}: its tokenizer or dtype is not that of {prefixes[0]}; "

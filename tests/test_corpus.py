@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pretrain.corpus import (
     token_dtype,
     verify,
 )
+from tools import verify_corpus
 
 # Sequences of each document: several, none at all, an empty one at either end.
 DOCUMENTS = [[], [3], [2, 5, 1], [], [], [4], [7, 7], [1], []]
@@ -300,6 +302,90 @@ def test_edited_manifests_are_refused(change: dict, message: str, tmp_path: Path
         load_manifest(tmp_path / "c")
 
 
+def described(prefix: Path) -> None:
+    """Documents of two sources: 3 and 0 tokens of one, 4 of the other."""
+    sources = {
+        "books": Tally(documents=2, tokens=3, text_bytes=20),
+        "web": Tally(documents=1, tokens=4, text_bytes=30),
+    }
+    with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
+        codes = [writer.source(name) for name in ("books", "web", "books")]
+        writer.append_documents(np.arange(7), [3, 4, 0], codes)
+        writer.finish(Origin(tokenizer=record(), text_bytes=50, sources=sources))
+
+
+def edit(prefix: Path, change: Callable[[dict[str, Any]], None], sealed: bool) -> None:
+    """Change a manifest, or one from before there were seals."""
+    path = corpus.corpus_file(prefix, "json")
+    content = json.loads(path.read_text())
+    change(content)
+    if not sealed:
+        del content["seal"]
+    path.write_text(json.dumps(content))
+
+
+def renamed(content: dict[str, Any]) -> None:
+    content["sources"]["news"] = content["sources"].pop("web")
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "text": (lambda content: content.update(text_bytes=49), "text_bytes = 49, but its sources have 50"),
+    "more text": (lambda content: content.update(text_bytes=51), "text_bytes = 51, but its sources have 50"),
+    "renamed": (renamed, "says 0 documents and 0 tokens of source 'web', PREFIX.src has 1 and 4"),
+    "renamed code": (
+        lambda content: content.update(source_names=["books", "sport"]),
+        "0 documents and 0 tokens of source 'sport'",
+    ),
+    "added": (
+        lambda content: content["sources"].update(news={"documents": 0, "tokens": 0, "text_bytes": 0}),
+        "PREFIX.src has no source news",
+    ),
+    "documents": (
+        lambda content: content["sources"]["web"].update(documents=2),
+        "says 2 documents and 4 tokens of source 'web'",
+    ),
+    "tokens": (
+        lambda content: content["sources"]["books"].update(tokens=4),
+        "says 2 documents and 4 tokens of source 'books'",
+    ),
+    "empty": (lambda content: content.update(empty_documents=2), "says 2 empty documents, the index has 1"),
+    "no hashes": (
+        lambda content: content.update(src_blocks=[]),
+        "c.src: has 1 blocks of 16777216 bytes, the manifest has hashes of 0",
+    ),
+    "other blocks": (lambda content: content.update(block_bytes=8), "c.bin: has 2 blocks of 8 bytes"),
+    "no blocks": (lambda content: content.update(block_bytes=0), "not a corpus manifest: block_bytes"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_else_a_manifest_says_is_verified(name: str, sealed: bool, tmp_path: Path) -> None:
+    described(tmp_path / "c")
+    verify(tmp_path / "c")
+    change, message = EDITS[name]
+    edit(tmp_path / "c", change, sealed)
+    message = "does not match its own seal" if sealed and name != "no blocks" else message
+    with pytest.raises(UserError, match=message):
+        verify(tmp_path / "c")
+
+
+def test_only_the_seal_protects_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    described(tmp_path / "c")
+    before = load_manifest(tmp_path / "c")
+    edit(tmp_path / "c", lambda content: content.update(history={"holdout": 0.5}), sealed=True)
+    assert load_manifest(tmp_path / "c").fingerprint == before.fingerprint  # a run goes on
+    for refused in (verify, lambda prefix: merge([prefix], tmp_path / "m")):
+        with pytest.raises(UserError, match="c.json: does not match its own seal"):
+            refused(tmp_path / "c")
+    described(tmp_path / "d")
+    verify_corpus.main([str(tmp_path / "d")])
+    assert "no seal" not in capsys.readouterr().out
+    edit(tmp_path / "d", lambda content: None, sealed=False)
+    verify_corpus.main([str(tmp_path / "d")])
+    assert "its manifest has no seal" in capsys.readouterr().out
+
+
 def test_adopt_a_foreign_corpus(tmp_path: Path) -> None:
     tokens, origin = numbers(np.uint16), Origin(tokenizer=record())
     write_with_megatron(tmp_path / "theirs", tokens)
@@ -317,7 +403,7 @@ def test_merge_equals_megatrons(
     for i, prefix in enumerate(prefixes):
         tally = Tally(documents=1, tokens=2, text_bytes=i)
         sources = {"novels": tally, prefix.name: tally}
-        write(prefix, numbers(dtype, i), Origin(tokenizer=record(), text_bytes=i, sources=sources))
+        write(prefix, numbers(dtype, i), Origin(tokenizer=record(), text_bytes=2 * i, sources=sources))
         builder.add_index(str(prefix))
     builder.finalize(str(tmp_path / "theirs.idx"))
     manifest = merge(prefixes, tmp_path / "ours")
@@ -326,7 +412,7 @@ def test_merge_equals_megatrons(
             tmp_path / f"theirs.{extension}"
         ).read_bytes()
     assert verify(tmp_path / "ours") == manifest
-    assert (manifest.documents, manifest.empty_documents, manifest.text_bytes) == (27, 12, 3)
+    assert (manifest.documents, manifest.empty_documents, manifest.text_bytes) == (27, 12, 6)
     assert manifest.sources["novels"] == Tally(documents=3, tokens=6, text_bytes=3)
     assert set(manifest.sources) == {"novels", "a", "b", "c"}
     assert [entry["fingerprint"] for entry in manifest.history["merged"]] == [
@@ -369,7 +455,7 @@ def sparse_corpus(prefix: Path, length: int, sequences: int, tokenizer: Tokenize
         file.write(dtype.type(1234).tobytes())
     counts = (sequences, sequences, sequences * length, 0)
     blocks = {"bin": ["not read"], "idx": ["not read"]}
-    corpus._seal(prefix, dtype, counts, blocks, Origin(tokenizer=tokenizer), [])
+    corpus._write_manifest(prefix, dtype, counts, blocks, Origin(tokenizer=tokenizer), [])
 
 
 def test_past_2_31_tokens_and_2_40_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 adopt(prefix, origin, advance) if args.write_manifest else verify(prefix, advance)
             )
     reports = [
-        {"prefix": prefix, "good": True} | summary(manifest)
+        {"prefix": prefix, "good": True, "sealed": bool(manifest.seal)} | summary(manifest)
         for prefix, manifest in zip(args.prefixes, manifests, strict=True)
     ]
     if args.json:
@@ -89,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{report['prefix']}: good, {report['documents']:,} documents, "
             f"{report['tokens']:,} tokens, fingerprint {report['fingerprint'][:16]}"
         )
+        if not report["sealed"]:
+            print(
+                "  its manifest has no seal, being older: nothing protects bytes of text, names of sources, "
+                "inputs and history"
+            )
     return 0
 
 
