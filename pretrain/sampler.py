@@ -276,10 +276,23 @@ def shares(weights: Sequence[float], number: Int64) -> list[Int64]:
     exact = [Fraction(str(weight)) for weight in weights]
     counts, left, rest = [number] * len(exact), number, sum(exact)
     for k in sorted(range(len(exact)), key=lambda k: -exact[k]):
-        share = (exact[k] / rest).limit_denominator(1 << 20)
-        counts[k] = (2 * share.numerator * left + share.denominator) // (2 * share.denominator)
+        counts[k] = _rounded_share(left, exact[k] / rest)
         left, rest = left - counts[k], rest - exact[k]
     return counts
+
+
+def _rounded_share(number: Int64, share: Fraction) -> Int64:
+    """share x number [n], exact, then rounded to the nearest (1/2 up).
+
+    Whole turns of the denominator are set aside, or the product would overflow. Where the rest of one could
+    overflow as well (weights of ten digits), numpy counts in Python's integers, some ten times slower.
+    """
+    part, whole = share.numerator, share.denominator
+    if whole >= 1 << 31:
+        number = number.astype(object)
+    turns = number // whole
+    rounded = part * turns + (2 * part * (number - turns * whole) + whole) // (2 * whole)
+    return rounded.astype(np.int64)
 
 
 class Blend:

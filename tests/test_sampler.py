@@ -1,5 +1,8 @@
 """The closed-form order against a stream built the obvious way."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -144,6 +147,39 @@ def test_shares_are_exact_at_every_prefix(weights):
     assert np.abs(counts - exact).max() <= (0.5 + 1e-9 if len(weights) <= 2 else 1.5)
     far = np.array([10**12, 10**12 + 1])
     assert np.abs(np.stack(shares(weights, far)) - np.outer(weights, far) / np.sum(weights)).max() < 2
+
+
+@pytest.mark.parametrize(
+    "weights", [[1e12, 3e5], [1e-30, 1, 1e-9], [0.1234567890123, 7.1, 0.9876543210987654], [2**31, 2**31 - 1]]
+)
+def test_shares_of_any_weights_are_those_of_whole_numbers(weights):
+    number = np.concatenate([np.arange(100), 10**9 + np.arange(3), 10**15 + np.arange(3)])
+    found = np.stack(shares(weights, number))
+    assert found.dtype == np.int64
+    for n, counts in zip(number.tolist(), found.T.tolist(), strict=True):
+        exact, left = [Fraction(str(weight)) for weight in weights], n
+        rest = sum(exact)
+        for k in sorted(range(len(exact)), key=lambda k: -exact[k]):
+            assert counts[k] == math.floor(left * exact[k] / rest + Fraction(1, 2))
+            left, rest = left - counts[k], rest - exact[k]
+        assert left == 0
+
+
+def test_the_smallest_share_is_read():
+    assert [int(count[0]) for count in shares([1e12, 3e5], np.array([10**9]))] == [10**9 - 300, 300]
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1, 1], [0.1, 30, 7, 0.01], [0.333333, 0.666667]])
+def test_shares_of_simple_weights_are_those_of_older_runs(weights):
+    """A run that goes on must find the order that it began with: shares with denominators below 2**20."""
+    number = np.concatenate([np.arange(5000), 10**11 + np.arange(5000)])
+    exact, left = [Fraction(str(weight)) for weight in weights], number
+    rest, found = sum(exact), shares(weights, number)
+    for k in sorted(range(len(exact)), key=lambda k: -exact[k]):
+        share = (exact[k] / rest).limit_denominator(1 << 20)
+        old = (2 * share.numerator * left + share.denominator) // (2 * share.denominator)
+        assert (found[k] == old).all()
+        left, rest = left - old, rest - exact[k]
 
 
 @pytest.fixture(scope="module")
