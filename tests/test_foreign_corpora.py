@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,38 @@ def test_a_data_bin_becomes_a_corpus(
     import_fairseq.main([prefix, "--tokenizer", folder, "--output", str(tmp_path / "c")])
     reader = IndexedReader(tmp_path / "c")
     assert [reader.document(i).tolist() for i in range(reader.num_documents)] == expected
-    assert verify(tmp_path / "c").tokenizer.hash == tokenizer.hash
+    manifest = verify(tmp_path / "c")
+    assert manifest.tokenizer.hash == tokenizer.hash and manifest.seal
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 1 << 20])
+@pytest.mark.parametrize("blanks", [0, 0.3])
+def test_stretches_of_a_data_bin(chunk: int, blanks: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With items of no tokens at all, of no </s>, with more than one, and blank ones at either end."""
+    monkeypatch.setattr(import_fairseq, "_CHUNK", chunk)
+    draw = np.random.default_rng(3)
+    items = [
+        [*draw.integers(4, 50, draw.integers(1, 6)).tolist(), *[2] * draw.integers(0, 3)] for _ in range(60)
+    ]
+    if blanks:
+        items = [[[], [2]][draw.integers(2)] if draw.random() < blanks else item for item in items]
+        items = [[2], [], *items, [2], [2]]
+    expected: list[list[list[int]]] = [[]]
+    for item in items:
+        content = item[:-1] if item[-1:] == [2] else item
+        if content:
+            expected[-1].append([1000 + i for i in content])
+        if not content or not blanks:
+            expected.append([])
+    tokens = np.array([i for item in items for i in item], np.uint16)
+    sizes = np.array([len(item) for item in items], np.int32)
+    found, given = [], 0
+    for some, lengths, ends in import_fairseq.documents(tokens, sizes, 1000 + np.arange(50), "x"):
+        sequences = [part.tolist() for part in np.split(some, np.cumsum(lengths))][:-1]
+        found += [sequences[a:b] for a, b in pairwise([0, *ends.tolist()])]
+        given += 1
+    assert found == [document for document in expected if document]
+    assert (given > 3) == (chunk < 50)
 
 
 def test_gpt2_numbers_are_renamed(texts: list[str], tmp_path: Path) -> None:
@@ -135,7 +167,7 @@ def test_datatroves_megatron_files_are_adopted(datatrove: Path, tmp_path: Path) 
     tokenizer, reader = load_tokenizer(datatrove), IndexedReader(prefix)
     assert [tokenizer.decode(reader.document(i)) for i in range(reader.num_documents)] == texts
     verify_corpus.main([str(prefix), "--write-manifest", "--tokenizer", str(datatrove)])
-    verify_corpus.main([str(prefix)])
+    assert verify(prefix).seal
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "in.jsonl").write_text(lines)
     command = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(datatrove)]

@@ -66,37 +66,35 @@ def translation(dictionary: Path, folder: str, tokenizer: Tokenizer) -> npt.NDAr
 
 def documents(
     tokens: npt.NDArray[Any], sizes: npt.NDArray[np.int32], ids: npt.NDArray[np.int64], name: str
-) -> Iterator[tuple[npt.NDArray[np.int64], list[int], list[int]]]:
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
     """Tokens, sequence lengths and document ends of some megabytes of whole documents.
 
     An item is a document where no item is empty, else a sequence of the document between blank lines.
     """
     starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-    closed = tokens[starts[1:] - 1] == _EOS if len(sizes) else np.empty(0, bool)
+    closed = sizes > 0
+    closed[closed] = tokens[starts[1:][closed] - 1] == _EOS
     lengths = sizes - closed
     blank = lengths == 0
-    cuts = np.flatnonzero(blank) if blank.any() else np.arange(len(sizes))
-    cuts = np.union1d(cuts, [len(sizes) - 1]) if len(sizes) else cuts
-    first = 0
-    parts: list[npt.NDArray[np.int64]] = []
-    sequences: list[int] = []
-    ends: list[int] = []
-    for last in cuts.tolist():
-        before = len(sequences)
-        for i in range(first, last + 1):
-            if lengths[i]:
-                parts.append(_renamed(tokens[starts[i] : starts[i] + lengths[i]], ids, name))
-                sequences.append(int(lengths[i]))
-        first = last + 1
-        if len(sequences) > before:
-            ends.append(len(sequences))
-        if sum(map(len, parts)) >= _CHUNK or last == cuts[-1]:
-            yield np.concatenate([np.empty(0, np.int64), *parts]), sequences, ends
-            parts, sequences, ends = [], [], []
+    cuts = np.flatnonzero(blank) + 1 if blank.any() else np.arange(1, len(sizes) + 1)
+    cuts = np.union1d(cuts, [len(sizes)]) if len(sizes) else cuts
+    tokens_before = starts[cuts]
+    first = at = 0
+    while at < len(cuts):
+        enough = int(np.searchsorted(tokens_before, starts[first] + _CHUNK))
+        after = min(enough + 1, len(cuts))
+        last = int(cuts[after - 1])
+        some = slice(first, last)
+        kept = np.ones(starts[last] - starts[first], bool)
+        kept[starts[1:][some][closed[some]] - 1 - starts[first]] = False
+        ends = np.unique(np.cumsum(~blank[some])[cuts[at:after] - first - 1])
+        renamed = _renamed(tokens[starts[first] : starts[last]][kept], ids, name)
+        yield renamed, lengths[some][~blank[some]], ends[ends > 0]
+        first, at = last, after
 
 
 def _renamed(tokens: npt.NDArray[Any], ids: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.int64]:
-    if int(tokens.max()) >= len(ids):
+    if len(tokens) and int(tokens.max()) >= len(ids):
         raise UserError(f"{name}: id {tokens.max()} is outside dict.txt; it is another dictionary")
     renamed = ids[tokens]
     if (renamed < 0).any():
