@@ -152,6 +152,9 @@ def load_manifest(prefix: str | Path) -> Manifest:
     if not path.is_file() and not corpus_file(prefix, "bin").is_file():
         raise UserError(f"{prefix}: no such corpus (no {prefix}.bin); check the prefix, or encode it first")
     if not path.is_file():
+        index = corpus_file(prefix, "idx")
+        if index.is_file():  # one that cannot be read needs other advice
+            _read_header(index, _map(index))
         raise UserError(
             f"{path}: no manifest; the corpus is unfinished, or another program wrote it: then run "
             f"python -m tools.verify_corpus {prefix} --write-manifest --tokenizer DIR"
@@ -349,7 +352,8 @@ def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any
     _, version, code, sequences, entries = _HEADER.unpack(head)
     if index.size == _FAIRSEQ_HEADER_BYTES + 12 * sequences:
         raise UserError(
-            f"{path}: fairseq's mmap format, which only looks like Megatron's; encode the text again"
+            f"{path}: fairseq's mmap format, which only looks like Megatron's: "
+            f"python -m tools.import_fairseq {path.with_suffix('')} --tokenizer DIR --output OTHER"
         )
     if version != 1:
         raise UserError(f"{path}: index version {version}; only version 1 is known")

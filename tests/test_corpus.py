@@ -215,8 +215,10 @@ def test_fairseqs_index_is_told_apart(tmp_path: Path) -> None:
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 4, 2)
     (tmp_path / "c.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes())
     (tmp_path / "c.bin").write_bytes(bytes(28))
-    with pytest.raises(UserError, match="c.idx: fairseq's mmap format"):
-        IndexedReader(tmp_path / "c")
+    for read in (IndexedReader, load_manifest, verify, lambda prefix: adopt(prefix, Origin())):
+        advice = f"c.idx: fairseq's mmap format, .*: python -m tools.import_fairseq {tmp_path}/c --tok"
+        with pytest.raises(UserError, match=advice):
+            read(tmp_path / "c")
 
 
 def test_multimodal_modes_are_skipped(tmp_path: Path) -> None:
