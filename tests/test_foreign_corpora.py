@@ -189,12 +189,13 @@ def test_datatroves_megatron_files_train(datatrove: Path, words: Callable[..., l
 
 
 def test_overlap_against_sets_of_words(texts: list[str], folder: str, tmp_path: Path, capsys) -> None:
-    train = texts[:20] + ["Short."]
+    train = texts[:20] + ["Short.", "Only -- a few words!", "A longer text with few words in it"]
     held = [
         texts[25],
         " ".join(texts[3].split()[:300]).upper(),
         "Never, " + " ".join(texts[30].split()[:12]),
         "few words",
+        "only a few words",
         "",
     ]
     for name, some in (("train", train), ("held", held)):
@@ -209,7 +210,7 @@ def test_overlap_against_sets_of_words(texts: list[str], folder: str, tmp_path: 
 
     def grams(text: str) -> set[tuple[str, ...]]:
         words = overlap._WORDS(load_tokenizer(folder).decode(load_tokenizer(folder).encode(text)).casefold())
-        return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
+        return {tuple(words[i : i + 13]) for i in range(max(1, len(words) - 12))} - {()}
 
     known = set().union(*map(grams, train))
     mine = [grams(text) for text in held]
@@ -219,5 +220,6 @@ def test_overlap_against_sets_of_words(texts: list[str], folder: str, tmp_path: 
     assert report["documents_with_overlap"] == sum(bool(some & known) for some in mine)
     assert report["worst"][0] == {"document": 1, "share": pytest.approx(len(mine[1] & known) / len(mine[1]))}
     assert report["worst"][0]["share"] == 1
+    assert {"document": 4, "share": 1.0} in report["worst"]  # short, and there as a whole
     verify_corpus.main(command[:-1])
     assert "runs of 13 words are in" in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 The usual test for held-out text that leaked into training. Words are what lies between white space, in
 lower case without punctuation, so that tokenizers and typography do not matter; a run is known by a
-64-bit hash. The runs of the corpus that is asked about are held in memory (8 bytes a token), the other
-may be of any size.
+64-bit hash. A document of fewer words is one run: it is found where it is a whole document too. The runs
+of the corpus that is asked about are held in memory (8 bytes a token), the other may be of any size.
 """
 
 import hashlib
@@ -35,14 +35,15 @@ class WordHashes(dict[str, int]):
 
 
 def runs(text: str, hashes: WordHashes) -> npt.NDArray[np.uint64]:
-    """Hash of each run of RUN words of a text [n]."""
+    """Hash of each run of RUN words of a text [n]; of the whole one where it is shorter."""
     words = np.array([hashes[word] for word in _WORDS(text.casefold())], dtype=np.uint64)
-    count = len(words) - RUN + 1
-    if count < 1:
+    size = min(RUN, len(words))
+    if size == 0:
         return np.empty(0, np.uint64)
+    count = len(words) - size + 1
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
-        for i in range(RUN):
+        for i in range(size):
             total = total * _MULTIPLIER + words[i : i + count]
     return total
 

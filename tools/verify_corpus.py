@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check-overlap",
         metavar="OTHER",
-        help="instead: how many runs of 13 words of PREFIX (held-out text) occur in OTHER (training text)",
+        help="instead: how many runs of 13 words of PREFIX (held-out text) occur in OTHER (training text); "
+        "a document of fewer words counts where all of it is a document of OTHER",
     )
     args = parser.parse_args(arguments)
     if args.check_overlap:
