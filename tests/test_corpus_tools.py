@@ -458,8 +458,8 @@ def test_a_signal_leaves_nothing_half_written(
     command = [sys.executable, str(tmp_path / "slow.py"), *arguments, "--workers", workers]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + PATIENCE
-    while not list(tmp_path.glob("out/c.parts/*.partial")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/c.parts/*.partial")):
+        assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=PATIENCE)

@@ -68,8 +68,15 @@ def job(texts: list[dict], folder: str, tmp_path_factory: pytest.TempPathFactory
     (here / "b.jsonl.gz").write_bytes(gzip.compress(write(here / "b", texts[10:]).read_bytes()))
     script = here / "program.py"
     script.write_text(
-        "from tools import console, encode_corpus\n"
+        "import os, pathlib, time\n"
+        "from tools import console, encode_corpus, encode_parts\n"
         "encode_corpus._PIECE_BYTES = (20_000, 20_000)\n"
+        "write, parts = encode_parts.Encoder._write, pathlib.Path(os.environ.get('PARTS', ''))\n"
+        "def held(*inner):\n"
+        "    write(*inner)\n"
+        "    while 'PARTS' in os.environ and len([*parts.glob('*.json')]) >= int(os.environ['HOLD']):\n"
+        "        time.sleep(0.01)\n"
+        "encode_parts.Encoder._write = held\n"
         "if __name__ == '__main__': console.run(encode_corpus.main)\n"
     )
     options = "--holdout 0.3 --dedup --keep-going"
@@ -93,12 +100,16 @@ def test_killed_at_any_time_it_goes_on(job, workers: int, tmp_path: Path) -> Non
     command, expected = job
     output, parts = tmp_path / "out" / "c", 0
     for more in (1, 5, 8):
+        hold = {"PARTS": f"{output}.parts", "HOLD": str(parts + more)}  # it waits there to be killed
         process = subprocess.Popen(
-            command(output, workers), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(output, workers),
+            env=environment() | hold,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        while process.poll() is None and len(list(tmp_path.glob("out/c.parts/*.json"))) < parts + more:
+        while len(list(tmp_path.glob("out/c.parts/*.json"))) < parts + more:
+            assert process.poll() is None, "it was done before it could be killed"
             time.sleep(0.001)
-        assert process.poll() is None, "it was done before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         parts = len(list(tmp_path.glob("out/c.parts/*.json")))
