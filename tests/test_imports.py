@@ -55,7 +55,7 @@ HOMES = {
         "tools/benchmark_peers.py",
     },
     "deepspeed": {"pretrain/engine.py"},
-    "sentencepiece": {"pretrain/tokenizer.py"},
+    "sentencepiece": {"pretrain/tokenizer.py", "tools/benchmark_corpus.py"},  # as a peer
     "pynvml": {"pretrain/energy.py"},
     "liger_kernel": {"pretrain/loss.py"},
     "torchao": {"pretrain/float8.py"},

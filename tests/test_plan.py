@@ -221,7 +221,11 @@ def test_costs_of_phases_are_those_of_the_report():
     made = plan.plan(o)
     steps = budget.Budget(o).updates()
     border, samples = steps[0] * 16, steps[0] * 16 + steps[1] * o.train.batch_size
-    lines = [{"event": "phase-change", "phase": 1, "samples": border}]
+    spent = {"device_seconds": {"productive": 1.0}}
+    lines = [
+        {"event": "phase-change", "phase": 1, "samples": border, **spent},
+        {"event": "finish", "samples": samples, **spent},
+    ]
     run = report.Run("", "", o, {}, {"samples": samples}, lines, [], [])
     expected = report._relative(run)
     assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)

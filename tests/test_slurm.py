@@ -175,7 +175,7 @@ def test_what_the_corpus_job_makes_is_not_missed(tmp_path: Path, capsys: pytest.
     more = ["--encode=--keep-going --max-document-bytes 99", "--cluster", str(EXAMPLE), "--dry-run"]
     assert submit.main([LARGE, *words, *more, "model.vocab_size=400"]) == 0
     training, _, encoding = capsys.readouterr().out.partition("-m tools.encode_corpus")
-    assert "\n        --max-document-bytes 99 --keep-going || finish" in training
+    assert " --max-document-bytes 99 --keep-going || finish" in training
     assert "--keep-going --max-document-bytes 99\n" in encoding
 
 
