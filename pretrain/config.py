@@ -5,22 +5,57 @@ defaults below, a YAML file, and ``section.key=value`` words from the command li
 config are found and reported at once, each as one line in the user's words; an unknown key is an error
 that names the nearest known one. The resolved config is what a run folder keeps.
 
-The trap: YAML 1.1 reads ``1e-4`` as a string, so the loader here has a resolver for it.
+The trap: YAML 1.1 guesses. It reads ``1e-4`` as a string, ``1:30`` as 90, ``010`` as 8 and ``yes`` as true,
+and pydantic takes true for 1. Here numbers are decimal (1_000, .5 and 1e-4 too), switches are true or false,
+and all else is text.
 """
 
 import difflib
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 
 class UserError(ValueError):
     """Something only the user can put right: what, where and what to do, in a line (exit code 2)."""
+
+
+def place(text: str) -> str:
+    """Return a path with ~ and $NAME as a shell reads them; ValueError where they stand for nothing."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{path.partition('/')[0]} is nobody's home; write ./{path} for a file of that name")
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)", path):
+        if not os.environ.get(name):
+            raise ValueError(f"${name} is not set; set it, or write the path out")
+    return os.path.expandvars(path)
+
+
+Place = Annotated[str, AfterValidator(place)]
+"""A path."""
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The plain types that a value may have; none for a choice of words."""
+    if get_origin(annotation) is Literal:
+        return {type(word) for word in get_args(annotation)} - {str}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return {annotation}.union(*(_kinds(one) for one in get_args(annotation)))
 
 
 class Section(BaseModel):
@@ -28,11 +63,29 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses a switch or a text for a number, a number for a switch, and a number for a name."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        numeric = bool(kinds & {int, float})
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            number = isinstance(part, (int, float)) and not isinstance(part, bool)
+            if bool in kinds and not isinstance(part, bool):
+                raise ValueError("should be true or false")
+            if str in kinds and isinstance(part, (int, float)):
+                raise ValueError("put it in quotes if it is a name")
+            if numeric and str not in kinds and isinstance(part, (bool, str)):
+                raise ValueError("should be a number, in decimal digits")
+            if number and not math.isfinite(part):
+                raise ValueError("should be a finite number")
+        return value
+
 
 class Run(Section):
     """Where the run lives and what makes it random."""
 
-    dir: str
+    dir: Place
     """Folder of the run: config, ledger, metrics, checkpoints. Starting it again continues the run."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights (and of dropout)."""
@@ -47,11 +100,11 @@ class Corpus(Section):
     """Prefix of the training corpus (PREFIX.bin, .idx, .json), or a blend `[[weight, prefix], ...]`."""
     segment: int = Field(0, ge=0)
     """Raise it by one to continue a run with another blend; without that a changed blend is refused."""
-    valid: str | None = None
+    valid: Place | None = None
     """Prefix of the held-out corpus; without one nothing is evaluated."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Tokenizer folder; default: the one that the manifest of `train` names."""
-    copies: str | None = None
+    copies: Place | None = None
     """Folder that may hold a copy of a training corpus, such as a node's own disk (`slurm.stage`): read
     where it is whole, else the original is."""
     documents: Literal["packed", "bounded"] = "packed"
@@ -64,14 +117,15 @@ class Corpus(Section):
     def _is_blend(cls, value: Any) -> Any:
         """One message for both forms, where the union would give one for each of its members."""
         if isinstance(value, str):
-            return value
+            return place(value)
         pairs = value if isinstance(value, list) else []
         good = [
-            (weight, prefix)
+            (weight, place(prefix))
             for weight, prefix in (
                 pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2
             )
-            if isinstance(weight, (int, float)) and 0 < weight < math.inf and isinstance(prefix, str)
+            if isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if 0 < weight < math.inf and isinstance(prefix, str)
         ]
         if not good or len(good) < len(pairs):
             raise ValueError("should be a prefix, or [[weight, prefix], ...] with weights above 0")
@@ -120,7 +174,7 @@ class Model(Section):
     """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the decoder; default: `dropout`."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """Hugging Face folder (safetensors) of a model to start from; what it has not is initialised. Read
     before the first update only."""
     token_type: bool = False
@@ -252,7 +306,7 @@ class Budget(Section):
     """Ranks x hours from process start to exit, over all attempts."""
     kwh: float | None = Field(None, gt=0)
     """Measured energy in kWh, over all attempts. Needs a sensor (NVML or RAPL)."""
-    relative_to: str | None = None
+    relative_to: Place | None = None
     """Instead of an amount: another CONFIG, whose planned cost is the measure (its own budget must be in
     steps, tokens or FLOPs), or the folder of a RUN, which has spent. The amount is kept in the run's
     config.yaml."""
@@ -371,21 +425,31 @@ FREE_TO_CHANGE = (
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and refuses a key given twice."""
+    """SafeLoader of the plain forms below, and of no others; refuses a key given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # Not later: merging (<<) puts keys into a mapping that its own keys replace.
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"{key!r} is given twice (line {node.start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
+                raise UserError(f"{key[1]!r} is given twice (line {node.start_mark.line + 1})")
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_PLAIN = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": f"[-+]?{_DIGITS}",
+    "float": rf"[-+]?(?:{_DIGITS}\.?(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+    "merge": "<<",
+}
+for _kind, _form in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -396,7 +460,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); check the path") from None
     except UserError as error:
         raise UserError(f"{path}: {error}; keep one of them") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value or {}, dict):
         raise UserError(f"{path}: expected sections (run:, corpus:, ...), found {type(value).__name__}")
@@ -417,10 +481,28 @@ def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
             if not isinstance(node, dict):
                 raise UserError(f"{word!r}: {parent} has a value already; keep one of the two overrides")
         try:
-            node[leaf] = _Loader(text).get_single_data()
-        except yaml.YAMLError:
+            node[leaf] = _given(path, text)
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"{word!r}: the value is not YAML; quote it") from None
     return tree
+
+
+def _given(path: str, text: str) -> Any:
+    """Return the value of an override: YAML if it begins as a list, a mapping or in quotes, else its text."""
+    loader = _Loader(text)
+    if text.lstrip()[:1] in ("[", "{", "'", '"'):
+        node = loader.get_single_node()
+        assert node
+        if text[node.end_mark.index :].strip():  # which YAML may take for a comment
+            raise ValueError(text)
+        return loader.construct_document(node)
+    tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
+    section, _, key = path.partition(".")
+    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+    named = field is not None and str in _kinds(field.annotation)
+    if tag.endswith(":str") or (named and not tag.endswith(":null")):
+        return text
+    return loader.construct_document(yaml.ScalarNode(tag, text.strip()))
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -453,11 +535,21 @@ def build(tree: dict[str, Any], where: str = "config", overridden: Sequence[str]
         sections[name] = _section(name, kind, tree.get(name), found)
     if not isinstance(tree.get("deepspeed", {}), dict):
         found.append("deepspeed: expected a mapping of DeepSpeed's own keys")
+    found += _doubtful("deepspeed", tree.get("deepspeed"))
     config = Config.model_construct(**sections, deepspeed=tree.get("deepspeed") or {})
     found += _contradictions(config)
     if found:
         raise UserError("\n".join(f"{_origin(problem, where, overridden)}: {problem}" for problem in found))
     return _complete(config)
+
+
+def _doubtful(path: str, given: Any) -> Iterator[str]:
+    """What DeepSpeed would take for true, whatever it says: nobody checks the kinds of its keys."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            yield from _doubtful(f"{path}.{key}", value)
+    elif isinstance(given, str) and given.lower() in ("yes", "no", "on", "off", "y", "n"):
+        yield f"{path} = {given!r}: should be true or false"
 
 
 def _origin(problem: str, where: str, overridden: Sequence[str]) -> str:

@@ -111,6 +111,121 @@ def test_bad_files(tmp_path, text, words):
     assert str(path) in str(caught.value)
 
 
+NUMBERS = {"010": 10, "1_000": 1000, "+7": 7, "1e3": 1000, "20.": 20, "2.0e+01": 20}
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_whole_numbers_are_decimal(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"run: {{dir: r}}\ncorpus: {{train: c}}\nbudget: {{steps: {text}}}\n")
+    assert config.load(path).budget.steps == NUMBERS[text]
+    assert config.load(path, [f"train.batch_size={text}"]).train.batch_size == NUMBERS[text]
+
+
+@pytest.mark.parametrize("text", ["1:30", "yes", "on", "true", "0x10", "0b1", "1__0", ".nan", "-.inf", "inf"])
+@pytest.mark.parametrize(
+    "key", ["train.batch_size", "optimizer.lr", "parallel.zero", "train.micro_batch_size"]
+)
+def test_what_is_no_number_is_refused(tmp_path, key, text):
+    """In the file as on the command line; YAML 1.1 takes the first three for 90, true and true."""
+    section, _, name = key.partition(".")
+    path, broken = tmp_path / "c.yaml", tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    broken.write_text(f"{path.read_text()}{section}: {{{name}: {text}}}\n")
+    for file, words in ((broken, []), (path, [f"{key}={text}"])):
+        with pytest.raises(UserError, match=rf"{key} = .*: should be "):
+            config.load(file, words)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.float8=yes", "should be true or false"),
+        ("train.float8=1", "should be true or false"),
+        ("train.deterministic=on", "should be true or false"),
+        ("optimizer.betas=[0.9, yes]", "should be a number"),
+        ("optimizer.betas=[true, 0.9]", "should be a number"),
+        ("corpus.train=[[true, a], [1, b]]", "should be a prefix"),
+        ("train.phases=[{until: .5, batch_size: 1:30}]", "should be a number"),
+        ("deepspeed.fp16.enabled=off", "deepspeed.fp16.enabled = 'off': should be true or false"),
+        ("optimizer.betas=[0.9, 0.98] # usual", "is not YAML"),
+        ("optimizer.lr=1e-4 # usual", "should be a number"),
+        ("run.dir=[a", "is not YAML"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(word, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError, match=message):
+        config.load(path, ["train.engine=deepspeed", word])
+
+
+def test_a_number_that_is_a_name_is_to_be_quoted(tmp_path):
+    path = tmp_path / "c.yaml"
+    text = "run: {dir: DIR}\ncorpus: {train: c}\nbudget: {steps: 1}\n"
+    for name in ("2026", "1e5", "true"):
+        path.write_text(text.replace("DIR", name))
+        with pytest.raises(UserError, match="run.dir = .*: put it in quotes if it is a name"):
+            config.load(path)
+        path.write_text(text.replace("DIR", f'"{name}"'))
+        assert config.load(path).run.dir == config.load(path, [f"run.dir={name}"]).run.dir == name
+    path.write_text(text.replace("DIR", "2026-11-30"))  # for YAML 1.1 a date
+    assert config.load(path).run.dir == "2026-11-30"
+
+
+@pytest.mark.parametrize("name", ["runs/try #2", "a: b", "- a", "&a", "!a", "x ", "2026", "010", "yes", "%d"])
+def test_the_text_of_an_override_is_its_value(name):
+    assert config.parse_overrides([f"run.dir={name}"]) == {"run": {"dir": name}}
+    assert config.parse_overrides([f"run.dir='{name}'"]) == {"run": {"dir": name}}
+
+
+def test_merge_keys_are_merged(tmp_path):
+    path = tmp_path / "c.yaml"
+    phases = "[&early {until: 0.2, seq_length: 32}, {<<: *early, until: 0.5}]"
+    path.write_text(yaml.safe_dump(MINIMAL) + f"train: {{phases: {phases}}}\n")
+    assert [(each.until, each.seq_length) for each in config.load(path).train.phases] == [
+        (0.2, 32),
+        (0.5, 32),
+    ]
+    for twice in (
+        "[{until: 0.2, until: 0.3}]",
+        "[&e {until: 0.2}, {<<: *e, seq_length: 32, seq_length: 64}]",
+    ):
+        path.write_text(yaml.safe_dump(MINIMAL) + f"train: {{phases: {twice}}}\n")
+        with pytest.raises(UserError, match="is given twice"):
+            config.load(path)
+
+
+PLACES = [
+    *("run.dir", "corpus.train", "corpus.valid", "corpus.tokenizer", "corpus.copies"),
+    *("model.init_from", "budget.relative_to"),
+]
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_paths_are_expanded_as_by_a_shell(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    section, _, name = key.partition(".")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    more = ["budget.steps=null"] if section == "budget" else []
+
+    def read(text):
+        return getattr(getattr(config.load(path, [*more, f"{key}={text}"]), section), name)
+
+    assert [read("~/x"), read("$SCRATCH/x"), read("${SCRATCH}x")] == ["/home/me/x", "/scratch/x", "/scratchx"]
+    assert read("a~/$1") == "a~/$1"
+    for text in ("$NOWHERE/x", "${NOWHERE}", "~nobody-at-all/x"):
+        with pytest.raises(UserError, match=rf"{key} = .*(is not set|is nobody's home)"):
+            read(text)
+    assert config.load(path, ["corpus.train=[[1, ~/a], [2, $SCRATCH/b]]"]).corpus.train == [
+        (1, "/home/me/a"),
+        (2, "/scratch/b"),
+    ]
+
+
 def test_a_problem_names_the_place_it_comes_from(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {lr: fast}\n")

@@ -37,6 +37,18 @@ def test_blank_lines_of_a_list_say_nothing(tmp_path: Path) -> None:
     assert parser.parse_args([f"@{tmp_path}/list"]).names == ["a b", " c"]
 
 
+def test_home_is_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no shell does it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list").write_text("~/c\n")
+    parser = console.parser("test", "")
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--output")
+    args = parser.parse_args(["--output=~/out", "~/a*.txt", "b~/", "@~/list"])
+    assert args.output == f"{tmp_path}/out"
+    assert args.names == [f"{tmp_path}/a*.txt", "b~/", f"{tmp_path}/c"]
+
+
 def test_a_file_appears_whole_or_is_named(tmp_path: Path) -> None:
     console.write(tmp_path / "new" / "a", "text")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]

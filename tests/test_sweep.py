@@ -136,6 +136,19 @@ def test_two_runs_of_one_name_are_refused(over: str, tiny: Path, tmp_path: Path)
     assert not (tmp_path / "s").exists()
 
 
+def test_two_ways_to_write_a_value_are_one_run(tiny: Path, tmp_path: Path) -> None:
+    line = [str(tiny / "tiny.yaml"), "--output", str(tmp_path / "s"), "--over", "run.seed=010,10"]
+    with pytest.raises(UserError, match="seed-010 and seed-10 are the same; give each value once"):
+        sweep.main(line)
+
+
+@pytest.mark.parametrize("text", ["1:30", "yes", "0x10"])
+def test_a_swept_number_is_decimal(text: str, tiny: Path, tmp_path: Path) -> None:
+    line = [str(tiny / "tiny.yaml"), "--output", str(tmp_path / "s"), "--over", f"train.batch_size={text}"]
+    with pytest.raises(UserError, match="no combination is possible; the first: .*should be a number"):
+        sweep.main(line)
+
+
 def test_a_run_that_could_not_read_its_corpus_is_not_queued(tiny: Path, tmp_path: Path) -> None:
     line = [str(tiny / "tiny.yaml"), "--output", str(tmp_path / "s"), "--slurm", "--over"]
     with pytest.raises(UserError, match=f"{tmp_path}/none"):

@@ -65,13 +65,23 @@ def fail(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([at_home(word) for word in words], namespace)
+
     def error(self, message: str) -> NoReturn:
         """One line, as for any other mistake; argparse would print its usage before it."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """A blank line of an @FILE says nothing."""
-        return [arg_line] if arg_line.strip() else []
+        return [at_home(arg_line)] if arg_line.strip() else []
+
+
+def at_home(word: str) -> str:
+    """Return a word with its ~/ spelt out: a shell leaves it in --option=~/name, in quotes, in an @FILE."""
+    found = re.fullmatch("(@|--[a-z-]+=)?(~/.*)", word, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else word
 
 
 def parser(

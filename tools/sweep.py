@@ -63,7 +63,11 @@ def variants(path: str, overrides: list[str], over: list[str], output: Path) -> 
         if any(variant.name == name for variant in found):
             raise UserError(f"--over: two runs would be named {name}; give each value once")
         words = [f"{key}={text}" for key, text in zip(keys, combination, strict=True)]
-        found.append(_variant(path, overrides, words, name, output))
+        variant = _variant(path, overrides, words, name, output)
+        for other in found:
+            if other.values == variant.values:
+                raise UserError(f"--over: {other.name} and {name} are the same; give each value once")
+        found.append(variant)
     return found
 
 
