@@ -28,7 +28,7 @@ from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
 from pretrain.corpus import IndexedReader, load_manifest, open_nearest, tokenizer_folder
 from pretrain.evaluate import HeldOut, masker
-from pretrain.ledger import Ledger, peak_resident
+from pretrain.ledger import Ledger, peak_resident, process_start
 from pretrain.loss_scale import LEAST, hopeless
 from pretrain.masking import Masker
 from pretrain.model import Batch
@@ -49,6 +49,7 @@ DONE, STOPPED = 0, 75
 """Exit codes: the budget is spent; stopped early on request, start me again."""
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
+_TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
 
 
@@ -181,6 +182,8 @@ class Turn(NamedTuple):
     progress: float
     phase: int
     """Of the next update."""
+    late: bool
+    """It is the job's time limit that says stop."""
 
 
 @dataclass(frozen=True)
@@ -365,11 +368,20 @@ def read_phase(
 
 
 def _deadline(options: Config) -> float | None:
-    """So long before the job's end that there is time to save; in a short job at most a fifth of it."""
-    end = job_end(os.environ)
+    """So long before the job's end that there is time to save; in a short job at most a fifth of it.
+
+    The trap: a shell (of tmux, of salloc) keeps the variables of a job that is over.
+    """
+    end, now = job_end(os.environ), time.time()
     if end is None:
         return None
-    return end - min(60 * options.checkpoint.end_margin_minutes, 0.2 * (end - time.time()))
+    if end <= min(process_start(), now):  # two clocks, of which one may be set
+        logging.warning(
+            "warning: SLURM_JOB_ID or SLURM_JOB_END_TIME is of a job that ended before this process began:"
+            " its time limit is ignored; unset them"
+        )
+        return None
+    return end - min(60 * options.checkpoint.end_margin_minutes, 0.2 * (end - now))
 
 
 def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
@@ -568,6 +580,11 @@ def train(run: Run) -> int:
         if not (turn.step_fits or turn.stop or run.step):
             unit, total = o.budget.amount
             raise UserError(f"budget.{unit} = {total:g} is spent before the first update; raise it")
+        if turn.late and turn.step_fits and not run.seen:  # nor would it be otherwise another time
+            raise UserError(
+                f"{_TIME_LIMIT} leaves no time for an update: raise it, or lower"
+                f" checkpoint.end_margin_minutes = {o.checkpoint.end_margin_minutes:g}"
+            )
         ending = turn.stop or not turn.step_fits
         if run.step > logged and (ending or run.step % o.monitor.log_every == 0):
             write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
@@ -614,7 +631,8 @@ def enter(run: Run, number: int) -> None:
 def agree(run: Run) -> Turn:
     """One all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
     if run.deadline and time.time() >= run.deadline:
-        run.signals.received = run.signals.received or "the job's time limit"
+        run.signals.received = run.signals.received or _TIME_LIMIT
+    late = int(run.signals.received == _TIME_LIMIT)
     stop = int(run.signals.received is not None)
     fits, progress, due, phase = 0, 0, 0, 0
     if run.ledger:
@@ -624,12 +642,12 @@ def agree(run: Run) -> Turn:
         due, phase = int(save_due(run)), run.budget.phase(totals)
     joules = run.meter.joules()
     mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
-    stop, fits, progress, due, phase, *millijoules = run.topology.add_up(
-        [stop, fits, progress, due, phase, *mine]
+    stop, late, fits, progress, due, phase, *millijoules = run.topology.add_up(
+        [stop, late, fits, progress, due, phase, *mine]
     )
     if run.ledger:
         run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
-    return Turn(bool(stop), bool(fits), bool(due), progress / _PROGRESS_UNITS, phase)
+    return Turn(bool(stop), bool(fits), bool(due), progress / _PROGRESS_UNITS, phase, bool(late))
 
 
 def held_back(run: Run, totals: dict[str, Any]) -> float:

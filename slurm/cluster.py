@@ -18,6 +18,7 @@ from tools.console import whole
 
 HERE = Path(__file__).parent
 DEFAULT = HERE / "cluster.env"
+EXAMPLE = HERE / "cluster.env.example"
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,18 @@ class Cluster:
     max_attempts: int = 3
     preflight: str = "yes"
     python: str = ""
+    launch: str = ""
+    """The words of SRUN and WRAP."""
+
+    @property
+    def container(self) -> bool:
+        """Return whether SRUN or WRAP start a container."""
+        programs = "container|apptainer|singularity|enroot|podman|docker|shifter|ch-run|charliecloud|sarus"
+        return re.search(programs, self.launch) is not None
 
 
 OF_THE_JOBS = {"SRUN", "WRAP", "MPI", "LOCAL_SCRATCH"}
-KNOWN = {field.name.upper() for field in fields(Cluster)} - {"TEXT"} | OF_THE_JOBS
+KNOWN = {field.name.upper() for field in fields(Cluster)} - {"TEXT", "LAUNCH"} | OF_THE_JOBS
 FORMS: dict[str, Callable[[str], Any]] = {
     "GPUS_PER_NODE": whole(0),
     "TASKS_PER_NODE": whole(1),
@@ -67,15 +76,15 @@ def read(path: Path | None = None) -> Cluster:
     """The site file `path`; UserError if it is missing, does not run or sets what nobody reads."""
     path = path or DEFAULT
     if not path.is_file():
-        raise UserError(f"{path}: no such file; copy {HERE}/cluster.env.example there and edit it")
-    text = path.read_text(encoding="utf-8")
+        raise UserError(f"{path}: no such file; copy {EXAMPLE} there and edit it")
+    text = _text(path)
     for name in re.findall(r"^([A-Z_]+)=", text, re.MULTILINE):
         if name not in KNOWN:
             near = difflib.get_close_matches(name, KNOWN, 1)
             hint = f"; did you mean {near[0]}?" if near else "; write export before it if a program reads it"
             raise UserError(f"{path}: {name} means nothing here{hint}")
     found = {}
-    for name, value in _source(path).items():
+    for name, value in _source(path, text).items():
         try:
             if value:
                 found[name.lower()] = FORMS.get(name, str)(value)
@@ -84,12 +93,22 @@ def read(path: Path | None = None) -> Cluster:
     return Cluster(text, **found)
 
 
-def _source(path: Path) -> dict[str, str]:
+def _text(path: Path) -> str:
+    """Return what is in the file, without the marks that an editor of another system leaves in it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save it as that") from None
+    return re.sub(r"\r+$", "", text, flags=re.MULTILINE)
+
+
+def _source(path: Path, text: str) -> dict[str, str]:
     names = sorted(KNOWN - OF_THE_JOBS)
-    script = 'set -e; . "$0"; for name; do printf "%s\\0" "${!name}"; done'
-    done = subprocess.run(
-        ["bash", "-c", script, str(path.absolute()), *names], capture_output=True, text=True
+    script = (
+        'set -e; . /dev/stdin; LAUNCH="${SRUN[*]} ${WRAP[*]}"; for name; do printf "%s\\0" "${!name}"; done'
     )
+    command = ["bash", "-c", script, str(path.absolute()), *names, "LAUNCH"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
-    return dict(zip(names, done.stdout.split("\0"), strict=False))
+    return dict(zip([*names, "LAUNCH"], done.stdout.split("\0"), strict=False))

@@ -6,6 +6,8 @@ run=${here%/slurm}
 . "$here/cluster.env"
 # The frozen code, and not what lies in the working folder.
 export PYTHON PYTHONPATH="$here/code" PYTHONSAFEPATH=1
+# What no sbatch sets is of the shell in which somebody submitted this file by hand, itself inside a job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_STEP_@}"
 export SLURM_EXPORT_ENV=ALL # some sites' sbatch says NONE, which would keep all of this from the ranks
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the sbatch file's head
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
@@ -28,6 +30,17 @@ helper() { # helper MODULE WORD...: in one task
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${SRUN[@]}" "${WRAP[@]}" "$PYTHON" -m "$@"
 }
 
+unjobbed() { # unjobbed COMMAND...: without this job's variables, which the next job's srun would obey; in a subshell
+    local name
+    for name in "${!SLURM_@}"; do
+        case ${name#SLURM_} in
+        CONF | JWT | CLUSTERS | DEBUG | DEBUG_FLAGS | TIME_FORMAT | EXIT_ERROR | UMASK) ;;
+        *) unset "$name" ;;
+        esac
+    done
+    "$@"
+}
+
 sent_back() { # sent_back JOB: it is known, and does not run any more
     scontrol -o show job "$1" | grep -qv JobState=RUNNING
 }
@@ -47,7 +60,7 @@ again() { # again [NODES]: the same job once more, from now on without NODES
         # Slurm may kill the sleep a moment before this script, which must not go on to submit a second job.
         while :; do sleep 60; done
     fi
-    new=$(sbatch --parsable ${without:+--exclude="$without"} "${only[@]}" "$here/$stage.sbatch") || exit 1
+    new=$(unjobbed sbatch --parsable ${without:+--exclude="$without"} "${only[@]}" "$here/$stage.sbatch") || exit 1
     # Who waits for this job waits for the new one.
     squeue --me --noheader --states=PENDING --format='%i %E' |
         sed -n "s/([a-z]*)//g; s/\b$SLURM_JOB_ID\b/$new/p" | while read -r id after; do

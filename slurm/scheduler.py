@@ -1,9 +1,10 @@
 """Slurm's own commands: the only file here that starts them."""
 
+import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ MAX_ARRAY = 1000
 
 PAUSES = (0.0, 0.2, 1.0)
 """Seconds before each try to ask a controller that may be busy."""
+
+
+OF_THE_USER = ("CONF", "JWT", "CLUSTERS", "DEBUG", "DEBUG_FLAGS", "TIME_FORMAT", "EXIT_ERROR", "UMASK")
+"""Variables SLURM_* that say how to talk to Slurm; all others are of a job. job.sh has the same list."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,22 @@ class Seen:
     restarts: int
 
 
+def of_a_job(environ: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that a job around this process has left.
+
+    sbatch would pass them on, and srun in the new job would take them for its options: where its ranks are
+    bound to, how much memory they have. What a user wishes of sbatch is named SBATCH_*.
+    """
+    kept = {f"SLURM_{name}" for name in OF_THE_USER}
+    return [name for name in environ if name.startswith("SLURM_") and name not in kept]
+
+
 def submit(script: Path, after: str | None = None) -> str:
     """The new job's id; `after`: only if that job succeeds. UserError with Slurm's words if it refuses."""
     waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    done = _run(["sbatch", "--parsable", *waits, str(script)])
+    without = set(of_a_job(os.environ))
+    environ = {name: value for name, value in os.environ.items() if name not in without}
+    done = _run(["sbatch", "--parsable", *waits, str(script)], environ)
     if done.returncode:
         raise UserError(f"sbatch {script}: {_why(done)}; change cluster.env or the options of slurm.submit")
     return done.stdout.strip().partition(";")[0]  # a federation adds its cluster's name
@@ -77,8 +94,8 @@ def _why(done: "subprocess.CompletedProcess[str]") -> str:
     return re.sub("^[a-z]+: (error|fatal): ", "", lines[-1])
 
 
-def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+def _run(command: list[str], environ: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True, env=environ)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: no such command; run this where Slurm is, or use --dry-run") from None

@@ -113,7 +113,7 @@ def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> list[str]:
 def commands(run: Path) -> tuple[int, set[int]]:
     """How many an array has, and the numbers (from 0) of those that are done."""
     here = run / "slurm"
-    count = len((here / "commands.txt").read_text(encoding="utf-8").splitlines())
+    count = (here / "commands.txt").read_text(encoding="utf-8").count("\n")
     return count, {int(path.name) for path in (here / "done").iterdir()}
 
 

@@ -62,8 +62,38 @@ class Shape:
 # ---- sizing --------------------------------------------------------------------------------------
 
 
+def read_site(args: argparse.Namespace) -> Cluster:
+    """The site's file; the example where a dry run finds none. Warns of what jobs are not going to find."""
+    path = args.cluster or cluster.DEFAULT
+    if args.dry_run and not args.cluster and not path.is_file():
+        _warn(f"{path}: no such file; what follows is of {cluster.EXAMPLE}")
+        return cluster.read(cluster.EXAMPLE)
+    site = cluster.read(path)
+    if site.container and not site.python:
+        _warn(
+            f"{path}: SRUN or WRAP starts a container, in which jobs would call {sys.executable} of this"
+            " machine; set PYTHON to the image's own, such as python3"
+        )
+    lost = scheduler.of_a_job(os.environ)
+    if lost and not args.dry_run and "SLURM_JOB_ID" not in os.environ:  # then they may be wishes
+        _warn(f"{', '.join(lost)}: not passed on to jobs; export what they need in setup() of {path}")
+    return site
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
-    """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does.
+    """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does."""
+    form, (estimate,) = shape_of_all({args.config: options}, site, args)
+    return form, estimate
+
+
+def shape_of_all(
+    runs: Mapping[str, Config], site: Cluster, args: argparse.Namespace
+) -> tuple[Shape, list[dict[str, Any]]]:
+    """The job that does for each of the runs, by name, and their plans; UserError as above.
 
     Without --nodes: the fewest on which the parallel settings fit the site's device.
     """
@@ -76,7 +106,7 @@ def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Sha
     for nodes in [args.nodes] if args.nodes else FEW:
         try:
             form = Shape(nodes, tasks, gpus)
-            return form, plan.plan(options, form.ranks, device, name=args.config)
+            return form, [plan.plan(each, form.ranks, device, name=name) for name, each in runs.items()]
         except UserError as error:
             refusal = refusal or error
     assert refusal
@@ -155,9 +185,13 @@ def render(stage: str, template: str, heads: Sequence[str], values: Mapping[str,
 
 def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.Namespace) -> list[str]:
     """The #SBATCH words of a job. Slurm reads quotes in them as a shell does; % is special in paths."""
+    for name in (str(folder), os.getcwd()):
+        if re.search(r"[\\\n\r]", name):
+            raise UserError(f"{name!r}: Slurm cannot have a backslash or a line's end in a path; rename it")
     single = stage in PROGRAMS
     # Also what gets no GPU because of --gpus-per-node 0.
-    cpus = single or stage == "corpus" or bool(site.gpus_per_node and not form.gpus)
+    cpus = not form.gpus and (single or stage == "corpus" or bool(site.gpus_per_node))
+    training = stage == "train" or (stage == "array" and 0 < form.gpus == site.gpus_per_node)
     log = "%A_%a" if stage == "array" else "%j"
     limit = args.time or (site.cpu_time if single else "") or site.time
     # To the ranks, in time to save; a corpus job unwinds on SIGTERM; the other programs save nothing.
@@ -179,7 +213,7 @@ def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.N
         "nodes": str(form.nodes),
         "ntasks-per-node": str(form.tasks),
         "cpus-per-task": str(1 if stage == "corpus" else site.cpus_per_task),  # its ranks have no threads
-        "mem": site.memory if stage == "train" else "",
+        "mem": site.memory if training else "",
         "time": limit,
         "signal": f"{told}@{site.signal_seconds}" if told else "",
     }
@@ -188,7 +222,10 @@ def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.N
     if form.gpus:
         behind = ":" if site.gpu_option.startswith("--gres") else "="
         words.append(f"{site.gpu_option}{behind}{form.gpus}")
-    return [*words, *([site.options] if site.options else [])]
+    words += [" ".join(site.options.split())] if site.options else []
+    if broken := [word for word in words if re.search(r"[\n\r]", word)]:
+        raise UserError(f"{args.cluster or cluster.DEFAULT}: {broken[0]!r} is to be one line; correct it")
+    return words
 
 
 def scripts(
@@ -210,6 +247,7 @@ def scripts(
         elif stage in programs:
             values["command"] = shlex.join(programs[stage])
         size = {"train": form, "corpus": Shape(args.corpus_nodes, args.corpus_tasks_per_node, 0)}
+        size["evaluate"] = Shape(1, 1, min(1, form.gpus))  # a large model takes hours on a few cores
         template = "report" if stage in programs else stage
         words = heads(site, folder, stage, size.get(stage, Shape(1, 1, 0)), args)
         found[stage] = render(stage, template, words, values)
@@ -266,9 +304,6 @@ def _tokenizer(options: Config) -> Path | None:
 
 def freeze(folder: Path, site: Cluster, form: Shape) -> None:
     """Code, packages and cluster.env as they are now; a job reads nothing else of ours."""
-    for name in (str(folder), os.getcwd()):
-        if re.search(r"[\\\n]", name):
-            raise UserError(f"{name!r}: Slurm cannot have a backslash or a line's end in a path; rename it")
     shutil.rmtree(folder / "code", ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "sample", "results")
     for package in ("pretrain", "tools", "slurm"):
@@ -307,13 +342,15 @@ def refuse_live(run: Path) -> None:
             )
 
 
-def start_array(commands: Sequence[str], folder: Path, site: Cluster, args: argparse.Namespace) -> str:
+def start_array(
+    commands: Sequence[str], folder: Path, site: Cluster, form: Shape, args: argparse.Namespace
+) -> str:
     """Submits commands for a shell as an array; its job id. `folder` keeps the frozen code and the logs."""
-    script = array_script(len(commands), folder, site, args)
+    script = array_script(len(commands), folder, site, form, args)
     refuse_live(folder)
     here = folder.absolute() / "slurm"
     here.mkdir(parents=True, exist_ok=True)
-    freeze(here, site, shape_of_array(site, args))
+    freeze(here, site, form)
     for kept in ("done", "fruitless"):
         shutil.rmtree(here / kept, ignore_errors=True)
         (here / kept).mkdir()
@@ -321,24 +358,27 @@ def start_array(commands: Sequence[str], folder: Path, site: Cluster, args: argp
     return submit(here, {"array": script})[0]["job"]
 
 
-def array_script(count: int, folder: Path, site: Cluster, args: argparse.Namespace) -> str:
-    """The sbatch file of an array of `count` commands."""
+def array_script(count: int, folder: Path, site: Cluster, form: Shape, args: argparse.Namespace) -> str:
+    """The sbatch file of an array of `count` commands, each in a job of this shape."""
     here, tasks = folder.absolute() / "slurm", min(count, scheduler.MAX_ARRAY)
     values = {"here": shlex.quote(str(here)), "count": str(count), "tasks": str(tasks)}
     at_once = f"%{args.at_once}" if args.at_once else ""
-    words = heads(site, here, "array", shape_of_array(site, args), args)
+    words = heads(site, here, "array", form, args)
     return render("array", "array", [*words, f"--array=0-{tasks - 1}{at_once}"], values)
 
 
 def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
-    """Of each command: one GPU, or one process without, unless asked for more."""
-    gpus = min(1, site.gpus_per_node) if args.gpus_per_node is None else args.gpus_per_node
-    return Shape(args.nodes or 1, args.tasks_per_node or gpus or 1, gpus)
+    """Of each command: nodes as cluster.env has them with --nodes; else one GPU, or one process without."""
+    gpus = site.gpus_per_node if args.nodes else min(1, site.gpus_per_node)
+    if args.gpus_per_node is not None:
+        gpus = args.gpus_per_node
+    tasks = args.tasks_per_node or (site.tasks_per_node if args.nodes else None)
+    return Shape(args.nodes or 1, tasks or gpus or 1, gpus)
 
 
 def submit_run(args: argparse.Namespace) -> int:
     """CONFIG -> jobs in the queue."""
-    site = cluster.read(args.cluster)
+    site = read_site(args)
     options = config.load(args.config, args.overrides)
     stages = args.pipeline.split(",")
     if wrong := [stage for stage in stages if stage not in STAGES]:
@@ -353,8 +393,8 @@ def submit_run(args: argparse.Namespace) -> int:
     except UserError as error:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
-        print(f"warning: {error}", file=sys.stderr)
-    sizing = f"nodes x ranks: {form.nodes} x {form.tasks}{_expected(estimate)}"
+        _warn(str(error))
+    sizing = size_line(form, [estimate])
     if args.dry_run:
         print(sizing, file=sys.stderr)
         return show(files, args.json)
@@ -385,26 +425,48 @@ def show(files: Mapping[str, str], as_json: bool) -> int:
     return 0
 
 
-def _expected(estimate: dict[str, Any]) -> str:
-    """What the plan says of a job, for people."""
-    gigabytes = estimate["memory_bytes_per_rank"]["total"] / 1e9
-    words = f"; {gigabytes:,.1f} GB a rank" if gigabytes >= 0.05 else ""
-    return words + (f", about {estimate['hours']:,.1f} hours of training" if estimate["hours"] else "")
+def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
+    """What the plan says of a job, or of the largest of several, for people."""
+    words = f"nodes x ranks: {form.nodes} x {form.tasks}"
+    gigabytes = max(each["memory_bytes_per_rank"]["total"] for each in estimates) / 1e9
+    hours = [each["hours"] for each in estimates if each["hours"]]
+    if gigabytes >= 0.05:
+        words += f"; {gigabytes:,.1f} GB a rank"
+    if hours:
+        words += f", about {max(hours):,.1f} hours of training"
+    if len(hours) > 1:
+        words += f", {sum(hours):,.1f} in all {len(hours)}"
+    return words
 
 
 def submit_array(args: argparse.Namespace) -> int:
     """The lines of a file -> an array in the queue."""
     if not args.output:
         raise UserError("--array needs --output DIR, for the logs and the frozen code")
-    commands = [line for line in args.array.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not commands:
-        raise UserError(f"{args.array}: no commands; write one a line")
-    site = cluster.read(args.cluster)
+    commands = read_commands(args.array)
+    site = read_site(args)
+    form = shape_of_array(site, args)
     if args.dry_run:
-        return show({"array": array_script(len(commands), args.output, site, args)}, args.json)
-    job = start_array(commands, args.output, site, args)
+        return show({"array": array_script(len(commands), args.output, site, form, args)}, args.json)
+    job = start_array(commands, args.output, site, form, args)
     print(json.dumps({"stage": "array", "job": job}) if args.json else f"job {job}: {len(commands)} commands")
     return 0
+
+
+def read_commands(path: Path) -> list[str]:
+    """The commands of a file, one a line; empty lines and those that begin with # say nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save it as that") from None
+    lines = [line.rstrip("\r") for line in lines]
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\\") and not line.lstrip().startswith("#"):
+            raise UserError(f"{path}:{number}: ends with a backslash; a command is one line")
+    commands = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not commands:
+        raise UserError(f"{path}: no commands; write one a line")
+    return commands
 
 
 # ---- looking and stopping ------------------------------------------------------------------------
@@ -440,11 +502,18 @@ def cancel(words: Sequence[str]) -> int:
     """Ends every job of the runs that is still in the queue, the last of a chain first."""
     if not words:
         raise UserError("--cancel: name the runs")
-    for row in reversed(status.rows(runs_of(words))):
-        if row["state"] not in status.ENDED:
-            journal.note(row["run"], "cancel", row["stage"], row["job"])
-            scheduler.cancel(row["jobs"])
-            print(f"cancelled job {', '.join(row['jobs'])}: {row['stage']} of {row['run']}")
+    table = status.rows(runs_of(words))
+    for row in reversed(table):
+        if row["state"] in status.ENDED:
+            continue
+        journal.note(row["run"], "cancel", row["stage"], row["job"])
+        scheduler.cancel(row["jobs"])
+        print(f"cancelled job {', '.join(row['jobs'])}: {row['stage']} of {row['run']}")
+    for run in dict.fromkeys(row["run"] for row in table):
+        ended = [row for row in table if row["run"] == run]
+        if all(row["state"] in status.ENDED for row in ended):
+            stages = ", ".join(f"{row['stage']} {row['state']}" for row in ended)
+            print(f"{run}: no job in the queue ({stages})")
     return 0
 
 
@@ -482,7 +551,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="how the runs' jobs stand (all of runs/)")
     what.add_argument("--cancel", action="store_true", help="end all jobs of the runs")
-    what.add_argument("--array", type=Path, metavar="FILE", help="commands for a shell, one a line")
+    what.add_argument(
+        "--array",
+        type=Path,
+        metavar="FILE",
+        help="commands for a shell, one a line; each has one GPU or process, with --nodes N whole nodes",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of an array's logs and frozen code"
     )
@@ -505,7 +579,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     chain.add_argument("--corpus-nodes", type=whole(1), default=1, metavar="N", help="(%(default)s)")
     chain.add_argument("--corpus-tasks-per-node", type=whole(1), default=8, metavar="N", help="(%(default)s)")
-    args = parser.parse_intermixed_args(words)
+    args = parser.parse_intermixed_args(_joined(sys.argv[1:] if words is None else words))
     if not (args.config or args.status or args.cancel or args.array):
         parser.error("name a CONFIG, or ask for --status, --cancel or --array")
     if args.array and args.config:
@@ -513,6 +587,17 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.dry_run and (args.status or args.cancel):
         parser.error("--dry-run is for what is submitted, not for --status or --cancel")
     return args
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """``--encode --dedup`` as ``--encode=--dedup``: options are what it takes, which argparse refuses."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--encode":
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -73,6 +73,7 @@ def test_without_nodes_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -
         (["--pipeline", "corpus", "--input", "-"], "no standard input"),
         (["--pipeline", "corpus", "--input", "a", "--encode", "it's"], "No closing quotation"),
         (["--pipeline", "corpus", "--input", "a", "--encode=--dedupe"], "arguments: --dedupe"),
+        (["--pipeline", "corpus", "--input", "a", "--encode", "--dedupe"], "arguments: --dedupe"),
         (
             ["--pipeline", "corpus", "--input", "a", "--vocab-size", "900", "model.vocab_size=800"],
             "leave one",
@@ -175,6 +176,8 @@ def test_what_the_corpus_job_makes_is_not_missed(tmp_path: Path, capsys: pytest.
     more = ["--encode=--keep-going --max-document-bytes 99", "--cluster", str(EXAMPLE), "--dry-run"]
     assert submit.main([LARGE, *words, *more, "model.vocab_size=400"]) == 0
     training, _, encoding = capsys.readouterr().out.partition("-m tools.encode_corpus")
+    assert submit.main([LARGE, *words, "--encode", "--dedup", *more[1:], "model.vocab_size=400"]) == 0
+    assert re.search(r"tools.encode_corpus .*\n.* --holdout 0.1 --dedup\n", capsys.readouterr().out)
     assert " --max-document-bytes 99 --keep-going || finish" in training
     assert "--keep-going --max-document-bytes 99\n" in encoding
 
@@ -220,6 +223,41 @@ def test_a_job_without_gpus_is_for_the_other_nodes(
     file = site(tmp_path, more + "CPU_PARTITION=cpu\n")
     assert "--partition=gpu\n" in dry(capsys, *words, cluster=file)
     assert "--partition=cpu\n" in dry(capsys, *words, "--gpus-per-node", "0", cluster=file)
+
+
+def test_an_array_takes_whole_nodes_where_nodes_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "commands").write_text("true\n")
+    words = ["--array", str(tmp_path / "commands"), "--output", str(tmp_path / "out")]
+    heads = [r"nodes=(\d+)", r"ntasks-per-node=(\d+)", r"gpus-per-node=(\d+)"]
+
+    def asked(*more: str) -> list[str]:
+        text = dry(capsys, *words, *more)
+        return [found for head in heads for found in re.findall(f"#SBATCH --{head}\n", text)]
+
+    assert asked() == ["1", "1", "1"]
+    assert asked("--nodes", "4") == ["4", "8", "8"]
+    assert asked("--nodes", "4", "--gpus-per-node", "2") == ["4", "2", "2"]
+
+
+def test_the_dry_run_of_a_sweep_shows_file_and_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults are cluster.env's, as those of a run."""
+    words = [LARGE, "--over", "optimizer.lr=2e-4,4e-4", "--slurm", "--dry-run", "--cluster", str(EXAMPLE)]
+    assert sweep.main([*words, "--nodes", "4"]) == 0
+    told = capsys.readouterr()
+    for head in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "mem=0", "array=0-1"):
+        assert f"#SBATCH --{head}\n" in told.out
+    assert re.search(
+        r"^nodes x ranks: 4 x 8; [\d.]+ GB a rank, about ([\d.]+) hours of training, [\d.]+ in all 2$",
+        told.err,
+        re.M,
+    )
+    assert sweep.main([*words, "--json"]) == 0
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)) == 2 and "#SBATCH --nodes=1\n" in told.err
+    with pytest.raises(UserError, match=r"lr-0.0002: .*smallest layout that fits|lr-2e-4: .*smallest layout"):
+        sweep.main([*words, "train.micro_batch_size=256"])
 
 
 def test_an_unknown_device_is_the_sites(tmp_path: Path) -> None:
@@ -273,7 +311,9 @@ def test_what_the_example_suggests_can_be_typed(tmp_path: Path) -> None:
             text = text.replace(line, f"{found[1]}={found[2]}  # {line}")
         elif found := re.match(r"(SRUN|WRAP)=.*# \w+: (\1=\(.*\))$", line):
             text = text.replace(line, found[2])
-    assert suggested.keys() == {"CONSTRAINT", "CPU_TIME", "OPTIONS", "LOCAL_SCRATCH"}
+    assert suggested.keys() == {
+        *("CPU_PARTITION", "CONSTRAINT", "CPU_TIME", "OPTIONS", "PYTHON", "LOCAL_SCRATCH"),
+    }
     (tmp_path / "cluster.env").write_text(text)
     read = cluster.read(tmp_path / "cluster.env")
     assert read.options == "--exclusive --mail-type=FAIL" and read.constraint == "h100&ib"
@@ -298,6 +338,164 @@ def test_programs_say_what_is_wrong(words: list[str], named: str, tmp_path: Path
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {named}: ".replace("TMP", str(tmp_path)))
     assert start("--version").stdout.startswith("LateMask ")
+
+
+# ---- inside another job --------------------------------------------------------------------------
+
+OF_A_JOB = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_JOB_NODELIST": "n1",
+    "SLURM_JOB_END_TIME": "4000000000",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x3",
+    "SLURM_CPU_BIND_LIST": "0x3",
+    "SLURM_MEM_PER_NODE": "4000",
+    "SLURM_TRES_PER_TASK": "cpu=2",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_GPUS_PER_TASK": "1",
+    "SLURM_EXPORT_ENV": "NONE",
+}
+OF_A_USER = {"SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/etc/slurm/slurm.conf", "SLURM_JWT": "key"}
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shell inside a job, with commands of Slurm that write down their environment beside this file."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/bin/sh\nenv >{tmp_path}/{name}.env\necho 77\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**OF_A_JOB, **OF_A_USER}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def of_slurm(file: Path) -> dict[str, str]:
+    """The variables of Slurm that a command was given."""
+    lines = [line.partition("=") for line in file.read_text().splitlines()]
+    return {name: value for name, _, value in lines if name.startswith(("SLURM_", "SBATCH_"))}
+
+
+def test_variables_of_a_surrounding_job_stay_in_it(tiny: Path, seen: Path) -> None:
+    file = site(seen)
+    (seen / "commands").write_text("true\n")
+    words = ["--array", str(seen / "commands"), "--output", str(seen / "out"), "--cluster", str(file)]
+    assert submit.main(words) == 0
+    assert of_slurm(seen / "sbatch.env") == OF_A_USER
+    (seen / "sbatch.env").unlink()
+    swept = [str(tiny / "tiny.yaml"), "--output", str(seen / "sweep"), "--over", "run.seed=1,2", "--slurm"]
+    assert sweep.main([*swept, "--cluster", str(file)]) == 0
+    assert of_slurm(seen / "sbatch.env") == OF_A_USER
+
+
+def in_a_job(seen: Path, stage: str, script: str) -> None:
+    """Runs lines of an sbatch file where job.sh is sourced."""
+    here = seen / "run" / "slurm"
+    here.mkdir(parents=True)
+    (here / "cluster.env").write_text("PYTHON=python3\nREQUEUE=no\nSRUN=()\nWRAP=()\nsetup() { :; }\n")
+    (here / "code").symlink_to(ROOT)
+    lines = f'here={here}\nstage={stage}\n. "$here/code/slurm/job.sh"\n{script}\n'
+    subprocess.run(["bash", "-c", lines], check=True)
+
+
+@pytest.mark.parametrize("stage", ["train", "array"])
+def test_a_job_that_submits_its_successor_keeps_its_variables(stage: str, seen: Path) -> None:
+    os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"] = "5", "0"
+    try:
+        in_a_job(seen, stage, "again n3")
+    finally:
+        del os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"]
+    assert of_slurm(seen / "sbatch.env") == OF_A_USER
+    assert journal.read(seen / "run")[0]["job"] == "77"
+
+
+def test_ranks_are_not_bound_to_the_cores_of_a_shell(seen: Path) -> None:
+    """In which somebody submitted the file of a job by hand."""
+    in_a_job(seen, "train", "step true")
+    given = of_slurm(seen / "srun.env")
+    assert not [name for name in given if name.startswith(("SLURM_CPU_BIND", "SLURM_STEP_"))]
+    assert given["SLURM_EXPORT_ENV"] == "ALL" and given["SLURM_MEM_PER_NODE"] == "4000"
+
+
+def test_wishes_that_are_not_passed_on_are_named(
+    seen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in OF_A_JOB:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CPU_BIND", "none")
+    (seen / "commands").write_text("true\n")
+    words = ["--array", str(seen / "commands"), "--output", str(seen / "out"), "--cluster", str(site(seen))]
+    assert submit.main(words) == 0
+    assert "warning: SLURM_CPU_BIND: not passed on to jobs" in capsys.readouterr().err
+
+
+# ---- files of other systems and of nobody --------------------------------------------------------
+
+
+def test_line_ends_and_marks_of_another_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tmp_path / "cluster.env"
+    plain.write_text(EXAMPLE.read_text().replace("ACCOUNT=\n", "ACCOUNT=lm\n"))
+    (tmp_path / "dos.env").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+    assert dry(capsys, LARGE, cluster=tmp_path / "dos.env") == dry(capsys, LARGE, cluster=plain)
+    read = cluster.read(tmp_path / "dos.env")
+    assert read.partition == "gpu" and read.text == plain.read_text()
+
+
+def test_without_a_cluster_env_a_dry_run_shows_the_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "DEFAULT", tmp_path / "cluster.env")
+    assert submit.main([LARGE, "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert f"warning: {tmp_path}/cluster.env: no such file; what follows is of {EXAMPLE}" in told.err
+    assert told.out == dry(capsys, LARGE)
+    with pytest.raises(UserError, match="no such file; copy"):
+        submit.main([LARGE])
+
+
+def test_comments_of_an_array_are_no_commands(tmp_path: Path) -> None:
+    file = tmp_path / "commands"
+    file.write_bytes(b"\xef\xbb\xbf# first\r\n\r\n  # second\ntrue # third\r\necho a\x0bb \xe2\x80\xa8 c")
+    assert submit.read_commands(file) == ["true # third", "echo a\x0bb \u2028 c"]
+    file.write_text("true \\\n  and more\n")
+    with pytest.raises(UserError, match="commands:1: ends with a backslash; a command is one line"):
+        submit.read_commands(file)
+    file.write_text("# nothing\n\n")
+    with pytest.raises(UserError, match="no commands"):
+        submit.read_commands(file)
+
+
+def test_a_line_end_in_a_path_is_refused(tmp_path: Path) -> None:
+    """Before anything is shown or written: what follows would be a line of the sbatch file."""
+    run = f"{tmp_path}/a\nscancel --me"
+    (tmp_path / "commands").write_text("true\n")
+    array = ["--array", str(tmp_path / "commands"), "--output", run]
+    for words in ([LARGE, f"run.dir={run}"], array):
+        for more in (["--dry-run"], []):
+            with pytest.raises(UserError, match="a line's end in a path"):
+                submit.main([*words, *more, "--cluster", str(EXAMPLE)])
+    with pytest.raises(UserError, match="is to be one line"):
+        submit.main([LARGE, "--dry-run", "--cluster", str(site(tmp_path, "ACCOUNT=$'a\\nb'\n"))])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a")]
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ("WRAP=(apptainer exec --nv a.sif)\n", True),
+        ("SRUN=(--container-image=a.sqsh)\n", True),
+        ("WRAP=(apptainer exec --nv a.sif)\nPYTHON=python3\n", False),
+        ("WRAP=(nice)\n", False),
+    ],
+)
+def test_a_container_has_a_python_of_its_own(
+    more: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([LARGE, "--dry-run", "--cluster", str(site(tmp_path, more))]) == 0
+    assert (f"jobs would call {sys.executable} of this machine" in capsys.readouterr().err) == warned
 
 
 # ---- what is frozen ------------------------------------------------------------------------------
@@ -576,6 +774,15 @@ def test_a_job_that_slurm_has_forgotten() -> None:
     assert status.forgotten(begun, "1") == "vanished"
     cancelled = {"event": "cancel", "job": "1"}
     assert status.forgotten([*begun, cancelled, *left[1]], "1") == "cancelled"
+
+
+def test_a_cancel_says_what_there_was(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal.note(run, "submit", "train", "7")
+    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+    assert submit.main(["--cancel", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}: no job in the queue (train vanished)\n"
 
 
 def test_a_job_that_was_submitted_by_hand_is_known_when_it_begins() -> None:

@@ -317,6 +317,30 @@ def test_who_interrupts_a_run_that_is_over_gets_its_exit_code() -> None:
         assert subprocess.run(line).returncode == 75
 
 
+def test_a_job_that_is_over_has_no_say(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shell of tmux or salloc keeps its variables."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1600000000")
+    run = build_here(words("a", "budget.steps=2"), tmp_path / "a")
+    assert "its time limit is ignored; unset them" in caplog.text
+    assert train.train(run) == 0
+    train.close(run)
+
+
+@pytest.mark.parametrize("margin", [0, 5, 1000])
+def test_an_attempt_without_time_for_an_update_is_not_started_again(
+    margin: int, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count(1000)
+    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1001")
+    run = build_here(words("a", f"checkpoint.end_margin_minutes={margin}"), tmp_path / "a")
+    with pytest.raises(UserError, match=f"no time for an update: raise it, or lower .*_minutes = {margin}$"):
+        train.train(run)
+    train.close(run)
+
+
 def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
     seconds = count(1000)

@@ -28,7 +28,8 @@ from pretrain import config, ledger
 from pretrain.checkpoint import RunFolder
 from pretrain.config import Config, UserError
 from pretrain.monitor import read_metrics
-from slurm import cluster, status, submit
+from slurm import status, submit
+from slurm.cluster import Cluster
 from tools import console
 from tools.tables import aligned, write_table
 
@@ -138,6 +139,8 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     for variant in possible:
         assert variant.options
         submit.check_data(variant.options.corpus)
+    site = submit.read_site(args)
+    form, sizing = size(possible, site, args)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
         return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
     frozen = [replace(one, options=submit.settled(one.options)) for one in possible if one.options]
@@ -145,8 +148,24 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     if not files:
         return "all runs are done"
     commands = [f'"$PYTHON" -m pretrain {shlex.quote(str(file.absolute()))}' for file in files]
-    job = submit.start_array(commands, args.output, cluster.read(args.cluster), args)
-    return f"job {job}: {len(files)} runs; start the same again for the table, and to go on"
+    job = submit.start_array(commands, args.output, site, form, args)
+    return f"{sizing}\njob {job}: {len(files)} runs; start the same again for the table, and to go on"
+
+
+def size(possible: Sequence[Variant], site: Cluster, args: argparse.Namespace) -> tuple[submit.Shape, str]:
+    """The shape of a job that does for any of the variants, and a line about it; UserError if none does."""
+    runs = {variant.name: variant.options for variant in possible if variant.options}
+    form, estimates = submit.shape_of_all(runs, site, args)
+    return form, submit.size_line(form, estimates)
+
+
+def show(possible: Sequence[Variant], args: argparse.Namespace) -> None:
+    """Prints the sbatch file and the size instead of submitting; with --json not among the result."""
+    site = submit.read_site(args)
+    form, sizing = size(possible, site, args)
+    print(sizing, file=sys.stderr)
+    text = submit.array_script(len(possible), args.output, site, form, args)
+    print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 def start(command: list[str]) -> int:
@@ -219,7 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="configs, runs and table; same DIR: goes on (runs/sweep-CONFIG)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and start none")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the runs and start none; with --slurm also the sbatch file",
+    )
     parser.add_argument("--slurm", action="store_true", help="submit the runs as a job array")
     submit.add_job_options(parser)
     args = parser.parse_intermixed_args(arguments)
@@ -229,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
     code = 0
-    if args.slurm and not args.dry_run:
+    if args.slurm and args.dry_run:
+        show(possible, args)
+    elif args.slurm:
         print(queue(possible, args), file=sys.stderr)
     for number, variant in enumerate(possible, 1):
         if args.dry_run or args.slurm:
