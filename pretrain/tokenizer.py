@@ -22,6 +22,7 @@ import re
 import struct
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -46,6 +47,9 @@ SMALLEST = len(SPECIALS) + 256 + 2
 """Ids of the smallest vocabulary that can be trained: with every byte, a letter and the mark of a space."""
 
 _BERT_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<eod>", "[SEP]")
+"""What ends a document, as vocabularies spell it."""
 
 SPACES = (
     *(0x9, 0xA, 0xB, 0xC, 0xD, 0x85, 0xA0, 0x1680),
@@ -77,6 +81,11 @@ _LONGEST_LINE = 1 << 20
 """Characters. The trainer drops longer lines than its byte limit with a mere warning, so we cut
 them."""
 
+_RESERVED = re.compile("\u2585|<(?:s|pad|/s|unk|mask|0x[0-9A-F]{2})(?=>)")
+"""What the trainer keeps for itself: it drops a line that holds U+2585, its mark of an unknown letter, and
+takes out the letters of pieces that are no text (or, of <mask>, might make a second piece of that name).
+A line is cut there instead: at the one, and before the last letter of the others."""
+
 _TRAINER_THREADS = 4
 """Fixed, not the core count: the trainer's float sums depend on it, and the same text must give the
 same model."""
@@ -90,7 +99,8 @@ class Tokenizer(ABC):
         vocab_size: number of ids W; every id is in [0, W).
         path: the file that defines the vocabulary.
         hash: its sha256 (hex).
-        bos, pad, eos, unk, mask: the special ids.
+        bos, pad, eos, unk, mask: the special ids; -1 for one that the vocabulary does not have.
+        missing: the names of those.
         random_ids: int32 [R], ascending: every id that is not special, the pool for random
             replacement.
         word_starts: bool [W]: this piece begins a word. Specials do, so no word reaches across one.
@@ -105,20 +115,14 @@ class Tokenizer(ABC):
         hidden: set[int],
     ) -> None:
         ids = {piece: i for i, piece in enumerate(pieces)}
-        missing = [name for name in specials if name not in ids]
-        if missing:
-            raise UserError(
-                f"{path}: no piece {' '.join(missing)} in the vocabulary; "
-                "train one with python -m tools.train_tokenizer or add the special tokens"
-            )
+        self.missing = [name for name in specials if name not in ids]
         self.kind, self.path = kind, path
         self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
         self.vocab_size = len(pieces)
-        self.bos, self.pad, self.eos, self.unk, self.mask = (ids[name] for name in specials)
+        self.bos, self.pad, self.eos, self.unk, self.mask = (ids.get(name, -1) for name in specials)
         self._pieces = tuple(pieces)
         special = np.zeros(self.vocab_size, dtype=bool)
-        special[[ids[name] for name in specials]] = True
-        special[list(hidden)] = True
+        special[list(hidden | {ids[name] for name in specials if name in ids})] = True
         self.random_ids: IdArray = np.flatnonzero(~special).astype(np.int32)
         self.word_starts = _word_starts(pieces) | special
         self._refuse_live_specials(path, specials)
@@ -146,9 +150,27 @@ class Tokenizer(ABC):
         """Spelling of one id in the vocabulary's own alphabet, such as "\u2581the"."""
         return self._pieces[id]
 
+    def readable(self, id: int) -> str:
+        """One id as people read it: its text where that can be told, with "\u2581" for a space."""
+        return self._pieces[id]
+
+    def special_names(self) -> dict[str, int]:
+        """Spelling and id of every piece that text never becomes."""
+        plain = set(self.random_ids.tolist())
+        return {piece: i for i, piece in enumerate(self._pieces) if piece and i not in plain}
+
+    def end_of_document(self, name: str = "") -> tuple[str, int]:
+        """Piece and id that ends a document in files of other programs: `name`, else the usual one."""
+        known = self.special_names()
+        for piece in (name,) if name else _ENDS:
+            if piece in known:
+                return piece, known[piece]
+        tried = f"no {name}" if name else "none of " + " ".join(_ENDS)
+        raise UserError(f"{self.path}: {tried} is a special piece there; name its end of a document")
+
     def _refuse_live_specials(self, path: Path, specials: Sequence[str]) -> None:
-        ids = {self.bos, self.pad, self.eos, self.mask}
-        for name in specials:
+        ids = {self.bos, self.pad, self.eos, self.mask} - {-1}
+        for name in set(specials) - set(self.missing):
             if not ids.isdisjoint(self.encode(f"a {name} b").tolist()):
                 raise UserError(
                     f"{path}: the letters {name} in a text become the special id; "
@@ -210,23 +232,21 @@ class _JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, use_fastokens: bool) -> None:
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception for every kind of damage
-            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_json_tokenizer(path)
         self._tokenizer.encode_special_tokens = True  # their letters in a text stay text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         pieces = [""] * (max(ids.values()) + 1)
         for piece, i in ids.items():
             pieces[i] = piece
         hidden = {i for i, piece in enumerate(pieces) if not piece}  # ids that nothing has
-        hidden |= {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        specials = SPECIALS if SPECIALS[-1] in ids else _BERT_SPECIALS
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._named = set(added)
+        hidden |= {i for i, token in added.items() if token.special}
+        specials = max(SPECIALS, _BERT_SPECIALS, key=lambda names: len(ids.keys() & set(names)))
         spec = json.loads(self._tokenizer.to_str())
+        self._bytes = {letter: byte for byte, letter in word_cache.byte_letters().items()}
+        if "ByteLevel" not in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+            self._bytes = {}
         self._cache = self._fast = None
         if word_cache.is_byte_level(spec):
             self._fast = self._fastokens(spec) if use_fastokens else None
@@ -263,18 +283,61 @@ class _JsonTokenizer(Tokenizer):
         ids = np.frombuffer(encoder.encode_batch_flat(probe)[0], np.uint32).tolist()
         return encoder if ids == [i for text in self._reference_ids(probe) for i in text] else None
 
+    def readable(self, id: int) -> str:
+        """A byte-level piece as the text of its bytes; those of a part of a letter as \\xe2."""
+        piece = self._pieces[id]
+        if not piece or not set(piece) <= self._bytes.keys() or id in self._named:
+            return piece
+        text = bytes(self._bytes[letter] for letter in piece).decode("utf-8", "backslashreplace")
+        return text.replace(" ", "\u2581")
+
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
 
-def load_tokenizer(directory: str | Path, use_fastokens: bool = True) -> Tokenizer:
-    """The tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``."""
-    folder = Path(directory)
-    if (folder / MODEL_FILE).is_file():
-        return _SentencePieceTokenizer(folder / MODEL_FILE)
-    if (folder / JSON_FILE).is_file():
-        return _JsonTokenizer(folder / JSON_FILE, use_fastokens)
+def read_json_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json, without what its file may switch on that makes ids
+    depend on chance or on a length: dropout of merges, truncation, padding."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception for every kind of damage
+        raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def load_tokenizer(
+    directory: str | Path, use_fastokens: bool = True, need_specials: bool = True
+) -> Tokenizer:
+    """The tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``; or of such a file.
+
+    need_specials: UserError where one of the five is missing, without which nothing can be masked. Text
+        can be encoded all the same.
+    """
+    path = _vocabulary_file(Path(directory))
+    json_like = path.suffix == ".json"
+    tokenizer = _JsonTokenizer(path, use_fastokens) if json_like else _SentencePieceTokenizer(path)
+    if need_specials and tokenizer.missing:
+        raise UserError(
+            f"{path}: no piece {' '.join(tokenizer.missing)} in the vocabulary, without which no model can be"
+            " pre-trained; train one with python -m tools.train_tokenizer or add the special tokens"
+        )
+    return tokenizer
+
+
+def _vocabulary_file(folder: Path) -> Path:
+    """The file that defines the vocabulary of a folder, or is given itself."""
+    for path in (folder / MODEL_FILE, folder / JSON_FILE):
+        if path.is_file():
+            return path
+    if folder.is_file() and folder.suffix in (".model", ".json"):
+        return folder
     hint = "make one with python -m tools.train_tokenizer"
     if any((folder / name).is_file() for name in ("vocab.json", "encoder.json")):
         hint = f"convert its files with python -m tools.train_tokenizer --import {folder} --output DIR"
@@ -287,14 +350,20 @@ def train_sentencepiece(
     kind: Literal["unigram", "bpe"] = "unigram",
     vocab_size: int = 32_000,
     provenance: Mapping[str, Any] | None = None,
+    reserved: Counter[str] | None = None,
 ) -> Tokenizer:
     """Train a SentencePiece vocabulary of exactly `vocab_size` ids on `texts` and write its folder.
+
+    `reserved` is told how often `texts` hold something that the trainer keeps for itself (`_RESERVED`); all
+    around it is trained on.
 
     The same texts give the same bytes on any machine. `provenance` is written beside the model for
     people to read; nothing depends on it. All texts are held in memory by the trainer (some ten
     times their size).
     """
-    model = _finish_model(_train(texts, kind, vocab_size), vocab_size, round_scores=kind == "unigram")
+    reserved = Counter() if reserved is None else reserved
+    raw = _train(_lines(texts, reserved), kind, vocab_size)
+    model = _finish_model(raw, vocab_size, round_scores=kind == "unigram")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{MODEL_FILE}.partial"
@@ -306,13 +375,14 @@ def train_sentencepiece(
         "vocab_size": vocab_size,
         "specials": {name: tokenizer._pieces.index(name) for name in SPECIALS},
         "sha256": tokenizer.hash,
+        "reserved": dict(reserved),
         **(provenance or {}),
     }
-    (folder / PROVENANCE_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return tokenizer
 
 
-def _train(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
+def _train(lines: Iterator[str], kind: str, vocab_size: int) -> bytes:
     """The raw model of `vocab_size` - 1 pieces: all but <mask>, which the trainer cannot put
     last."""
     import sentencepiece
@@ -336,9 +406,7 @@ def _train(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
         rules.flush()
         options["normalization_rule_tsv"] = rules.name
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(texts), model_writer=model, **options
-            )
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
         except RuntimeError as error:
             raise UserError(f"--vocab-size {vocab_size}: {_size_advice(str(error))}") from error
     return model.getvalue()
@@ -353,11 +421,16 @@ def _size_advice(reason: str) -> str:
     return f"cannot train on this text: {reason.strip().rpartition('] ')[2]}"
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Non-empty lines, cut to the trainer's limit. Encoding by line equals encoding the whole
-    document."""
+def _lines(texts: Iterable[str], reserved: Counter[str]) -> Iterator[str]:
+    """Non-empty lines, cut to the trainer's limit and at what it keeps for itself, which is counted in
+    `reserved`. Encoding by line equals encoding the whole document."""
+
+    def cut(found: re.Match[str]) -> str:
+        reserved[f"{found[0]}>" if found[0] != "\u2585" else "U+2585"] += 1
+        return f"{found[0]}\n".removeprefix("\u2585")
+
     for text in texts:
-        for line in text.split("\n"):
+        for line in _RESERVED.sub(cut, text).split("\n"):
             for start in range(0, len(line), _LONGEST_LINE):
                 yield line[start : start + _LONGEST_LINE]
 

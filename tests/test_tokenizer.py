@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pretrain.tokenizer import (
     model_pieces,
     train_sentencepiece,
 )
+from tools.huggingface_tokenizer import hugging_face_tokenizer
 
 SAMPLE = Path(__file__).parent.parent / "tools" / "sample" / "train.jsonl.gz"
 VOCAB_SIZE = 1000
@@ -210,8 +212,81 @@ def test_missing_and_broken_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_specials_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no piece \[CLS\].*\[MASK\] in the vocabulary"):
+    with pytest.raises(UserError, match=r"tokenizer.json: no piece <mask> in the vocabulary, .* pre-trained"):
         byte_level(tmp_path, specials=SPECIALS[:4])
+
+
+def test_text_is_encoded_without_the_specials_of_a_masked_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no piece <s> <pad> </s> <unk> <mask> in the vocabulary"):
+        byte_level(tmp_path, specials=("<|endoftext|>",))
+    gpt = load_tokenizer(tmp_path, need_specials=False)
+    assert gpt.missing == list(SPECIALS) and gpt.mask == gpt.unk == -1
+    assert gpt.random_ids.tolist() == list(range(1, 600))
+    ids = gpt.encode("the end<|endoftext|> of it")
+    assert gpt.decode(ids) == "the end<|endoftext|> of it" and 0 not in ids
+    assert gpt.end_of_document() == ("<|endoftext|>", 0)
+    with pytest.raises(UserError, match="no </s> is a special piece there"):
+        gpt.end_of_document("</s>")
+
+
+def test_a_tokenizer_is_named_by_its_file_too(trained: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(trained / "tokenizer.model").hash == load_tokenizer(trained).hash
+    ours = byte_level(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "mine.json")
+    assert load_tokenizer(tmp_path / "mine.json").hash == ours.hash
+
+
+def test_no_state_of_a_file_makes_ids_random_or_cut(tmp_path: Path) -> None:
+    text, plain = " ".join(sample_texts(2)), byte_level(tmp_path)
+    ids = plain.encode(text)
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert state["truncation"] and state["padding"]
+    state["model"]["dropout"] = 0.3
+    path.write_text(json.dumps(state), encoding="utf-8")
+    for _ in range(3):
+        assert np.array_equal(load_tokenizer(tmp_path).encode(text), ids)
+    theirs = hugging_face_tokenizer(tmp_path)
+    for _ in range(3):
+        assert theirs.encode(text).ids == [plain.bos, *ids.tolist(), plain.eos]
+
+
+def test_an_exported_tokenizer_puts_the_specials_of_training_around_a_text(tmp_path: Path) -> None:
+    ours, path = byte_level(tmp_path), tmp_path / "tokenizer.json"
+    other = tokenizers.Tokenizer.from_file(str(path))
+    other.post_processor = tokenizers.processors.TemplateProcessing(
+        "<mask> $A </s> <s>", None, [("<mask>", ours.mask), ("</s>", ours.eos), ("<s>", ours.bos)]
+    )
+    other.save(str(path))
+    wanted = [ours.bos, *ours.encode("a text").tolist(), ours.eos]
+    assert hugging_face_tokenizer(tmp_path).encode("a text").ids == wanted
+
+
+def test_pieces_are_readable(tmp_path: Path) -> None:
+    ours = byte_level(tmp_path)
+    text = "a dash \u2014 caf\u00e9\nnew"
+    shown = "".join(map(ours.readable, ours.encode(text).tolist()))
+    assert "\u0120" not in shown and "\u010a" not in shown and "\u00c3" not in shown and "\n" in shown
+    by_byte = {ours.readable(i) for i in range(5, 261)}
+    assert {"A", "\u2581", "\n", r"\xe2"} <= by_byte
+    assert ours.readable(ours.mask) == "<mask>"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_what_the_trainer_reserves_takes_nothing_with_it(kind: str, tmp_path: Path) -> None:
+    """It drops lines with U+2585, and takes out the letters of its own pieces."""
+    plain = sample_texts(20)
+    odd = ["zebrafish \u2585\u2585 zebrafish", "zebrafish<unk>\u2585", "\u2585zebrafish <0x41><mask>"] * 200
+    reserved: Counter[str] = Counter()
+    ours = train_sentencepiece([*plain, *odd], tmp_path, kind, 600, reserved=reserved)  # type: ignore[arg-type]
+    assert reserved == {"U+2585": 800, "<unk>": 200, "<0x41>": 200, "<mask>": 200}
+    assert len(ours.encode("zebrafish")) <= 2
+    pieces = [ours.piece(i) for i in range(ours.vocab_size)]
+    assert {"<", ">"} <= set("".join(pieces[260:-1]))  # letters, not bytes
+    assert [piece for piece in pieces if "unk>" in piece or "mask>" in piece] == ["<unk>", "<mask>"]
+    assert not {"<0x3C>", "<0x3E>"} & {ours.piece(i) for i in ours.encode("a <unk> b").tolist()}
+    about = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+    assert about["reserved"] == reserved
 
 
 def test_start_up_imports_no_torch() -> None:

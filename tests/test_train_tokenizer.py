@@ -12,6 +12,8 @@ import pytest
 from pretrain.config import UserError
 from pretrain.tokenizer import SMALLEST
 from tools import train_tokenizer
+from tools.encode_parts import held_out
+from tools.text_files import Document
 
 SAMPLE = Path(train_tokenizer.__file__).parent / "sample"
 TEXT = "hello world\n\nanother short text here\n"
@@ -69,6 +71,25 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
     source.write_text("{bad\n")
     with pytest.raises(UserError, match="no text to train on, but 1 rejected line passed over"):
         train_tokenizer.main(words)
+
+
+def test_reserved_characters_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text(f"{TEXT}\u2585 {TEXT}\u2585", encoding="utf-8")
+    words = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t"), "--vocab-size", "278"]
+    train_tokenizer.main(words)
+    assert "reserves (U+2585 2 times): lines were cut there" in capsys.readouterr().out
+    train_tokenizer.main([*words, "--overwrite", "--json"])
+    assert json.loads(capsys.readouterr().out)["reserved"] == {"U+2585": 2}
+
+
+def test_the_sample_is_no_nearer_to_held_out_documents_than_chance() -> None:
+    documents = [Document(text, text.encode(), None) for text in (f"text number {i}" for i in range(20_000))]
+    texts, _ = train_tokenizer.sample(documents, 40_000)
+    assert 2_000 < len(texts) < 3_000
+    for share in (0.02, 0.05, 0.3):
+        held = sum(held_out(text.encode(), share) for text in texts)
+        error = (len(texts) * share * (1 - share)) ** 0.5
+        assert abs(held - share * len(texts)) < 5 * error
 
 
 def test_a_failed_import_names_the_source_and_leaves_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer as JsonTokenizer
 from pretrain.config import UserError
 from pretrain.tokenizer import (
     JSON_FILE,
-    MODEL_FILE,
     NORMAL,
     SPACES,
     SPECIALS,
@@ -30,6 +29,7 @@ from pretrain.tokenizer import (
     Tokenizer,
     load_tokenizer,
     model_pieces,
+    read_json_tokenizer,
 )
 
 _SPACE = "\u2581"
@@ -62,11 +62,11 @@ def hugging_face_tokenizer(directory: str | Path) -> JsonTokenizer:
 
     Encoding adds <s> and </s>.
     """
-    folder = Path(directory)
-    kind = load_tokenizer(folder).kind
+    ours = load_tokenizer(directory)
+    kind = ours.kind
     if kind == "json":
-        return _completed(JsonTokenizer.from_file(str(folder / JSON_FILE)))
-    pieces = model_pieces(folder / MODEL_FILE)
+        return _completed(read_json_tokenizer(ours.path))
+    pieces = model_pieces(ours.path)
     tokenizer = JsonTokenizer(_bpe(pieces) if kind == "bpe" else _unigram(pieces))
     spaces = "".join(map(chr, SPACES))
     tokenizer.normalizer = normalizers.Sequence(
@@ -124,11 +124,9 @@ def _bpe(pieces: Sequence[Piece]) -> models.BPE:
 
 
 def _completed(tokenizer: JsonTokenizer) -> JsonTokenizer:
-    """Without truncation or padding, and putting the sequence specials around a text."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if not tokenizer.encode("").ids:
-        names = ("<s>", "</s>") if tokenizer.token_to_id("<s>") is not None else ("[CLS]", "[SEP]")
+    """The tokenizer with the sequence specials put around a text, and nothing else."""
+    names = ("<s>", "</s>") if tokenizer.token_to_id("<s>") is not None else ("[CLS]", "[SEP]")
+    if tokenizer.encode("").tokens != list(names):
         bos, eos = names
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{bos}:0 $A:0 {eos}:0",

@@ -22,7 +22,7 @@ from pretrain import __version__
 from pretrain.checkpoint import check_folder
 from pretrain.config import UserError
 from pretrain.corpus import MAGIC, CorpusWriter, Manifest, Origin, token_dtype
-from pretrain.tokenizer import JSON_FILE, SPECIALS, Tokenizer, load_tokenizer
+from pretrain.tokenizer import SPECIALS, Tokenizer, load_tokenizer
 from tools import console
 from tools.byte_level_files import fairseq_symbols, gpt2_pieces
 from tools.encode_corpus import show_corpus
@@ -51,11 +51,13 @@ def read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
     return np.dtype(_DTYPES[code]), np.frombuffer(data, "<i4", items, _HEADER.size)
 
 
-def translation(dictionary: Path, folder: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+def translation(dictionary: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """Our id of each fairseq id [ids of dict.txt and 4 specials]; -1 where we have no such piece."""
     ours = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
-    path = Path(folder) / JSON_FILE
-    merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges") if path.is_file() else None
+    path = tokenizer.path
+    merges = None
+    if tokenizer.kind == "json":
+        merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges")
     numbered = gpt2_pieces([tuple(pair) for pair in merges]) if merges else []
     pieces = list(SPECIALS[:4])
     for symbol in fairseq_symbols(dictionary):
@@ -110,7 +112,7 @@ def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: 
     if not path.is_file() or path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:
         raise UserError(f"{path}: missing, truncated or too long for its index; copy it again")
     tokenizer = load_tokenizer(folder)
-    ids = translation(dictionary, folder, tokenizer)
+    ids = translation(dictionary, tokenizer)
     tokens = np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
     origin = Origin(
         tokenizer=tokenizer_record(folder, tokenizer),

@@ -1,7 +1,7 @@
 """Train a SentencePiece vocabulary with the specials <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last.
 
 The trainer holds its text in memory, so of a larger input a sample is used: the documents whose
-hash is smallest, which depends on the texts alone and not on their order or on the files. One document
+salted hash is smallest, which depends on the texts alone and not on their order or on the files. One document
 in a hundred is not trained on: on these the vocabulary is measured.
 
 ``--import DIR`` makes a tokenizer folder from the files of an existing byte-level vocabulary instead
@@ -13,6 +13,7 @@ import heapq
 import sys
 import tempfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ _HELD_OUT = 0.01
 
 _MEASURED_BYTES = 10_000_000
 
+_SALT = b"tokenizer sample"
+"""Of the hash that draws the sample. Without it the documents of the smallest hashes would be those that
+`encode_corpus --holdout` holds out, and the vocabulary fitted to the text that a model is measured on."""
+
 
 def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], int]:
     """Texts of at most `max_bytes` UTF-8 bytes, in order of hash, and the bytes of all documents.
@@ -48,7 +53,7 @@ def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], in
     heap: list[tuple[int, bytes]] = []
     kept = total = 0
     for document in documents:
-        digest = hashlib.blake2b(document.utf8, digest_size=8).digest()
+        digest = hashlib.blake2b(document.utf8, digest_size=8, salt=_SALT).digest()
         heapq.heappush(heap, (-int.from_bytes(digest, "little"), document.utf8))
         kept += len(document.utf8)
         total += len(document.utf8)
@@ -182,8 +187,9 @@ def _train(args: Namespace) -> dict[str, Any]:
     about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
     with console.signals_kill():
         print(f"training on {len(texts):,} documents, {used / 1e6:,.1f} MB: shows no bar", file=sys.stderr)
-        tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about)
-    report = _about(args.output, tokenizer) | about
+        reserved: Counter[str] = Counter()
+        tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about, reserved)
+    report = _about(args.output, tokenizer) | about | {"reserved": dict(reserved)}
     return report | {"rejected": text.rejected, "held_out": measure.report(tokenizer)}
 
 
@@ -215,6 +221,9 @@ def _show(report: dict[str, Any]) -> None:
     print(f"{report['path']}: {report['kind']}, {report['vocab_size']:,} ids")
     if "bytes" in report:
         print(f"trained on {report['bytes_used'] / 1e6:,.1f} of {report['bytes'] / 1e6:,.1f} MB of text")
+    if report.get("reserved"):
+        found = ", ".join(f"{name} {count:,}" for name, count in sorted(report["reserved"].items()))
+        print(f"the text holds what SentencePiece reserves ({found} times): lines were cut there")
     if report.get("rejected"):
         print(_passed_over(report["rejected"]))
     if held := report.get("held_out"):
