@@ -71,6 +71,9 @@ manifest as long as itself."""
 
 FORMAT = 1
 
+APPENDED_END = "append_eod"
+"""Key of a manifest's history: piece and id that stand after each document, for other programs' training."""
+
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Type of the ids in the .bin, by Megatron's rule."""
@@ -193,6 +196,15 @@ def _check_seal(prefix: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{corpus_file(prefix, 'json')}: does not match its own seal: bytes of text, sources, inputs or "
             "history were edited or damaged; copy it again, or encode the text again"
+        )
+
+
+def refuse_appended_end(prefix: str | Path, manifest: Manifest) -> None:
+    """UserError for a corpus whose documents end in a piece of their own: windows put one between them."""
+    if end := manifest.history.get(APPENDED_END):
+        raise UserError(
+            f"{prefix}: made for another program's training, with {end['piece']} (id {end['id']}) after each "
+            "document as if it were text; encode it again without --append-eod"
         )
 
 
@@ -762,6 +774,8 @@ def merge(
 ) -> Manifest:
     """Join finished corpora of one tokenizer, in the order given, in constant memory."""
     first, origin = load_manifest(prefixes[0]), Origin(text_bytes=0, history={"merged": []})
+    end = first.history.get(APPENDED_END)
+    origin.history.update({APPENDED_END: end} if end else {})
     for prefix in prefixes:
         manifest = load_manifest(prefix)
         _check_seal(prefix, manifest)
@@ -769,6 +783,11 @@ def merge(
             raise UserError(
                 f"{prefix}: its tokenizer or dtype is not that of {prefixes[0]}; "
                 "only corpora of one tokenizer can be merged"
+            )
+        if manifest.history.get(APPENDED_END) != end:
+            raise UserError(
+                f"{prefix}: differs from {prefixes[0]} in the piece after each document (--append-eod); "
+                "encode both alike"
             )
         if corpus_file(prefix, "bin").resolve() == corpus_file(output, "bin").resolve():
             raise UserError(f"{output}: is also an input of the merge; choose another --output")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain import config
 from pretrain.config import UserError
-from pretrain.corpus import IndexedReader, load_manifest
+from pretrain.corpus import IndexedReader, load_manifest, refuse_appended_end
 from pretrain.masking import Masked, Masker
 from pretrain.model import Batch
 from pretrain.sampler import Sampler
@@ -58,6 +58,7 @@ class HeldOut:
             raise UserError(
                 f"{prefix}: encoded with another tokenizer than the run's; encode it again with the run's"
             )
+        refuse_appended_end(prefix, manifest)
         self.sampler = Sampler(corpus, _FIXED, length, _SEED, tokenizer.bos, tokenizer.eos)
         self.masker = masker(_FIXED, length, tokenizer, bounded)
         self.samples = min(samples, self.sampler.samples_per_epoch)

@@ -26,7 +26,7 @@ from pretrain import budget, checkpoint, config, energy, engine, flops, huggingf
 from pretrain.budget import Budget, step_cost
 from pretrain.checkpoint import RunFolder, State
 from pretrain.config import Config, UserError
-from pretrain.corpus import IndexedReader, load_manifest, open_nearest, tokenizer_folder
+from pretrain.corpus import IndexedReader, load_manifest, open_nearest, refuse_appended_end, tokenizer_folder
 from pretrain.evaluate import HeldOut, masker
 from pretrain.ledger import Ledger, peak_resident, process_start
 from pretrain.loss_scale import LEAST, hopeless
@@ -78,6 +78,7 @@ def open_data(options: config.Corpus) -> Data:
                 f"corpus.tokenizer = {folder}: not the one that {prefix} was encoded with"
                 f" ({manifest.tokenizer.path}); give that one, or encode the corpus again"
             )
+        refuse_appended_end(prefix, manifest)
         blend.append((weight, manifest.fingerprint))
     fingerprints = {"tokenizer": tokenizer.hash}
     if len(blend) == 1:

@@ -379,7 +379,7 @@ def test_a_window_is_shown_as_each_method_sees_it(
     text = page.read_text(encoding="utf-8")
     assert text.count('<span class="masked">') == sum(counts[0] for counts in found.values()) + 1
     assert "&lt;b&gt;&amp;amp;" in text and "a&amp;b" in text and "<b>" not in text
-    assert inspect_corpus.mark("random", "\u2581a", "\u0120b") == "{ a> b}"
+    assert inspect_corpus.mark("random", "\u2581a", "\u2581b") == "{ a> b}"
     HTMLParser().feed(text)
 
 

@@ -223,6 +223,22 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+_CONTROLS = [
+    *range(0x9),
+    *range(0xB, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_ESCAPES = {point: chr(point).encode("unicode_escape").decode() for point in _CONTROLS}
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal, with an escape for what would move, colour or turn what is
+    around it. Tabs and line ends stay."""
+    return text.translate(_ESCAPES)
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
     finite = json.loads(json.dumps(document), parse_constant=lambda name: None)

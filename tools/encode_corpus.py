@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +38,7 @@ import numpy as np
 from pretrain import __version__
 from pretrain.config import UserError
 from pretrain.corpus import (
+    APPENDED_END,
     CorpusWriter,
     IndexedReader,
     InputFile,
@@ -64,6 +66,7 @@ from tools.encode_parts import (
     tally,
     tokenizer_record,
 )
+from tools.special_text import literal_ids
 from tools.text_files import MAX_DOCUMENT_BYTES, STDIN, cut, find_files, is_compressed, spool_stdin
 
 _PIECES = 256
@@ -295,6 +298,14 @@ def write_rejected(parts: Sequence[Part], output: str) -> int:
     return total
 
 
+def count_literals(parts: Sequence[Part]) -> dict[str, int]:
+    """How often the letters of each special piece stand in the text that was read."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(load_manifest(part.prefix).history["literals"])
+    return dict(sorted(total.items()))
+
+
 def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
     """Parts -> corpora; the report."""
     parts = list_parts(tasks, job)
@@ -314,12 +325,17 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     rejected = write_rejected(parts, args.output)
     history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
     history |= {"duplicates": duplicates} if job.dedup else {}
+    literals = count_literals(parts)
+    history |= {"literals": literals, "map_literal": job.map_literal} if literals else {}
     names = [input_name(job, file) for file in files]
     inputs = [
         InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
         for name, file in zip(names, files, strict=True)
     ]
-    record = tokenizer_record(job.tokenizer, load_tokenizer(job.tokenizer))
+    tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
+    record = tokenizer_record(job.tokenizer, tokenizer)
+    if job.end is not None:
+        history[APPENDED_END] = {"piece": tokenizer.piece(job.end), "id": job.end}
     origin = Origin(tokenizer=record, inputs=inputs, history=history)
     Path(job.folder, _JOINING).write_text(_command(args), encoding="utf-8")  # from here on files may be ours
     sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
@@ -329,6 +345,8 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
         "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
         "rejected": rejected,
         "duplicates": duplicates,
+        "literals": literals,
+        "map_literal": job.map_literal,
     }
 
 
@@ -414,7 +432,8 @@ def _command(args: Namespace) -> str:
 
 def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
     files = find_files(spool_stdin(args.input, args.stdin, folder))
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, need_specials=False)
+    literal_ids(tokenizer, args.map_literal)  # before the work
     job = Job(
         folder=str(folder),
         tokenizer=args.tokenizer,
@@ -426,6 +445,8 @@ def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], J
         dedup=args.dedup,
         keep_going=args.keep_going,
         stdin_hash="".join(_digest(file) for file in files if file.parent == folder),
+        map_literal=args.map_literal,
+        end=None if args.append_eod is None else tokenizer.end_of_document(args.append_eod)[1],
     )
     stop_file(job).unlink(missing_ok=True)
     return files, job, plan(files, args.txt_document, workers)
@@ -455,7 +476,12 @@ def arguments(words: Sequence[str] | None = None) -> Namespace:
     """The command line, checked."""
     parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
     console.add_input(parser)
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="folder with a tokenizer.model or tokenizer.json, or such a file",
+    )
     console.add_output_prefix(parser)
     parser.add_argument(
         "--workers",
@@ -479,6 +505,22 @@ def arguments(words: Sequence[str] | None = None) -> Namespace:
         "--keep-going",
         action="store_true",
         help="set unreadable lines aside in PREFIX.rejected.jsonl instead of stopping at the first",
+    )
+    parser.add_argument(
+        "--map-literal",
+        action="append",
+        default=[],
+        metavar="TEXT[=PIECE]",
+        help="these letters in a text become the special piece of this spelling (or PIECE) instead of text; "
+        "may be given again",
+    )
+    parser.add_argument(
+        "--append-eod",
+        nargs="?",
+        const="",
+        metavar="PIECE",
+        help="put the end-of-document piece (</s>, <|endoftext|>, ... or PIECE) after each document, for "
+        "Megatron's own training; pretrain refuses such a corpus",
     )
     args = parser.parse_args(words)
     if not 0 <= args.holdout < 1:
@@ -507,7 +549,23 @@ def _show(report: dict[str, Any], output: str) -> None:
         print(f"{report['duplicates']:,} duplicates left out")
     if report["rejected"]:
         print(_rejected(report["rejected"], output))
+    for line in describe_literals(report["literals"], report["map_literal"]):
+        print(line)
     print(f"{report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB of text a second")
+
+
+def describe_literals(literals: dict[str, int], mapped: Sequence[str]) -> list[str]:
+    """Lines that say what became of text that looks like a special piece; none where there was none."""
+    became = {argument if argument in literals else argument.rpartition("=")[0] for argument in mapped}
+    kept = {name: count for name, count in literals.items() if name not in became}
+    lines = []
+    if kept:
+        told = ", ".join(f"{name} {count:,}" for name, count in list(kept.items())[:8])
+        lines.append(f"letters of special pieces, encoded as text: {told} times (see --map-literal)")
+    if became & literals.keys():
+        told = ", ".join(f"{name} {literals[name]:,}" for name in sorted(became & literals.keys()))
+        lines.append(f"letters of special pieces, mapped to their ids: {told} times")
+    return lines
 
 
 def _rejected(lines: int, output: str) -> str:

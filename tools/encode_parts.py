@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -37,6 +37,7 @@ from pretrain.corpus import (
     verify,
 )
 from pretrain.tokenizer import Tokenizer, load_tokenizer
+from tools.special_text import SpecialText, literal_ids
 from tools.text_files import STDIN, Document, Reader, Rejected, Unit, open_reader
 
 HASH = np.dtype([("key", "<u8", 2), ("bytes", "<u4")])
@@ -58,6 +59,10 @@ class Job:
     keep_going: bool
     stdin_hash: str = ""
     """Of the standard input, where that is an input."""
+    map_literal: list[str] = field(default_factory=list)
+    """What --map-literal was given."""
+    end: int | None = None
+    """Id put after each document."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -122,11 +127,12 @@ class Encoder:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.tokenizer = load_tokenizer(job.tokenizer)
+        self.tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
         if self.tokenizer.hash != job.tokenizer_hash:
             raise UserError(f"{job.tokenizer}: was changed while it was used; start again")
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.record = tokenizer_record(job.tokenizer, self.tokenizer)
+        self.text = SpecialText(self.tokenizer, literal_ids(self.tokenizer, job.map_literal), job.end)
 
     def __call__(self, task: Task, advance: Callable[[int], None]) -> None:
         """Write the parts that are not there yet; `advance` is told the bytes read from the disk."""
@@ -156,6 +162,7 @@ class Encoder:
     def _write(self, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]) -> None:
         part = part_name(self.job.folder, task.file, piece)
         counts = {"lines": 0, "rejected": 0, "disk_bytes": 0}
+        self.text.counts.clear()
         with ExitStack() as stack:
             sides = [_Side(part + side, self, stack) for side in self.job.sides]
             rejected = stack.enter_context(open(f"{part}.rejected", "w", encoding="utf-8"))
@@ -176,7 +183,9 @@ class Encoder:
                 advance(batch.disk_bytes)
             rejected.close()
             for side in reversed(sides):  # the training part last: it says that all is there
-                side.finish({"identity": identity(self.job, task, piece)} | counts)
+                side.finish(
+                    {"identity": identity(self.job, task, piece), "literals": dict(self.text.counts)} | counts
+                )
 
     def _reject(self, item: Rejected, reader: Reader, file: TextIO) -> None:
         item = item._replace(path=input_name(self.job, reader.path))
@@ -200,7 +209,7 @@ class _Side:
     def append(self, documents: list[Document]) -> None:
         if not documents:
             return
-        tokens, lengths = self.encoder.tokenizer.encode_flat([document.text for document in documents])
+        tokens, lengths = self.encoder.text.encode_flat([document.text for document in documents])
         sizes = np.array([len(document.utf8) for document in documents])
         names = [document.source and document.source.partition("/")[0] for document in documents]
         codes = np.array([NO_SOURCE if name is None else self.writer.source(name) for name in names])

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import Masking, UserError
-from pretrain.corpus import IndexedReader, Manifest, corpus_file, load_manifest
+from pretrain.corpus import APPENDED_END, IndexedReader, Manifest, corpus_file, load_manifest
 from pretrain.masking import Masker
 from pretrain.sampler import Sampler
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
-from tools.inspect_page import page
+from tools.encode_corpus import describe_literals
+from tools.inspect_page import one_line, page
 
 _CHUNK = 1 << 22
 _EXCERPT = 48
@@ -57,6 +58,11 @@ def frequencies(reader: IndexedReader, vocab_size: int) -> np.ndarray:
     return counts
 
 
+def specials_inside(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
+    """How often each special piece stands in a corpus, of those that do."""
+    return {name: int(counts[i]) for name, i in tokenizer.special_names().items() if counts[i]}
+
+
 def frequent(counts: np.ndarray, tokenizer: Tokenizer | None, top: int) -> list[dict[str, Any]]:
     """The most frequent ids with their share of all tokens."""
     order = np.argsort(-counts, kind="stable")[:top]
@@ -64,6 +70,7 @@ def frequent(counts: np.ndarray, tokenizer: Tokenizer | None, top: int) -> list[
         {
             "id": int(i),
             "piece": tokenizer.piece(i) if tokenizer else None,
+            "text": tokenizer.readable(i) if tokenizer else None,
             "count": int(counts[i]),
             "share": float(counts[i] / counts.sum()),
         }
@@ -129,7 +136,7 @@ def windows(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: in
         seen[masked.positions[0]] = masked.ids[0]
         predicted[masked.positions[0, length - masker.counts.predicted :]] = True
         rows = zip(window.tokens[0].tolist(), seen.tolist(), predicted.tolist(), strict=True)
-        pieces = [[_state(tokenizer, *row), tokenizer.piece(row[0]), tokenizer.piece(row[1])] for row in rows]
+        pieces = [[_state(tokenizer, *row), *map(tokenizer.readable, row[:2])] for row in rows]
         shown.append({"method": name, "pieces": pieces})
     return shown
 
@@ -145,17 +152,17 @@ def _state(tokenizer: Tokenizer, true: int, shown: int, predicted: bool) -> str:
 def mark(state: str, true: str, shown: str) -> str:
     """{piece} where it is masked, {right>wrong} where replaced, {=piece} where kept."""
     text = {"context": true, "masked": f"{{{true}}}", "kept": f"{{={true}}}", "random": f"{{{true}>{shown}}}"}
-    return text[state].replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")
+    return text[state].replace("\u2581", " ")
 
 
 def find_tokenizer(manifest: Manifest | None, directory: str | None) -> Tokenizer | None:
     """The tokenizer given, else the one the manifest names if it is still there and the same."""
     record = manifest.tokenizer if manifest else None
-    if directory is None and record and Path(record.path).is_dir():
+    if directory is None and record and Path(record.path).exists():
         directory = record.path
     if directory is None:
         return None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, need_specials=False)
     if record and tokenizer.hash != record.hash:
         raise UserError(
             f"{directory}: not the tokenizer of this corpus (another hash); "
@@ -187,10 +194,10 @@ def inspect(prefix: str, directory: str | None, top: int, samples: int, rate: fl
         counts = frequencies(reader, vocab_size)
         report["frequent"] = frequent(counts, tokenizer, top)
     if tokenizer:
-        report["unknown"] = int(counts[tokenizer.unk])
-        specials = [tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.mask]
-        report["specials_inside"] = int(counts[specials].sum())
-    if tokenizer and reader.num_tokens >= _WINDOW:
+        inside = specials_inside(counts, tokenizer)
+        report["unknown"] = inside.pop(tokenizer.piece(tokenizer.unk), 0) if tokenizer.unk >= 0 else 0
+        report["specials_inside"] = sum(inside.values())
+    if tokenizer and not tokenizer.missing and reader.num_tokens >= _WINDOW:
         report["windows"] = windows(reader, tokenizer, rate, _WINDOW)
     return report
 
@@ -217,18 +224,24 @@ def show(report: dict[str, Any]) -> None:
         )
         for name, tally in manifest["sources"].items():
             print(
-                f"  {name}: {tally['documents']:,} documents, {tally['tokens']:,} tokens, "
+                f"  {console.printable(name)}: {tally['documents']:,} documents, {tally['tokens']:,} tokens, "
                 f"{tally['text_bytes'] / 1e6:,.2f} MB"
             )
     for item in report.get("frequent", []):
-        print(f"  {item['share']:7.2%}  {item['id']:>6}  {item['piece'] or ''}")
+        text = console.printable(one_line(item["text"] or ""))
+        print(f"  {item['share']:7.2%}  {item['id']:>6}  {text}")
     if "unknown" in report:
         print(f"unknown pieces: {report['unknown']:,}; special ids inside: {report['specials_inside']:,}")
-    if report.get("specials_inside"):
+    history = manifest["history"] if manifest else {}
+    for line in describe_literals(history.get("literals", {}), history.get("map_literal", [])):
+        print(line)
+    if end := history.get(APPENDED_END):
+        print(f"{end['piece']} (id {end['id']}) stands after each document, for another program's training")
+    elif report.get("specials_inside"):
         print("  documents that end in </s> get a second one between them: encode without --append-eod")
     for item in report["samples"]:
         text = item["text"] if item["text"] is not None else item["ids"]
-        print(f"\ndocument {item['document']} ({item['tokens']:,} tokens): {text}")
+        print(f"\ndocument {item['document']} ({item['tokens']:,} tokens): {console.printable(str(text))}")
     if "windows" in report:
         print("\na window as the model sees it ({masked}, {right>wrong}, {=kept}):")
         _show_windows(report["windows"])
@@ -249,7 +262,7 @@ def _show_windows(shown: list[dict[str, Any]]) -> None:
     for window in shown:
         text = Text()
         for state, true, piece in window["pieces"]:
-            text.append(mark(state, true, piece), styles[state])
+            text.append(console.printable(mark(state, true, piece)), styles[state])
         console_out.print(Text(f"\n{window['method']}", "bold"))
         console_out.print(text)
 

@@ -6,10 +6,12 @@ from typing import Any
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { padding: .1em .8em .1em 0; text-align: right; }
-td:last-child, th:last-child { text-align: left; }
-.bar { display: inline-block; height: .8em; background: #4a7ab5; }
-.text { white-space: pre-wrap; }
+h1, h2, h3 { overflow-wrap: anywhere; }
+table { border-collapse: collapse; }
+td, th { padding: .1em .8em .1em 0; text-align: right; white-space: nowrap; }
+td:last-child, th:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; width: 100%; }
+.bar { display: block; height: .8em; background: #4a7ab5; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .masked { background: #2458a8; color: #fff; } .random { background: #b3261e; color: #fff; }
 .kept { background: #f2d35b; color: #000; }
 @media (prefers-color-scheme: dark) { body { background: #161616; color: #ddd; } }
@@ -59,7 +61,7 @@ def _histogram(bins: list[dict[str, int]]) -> str:
         [
             f"{entry['from']:,} to {entry['to']:,}",
             f"{entry['documents']:,}",
-            f'<span class="bar" style="width:{30 * entry["documents"] / most:.2f}em"></span>',
+            f'<span class="bar" style="width:{100 * entry["documents"] / most:.2f}%"></span>',
         ]
         for entry in bins
     ]
@@ -68,7 +70,12 @@ def _histogram(bins: list[dict[str, int]]) -> str:
 
 def _frequent(entries: list[dict[str, Any]]) -> str:
     rows = [
-        [f"{entry['count']:,}", f"{entry['share']:.2%}", str(entry["id"]), escape(entry["piece"] or "")]
+        [
+            f"{entry['count']:,}",
+            f"{entry['share']:.2%}",
+            str(entry["id"]),
+            escape(one_line(entry["text"] or "")),
+        ]
         for entry in entries
     ]
     return _table("Most frequent tokens", ["count", "share", "id", "piece"], rows)
@@ -101,5 +108,10 @@ def _title(state: str, true: str) -> str:
     return f' title="{escape(true)}"' if state == "random" else ""
 
 
+def one_line(text: str) -> str:
+    """Text of a piece for a cell of a table."""
+    return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
 def _text(piece: str) -> str:
-    return escape(piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n"))
+    return escape(piece.replace("\u2581", " "))

@@ -3,14 +3,18 @@ text that two corpora share."""
 
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from pretrain import __version__
 from pretrain.config import UserError
 from pretrain.corpus import IndexedReader, Origin, adopt, corpus_file, load_manifest, verify
-from pretrain.tokenizer import load_tokenizer
+from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
 from tools.encode_corpus import summary
 from tools.encode_parts import tokenizer_record
+from tools.inspect_corpus import frequencies, specials_inside
 from tools.overlap import overlap
 
 
@@ -24,7 +28,7 @@ def _check_overlap(args: Namespace) -> int:
             load_manifest(args.check_overlap).tokenizer, "hash", None
         ):
             raise UserError(f"{prefix}: not of the same tokenizer as {args.check_overlap}")
-        tokenizer = load_tokenizer(args.tokenizer or record.path)
+        tokenizer = load_tokenizer(args.tokenizer or record.path, need_specials=False)
         total = sum(reader.tokens.nbytes for reader in readers)
         with console.progress("compare", total) as advance:
             reports.append({"prefix": prefix} | overlap(*readers, tokenizer, advance))
@@ -40,6 +44,32 @@ def _check_overlap(args: Namespace) -> int:
         for worst in report["worst"]:
             print(f"  document {worst['document']}: {worst['share']:.1%}")
     return 0
+
+
+def specials_of(prefix: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How often each special piece stands in a corpus, and which of them ends how many documents."""
+    reader = IndexedReader(prefix)
+    names = {i: name for name, i in tokenizer.special_names().items()}
+    ends = reader.document_offsets + reader.document_lengths
+    last, numbers = np.unique(reader.tokens[ends[reader.document_lengths > 0] - 1], return_counts=True)
+    return {
+        "specials": specials_inside(frequencies(reader, tokenizer.vocab_size), tokenizer),
+        "last": {names[i]: int(n) for i, n in zip(last.tolist(), numbers, strict=True) if i in names},
+    }
+
+
+def describe_specials(report: dict[str, Any]) -> list[str]:
+    """Lines that say what is in a foreign corpus besides text; none where there is nothing."""
+    lines = []
+    if found := report.get("specials"):
+        told = ", ".join(f"{name} {count:,}" for name, count in found.items())
+        lines.append(f"special pieces inside, which training takes for text: {told} times")
+    for name, count in report.get("last", {}).items():
+        lines.append(
+            f"{count:,} documents end in {name}; training puts an end of its own after each: better written "
+            "without (Megatron's --append-eod)"
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     manifests = []
     with console.progress("verify", total) as advance:
         if args.write_manifest:
-            record = tokenizer_record(args.tokenizer, load_tokenizer(args.tokenizer))
+            tokenizer = load_tokenizer(args.tokenizer, need_specials=False)
+            record = tokenizer_record(args.tokenizer, tokenizer)
             origin = origin.model_copy(update={"tokenizer": record})
         for prefix in args.prefixes:
             manifests.append(
@@ -82,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"prefix": prefix, "good": True, "sealed": bool(manifest.seal)} | summary(manifest)
         for prefix, manifest in zip(args.prefixes, manifests, strict=True)
     ]
+    if args.write_manifest:
+        for report in reports:
+            report |= specials_of(report["prefix"], tokenizer)
     if args.json:
         console.print_json(reports)
         return 0
@@ -90,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{report['prefix']}: good, {report['documents']:,} documents, "
             f"{report['tokens']:,} tokens, fingerprint {report['fingerprint'][:16]}"
         )
+        for line in describe_specials(report):
+            print(f"  {line}")
         if not report["sealed"]:
             print(
                 "  its manifest has no seal, being older: nothing protects bytes of text, names of sources, "
