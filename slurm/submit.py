@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, config
+from pretrain import budget, checkpoint, config
 from pretrain.checkpoint import code_revision, write_atomic
 from pretrain.config import Config, UserError
 from pretrain.corpus import corpus_file, load_manifest, tokenizer_folder
@@ -171,6 +171,25 @@ def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
                 raise UserError(f"{file}: no such file; copy or encode the corpus again")
     if not made:
         load_tokenizer(tokenizer_folder(read))
+
+
+def refuse_changes(options: Config) -> None:
+    """UserError where the run has a checkpoint that cannot go on with this config, as its job would say.
+
+    What only a job knows, such as the precision of its device, is taken to be as it was.
+    """
+    run = Path(options.run.dir)
+    newest = checkpoint.pointed(run, "latest")
+    if newest is None or not newest.is_dir():
+        return
+    state = checkpoint.read_state(newest)
+    before = config.build(state.config, f"{newest}: config").train
+    train = options.train
+    known = {
+        name: getattr(before, name) for name in ("precision", "deterministic") if getattr(train, name) is None
+    }
+    filled = options.model_copy(update={"train": train.model_copy(update=known)})
+    checkpoint.check_continues(state, plan.with_vocabulary(filled)[0], {})
 
 
 # ---- what a job is -------------------------------------------------------------------------------
@@ -388,13 +407,15 @@ def submit_run(args: argparse.Namespace) -> int:
     planned = with_vocabulary(options, args) if "corpus" in stages else options
     form, estimate = shape(planned, site, args)
     files = scripts(options, site, form, stages, args)
+    if "train" in stages:
+        refuse_changes(planned)
     try:
         check_files(options, stages, args)
     except UserError as error:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
         _warn(str(error))
-    sizing = size_line(form, [estimate])
+    sizing = size_line(form, [estimate]) + (_epochs(planned) if "train" in stages else "")
     if args.dry_run:
         print(sizing, file=sys.stderr)
         return show(files, args.json)
@@ -451,6 +472,22 @@ def submit_array(args: argparse.Namespace) -> int:
     job = start_array(commands, args.output, site, form, args)
     print(json.dumps({"stage": "array", "job": job}) if args.json else f"job {job}: {len(commands)} commands")
     return 0
+
+
+def _epochs(options: Config) -> str:
+    """How often a run reads its corpora, as far as they are there and the budget tells."""
+    options = plan.with_vocabulary(options)[0]
+    spent = budget.Budget(options)
+    prefixes = [prefix for _, prefix in options.corpus.blend]
+    if spent.measured or not all(Path(f"{prefix}.json").is_file() for prefix in prefixes):
+        return ""
+    k = options.masking
+    once = k.views if k.views_mode == "batch" else 1  # samples of one text
+    read = sum(
+        updates * phase.train.batch_size // once * (phase.train.seq_length - 2)
+        for updates, phase in zip(spent.updates(), config.phases(options), strict=True)
+    )
+    return f", {read / sum(load_manifest(prefix).tokens for prefix in prefixes):,.2f} epochs"
 
 
 def read_commands(path: Path) -> list[str]:

@@ -340,6 +340,34 @@ def test_programs_say_what_is_wrong(words: list[str], named: str, tmp_path: Path
     assert start("--version").stdout.startswith("LateMask ")
 
 
+@pytest.mark.usefixtures("queue")
+def test_what_a_run_cannot_go_on_with_is_refused_before_it_waits(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "train.precision=null"]
+    file = str(site(tmp_path))
+    runs.finish([*words, "budget.steps=1"])
+    assert submit.main([*words, "budget.steps=3", "--cluster", file]) == 0  # the rest is as it was
+    before = (tmp_path / "run" / "slurm" / "config.yaml").read_bytes()
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="optimizer.lr: 0.003 -> 0.01: a run cannot continue"):
+            submit.main([*words, "optimizer.lr=0.01", "--cluster", file, *more])
+    assert (tmp_path / "run" / "slurm" / "config.yaml").read_bytes() == before
+    # Of a sweep too: one of its runs is there.
+    (tmp_path / "s").mkdir()
+    (tmp_path / "run").rename(tmp_path / "s" / "steps-5")
+    swept = ["--output", str(tmp_path / "s"), "--over", "budget.steps=5,6", "--slurm", "--cluster", file]
+    with pytest.raises(UserError, match="optimizer.lr: 0.003 -> 0.01: a run cannot continue"):
+        sweep.main([words[0], "train.precision=null", "optimizer.lr=0.01", *swept])
+
+
+def test_the_size_says_the_epochs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = json.loads((tiny / "train.json").read_text())["tokens"]
+    words = [str(tiny / "tiny.yaml"), "budget.steps=1000", "--dry-run", "--cluster", str(site(tmp_path))]
+    assert submit.main(words) == 0
+    assert f"nodes x ranks: 1 x 1, {1000 * 8 * 22 / tokens:,.2f} epochs\n" in capsys.readouterr().err
+
+
 # ---- inside another job --------------------------------------------------------------------------
 
 OF_A_JOB = {

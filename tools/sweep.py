@@ -139,6 +139,7 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     for variant in possible:
         assert variant.options
         submit.check_data(variant.options.corpus)
+        submit.refuse_changes(variant.options)
     site = submit.read_site(args)
     form, sizing = size(possible, site, args)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
