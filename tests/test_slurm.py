@@ -1,5 +1,6 @@
 """What is said about jobs without a cluster: sizes, sbatch files, verdicts, who is to blame."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -366,6 +367,31 @@ def test_the_size_says_the_epochs(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     words = [str(tiny / "tiny.yaml"), "budget.steps=1000", "--dry-run", "--cluster", str(site(tmp_path))]
     assert submit.main(words) == 0
     assert f"nodes x ranks: 1 x 1, {1000 * 8 * 22 / tokens:,.2f} epochs\n" in capsys.readouterr().err
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def test_the_images_hold_what_is_pinned() -> None:
+    """Both recipes run the same steps, whose pins are those of requirements.txt."""
+    recipes = [(ROOT / "slurm" / name).read_text() for name in ("Dockerfile", "latemask.def")]
+    words = "bash /opt/latemask/image.sh /opt/latemask/requirements.txt"
+    for recipe in recipes:
+        assert recipe.count(words) == 1
+        for file in ("requirements.txt", "slurm/image.sh"):
+            assert re.search(rf"^(COPY|    {file}|COPY .* {file}) ?.*/opt/latemask/", recipe, re.M), file
+            assert (ROOT / file).is_file()
+    (base,) = {found for recipe in recipes for found in re.findall(r"^F(?:ROM|rom:) (\S+)", recipe, re.M)}
+    assert base.startswith("python:3.11-")  # as requires-python says
+    steps = (ROOT / "slurm" / "image.sh").read_text()
+    assert not re.search(r"[\w-]+[=<>]=\d", steps)  # no pin of its own
+    assert subprocess.run(["bash", "-n"], input=steps, text=True).returncode == 0
+    first = re.search(r'install .*"\$\((grep .*) "\$1"\)"', steps)
+    assert first
+    found = subprocess.run(
+        [*first[1].replace("'", "").split(), ROOT / "requirements.txt"], capture_output=True, text=True
+    )
+    assert found.stdout == f"torch=={importlib.metadata.version('torch').partition('+')[0]}\n"
 
 
 # ---- inside another job --------------------------------------------------------------------------
