@@ -478,8 +478,11 @@ def _epochs(options: Config) -> str:
     """How often a run reads its corpora, as far as they are there and the budget tells."""
     options = plan.with_vocabulary(options)[0]
     spent = budget.Budget(options)
-    prefixes = [prefix for _, prefix in options.corpus.blend]
-    if spent.measured or not all(Path(f"{prefix}.json").is_file() for prefix in prefixes):
+    try:
+        tokens = sum(load_manifest(prefix).tokens for _, prefix in options.corpus.blend)
+    except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
+        return ""
+    if spent.measured or not tokens:
         return ""
     k = options.masking
     once = k.views if k.views_mode == "batch" else 1  # samples of one text
@@ -487,7 +490,7 @@ def _epochs(options: Config) -> str:
         updates * phase.train.batch_size // once * (phase.train.seq_length - 2)
         for updates, phase in zip(spent.updates(), config.phases(options), strict=True)
     )
-    return f", {read / sum(load_manifest(prefix).tokens for prefix in prefixes):,.2f} epochs"
+    return f", {read / tokens:,.2f} epochs"
 
 
 def read_commands(path: Path) -> list[str]:
