@@ -168,5 +168,6 @@ def test_nothing_of_a_text_reaches_the_terminal_as_a_command(
     page = (tmp_path / "c.html").read_text(encoding="utf-8")
     for made in (shown, page):  # letters of bytes are read
         assert not set(made) & {"\u0120", "\u010a", "\u00e2", "\u00c3", "\u0122"}
+    assert '<meta name="viewport" content="width=device-width' in page
     widths = [float(text.partition("%")[0]) for text in page.split('style="width:')[1:]]
     assert widths and max(widths) == 100 and np.all(np.array(widths) > 0)

@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.config import UserError
 from pretrain.tokenizer import SMALLEST
+from tests.test_tokenizer import byte_level
 from tools import train_tokenizer
 from tools.encode_parts import held_out
 from tools.text_files import Document
@@ -90,6 +91,21 @@ def test_the_sample_is_no_nearer_to_held_out_documents_than_chance() -> None:
         held = sum(held_out(text.encode(), share) for text in texts)
         error = (len(texts) * share * (1 - share)) ** 0.5
         assert abs(held - share * len(texts)) < 5 * error
+
+
+def test_an_import_is_without_chance_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError):
+        byte_level(tmp_path, specials=("<|endoftext|>",))
+    source, output = tmp_path / "tokenizer.json", tmp_path / "t"
+    state = json.loads(source.read_text(encoding="utf-8"))
+    state["model"]["dropout"] = 0.3
+    source.write_text(json.dumps(state), encoding="utf-8")
+    train_tokenizer.main(["--import", str(source), "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "switched off, which its file had on: truncation, padding, dropout\n" in shown
+    assert "no piece <s> <pad> </s> <unk> <mask>: good for datasets, not for pretrain\n" in shown
+    state |= {"truncation": None, "padding": None, "model": state["model"] | {"dropout": None}}
+    assert json.loads((output / "tokenizer.json").read_text(encoding="utf-8")) == state
 
 
 def test_a_failed_import_names_the_source_and_leaves_nothing(tmp_path: Path) -> None:

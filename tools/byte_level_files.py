@@ -21,6 +21,8 @@ from pretrain.word_cache import byte_letters
 
 def convert(folder: Path) -> str:
     """The tokenizer.json of the files in `folder`; a tokenizer.json there is taken as it is."""
+    if folder.is_file() and folder.suffix == ".json":
+        return _read(folder)
     if (folder / JSON_FILE).is_file():
         return (folder / JSON_FILE).read_text(encoding="utf-8")
     if (folder / "vocab.json").is_file():

@@ -24,6 +24,7 @@ def page(report: dict[str, Any]) -> str:
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
         f"<p>{report['empty_documents']:,} empty documents, {report['sequences']:,} sequences,"
         f" {escape(report['dtype'])}</p>",

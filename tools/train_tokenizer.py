@@ -10,6 +10,7 @@ in a hundred is not trained on: on these the vocabulary is measured.
 
 import hashlib
 import heapq
+import json
 import sys
 import tempfile
 from argparse import Namespace
@@ -200,12 +201,25 @@ def _import(args: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as trial:
         console.write(Path(trial, JSON_FILE), text)
         try:
-            tokenizer = load_tokenizer(trial)
+            load_tokenizer(trial, need_specials=False)
         except UserError as error:
             raise UserError(str(error).replace(f"{trial}/{JSON_FILE}", args.source)) from error
+    text, switched_off = without_state(text)
     console.write(Path(args.output, JSON_FILE), text)
     Path(args.output, MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
-    return _about(args.output, tokenizer)
+    tokenizer = load_tokenizer(args.output, need_specials=False)
+    about = {"missing": tokenizer.missing, "switched_off": switched_off}
+    return _about(args.output, tokenizer) | about
+
+
+def without_state(text: str) -> tuple[str, list[str]]:
+    """A tokenizer.json without what makes ids depend on chance or on a length, and what that was."""
+    spec = json.loads(text)
+    places = {"truncation": spec, "padding": spec, "dropout": spec["model"]}
+    found = [name for name, place in places.items() if place.get(name) is not None]
+    for name in found:
+        places[name][name] = None
+    return (json.dumps(spec, ensure_ascii=False) if found else text), found
 
 
 def _about(path: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -219,6 +233,10 @@ def _about(path: str, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     print(f"{report['path']}: {report['kind']}, {report['vocab_size']:,} ids")
+    if report.get("switched_off"):
+        print(f"switched off, which its file had on: {', '.join(report['switched_off'])}")
+    if report.get("missing"):
+        print(f"no piece {' '.join(report['missing'])}: good for datasets, not for pretrain")
     if "bytes" in report:
         print(f"trained on {report['bytes_used'] / 1e6:,.1f} of {report['bytes'] / 1e6:,.1f} MB of text")
     if report.get("reserved"):
