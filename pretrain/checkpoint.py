@@ -236,8 +236,11 @@ class RunFolder:
         return status
 
     def keep_tokenizer(self, file: Path) -> None:
-        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone."""
-        kept = self.path / TOKENIZER / file.name
+        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone.
+
+        By the name that is looked for in a folder, whatever it was called.
+        """
+        kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
         if kept.exists():
             return
         kept.parent.mkdir(exist_ok=True)

@@ -461,9 +461,9 @@ def _word_starts(pieces: Sequence[str]) -> npt.NDArray[np.bool_]:
     return np.array([piece.startswith(rules[mark]) for piece in pieces])
 
 
-# The SentencePiece model file is a protobuf message. Reading and rewriting a few of its fields
-# takes the thirty lines below, against a generated module and a protobuf runtime whose versions
-# must agree.
+# The SentencePiece model file is a protobuf message. Reading and rewriting a few of its fields is done here,
+# for sentencepiece's generated module cannot be loaded beside the copy that transformers has of it: protobuf
+# refuses the second message of a name, whichever comes first.
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Piece types of sentencepiece_model.proto."""

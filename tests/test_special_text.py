@@ -69,10 +69,15 @@ def test_mapped_letters_become_the_ids_of_hugging_face(
     verify_corpus.main([str(tmp_path / "c")])
 
 
-def test_letters_may_be_spelled_otherwise(tiny: Path, tmp_path: Path) -> None:
+def test_letters_may_be_spelled_otherwise(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encode(tiny / "tokenizer", tmp_path / "c", "--map-literal", "[UNK]=<unk>", texts=["a [UNK] b <unk>"])
     assert documents(tmp_path / "c")[0].count(3) == 1
     assert load_manifest(tmp_path / "c").history["literals"] == {"<unk>": 1, "[UNK]": 1}
+    capsys.readouterr()
+    encode(tiny / "tokenizer", tmp_path / "none", "--map-literal", "[UNK]=<unk>", texts=["a <UNK> b"])
+    assert "mapped to their ids: [UNK] 0 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from pretrain import tokenizer as module
+from pretrain.checkpoint import RunFolder
 from pretrain.config import UserError
 from pretrain.tokenizer import (
     CONTROL,
@@ -234,6 +235,19 @@ def test_a_tokenizer_is_named_by_its_file_too(trained: Path, tmp_path: Path) -> 
     ours = byte_level(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "mine.json")
     assert load_tokenizer(tmp_path / "mine.json").hash == ours.hash
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir(exist_ok=True)
+    run.keep_tokenizer(tmp_path / "mine.json")
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").hash == ours.hash
+
+
+def test_the_protobuf_module_of_sentencepiece_is_left_to_transformers(trained: Path) -> None:
+    """Two of that name cannot be loaded; transformers converts other people's tokenizers with its own."""
+    code = (
+        "import sys; from pretrain.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]);"
+        "from transformers.convert_slow_tokenizer import import_protobuf; import_protobuf()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(trained)], check=True)
 
 
 def test_no_state_of_a_file_makes_ids_random_or_cut(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
     history |= {"duplicates": duplicates} if job.dedup else {}
     literals = count_literals(parts)
-    history |= {"literals": literals, "map_literal": job.map_literal} if literals else {}
+    history |= {"literals": literals, "map_literal": job.map_literal} if literals or job.map_literal else {}
     names = [input_name(job, file) for file in files]
     inputs = [
         InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
@@ -556,14 +556,17 @@ def _show(report: dict[str, Any], output: str) -> None:
 
 def describe_literals(literals: dict[str, int], mapped: Sequence[str]) -> list[str]:
     """Lines that say what became of text that looks like a special piece; none where there was none."""
-    became = {argument if argument in literals else argument.rpartition("=")[0] for argument in mapped}
-    kept = {name: count for name, count in literals.items() if name not in became}
+    known = {
+        argument if argument in literals else argument.rpartition("=")[0] or argument for argument in mapped
+    }
+    made = {name: literals.get(name, 0) for name in sorted(known)}
+    kept = {name: count for name, count in literals.items() if name not in known}
     lines = []
     if kept:
         told = ", ".join(f"{name} {count:,}" for name, count in list(kept.items())[:8])
         lines.append(f"letters of special pieces, encoded as text: {told} times (see --map-literal)")
-    if became & literals.keys():
-        told = ", ".join(f"{name} {literals[name]:,}" for name in sorted(became & literals.keys()))
+    if made:
+        told = ", ".join(f"{name} {count:,}" for name, count in made.items())
         lines.append(f"letters of special pieces, mapped to their ids: {told} times")
     return lines
 
