@@ -39,7 +39,8 @@ def place(text: str) -> str:
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise ValueError(f"{path.partition('/')[0]} is nobody's home; write ./{path} for a file of that name")
-    for name in re.findall(r"\$\{?([A-Za-z_]\w*)", path):
+    # A small $name within a name may be a part of it.
+    for name in re.findall(r"(?:(?:^|/)\$|\$(?=[A-Z])|\$\{)([A-Za-z_]\w*)", path):
         if not os.environ.get(name):
             raise ValueError(f"${name} is not set; set it, or write the path out")
     return os.path.expandvars(path)

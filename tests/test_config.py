@@ -216,8 +216,8 @@ def test_paths_are_expanded_as_by_a_shell(key, tmp_path, monkeypatch):
         return getattr(getattr(config.load(path, [*more, f"{key}={text}"]), section), name)
 
     assert [read("~/x"), read("$SCRATCH/x"), read("${SCRATCH}x")] == ["/home/me/x", "/scratch/x", "/scratchx"]
-    assert read("a~/$1") == "a~/$1"
-    for text in ("$NOWHERE/x", "${NOWHERE}", "~nobody-at-all/x"):
+    assert read("a~/$1") == "a~/$1" and read("a $run") == "a $run"
+    for text in ("$NOWHERE/x", "a-$NOWHERE", "${NOWHERE}", "${nowhere}", "a/$nowhere", "~nobody-at-all/x"):
         with pytest.raises(UserError, match=rf"{key} = .*(is not set|is nobody's home)"):
             read(text)
     assert config.load(path, ["corpus.train=[[1, ~/a], [2, $SCRATCH/b]]"]).corpus.train == [

@@ -325,6 +325,23 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert row(home, "array")["message"] == "failed in commands.txt: line 4, 5"
 
 
+def test_a_job_from_within_a_job_is_a_job_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a job around the submitter left would be options of srun in the new one."""
+    left = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x3", "SLURM_CPU_BIND_LIST": "0x3", "SLURM_NTASKS": "77"}
+    left |= {"SLURM_MEM_PER_CPU": "123", "SLURM_GPUS_PER_TASK": "gpu:9", "SLURM_JOB_ID": "999999"}
+    left |= {"SLURM_NODELIST": "elsewhere", "SLURM_DISTRIBUTION": "arbitrary", "SLURM_HINT": "nomultithread"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "commands").write_text(f"env >{tmp_path}/env\n")
+    home = tmp_path / "array"
+    array = ["--array", str(tmp_path / "commands"), "--output", str(home)]
+    assert submit.main([*array, "--cluster", str(jobs.site(tmp_path))]) == 0
+    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
+    assert row(home, "array")["state"] == "finished", jobs.log(home)
+    given = (tmp_path / "env").read_text().splitlines()
+    assert not [f"{name}={value}" for name, value in left.items() if f"{name}={value}" in given]
+
+
 def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
     """A task's successor takes its place; the others stay what they were."""
     home = tmp_path / "a grid"
