@@ -93,12 +93,13 @@ def _projections(m: Model) -> dict[str, list[str]]:
 
 
 def hugging_face_state(
-    m: Model, ours: Mapping[str, Tensor], vocab_size: int, head: bool
+    m: Model, ours: Mapping[str, Tensor], vocab_size: int, head: bool, pad: int = 1
 ) -> dict[str, Tensor]:
     """Our parameters (or their gradients) under Hugging Face's names, the decoder left out.
 
     vocab_size: rows of the word table to keep, padding excluded. head: the masked-LM class, else
-    the base class. The key set is the one that `save_pretrained` of that class writes.
+    the base class. pad: id of the padding piece, after which RoBERTa's positions begin. The key set is
+    the one that `save_pretrained` of that class writes.
     """
     encoder = _rename(ours, _modules(m))
     for name, parts in _projections(m).items():
@@ -109,7 +110,7 @@ def hugging_face_state(
                     encoder[f"{part}.{kind}"] = tensor
     encoder[_WORDS[m.block]] = ours["tok.weight"][:vocab_size]
     if m.block == "roberta":
-        encoder |= _roberta_tables(m, ours)
+        encoder |= _roberta_tables(m, ours, pad)
     if not head:
         return {name: tensor.contiguous() for name, tensor in encoder.items()}
     prefix, dense, norm, bias = _HEADS[model_type(m)]
@@ -119,13 +120,21 @@ def hugging_face_state(
     return {name: tensor.contiguous() for name, tensor in theirs.items()}
 
 
-def _roberta_tables(m: Model, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their rows 0 and 1 of positions stand for "no position" (padding); ours start at row 2."""
-    positions = ours["positions.weight"]
+def first_position(pad: int) -> int:
+    """Row of RoBERTa's table that is our position 0: those up to the padding id stand for "no position"."""
+    return pad + 1
+
+
+def _roberta_tables(m: Model, ours: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+    """Positions with the rows of "no position" before them, of which only the last is ever looked up.
+
+    The two last of them are kept where a run starts from a folder; any others are zero.
+    """
+    positions, before = ours["positions.weight"], first_position(pad)
     if not m.token_type:
         token_type = torch.zeros_like(positions[:1])
-        return {_POSITIONS: F.pad(positions, (0, 0, 2, 0)), _TOKEN_TYPES: token_type}
-    padding = ours["padding_positions"].view(2, -1)
+        return {_POSITIONS: F.pad(positions, (0, 0, before, 0)), _TOKEN_TYPES: token_type}
+    padding = F.pad(ours["padding_positions"].view(2, -1), (0, 0, max(before - 2, 0), 0))[-before:]
     return {_POSITIONS: torch.cat((padding, positions)), _TOKEN_TYPES: ours["token_type"][None]}
 
 
@@ -157,10 +166,10 @@ def left_out(ours: Mapping[str, Tensor], head: bool) -> list[str]:
 # ---- from there to here --------------------------------------------------------------------------
 
 
-def our_state(m: Model, theirs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+def our_state(m: Model, theirs: Mapping[str, Tensor], rows: int, pad: int = 1) -> dict[str, Tensor]:
     """Their parameters under our names: the inverse of `hugging_face_state`, with or without a head.
 
-    rows: of our word table; those beyond theirs are zero.
+    rows: of our word table; those beyond theirs are zero. pad: id of the padding piece.
     """
     prefix, dense, norm, bias = _HEADS[model_type(m)]
     if any(name.startswith(prefix + "embeddings.") for name in theirs):
@@ -177,8 +186,9 @@ def our_state(m: Model, theirs: Mapping[str, Tensor], rows: int) -> dict[str, Te
     if bias in theirs:
         ours["head.bias"] = F.pad(theirs[bias], (0, rows - len(theirs[bias])))
     if m.block == "roberta":
-        ours["positions.weight"] = theirs[_POSITIONS][2:]
-        ours["padding_positions"] = theirs[_POSITIONS][:2].flatten()
+        before, positions = theirs[_POSITIONS].tensor_split([first_position(pad)])
+        ours["positions.weight"] = positions
+        ours["padding_positions"] = F.pad(before, (0, 0, 1, 0))[-2:].flatten()
         ours["token_type"] = theirs[_TOKEN_TYPES][0]
     return ours
 
@@ -189,20 +199,26 @@ def load_folder(model: torch.nn.Module, m: Model, tokenizer: Tokenizer) -> list[
     UserError, with every reason, if it does not fit.
     """
     folder = Path(str(m.init_from))
+    settings = _read_settings(folder)
     theirs = {name: tensor.float() for name, tensor in _read_weights(folder).items()}
-    problems = _other_settings(m, _read_settings(folder), tokenizer) + _other_pieces(folder, tokenizer)
+    problems = _other_settings(m, settings, tokenizer) + _other_pieces(folder, tokenizer)
     if not problems:
-        problems = _other_tensors(m, theirs, model.state_dict(), tokenizer.vocab_size)
+        theirs = _with_bias(m, theirs, settings)
+        problems = _other_head(m, theirs, settings) or _other_tensors(
+            m, theirs, model.state_dict(), tokenizer
+        )
     if problems:
         raise UserError("\n".join(f"model.init_from = {folder}: {problem}" for problem in problems))
-    ours = our_state(m, theirs, len(model.get_parameter("tok.weight")))
+    ours = our_state(m, theirs, len(model.get_parameter("tok.weight")), tokenizer.pad)
     model.load_state_dict(ours, strict=False)
     return [name for name, _ in model.named_parameters() if name not in ours]
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
     except (OSError, ValueError) as error:
         raise UserError(f"model.init_from = {folder}: no readable {SETTINGS} there ({error})") from None
     return settings
@@ -243,14 +259,33 @@ def _other_settings(m: Model, theirs: Mapping[str, Any], tokenizer: Tokenizer) -
         "hidden_activation" if modern else "hidden_act": ("activation", "gelu"),
     }
     if not modern:
-        wanted["max_position_embeddings"] = ("model.max_positions + 2", m.max_positions + 2)
+        first = first_position(tokenizer.pad)
+        wanted["pad_token_id"] = ("the tokenizer's padding", tokenizer.pad)
+        wanted["max_position_embeddings"] = (f"model.max_positions + {first}", m.max_positions + first)
         wanted["type_vocab_size"] = ("token types", 1)
     found = [
         f"its {key} is {theirs.get(key)!r}, {name} is {value!r}"
         for key, (name, value) in wanted.items()
         if theirs.get(key) != value
     ]
+    found += [
+        f"its {key} is {theirs[key]!r}, for which there is no block here (it would have to be {value!r})"
+        for key, value in (_MODERN if modern else _ROBERTA).items()
+        if theirs.get(key, value) != value
+    ]
     return found + (_other_rotation(m, theirs) if modern else [])
+
+
+_DECODER = {"is_decoder": False, "add_cross_attention": False}
+_ROBERTA = _DECODER | {"position_embedding_type": "absolute"}
+_MODERN = _DECODER | {
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "classifier_bias": False,
+    "classifier_activation": "gelu",
+}
+"""Settings that change what is computed and have one value here, which is also the default of theirs."""
 
 
 def _other_rotation(m: Model, theirs: Mapping[str, Any]) -> list[str]:
@@ -260,7 +295,15 @@ def _other_rotation(m: Model, theirs: Mapping[str, Any]) -> list[str]:
         kind != "full_attention" for kind in theirs.get("layer_types") or [every == 1 and "full_attention"]
     ):
         return ["attends locally in some layers, for which there is no block here"]
-    rope = (theirs.get("rope_parameters") or {}).get("full_attention") or {}
+    given = theirs.get("rope_parameters") or {}
+    rope = given.get("full_attention", given) or {}
+    scaled = {
+        key: value for key, value in rope.items() if key != "rope_theta" and value not in ("default", 1)
+    }
+    if scaled or theirs.get("rope_scaling"):
+        return [
+            f"scales its rotary positions ({scaled or theirs['rope_scaling']}); plain ones are known here"
+        ]
     theta = rope.get("rope_theta", theirs.get("global_rope_theta"))
     return (
         [] if theta == m.rope_theta else [f"its rope_theta is {theta!r}, model.rope_theta {m.rope_theta!r}"]
@@ -283,22 +326,73 @@ def _other_pieces(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return []
 
 
+def _with_bias(m: Model, theirs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Theirs with the head's bias where it is stored under the decoder's name alone, or is none (zeros)."""
+    _, dense, _, bias = _HEADS[model_type(m)]
+    if bias in theirs or f"{dense}.weight" not in theirs:
+        return theirs
+    if (copy := theirs.get("lm_head.decoder.bias")) is not None:
+        return theirs | {bias: copy}
+    if settings.get("decoder_bias") is False and not _tasks(m, theirs):
+        return theirs | {bias: torch.zeros(int(settings["vocab_size"]))}
+    return theirs
+
+
+def _tasks(m: Model, theirs: Mapping[str, Tensor]) -> list[str]:
+    """Modules beside the encoder and the head of masked language modelling, such as a classifier."""
+    prefix, dense, *_ = _HEADS[model_type(m)]
+    ours = {prefix.split(".")[0], dense.split(".")[0], *(name.split(".")[0] for name in _modules(m).values())}
+    return sorted({name.split(".")[0] for name in theirs} - ours - {"embeddings", "pooler", "decoder"})
+
+
+def _other_head(m: Model, theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[str]:
+    """Why the head of theirs is none of ours: of another task, or not tied to the word table."""
+    _, dense, _, bias = _HEADS[model_type(m)]
+    if tasks := _tasks(m, theirs):
+        return [
+            f"holds a model of another task ({', '.join(tasks)}); save its encoder alone"
+            " (model.base_model.save_pretrained) to start from that with a new head"
+        ]
+    if f"{dense}.weight" not in theirs:
+        return []
+    words = next((tensor for name, tensor in theirs.items() if name.endswith(_WORDS[m.block])), None)
+    decoder = "decoder" if m.block == "modern" else "lm_head.decoder"
+    for name, tied in ((f"{decoder}.weight", words), (f"{decoder}.bias", theirs.get(bias))):
+        if name in theirs and tied is not None and not torch.equal(theirs[name], tied):
+            return [f"{name} differs from what it would be tied to; only a tied head is known here"]
+    if settings.get("tie_word_embeddings") is False and f"{decoder}.weight" not in theirs:
+        return [f"its head is not tied (tie_word_embeddings), and there is no {decoder}.weight"]
+    return []
+
+
 def _other_tensors(
-    m: Model, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], vocab_size: int
+    m: Model, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> list[str]:
     """Names and shapes that are not those our model would be exported with."""
-    head = _HEADS[model_type(m)][3] in theirs
-    wanted = hugging_face_state(m, ours, vocab_size, head)
+    prefix, *_, bias = _HEADS[model_type(m)]
+    prefixed = any(name.startswith(prefix + "embeddings.") for name in theirs)
+    base = hugging_face_state(m, ours, tokenizer.vocab_size, head=False, pad=tokenizer.pad)
+    wanted = {prefix * prefixed + name: tensor for name, tensor in base.items()}
+    if bias in theirs:
+        whole = hugging_face_state(m, ours, tokenizer.vocab_size, head=True, pad=tokenizer.pad)
+        wanted |= {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
     found = [f"has no tensor {name}" for name in wanted.keys() - theirs.keys()]
     for name in wanted.keys() & theirs.keys():
         here, there = list(wanted[name].shape), list(theirs[name].shape)
         if here != there:
             found.append(f"{name} has the shape {there}, this config makes it {here}")
-    # A pooler, copies of tied tensors and a table of numbers are in older files.
-    known = ("pooler.", "decoder.weight", "lm_head.decoder.bias", "position_ids")
-    found += [f"{name}: no place for it" for name in theirs.keys() - wanted.keys() if not _any(known, name)]
-    return sorted(found)
+    # Copies that `_other_head` found equal; a pooler, which masked language modelling does not use.
+    known = {"decoder.weight", "lm_head.decoder.weight", "lm_head.decoder.bias"}
+    for name in theirs.keys() - wanted.keys() - known:
+        inner = name.removeprefix(prefix)
+        counting = inner == "embeddings.position_ids" and torch.equal(
+            theirs[name].flatten(), torch.arange(theirs[name].numel()).float()
+        )
+        if not counting and not inner.startswith("pooler.dense."):
+            found.append(f"{name}: no place for it")
+    return _few(sorted(found))
 
 
-def _any(words: tuple[str, ...], name: str) -> bool:
-    return any(word in name for word in words)
+def _few(found: list[str]) -> list[str]:
+    """The first lines, and how many more: another kind of model differs in every tensor."""
+    return found if len(found) <= 8 else [*found[:6], f"{len(found) - 6} tensors more that do not fit"]

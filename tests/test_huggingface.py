@@ -1,5 +1,6 @@
 """Runs that start from a Hugging Face folder: what transformers saves goes in and out to the bit."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -159,8 +160,8 @@ def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
     extra = {
         "roberta.embeddings.position_ids": torch.arange(42)[None],
         "roberta.pooler.dense.weight": torch.zeros(32, 32),
-        "lm_head.decoder.weight": torch.zeros(2, 2),
-        "lm_head.decoder.bias": torch.zeros(2),
+        "lm_head.decoder.weight": stored["roberta.embeddings.word_embeddings.weight"].clone(),
+        "lm_head.decoder.bias": stored["lm_head.bias"].clone(),
     }
     save_file(stored | extra, tmp_path / "model.safetensors")
     options = options_of("mlm", "post", tmp_path)
@@ -179,6 +180,23 @@ def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ("post", {"num_hidden_layers": 3}, "num_hidden_layers is 3, model.num_layers is 2"),
         ("post", {"model_type": "modernbert"}, "holds a modernbert, but model.block = roberta"),
         ("modern", {"layer_types": ["full_attention", "sliding_attention"]}, "attends locally"),
+        ("post", {"is_decoder": True}, "its is_decoder is True, for which there is no block"),
+        ("post", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ("post", {"pad_token_id": 3}, "pad_token_id is 3, the tokenizer's padding is 1"),
+        ("post", {"tie_word_embeddings": False}, "its head is not tied"),
+        ("modern", {"tie_word_embeddings": False}, "its head is not tied"),
+        ("modern", {"attention_bias": True}, "attention_bias is True"),
+        ("modern", {"classifier_activation": "relu"}, "classifier_activation is 'relu'"),
+        ("modern", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "scales its rotary positions"),
+        (
+            "modern",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
+                }
+            },
+            "scales its rotary positions",
+        ),
         ("modern", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_theta is 9.0"),
     ],
 )
@@ -235,3 +253,73 @@ def test_the_mapping_is_undone(block: str) -> None:
     back = our_state(options.model, there, len(model.tok.weight))
     for name, tensor in model.state_dict().items():
         assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_positions_begin_after_any_padding_id(
+    norm: str, pad: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Logits of transformers, whichever id pads: what is imported, and what is exported again."""
+    import transformers
+
+    other = copy.copy(tokenizer)
+    other.pad, other.bos = pad, 1 if pad == 0 else tokenizer.bos
+    save(tmp_path / "in", norm, other)
+    options = options_of("mlm", norm, tmp_path / "in")
+    model = make(options, other).eval()
+    load_folder(model, options.model, other)
+    assert export.check_model(tmp_path / "in", model, other, "masked-lm") < 1e-5
+    plain = make(small("mlm", norm), other).eval()  # never imported: no token type, no rows of padding
+    for name, each, chosen in (("again", model, options), ("fresh", plain, small("mlm", norm))):
+        (tmp_path / name).mkdir()
+        export._write(tmp_path / name, each, chosen, other, "masked-lm")
+        assert export.check_model(tmp_path / name, each, other, "masked-lm") < 1e-5
+    auto = transformers.AutoModelForMaskedLM
+    before, after = (auto.from_pretrained(tmp_path / name).eval() for name in ("in", "again"))
+    ids = torch.tensor([[other.bos, 5, 6, 7, 2], [other.bos, 5, 6, 2, pad]])
+    seen = torch.tensor([[1] * 5, [1] * 4 + [0]])
+    with torch.no_grad():
+        a, b = (each(input_ids=ids, attention_mask=seen).logits[seen.bool()] for each in (before, after))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        ("post", "lm_head.decoder.weight"),
+        ("pre", "lm_head.decoder.bias"),
+        ("modern", "decoder.weight"),
+    ],
+)
+def test_an_untied_head_is_refused(block: str, name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save(tmp_path, block, tokenizer)
+    stored = load_file(tmp_path / "model.safetensors")
+    tied = "bias" if name.endswith("bias") else "word_embeddings.weight"
+    tied = "tok_embeddings.weight" if block == "modern" else tied
+    copied = next(tensor for key, tensor in stored.items() if key.endswith(tied)).clone()
+    options = options_of("mlm", block, tmp_path)
+    if tied != "bias":
+        save_file(stored | {name: copied}, tmp_path / "model.safetensors")
+        assert load_folder(make(options, tokenizer), options.model, tokenizer) == []
+    save_file(stored | {name: torch.randn(copied.shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} differs from what it would be tied to") as caught:
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@blocks
+def test_a_classifier_is_refused_in_one_line(block: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import transformers
+
+    values = hugging_face_config(small("mlm", block), tokenizer, "masked-lm")
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_config(transformers.AutoConfig.for_model(**values))
+    model.save_pretrained(tmp_path / "task")
+    options = options_of("mlm", block, tmp_path / "task")
+    with pytest.raises(UserError, match="holds a model of another task .classifier.*save its enc") as caught:
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+    assert "\n" not in str(caught.value)
+    model.base_model.save_pretrained(tmp_path / "base")
+    options = options_of("mlm", block, tmp_path / "base")
+    assert "head.bias" in load_folder(make(options, tokenizer), options.model, tokenizer)

@@ -114,7 +114,7 @@ def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Token
         state = late_state(ours, vocab_size)
         shutil.copyfile(MODELING, folder / MODELING.name)
     else:
-        state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm")
+        state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm", tokenizer.pad)
     settings = json.dumps(hugging_face_config(options, tokenizer, form), indent=2)
     (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
     save_file({name: tensor.float() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})

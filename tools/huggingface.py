@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pretrain.config import Config, Model
-from pretrain.huggingface import model_type
+from pretrain.huggingface import first_position, model_type
 from pretrain.tokenizer import Tokenizer
 
 Form = Literal["masked-lm", "encoder", "late"]
@@ -66,12 +66,12 @@ def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dic
     if form == "late":
         return common | _late_config(m, tokenizer)
     modern = m.block == "modern"
-    return common | (_modernbert_config(m, tokenizer) if modern else _roberta_config(m))
+    return common | (_modernbert_config(m, tokenizer) if modern else _roberta_config(m, tokenizer))
 
 
-def _roberta_config(m: Model) -> dict[str, Any]:
+def _roberta_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "max_position_embeddings": m.max_positions + 2,
+        "max_position_embeddings": m.max_positions + first_position(tokenizer.pad),
         "type_vocab_size": 1,
         "layer_norm_eps": m.norm_eps,
         "hidden_act": "gelu",
