@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -487,14 +488,18 @@ def test_overwrite(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.Monk
         exported(tmp_path, tokenizer_dir)
     assert (output / "mine.txt").exists()
 
+    with pytest.raises(UserError, match="has mine.txt, which no export writes"):
+        exported(tmp_path, tokenizer_dir, block="modern", overwrite=True)
+    assert (output / "mine.txt").read_text() == "old"
+    (output / "mine.txt").unlink()
+    before = (output / "config.json").read_text()
     with monkeypatch.context() as patch:  # a failed export leaves the old one alone
         patch.setattr(export, "TOLERANCE", -1.0)
         with pytest.raises(ExportError):
             exported(tmp_path, tokenizer_dir, overwrite=True)
-    assert (output / "mine.txt").exists()
+    assert (output / "config.json").read_text() == before
 
     exported(tmp_path, tokenizer_dir, block="modern", overwrite=True)
-    assert not (output / "mine.txt").exists()
     assert json.loads((output / "config.json").read_text())["model_type"] == "modernbert"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -509,6 +514,53 @@ def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path, tokenizer_
         with pytest.raises(UserError, match="no exported model"):
             exported(tmp_path / "other", tokenizer_dir, overwrite=overwrite)
     assert thesis.read_text() == "years of work"
+
+
+def test_an_unrelated_config_is_no_export(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no exported model"):
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+
+
+def test_a_link_is_followed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "scratch" / "real").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "scratch" / "real")
+    for _ in range(3):
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+        assert (tmp_path / "model").is_symlink()
+        assert (tmp_path / "scratch" / "real" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize("kept", ["old", "both"])
+def test_what_a_kill_left_is_mended(kept: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    _, output, _ = exported(tmp_path, tokenizer_dir)
+    if kept == "both":
+        shutil.copytree(output, tmp_path / ".old-model")
+    else:  # between the two renames: the old one lies aside, and is protected as before
+        output.rename(tmp_path / ".old-model")
+    with pytest.raises(UserError, match="holds a model already"):
+        exported(tmp_path, tokenizer_dir)
+    exported(tmp_path, tokenizer_dir, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_home_need_not_be_writable(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The check of a folder's own code needs a place for it."""
+    gone = ("HF_HOME", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in gone}
+    code = (
+        "from pathlib import Path; import sys; from tests.test_export import exported;"
+        "exported(Path(sys.argv[1]), Path(sys.argv[2]), '3ml-self', with_decoder=True)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tokenizer_dir)],
+        env=environment | {"HOME": "/proc/nohome"},
+        check=True,
+    )
+    assert (tmp_path / "model" / "modeling_latemask.py").is_file()
 
 
 def test_files_are_readable_by_others(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -11,7 +11,9 @@ pre-training model itself is asked for: then the folder brings the code that it 
 
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def export_folder(
     late method. UserError if `output` is something else; ExportError, and nothing left behind, if the
     check fails.
     """
-    output = Path(output).absolute()
+    output = Path(output).resolve()  # of a link, what it points to is replaced
+    _mend(output)
     _refuse(output, overwrite)
     form = form_of(options, with_decoder)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -71,6 +74,7 @@ def export_folder(
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = check_model(partial, model, tokenizer, form)
         check_tokenizer(partial, tokenizer)
+        _refuse(output, overwrite)  # what came in meanwhile stays
         _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,13 +103,41 @@ def count_left_out(model: LateMaskModel, form: Form) -> int:
     return 0 if form == "late" else sum(state[name].numel() for name in left_out(state, form == "masked-lm"))
 
 
+WRITTEN = frozenset(
+    {SETTINGS, WEIGHTS, MODELING.name, "README.md", "tokenizer.json", "tokenizer_config.json"}
+)
+"""All names that an export may write: nothing else is ever replaced."""
+MODEL_TYPES = ("roberta", "roberta-prelayernorm", "modernbert", "latemask")
+
+
 def _refuse(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / SETTINGS).is_file():
+    if not output.is_dir():
+        raise UserError(f"{output}: a file, no exported model; choose another --output")
+    if not _is_export(output):
         raise UserError(f"{output}: exists and is no exported model; choose another --output")
     if not overwrite:
         raise UserError(f"{output}: holds a model already; choose another --output or add --overwrite")
+    if foreign := _foreign(output):
+        raise UserError(
+            f"{output}: has {', '.join(foreign[:5])}{' ...' if foreign[5:] else ''}, which no export writes;"
+            " move that away, or choose another --output"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether its settings are of a kind of model that is exported here, with weights beside them."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return settings["model_type"] in MODEL_TYPES and (folder / WEIGHTS).is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names of what no export writes."""
+    return sorted(each.name for each in folder.iterdir() if each.name not in WRITTEN or not each.is_file())
 
 
 def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, form: Form) -> int:
@@ -122,13 +154,32 @@ def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Token
     return sum(tensor.numel() for tensor in state.values())
 
 
+def _aside(output: Path) -> Path:
+    """Where an earlier export waits while the new one takes its name."""
+    return output.with_name(f".old-{output.name}")
+
+
+def _mend(output: Path) -> None:
+    """Brings back an earlier export that a kill left aside, or removes it where the new one is in place."""
+    old = _aside(output)
+    if old.is_symlink() or not old.is_dir():
+        return
+    if not output.exists():
+        old.rename(output)
+    elif not _foreign(old):
+        shutil.rmtree(old)
+    else:
+        raise UserError(f"{old}: in the way, and has files that no export writes; move it away")
+
+
 def _publish(partial: Path, output: Path) -> None:
-    old = output.with_name(f".old-{output.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    """Two renames; a kill between them leaves the old one aside, which the next call brings back."""
+    old = _aside(output)
     if output.exists():
         output.rename(old)
     partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 # ---- checking ------------------------------------------------------------------------------------
@@ -172,18 +223,40 @@ def _load(folder: Path, form: Form) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     auto = transformers.AutoModel if form == "encoder" else transformers.AutoModelForMaskedLM
-    model, info = auto.from_pretrained(
-        folder,
-        local_files_only=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=form == "late",
-    )
+    with _place_for_code() if form == "late" else nullcontext():
+        model, info = auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=form == "late",
+        )
     # Base classes bring a pooler that pre-training knows nothing about.
     missing = [name for name in info["missing_keys"] if "pooler" not in name]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ExportError(f"transformers does not take the weights: {info}")
     return model.eval()
+
+
+@contextmanager
+def _place_for_code() -> Iterator[None]:
+    """A temporary cache of modules for transformers where its own, below HOME, cannot be written."""
+    from transformers import dynamic_module_utils
+
+    usual = dynamic_module_utils.HF_MODULES_CACHE
+    try:
+        check_folder(usual)
+    except UserError:
+        pass
+    else:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="latemask-modules-") as folder:
+        dynamic_module_utils.HF_MODULES_CACHE = folder
+        try:
+            yield
+        finally:
+            dynamic_module_utils.HF_MODULES_CACHE = usual
 
 
 def _probe(tokenizer: Tokenizer, length: int, masks: bool) -> Tensor:
@@ -225,8 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     args = parser.parse_args(arguments)
-    _refuse(Path(args.output), args.overwrite)  # before minutes of reading
-    check_folder(Path(args.output).absolute().parent)
+    output = Path(args.output).resolve()
+    _mend(output)
+    _refuse(output, args.overwrite)  # before minutes of reading
+    check_folder(output.parent)
     model, options, tokenizer, state = load_model(args.run, args.checkpoint)
     form = form_of(options, args.with_decoder)
     card = model_card(
