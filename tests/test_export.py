@@ -563,6 +563,12 @@ def test_home_need_not_be_writable(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert (tmp_path / "model" / "modeling_latemask.py").is_file()
 
 
+def test_names_in_the_card_are_no_markup() -> None:
+    card = model_card("<img src=x>\n[a](b) | c", options_of("mlm", "post"), "<mask>", 0, licence="<b>")
+    assert "# \\<img src=x\\> \\[a\\](b) \\| c\n" in card
+    assert "\n\\<b\\>.\n" in card
+
+
 def test_files_are_readable_by_others(tmp_path: Path, tokenizer_dir: Path) -> None:
     _, output, _ = exported(tmp_path, tokenizer_dir)
     modes = {path.name: path.stat().st_mode for path in output.iterdir()}

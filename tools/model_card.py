@@ -1,5 +1,6 @@
 """README.md of an exported model: what it is, what it read, what it cost, how to load it."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def model_card(
     example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token, more=more)
     sections = [
         _front_matter(options, head, licence),
-        f"# {name}\n\n{_what(options, left_out, with_decoder)}",
+        f"# {_plain(name)}\n\n{_what(options, left_out, with_decoder)}",
         f"## Use\n\n```python\n{example}```\n\n{_advice(options)}",
         f"## Training data\n\n{_data(corpora, state)}",
         f"## Training\n\n{_training(options, state)}",
@@ -67,6 +68,11 @@ def model_card(
         f"## Configuration\n\n```yaml\n{_configuration(options)}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text of others as Markdown that shows it: no markup, HTML, link or table cell begins in it."""
+    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
 
 
 def _front_matter(options: Config, head: bool, licence: str | None) -> str:
@@ -128,7 +134,7 @@ def _corpus(manifest: Manifest) -> str:
     if manifest.sources:
         rows += ["", "| source | documents | tokens | bytes of text |", "|---|---|---|---|"]
         rows += [
-            f"| {kind} | {tally.documents:,} | {tally.tokens:,} | {tally.text_bytes:,} |"
+            f"| {_plain(kind)} | {tally.documents:,} | {tally.tokens:,} | {tally.text_bytes:,} |"
             for kind, tally in manifest.sources.items()
         ]
     return "\n".join([*rows, "", f"Fingerprint `{manifest.fingerprint}`."])
@@ -171,7 +177,7 @@ def _cost(totals: dict[str, Any] | None) -> str:
 
 def _licence(licence: str | None) -> str:
     if licence:
-        return f"{licence}."
+        return f"{_plain(licence)}."
     return "Not stated by its maker. The licences of the training data apply."
 
 
