@@ -661,6 +661,14 @@ def test_evaluate_prints_each_source(finished_run: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("bits per byte") == 1 + len(parts)
 
 
+def test_evaluate_says_relative_to_what(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"here/valid: no corpus there, seen from {tmp_path}"):
+        evaluate.main([str(finished_run), "--corpus", "here/valid"])
+
+
 def test_fill_mask_program(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(finished_run), "The <mask> of the <mask>.", "--top", "3"]
     fill_mask_program.main([*words, "--json"])

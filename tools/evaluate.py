@@ -6,6 +6,7 @@ knows several sources of text, each has its own loss: a mean hides what a mixtur
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import UserError
-from pretrain.corpus import load_manifest, read_sources
+from pretrain.corpus import corpus_file, load_manifest, read_sources
 from pretrain.evaluate import HeldOut, Score
 from pretrain.model import Batch, LateMaskModel
 from tools import console
@@ -41,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prefix = args.corpus or options.corpus.valid
     if not prefix:
         raise UserError(f"{args.run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
+    if not corpus_file(prefix, "json").is_file() and not Path(prefix).is_absolute():
+        raise UserError(
+            f"{prefix}: no corpus there, seen from {Path.cwd()}; start this in the folder of the training, or"
+            " name the corpus with --corpus PREFIX"
+        )
     samples = options.evaluate.samples if args.samples is None else args.samples
     bounded = options.corpus.documents == "bounded"
     length = options.evaluate.seq_length or options.train.seq_length
