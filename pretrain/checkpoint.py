@@ -100,6 +100,8 @@ class State:
     """Number of the phase (`train.phases`) of the update before."""
     loss_scale: dict[str, float] | None = None
     """`LossScale.state` of a run in fp16."""
+    rules: int = 1
+    """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
 
 
 # ---- durable files -------------------------------------------------------------------------------

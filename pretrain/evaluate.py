@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain import config
+from pretrain import config, rng
 from pretrain.config import UserError
 from pretrain.corpus import IndexedReader, load_manifest, refuse_appended_end
 from pretrain.masking import Masked, Masker
@@ -26,6 +26,8 @@ from pretrain.tokenizer import Tokenizer
 MASK_RATE = 0.15
 _FIXED = config.Masking(rate=MASK_RATE, corruption=(1.0, 0.0, 0.0))
 _SEED = 0
+_RULES = 1
+"""Of `rng.RULES`: the questions stay those that earlier runs answered."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class HeldOut:
                 f"{prefix}: encoded with another tokenizer than the run's; encode it again with the run's"
             )
         refuse_appended_end(prefix, manifest)
-        self.sampler = Sampler(corpus, _FIXED, length, _SEED, tokenizer.bos, tokenizer.eos)
-        self.masker = masker(_FIXED, length, tokenizer, bounded)
+        self.sampler = Sampler(corpus, _FIXED, length, _SEED, tokenizer.bos, tokenizer.eos, rules=_RULES)
+        self.masker = masker(_FIXED, length, tokenizer, bounded, _RULES)
         self.samples = min(samples, self.sampler.samples_per_epoch)
         self.predicted_tokens = self.samples * self.masker.counts.predicted
         self.fingerprint = manifest.fingerprint
@@ -113,9 +115,12 @@ class HeldOut:
         return Score(loss, accuracy, self.predicted_tokens, bits)
 
 
-def masker(masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False) -> Masker:
+def masker(
+    masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
+) -> Masker:
     """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
     specials = np.setdiff1d(everything, tokenizer.random_ids)
     end = tokenizer.eos if bounded else None
-    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, tokenizer.word_starts, end)
+    starts = tokenizer.word_starts
+    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, starts, end, rules)

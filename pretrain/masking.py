@@ -4,7 +4,8 @@ Counts are exact and the same for every row, so shapes are static and the loss i
 a function of (data seed, text, visit): every unit (a token, a whole word or a span of words) draws a
 random key, the tokens of the units with the largest keys are the predicted rows, and among them the
 largest are [MASK], then come random pieces, then kept tokens. So units are taken whole, in random order,
-and only the last may be cut. Sequence specials get the smallest keys, so that they are chosen only where
+and only the last may be cut, from either side: else the ends of words and spans would be predicted more
+often than their beginnings. Sequence specials get the smallest keys, so that they are chosen only where
 nothing else is left.
 
 K disjoint masks of a text (fully-explored masking, Zheng et al. 2020, arXiv 2010.06040) are K
@@ -95,7 +96,7 @@ class Masker:
     mask_id: the [MASK] piece. random_ids: the pieces that may stand in for another. special_ids: pieces
     that are predicted only where nothing else is left. word_starts: bool by piece, True where it begins a
     word; without the table each piece is a word. document_end: the piece that ends a document, where
-    attention is bounded by documents.
+    attention is bounded by documents. rules: those of `rng.RULES` that the run began with.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class Masker:
         special_ids: Tokens,
         word_starts: Bools | None = None,
         document_end: int | None = None,
+        rules: int = rng.RULES,
     ) -> None:
+        self.rules = rules
         self.counts = counts(masking, length)
         self.masking = masking
         self.mask_id, self.document_end = mask_id, document_end
@@ -127,15 +130,18 @@ class Masker:
         assert c.length == L
         special = self._is_special(tokens)
         words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
-        unit = self._units(tokens, special, keys)
+        unit, low = self._units(tokens, special, keys), self._place
         if unit is not None:
             words = np.take_along_axis(words, unit, 1)
-        ordered = self._ordered(self._sort_keys(words, special), special, keys, view)
-        positions = (ordered & self._low).astype(np.int64)
+            low = self._sides(keys)
+        ordered = self._ordered(self._sort_keys(words, special, low), special, low, keys, view)
+        if unit is not None and self.rules > 1:
+            self._draw_kinds(ordered, unit, special, low, keys)
+        positions = self._places(ordered, low)
         # `clip`, because looking for places out of bounds would take longer than the gather.
         ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
         targets = ids[:, L - c.predicted :].copy()
-        self._corrupt(ids, keys)
+        self._corrupt(ids, keys if self.rules == 1 else rng.key(keys, view))
         documents = None
         if self.document_end is not None:
             documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)
@@ -160,7 +166,10 @@ class Masker:
         alone = special | np.roll(special, 1, 1)
         begins = self.word_starts[tokens] | alone
         if self.masking.scheme == "span":
-            begins &= self._span_begins(begins, keys) | alone
+            spans = begins & self._span_begins(begins, keys)
+            if self.rules > 1:
+                return self._spans(spans, special)
+            begins &= spans | alone
         return np.maximum.accumulate(np.where(begins, self._place.astype(np.int64), 0), axis=1)
 
     def _span_begins(self, word_begins: Bools, keys: rng.Uint64) -> Bools:
@@ -181,15 +190,45 @@ class Masker:
         np.put_along_axis(first_words, np.minimum(lengths.cumsum(1), L), True, 1)
         return np.take_along_axis(first_words, word_begins.cumsum(1) - 1, 1)
 
+    def _spans(self, begins: Bools, special: Bools) -> Int64:
+        """Return the unit [B, L] of each token: its span, of which the first ordinary place is the name.
+
+        The parts of a span that a special divides are one unit, and so are the last span of a window and
+        the first, the rest of one: shorter units, at the ends of documents and windows, would be predicted
+        more often.
+        """
+        B, L = begins.shape
+        span = begins.cumsum(1) - begins[:, :1]
+        span[span == span[:, -1:]] = 0
+        place = np.broadcast_to(np.arange(L), (B, L))
+        names = np.zeros((B, L + 1), np.int64)
+        last_first = np.where(special, L, span)[:, ::-1]  # of values for one index the last one stays
+        np.put_along_axis(names, last_first, place[:, ::-1], 1)
+        return np.where(special, place, np.take_along_axis(names, span, 1))
+
     # -- order: what is predicted, and of that what is [MASK]
 
-    def _sort_keys(self, words: Keys, special: Bools) -> Keys:
-        """The highest bit says "no special", the next are those of `words`, the lowest are the place."""
+    def _sides(self, keys: rng.Uint64) -> Keys:
+        """Return the lowest bits of the sort keys [B, L]: the place, in half of the sequences counted from
+        the end. Of the unit at the border the larger are predicted."""
+        with np.errstate(over="ignore"):
+            backwards = (rng.mix(keys + np.uint64(4)) >> np.uint64(63)).astype(bool) & (self.rules > 1)
+        return np.where(backwards[:, None], self._place[::-1], self._place)
+
+    def _places(self, rows: Keys, low: Keys) -> Int64:
+        """Return the places of rows by their sort keys."""
+        places = (rows & self._low).astype(np.int64)
+        if low.ndim == 1:
+            return places
+        return np.where(low[:, :1] > 0, self.counts.length - 1 - places, places)
+
+    def _sort_keys(self, words: Keys, special: Bools, low: Keys) -> Keys:
+        """The highest bit says "no special", the next are those of `words`, the lowest are `low`."""
         keys = words & self._drawn
-        keys |= self._place | _ORDINARY
+        keys |= low | _ORDINARY
         return np.bitwise_xor(keys, _ORDINARY, out=keys, where=special)
 
-    def _ordered(self, ordered: Keys, special: Bools, keys: rng.Uint64, view: Int64) -> Keys:
+    def _ordered(self, ordered: Keys, special: Bools, low: Keys, keys: rng.Uint64, view: Int64) -> Keys:
         """Sort keys [B, L] in the order of rows: context, kept, random, [MASK].
 
         All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
@@ -200,22 +239,32 @@ class Masker:
             ordered.sort(axis=1)
             return ordered
         contiguous = k.views_partition == "contiguous"
-        by_view = self._ring(special, keys) if contiguous else ordered
+        by_view = self._ring(special, low, keys) if contiguous else ordered
         stretch = (np.arange(c.length) - (view * c.predicted)[:, None]) % c.length
         rows = np.take_along_axis(np.sort(by_view, 1), stretch, 1)
         if contiguous:  # where to look is settled; what becomes [MASK] there is still to be drawn
             predicted = rows[:, c.length - c.predicted :]
-            places = (predicted & self._low).astype(np.int64)
+            places = self._places(predicted, low)
             predicted[...] = np.sort(np.take_along_axis(ordered, places, 1), 1)
         return rows
 
-    def _ring(self, special: Bools, keys: rng.Uint64) -> Keys:
+    def _draw_kinds(self, rows: Keys, unit: Int64, special: Bools, low: Keys, keys: rng.Uint64) -> None:
+        """Sort the predicted rows by other keys of their units: the cut one, which has the smallest key of
+        all, becomes [MASK] as often as another."""
+        L, P = self.counts.length, self.counts.predicted
+        with np.errstate(over="ignore"):
+            words = rng.stream(rng.mix(keys + np.uint64(5)), (L + 1) // 2).view(np.uint32)[:, :L]
+        drawn = self._sort_keys(np.take_along_axis(words, unit, 1), special, low)
+        places = self._places(rows[:, L - P :], low)
+        rows[:, L - P :] = np.sort(np.take_along_axis(drawn, places, 1), 1)
+
+    def _ring(self, special: Bools, low: Keys, keys: rng.Uint64) -> Keys:
         """Sort keys [B, L] for the order of the text, from a random place on and round its end."""
         inner = np.uint32(self.counts.length - 2)  # <s> and </s> do not count: they come first anyway
         with np.errstate(over="ignore"):
             turn = (rng.mix(keys + np.uint64(3)) % np.uint64(inner)).astype(np.uint32)
         ring = (self._place - np.uint32(1) + inner + turn[:, None]) % inner
-        return self._sort_keys(ring << self._bits, special)
+        return self._sort_keys(ring << self._bits, special, low)
 
     def _corrupt(self, ids: Int64, keys: rng.Uint64) -> None:
         c, L = self.counts, self.counts.length

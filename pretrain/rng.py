@@ -17,8 +17,15 @@ import numpy.typing as npt
 Uint64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 
+RULES = 2
+"""Version of how samples and masks are drawn and where the warm-up begins; a run goes on by the rules that it
+began with (`checkpoint.State.rules`). Since 2 the views of a text have random pieces of their own, words and
+spans are cut from either side, corpora of a blend have keys of their own, few items are permuted evenly and
+the first update has a rate above 0."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 3
+_FEW = 4096
+"""Items up to which they are permuted by sorting: three rounds are uneven for fewer than some 1,600."""
 _WORD = 2**64 - 1
 
 
@@ -66,8 +73,10 @@ def name_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int) -> Int64:
-    """A pseudo-random permutation of range(size) evaluated at `index` only, in memory of sqrt(size).
+def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int, rules: int = RULES) -> Int64:
+    """Return a pseudo-random permutation of range(size) at `index` only, in memory of sqrt(size).
+
+    Few items are sorted by random keys, so that each order is as likely as another. Of many:
 
     A number is the cell of a grid with nearly equal sides that holds `size` cells and less than a row
     more. Each round turns every row, then every column, by an amount of its own; what leaves the range
@@ -75,13 +84,22 @@ def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int) -> Int64
     """
     x = np.atleast_1d(np.asarray(index, np.int64))
     assert size > 0 and (x >= 0).all() and (x < size).all()
-    turns = _turns((keys,) if isinstance(keys, int) else tuple(keys), size)
+    parts = (keys,) if isinstance(keys, int) else tuple(keys)
+    if size <= _FEW and rules > 1:
+        return _shuffled(parts, size)[x].reshape(np.shape(index))
+    turns = _turns(parts, size)
     out = _feistel(x, turns)
     outside = np.flatnonzero(out >= size)
     while outside.size:
         out[outside] = _feistel(out[outside], turns)
         outside = outside[out[outside] >= size]
     return out.reshape(np.shape(index))
+
+
+@lru_cache(16)
+def _shuffled(keys: tuple[int, ...], size: int) -> Int64:
+    """Return range(size) in the order of a random key for each."""
+    return np.argsort(key(key(*keys), np.arange(size)), kind="stable")
 
 
 @lru_cache(16)

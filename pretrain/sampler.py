@@ -67,7 +67,8 @@ class _Stretches(NamedTuple):
 class Sampler:
     """Reads the windows of one corpus in the order of a run.
 
-    length: L. bos, eos: pieces that open and close a window; eos also joins documents.
+    length: L. bos, eos: pieces that open and close a window; eos also joins documents. name: of the corpus in
+    a blend (its fingerprint), which has an order and masks of its own. rules: see `rng.RULES`.
     """
 
     def __init__(
@@ -78,8 +79,11 @@ class Sampler:
         seed: int,
         bos: int,
         eos: int,
+        name: str = "",
+        rules: int = rng.RULES,
     ) -> None:
-        self.corpus, self.length, self.seed, self.bos, self.eos = corpus, length, seed, bos, eos
+        self.corpus, self.length, self.bos, self.eos, self.rules = corpus, length, bos, eos, rules
+        self.seed = rng.name_seed(seed, name) if name and rules > 1 else seed
         self.per_text = masking.views if masking.views_mode == "batch" else 1
         self.per_partition = masking.views if masking.views_mode == "epoch" else 1
         self.filled = np.flatnonzero(corpus.document_lengths)
@@ -127,7 +131,8 @@ class Sampler:
         epochs, visits = np.divmod(texts, self.windows_per_epoch)
         windows = np.empty_like(visits)
         for epoch, rows in _groups(epochs):
-            windows[rows] = rng.permute(visits[rows], self.windows_per_epoch, (self.seed, _WINDOWS, epoch))
+            keys = (self.seed, _WINDOWS, epoch)
+            windows[rows] = rng.permute(visits[rows], self.windows_per_epoch, keys, self.rules)
         partitions, epoch_view = np.divmod(epochs, self.per_partition)
         return partitions, windows, view if self.per_text > 1 else epoch_view
 
@@ -199,7 +204,7 @@ class Sampler:
         """Documents in stream order, and where each ends in the stream (its </s> included)."""
         if partition not in self._orders:
             count = len(self.lengths)
-            order = rng.permute(np.arange(count), count, (self.seed, _DOCUMENTS, partition))
+            order = rng.permute(np.arange(count), count, (self.seed, _DOCUMENTS, partition), self.rules)
             # Two at most: the current one and, around an epoch's end, the next.
             self._orders = dict(list(self._orders.items())[-1:])
             self._orders[partition] = order, np.cumsum(self.lengths[order] + 1)

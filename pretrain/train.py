@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,8 @@ class Data:
     blend: list[tuple[float, str]]
     """(weight, fingerprint) of each of them."""
     fingerprints: dict[str, str]
+    rules: int = rng.RULES
+    """By which samples and masks are drawn: those that the run began with."""
 
 
 def open_data(options: config.Corpus) -> Data:
@@ -91,7 +93,10 @@ def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) ->
     """What reads the samples of a run, in the last of its segments."""
     k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
     seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
-    samplers = [Sampler(corpus, k, length, seed, bos, eos) for corpus in data.corpora]
+    samplers = [
+        Sampler(corpus, k, length, seed, bos, eos, name, data.rules)
+        for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
+    ]
     by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}
     used = used_samples(segments, by_name)
     first = segments[-1].first if segments else 0
@@ -254,6 +259,8 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
         check_sensors(options, topology.device, meter.parts)
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     state = checkpoint.read_state(Path(start)) if start else None
+    if state:
+        data = replace(data, rules=state.rules)
     ledger = _open_ledger(options, topology, folder, state, meter)
     with timed(ledger, "startup"):
         segments = run_segments(options, data, state)
@@ -364,7 +371,8 @@ def read_phase(
     """What reads and masks the samples of a phase."""
     o = phase.config
     blend = open_blend(o, data, segments)
-    mask = masker(o.masking, o.train.seq_length, data.tokenizer, o.corpus.documents == "bounded")
+    bounded = o.corpus.documents == "bounded"
+    mask = masker(o.masking, o.train.seq_length, data.tokenizer, bounded, data.rules)
     return blend, Feed(_prepare(o, topology, blend, mask, phase.micro), o.train.batch_size)
 
 
@@ -805,6 +813,7 @@ def save(run: Run) -> None:
         layout=layout(run.config, t),
         phase=run.phase,
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
+        rules=run.data.rules,
     )
     with timed(run.ledger, "checkpoint"), together(t):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)

@@ -63,7 +63,6 @@ def test_a_blend_runs_and_changes_only_as_a_new_segment(
         ("[[-1, a]]", "with weights above 0"),
         ("[[a, 1]]", "should be a prefix, or [[weight, prefix], ...]"),
         ("[a, b]", "should be a prefix, or [[weight, prefix], ...]"),
-        ("3", "should be a prefix, or [[weight, prefix], ...]"),
         ("[[1, a], [2, a]]", "names a prefix twice"),
     ],
 )

@@ -1,5 +1,8 @@
 """The stateless hash and permutation behind every sample and mask."""
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -21,6 +24,16 @@ def test_permute_reaches_every_place_equally_often():
     """Chi-square of where item 0 lands, 64 places, 6,400 keys: 99.99 % of fair draws stay below 113."""
     landed = np.bincount([int(rng.permute(0, 64, key)) for key in range(6400)], minlength=64)
     assert ((landed - 100.0) ** 2 / 100).sum() < 113
+
+
+@pytest.mark.parametrize("size", [3, 5, 6])
+def test_each_order_of_few_items_is_equally_likely(size):
+    """Chi-square over all orders: 99.99 % of fair draws stay below the bound."""
+    orders = math.factorial(size)
+    found = Counter(tuple(rng.permute(np.arange(size), size, key)) for key in range(20 * orders))
+    assert len(found) == orders or size == 6
+    chi = sum((count - 20.0) ** 2 / 20 for count in found.values()) + 20.0 * (orders - len(found))
+    assert chi < orders - 1 + 4 * math.sqrt(2 * (orders - 1)) + 14
 
 
 def test_large_permutation_stays_in_range_past_2_to_the_40():

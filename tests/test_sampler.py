@@ -217,6 +217,17 @@ def test_one_corpus_is_a_blend_of_itself(corpus):
     assert blend.tokens.dtype == alone.tokens.dtype
 
 
+def test_corpora_of_a_blend_have_keys_and_an_order_of_their_own(corpus):
+    first, second = (Sampler(corpus, config.Masking(), LENGTH, 5, BOS, EOS, name) for name in ("one", "two"))
+    blend = Blend([first, second], [0.5, 0.5])
+    samples = blend.read(np.arange(2 * first.samples_per_epoch))
+    assert len(set(samples.keys.tolist())) == len(samples.keys)
+    own = [sampler.read(np.arange(first.samples_per_epoch)).tokens for sampler in (first, second)]
+    assert (own[0] != own[1]).any()
+    old = [Sampler(corpus, config.Masking(), LENGTH, 5, BOS, EOS, name, rules=1) for name in ("one", "two")]
+    assert (old[0].read(np.arange(4)).keys == old[1].read(np.arange(4)).keys).all()
+
+
 def test_a_segment_goes_on_where_each_corpus_was(corpus, other):
     """A changed blend repeats no window of an epoch and skips none."""
     segments = [Segment(0, 0, ((1.0, "a"),), 18), Segment(1, 40, ((0.5, "a"), (0.5, "b")), 18)]
