@@ -251,22 +251,27 @@ class RunFolder:
         os.replace(temporary, kept)
 
 
-def _lock_or_refuse(file: IO[str], path: Path) -> None:
+def try_lock(file: IO[str], path: Path) -> bool:
+    """Lock an open file for this process; False where another has it. Without locks: a warning."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir"
-        ) from None
+        return False
     except OSError as error:  # some network file systems have no locks
         log.warning(
             "%s: cannot be locked (%s); make sure that no second process uses it",
             path,
             error.strerror,
         )
+    return True
+
+
+def _lock_or_refuse(file: IO[str], path: Path) -> None:
+    if not try_lock(file, path):
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -227,7 +227,21 @@ def copy_of(prefix: str | Path, copies: str | Path) -> Path:
 def open_nearest(prefix: str, copies: str | None) -> "IndexedReader":
     """The corpus, from its copy in the folder `copies` if that has a whole one (`slurm.stage`)."""
     copy = copy_of(prefix, copies) if copies else None
-    return IndexedReader(prefix, copy if copy and corpus_file(copy, "json").exists() else None)
+    return IndexedReader(prefix, copy if copy and is_copy(prefix, copy) else None)
+
+
+def is_copy(prefix: str | Path, copy: str | Path) -> bool:
+    """Return whether `copy` is the user's own and its manifest and file sizes are those of the corpus.
+
+    Its bytes were compared when it was made; whoever stages it compares them again.
+    """
+    try:
+        files = [(corpus_file(prefix, end), corpus_file(copy, end)) for end in ("bin", "idx")]
+        own = all(theirs.stat().st_uid == os.getuid() for _, theirs in files)
+        same = all(ours.stat().st_size == theirs.stat().st_size for ours, theirs in files)
+        return own and same and load_manifest(copy).fingerprint == load_manifest(prefix).fingerprint
+    except (UserError, OSError):
+        return False
 
 
 class IndexedReader:
@@ -405,8 +419,8 @@ class CorpusWriter:
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = self.empty_documents = 0
         self._source_codes: dict[str, int] = {}
-        if not overwrite:
-            refuse_existing(prefix)
+        if durable:  # else a part, which may be damaged
+            (refuse_foreign if overwrite else refuse_existing)(prefix)
         corpus_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
         self._durable = durable
         self._bin = _HashedFile(self._partial("bin"), durable)
@@ -504,7 +518,7 @@ class CorpusWriter:
 
     def finish(self, origin: Origin | None = None) -> Manifest:
         """Write index and manifest and give the corpus its name; the manifest appears last."""
-        blocks = {"bin": self._bin.finish(), "idx": self._write_index(), "src": self._sources.finish()}
+        blocks = {"idx": self._write_index(), "bin": self._bin.finish(), "src": self._sources.finish()}
         if not self._source_codes:
             blocks.pop("src")
         corpus_file(self.prefix, "json").unlink(missing_ok=True)
@@ -547,12 +561,51 @@ class CorpusWriter:
             self._partial(extension).unlink(missing_ok=True)
 
 
+EXTENSIONS = ("json", "idx", "bin", "src")
+"""Of the files of a corpus."""
+
+
 def refuse_existing(prefix: str | Path) -> None:
     """UserError where any file of a corpus has this name already."""
-    for extension in ("json", "idx", "bin", "src"):
+    refuse_foreign(prefix)
+    for extension in EXTENSIONS:
         path = corpus_file(prefix, extension)
         if path.exists():
             raise UserError(f"{path}: exists already; choose another --output or add --overwrite")
+
+
+def refuse_foreign(prefix: str | Path) -> None:
+    """Raise UserError where a file of this name is not demonstrably one of a corpus, to be replaced."""
+    path = corpus_file(prefix, "json")
+    has_manifest = _looks_like_manifest(path)
+    if path.exists() and not has_manifest:
+        raise UserError(f"{path}: exists and is no manifest of a corpus; choose another --output")
+    path = corpus_file(prefix, "idx")
+    has_index = path.is_file() and path.open("rb").read(len(MAGIC)).startswith((MAGIC, _OLD_MAGIC))
+    for extension in ("idx", "bin", "src"):
+        path = corpus_file(prefix, extension)
+        if path.exists() and not has_manifest and not has_index:
+            raise UserError(f"{path}: exists and belongs to no corpus; choose another --output")
+
+
+def _looks_like_manifest(path: Path) -> bool:
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.keys() >= {"format", "dtype", "bin_blocks", "idx_blocks"}
+
+
+def refuse_inputs(outputs: Sequence[str | Path], inputs: Sequence[str | Path]) -> None:
+    """Raise UserError where an output is an input, by name, link or inode."""
+    taken = {os.path.realpath(path): path for path in inputs}
+    inodes = {
+        (about.st_dev, about.st_ino) for about in (os.stat(path) for path in inputs if os.path.exists(path))
+    }
+    for path in outputs:
+        same = os.path.exists(path) and (os.stat(path).st_dev, os.stat(path).st_ino) in inodes
+        if same or os.path.realpath(path) in taken:
+            raise UserError(f"{path}: is also an input; choose another --output")
 
 
 class _HashedFile:
@@ -789,9 +842,9 @@ def merge(
                 f"{prefix}: differs from {prefixes[0]} in the piece after each document (--append-eod); "
                 "encode both alike"
             )
-        if corpus_file(prefix, "bin").resolve() == corpus_file(output, "bin").resolve():
-            raise UserError(f"{output}: is also an input of the merge; choose another --output")
         origin = _joined(origin, prefix, manifest)
+    inputs = [corpus_file(prefix, extension) for prefix in prefixes for extension in EXTENSIONS]
+    refuse_inputs([corpus_file(output, extension) for extension in EXTENSIONS], inputs)
     with CorpusWriter(output, np.dtype(first.dtype), overwrite) as writer:
         for prefix in prefixes:
             writer.append_corpus(prefix, progress=progress)

@@ -92,7 +92,7 @@ def _to_copy(options: Config, copies: Path) -> int:
     total = 0
     for _, prefix in options.corpus.blend:
         source = corpus.corpus_file(prefix, "bin")
-        if source.exists() and not corpus.corpus_file(corpus.copy_of(prefix, copies), "json").exists():
+        if source.exists() and not corpus.is_copy(prefix, corpus.copy_of(prefix, copies)):
             total += source.stat().st_size
     return total
 

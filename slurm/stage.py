@@ -4,7 +4,7 @@
     ... python -m pretrain CONFIG corpus.copies=/scratch/latemask
 
 Copies are named by the corpus's fingerprint. The manifest is written last, after every byte was read back
-and compared with its checksums: where it is, the copy is good.
+and compared with its checksums. A copy that is there is compared again, and replaced where it differs.
 """
 
 import os
@@ -21,9 +21,14 @@ from tools import console
 def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
     """The copy's prefix, and whether it was made now; UserError if it differs from what it should be."""
     target = corpus.copy_of(prefix, folder)
-    if corpus_file(target, "json").exists():
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise UserError(f"{folder}: others may write there; give --to a folder of your own, of mode 0700")
+    if _is_good(prefix, target):
         return target, False
-    folder.mkdir(parents=True, exist_ok=True)
+    for extension in ("json", "bin", "idx", "src"):  # planted, stale or damaged
+        corpus_file(target, extension).unlink(missing_ok=True)
     partial = Path(f"{target}.{os.getpid()}")
     try:
         for extension in ("bin", "idx", "src", "json"):
@@ -38,6 +43,14 @@ def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
         for file in folder.glob(f"{partial.name}.*"):
             file.unlink()
     return target, True
+
+
+def _is_good(prefix: str, target: Path) -> bool:
+    try:
+        corpus.verify(target)
+    except UserError:
+        return False
+    return corpus.is_copy(prefix, target)
 
 
 def main() -> int:

@@ -477,6 +477,6 @@ def test_a_dead_worker_is_an_error_and_no_hang(folder: str, tmp_path: Path) -> N
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     # Its start fails, as a killed one's work does.
     job = Job(str(tmp_path), f"{folder}/none", "", "text", "line", 1000, 0.0, False, False)
-    tasks = [Task(0, str(tmp_path / "in.jsonl"), 10, 3, i, 3) for i in range(3)]
+    tasks = [Task(0, str(tmp_path / "in.jsonl"), 10, 3, i, 3, (len(GOOD), 0)) for i in range(3)]
     with pytest.raises(UserError, match="a worker process was killed"):
         encode_corpus.run_tasks(tasks, job, 2, lambda done: None)

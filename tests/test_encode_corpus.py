@@ -1,5 +1,6 @@
 """Encoding at scale: killed and resumed, on workers and ranks, without duplicates, by source."""
 
+import errno
 import gzip
 import io
 import json
@@ -518,3 +519,75 @@ def test_corpora_without_sources_have_no_such_file(folder: str, tmp_path: Path) 
     names, codes = read_sources(tmp_path / "c")
     assert (names, codes.tolist()) == ([], [corpus.NO_SOURCE] * 2)
     assert load_manifest(tmp_path / "c").sources == dict[str, Tally]()
+
+
+# ---- nothing vanishes, nothing of the user's is replaced -----------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["touch", "append", "remove"])
+def test_the_join_proves_that_all_was_read(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    first, second = write(tmp_path / "a.jsonl", texts[:6]), write(tmp_path / "b.jsonl", texts[6:9])
+    work = words(folder, tmp_path / "out" / "c", first, second, options="--workers 1")
+    run = encode_corpus.run_tasks
+
+    def harmed(*arguments: object) -> None:
+        run(*arguments)
+        if harm == "touch":
+            os.utime(first, (1, 1))
+        elif harm == "append":
+            with first.open("a") as file:
+                file.write(json.dumps(texts[9]) + "\n")
+        else:
+            for file in (tmp_path / "out" / "c.parts").glob("00000-000000.*"):
+                file.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encode_corpus, "run_tasks", harmed)
+        with pytest.raises(UserError, match=r"a\.jsonl"):
+            encode_corpus.main(work)
+    assert not (tmp_path / "out" / "c.json").exists()
+    encode_corpus.main(work)
+    manifest = verify(tmp_path / "out" / "c")
+    assert manifest.documents == 9 + (harm == "append")
+    assert sum(entry["read"] for entry in manifest.history["coverage"]) == manifest.documents
+    assert [entry["end"] for entry in manifest.history["coverage"]] == [
+        entry.bytes for entry in manifest.inputs
+    ]
+
+
+@pytest.mark.parametrize("options", ["", "--holdout 0.5"])
+def test_overwrite_spares_what_is_not_ours(
+    texts: list[dict], folder: str, tmp_path: Path, options: str
+) -> None:
+    mine = tmp_path / ("c-valid.json" if options else "c.json")
+    write(mine, texts[:5])
+    content = mine.read_bytes()
+    source = write(tmp_path / "in.jsonl", texts[5:])
+    for inputs in ([source], [mine]):
+        with pytest.raises(UserError, match="choose another --output"):
+            encode_corpus.main(words(folder, tmp_path / "c", *inputs, options=f"--overwrite {options}"))
+        assert mine.read_bytes() == content
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    source = write(tmp_path / "in.jsonl", texts[:3])
+    encode_corpus.main(words(folder, tmp_path / "c", source, options="--workers 1"))
+    assert verify(tmp_path / "c").documents == 3
+
+
+def test_a_merge_or_encoding_never_writes_to_a_link_of_its_input(
+    texts: list[dict], folder: str, tmp_path: Path
+) -> None:
+    encode_corpus.main(words(folder, tmp_path / "c", write(tmp_path / "in.jsonl", texts[:3])))
+    for extension in ("bin", "idx", "json"):
+        (tmp_path / f"d.{extension}").hardlink_to(tmp_path / f"c.{extension}")
+    with pytest.raises(UserError, match="is also an input"):
+        merge([tmp_path / "c"], tmp_path / "d", overwrite=True)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from pretrain import budget, checkpoint, config
+from pretrain import budget, checkpoint, config, corpus
 from pretrain.checkpoint import RunFolder
 from pretrain.config import Config, UserError
+from pretrain.corpus import IndexedReader
 from slurm import attempts, cluster, forms, journal, preflight, scheduler, stage, status, submit
 from slurm.scheduler import Seen
 from tests import ranks, runs
@@ -747,6 +749,18 @@ def test_there_must_be_room_for_two_checkpoints(
 # ---- copies of the corpus ------------------------------------------------------------------------
 
 
+def test_a_planted_copy_is_replaced(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copies"
+    copy, _ = stage.copy(str(tiny / "train"), folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for extension in ("bin", "idx", "json"):
+        shutil.copyfile(tiny / f"valid.{extension}", f"{copy}.{extension}")
+    expected = IndexedReader(tiny / "train").tokens
+    assert np.array_equal(corpus.open_nearest(str(tiny / "train"), str(folder)).tokens, expected)
+    assert stage.copy(str(tiny / "train"), folder) == (copy, True)
+    assert np.array_equal(IndexedReader(copy).tokens, expected)
+
+
 def test_a_copy_is_checked_and_read(tiny: Path, tmp_path: Path) -> None:
     from pretrain.corpus import IndexedReader, corpus_file, open_nearest
 
@@ -756,9 +770,10 @@ def test_a_copy_is_checked_and_read(tiny: Path, tmp_path: Path) -> None:
     original = IndexedReader(tiny / "train")
     assert near.prefix == original.prefix and (near.tokens == original.tokens).all()
     assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".idx", ".json"}
+    corpus_file(copy, "bin").write_bytes(bytes(original.tokens.nbytes))
+    assert not open_nearest(str(tiny / "train"), str(tmp_path)).tokens.any()  # it is the copy that is read
     corpus_file(copy, "bin").write_bytes(b"")
-    with pytest.raises(UserError, match="train-"):  # it is the copy that is read
-        open_nearest(str(tiny / "train"), str(tmp_path))
+    assert (open_nearest(str(tiny / "train"), str(tmp_path)).tokens == original.tokens).all()
     corpus_file(copy, "json").unlink()  # a copy that was interrupted
     assert len(open_nearest(str(tiny / "train"), str(tmp_path)).tokens) == len(original.tokens)
 

@@ -13,7 +13,6 @@ same command goes on where it was. Memory does not grow with the corpus; the par
 the result.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -36,9 +35,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from pretrain import __version__
+from pretrain.checkpoint import try_lock
 from pretrain.config import UserError
 from pretrain.corpus import (
     APPENDED_END,
+    EXTENSIONS,
     CorpusWriter,
     IndexedReader,
     InputFile,
@@ -50,6 +51,8 @@ from pretrain.corpus import (
     load_manifest,
     read_sources,
     refuse_existing,
+    refuse_foreign,
+    refuse_inputs,
 )
 from pretrain.tokenizer import load_tokenizer
 from tools import console
@@ -59,9 +62,12 @@ from tools.encode_parts import (
     Encoder,
     Job,
     Task,
+    check_extras,
+    file_state,
     finished,
     input_name,
     part_name,
+    refuse_changed,
     stop_file,
     tally,
     tokenizer_record,
@@ -146,9 +152,11 @@ def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
     compressed = sum(map(is_compressed, files))
     tasks = []
     for i, file in enumerate(files):
+        state = file_state(file)
         step, pieces = cut(file, txt_document, piece_bytes)
+        pieces = pieces if pieces is None else max(1, pieces)  # of an empty file too there is a part
         shares = -(-workers // compressed) if pieces is None else pieces
-        tasks += [Task(i, str(file), step, pieces, first, shares) for first in range(shares)]
+        tasks += [Task(i, str(file), step, pieces, first, shares, state) for first in range(shares)]
     return tasks
 
 
@@ -225,20 +233,50 @@ class Part(NamedTuple):
     prefix: str
     file: int
     lines: int
+    read: int
+    """Documents and rejected lines together."""
     rejected: int
+    end: int
+    """Offset in the file where the next part must begin."""
 
 
 def list_parts(tasks: Sequence[Task], job: Job) -> list[Part]:
-    """All parts in the order of their text."""
-    parts = []
-    for task in (task for task in tasks if task.first == 0):
-        piece = 0
-        while manifest := finished(job, task, piece):
-            noted = manifest.history
-            name = part_name(job.folder, task.file, piece)
-            parts.append(Part(name, task.file, noted["lines"], noted["rejected"]))
-            piece += 1
-    return parts
+    """Return all parts in the order of their text; UserError unless they cover every input just once."""
+    return [part for task in tasks if task.first == 0 for part in _parts_of_file(task, job)]
+
+
+def _parts_of_file(task: Task, job: Job) -> Iterator[Part]:
+    """Each part begins where the one before ended, and the last one saw the end of the file."""
+    refuse_changed(task.path, task.state)
+    at, last = 0, False
+    for piece in itertools.count():
+        if last:
+            return
+        name = part_name(job.folder, task.file, piece)
+        manifest = finished(job, task, piece)
+        if manifest is None or manifest.history["span"][0] != at:
+            raise UserError(
+                f"{name}: no part of {input_name(job, Path(task.path))} from offset {at} on; it was removed "
+                "or damaged; give the same command again, which makes it anew"
+            )
+        check_extras(job, name)
+        noted = manifest.history
+        at, last = noted["span"][1], noted["last"]
+        documents = sum(load_manifest(name + side).documents for side in job.sides)
+        if documents + noted["rejected"] != noted["read"]:
+            raise UserError(f"{name}: holds {documents} of {noted['read']} documents read; encode again")
+        yield Part(name, task.file, noted["lines"], noted["read"], noted["rejected"], at)
+
+
+def coverage(parts: Sequence[Part], files: Sequence[Path]) -> list[dict[str, int]]:
+    """Return what was read of each input."""
+    found = [{"modified_ns": file_state(file)[1], "end": 0, "read": 0, "rejected": 0} for file in files]
+    for part in parts:
+        entry = found[part.file]
+        entry["end"] = part.end
+        entry["read"] += part.read
+        entry["rejected"] += part.rejected
+    return found
 
 
 def join(
@@ -325,6 +363,7 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     rejected = write_rejected(parts, args.output)
     history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
     history |= {"duplicates": duplicates} if job.dedup else {}
+    history["coverage"] = coverage(parts, files)
     literals = count_literals(parts)
     history |= {"literals": literals, "map_literal": job.map_literal} if literals or job.map_literal else {}
     names = [input_name(job, file) for file in files]
@@ -341,6 +380,13 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
     with console.progress("join", sum(sizes)) as advance:
         manifests = {side: join(parts, dropped, side, args.output, origin, advance) for side in sides}
+    kept = sum(manifest.documents for manifest in manifests.values())
+    read = sum(part.read for part in parts)
+    if kept + duplicates + rejected != read:
+        raise UserError(
+            f"{args.output}: {kept} documents, {duplicates} duplicates and {rejected} rejected lines are not "
+            f"the {read} that were read; do not use it, encode again with --overwrite"
+        )
     return {
         "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
         "rejected": rejected,
@@ -401,10 +447,8 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
     _refuse_existing(args, folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another encode_corpus is at work there; wait for it") from error
+    if not try_lock(lock, folder):
+        raise UserError(f"{folder}: another encode_corpus is at work there; wait for it")
     if not _was_joining(args, folder):
         (folder / _JOINING).unlink(missing_ok=True)  # what another command began is this one's now
     return lock
@@ -413,9 +457,9 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
 def _refuse_existing(args: Namespace, folder: Path) -> None:
     """The command that was joining its parts may finish that; nothing else is overwritten unasked."""
     shutil.rmtree(folder.with_name(f"{folder.name}.done"), ignore_errors=True)
-    if not args.overwrite and not _was_joining(args, folder):
+    if not _was_joining(args, folder):
         for side in ("", "-valid") if args.holdout else ("",):
-            refuse_existing(args.output + side)
+            (refuse_foreign if args.overwrite else refuse_existing)(args.output + side)
 
 
 def _was_joining(args: Namespace, folder: Path) -> bool:
@@ -432,6 +476,8 @@ def _command(args: Namespace) -> str:
 
 def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
     files = find_files(spool_stdin(args.input, args.stdin, folder))
+    outputs = [Path(f"{args.output}{side}.{end}") for side in ("", "-valid") for end in EXTENSIONS]
+    refuse_inputs([*outputs, Path(f"{args.output}.rejected.jsonl")], files)
     tokenizer = load_tokenizer(args.tokenizer, need_specials=False)
     literal_ids(tokenizer, args.map_literal)  # before the work
     job = Job(

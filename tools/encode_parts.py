@@ -82,6 +82,8 @@ class Task(NamedTuple):
     """Of the file; None: until it ends."""
     first: int
     stride: int
+    state: tuple[int, int]
+    """Size and time stamp of the file when the work was dealt out."""
 
 
 def part_name(folder: str, file: int, piece: int) -> str:
@@ -96,16 +98,30 @@ def input_name(job: Job, file: Path) -> str:
 
 def identity(job: Job, task: Task, piece: int) -> dict[str, Any]:
     """What a part must have been made from."""
-    about = os.stat(task.path)
+    size, modified = task.state
     place = ("folder", "tokenizer", "stdin_hash")
     options = {key: value for key, value in asdict(job).items() if key not in place}
     name = input_name(job, Path(task.path))
     return {
-        "file": [name, about.st_size, job.stdin_hash if name == STDIN else about.st_mtime_ns],
+        "file": [name, size, job.stdin_hash if name == STDIN else modified],
         "piece": [piece, task.step],
         "options": options,
         "version": __version__,
     }
+
+
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Return size and time stamp."""
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns
+
+
+def refuse_changed(path: str | Path, state: tuple[int, int]) -> None:
+    """Raise UserError where an input is no longer the file that the work was dealt out for."""
+    if not os.path.exists(path) or file_state(path) != state:
+        raise UserError(
+            f"{path}: was changed or removed while it was encoded; give the same command again when it rests"
+        )
 
 
 def finished(job: Job, task: Task, piece: int) -> Manifest | None:
@@ -114,7 +130,8 @@ def finished(job: Job, task: Task, piece: int) -> Manifest | None:
         manifest = load_manifest(part_name(job.folder, task.file, piece))
     except UserError:
         return None
-    return manifest if manifest.history.get("identity") == identity(job, task, piece) else None
+    noted = manifest.history
+    return manifest if noted.get("identity") == identity(job, task, piece) and "span" in noted else None
 
 
 def stop_file(job: Job) -> Path:
@@ -145,7 +162,7 @@ class Encoder:
                 done = finished(job, task, piece)
                 if done and self._is_good(part_name(job.folder, task.file, piece)):
                     advance(done.history["disk_bytes"])
-                elif reader.seek(piece * task.step):
+                elif reader.seek(piece * task.step) or piece == 0:
                     self._write(task, piece, reader, advance)
                 else:
                     return
@@ -155,13 +172,15 @@ class Encoder:
         try:
             for side in self.job.sides:
                 verify(part + side)
+            check_extras(self.job, part)
         except UserError:
             return False
         return True
 
     def _write(self, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]) -> None:
         part = part_name(self.job.folder, task.file, piece)
-        counts = {"lines": 0, "rejected": 0, "disk_bytes": 0}
+        counts = {"lines": 0, "read": 0, "rejected": 0, "disk_bytes": 0}
+        began = reader.at
         self.text.counts.clear()
         with ExitStack() as stack:
             sides = [_Side(part + side, self, stack) for side in self.job.sides]
@@ -179,13 +198,15 @@ class Encoder:
                 if stop_file(self.job).exists():
                     return
                 counts["lines"] += batch.lines
+                counts["read"] += len(batch.items)
                 counts["disk_bytes"] += batch.disk_bytes
                 advance(batch.disk_bytes)
             rejected.close()
+            span = {"span": [began, reader.at], "last": not reader.seek(reader.at)}
+            refuse_changed(task.path, task.state)
             for side in reversed(sides):  # the training part last: it says that all is there
-                side.finish(
-                    {"identity": identity(self.job, task, piece), "literals": dict(self.text.counts)} | counts
-                )
+                about = {"identity": identity(self.job, task, piece), "literals": dict(self.text.counts)}
+                side.finish(about | counts | span)
 
     def _reject(self, item: Rejected, reader: Reader, file: TextIO) -> None:
         item = item._replace(path=input_name(self.job, reader.path))
@@ -193,6 +214,20 @@ class Encoder:
             here = item._replace(line=reader.lines_before() + item.line)
             raise UserError(f"{here}; correct it, or add --keep-going to set such lines aside")
         file.write(json.dumps(item._asdict(), ensure_ascii=False) + "\n")
+
+
+_AGAIN = "it was removed or damaged; give the same command again, which makes it anew"
+
+
+def check_extras(job: Job, part: str) -> None:
+    """Raise UserError unless what lies beside a part has all of its rejected lines and hashes."""
+    expected, path = load_manifest(part).history["rejected"], Path(f"{part}.rejected")
+    if not path.is_file() or path.read_bytes().count(b"\n") != expected:
+        raise UserError(f"{part}.rejected: {expected} lines are not there; {_AGAIN}")
+    for side in job.sides if job.dedup else ():
+        path, documents = Path(f"{part}{side}.hash"), load_manifest(part + side).documents
+        if not path.is_file() or path.stat().st_size != documents * HASH.itemsize:
+            raise UserError(f"{path}: hashes of {documents} documents are not there; {_AGAIN}")
 
 
 class _Side:

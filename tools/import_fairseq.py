@@ -21,7 +21,16 @@ import numpy.typing as npt
 from pretrain import __version__
 from pretrain.checkpoint import check_folder
 from pretrain.config import UserError
-from pretrain.corpus import MAGIC, CorpusWriter, Manifest, Origin, token_dtype
+from pretrain.corpus import (
+    EXTENSIONS,
+    MAGIC,
+    CorpusWriter,
+    Manifest,
+    Origin,
+    corpus_file,
+    refuse_inputs,
+    token_dtype,
+)
 from pretrain.tokenizer import SPECIALS, Tokenizer, load_tokenizer
 from tools import console
 from tools.byte_level_files import fairseq_symbols, gpt2_pieces
@@ -107,6 +116,8 @@ def _renamed(tokens: npt.NDArray[Any], ids: npt.NDArray[np.int64], name: str) ->
 
 def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: bool) -> Manifest:
     """Write the corpus."""
+    inputs = [f"{prefix}.idx", f"{prefix}.bin", dictionary]
+    refuse_inputs([corpus_file(output, extension) for extension in EXTENSIONS], inputs)
     dtype, sizes = read_index(Path(f"{prefix}.idx"))
     path = Path(f"{prefix}.bin")
     if not path.is_file() or path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:

@@ -199,6 +199,12 @@ class Reader(ABC):
 
     def __init__(self, path: Path, text_key: str, max_bytes: int) -> None:
         self.path, self.text_key, self.max_bytes = path, text_key, max_bytes
+        self._at = 0
+
+    @property
+    def at(self) -> int:
+        """The offset behind what was read so far."""
+        return self._at
 
     @abstractmethod
     def seek(self, start: int) -> bool:

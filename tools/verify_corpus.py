@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain import __version__
 from pretrain.config import UserError
-from pretrain.corpus import IndexedReader, Origin, adopt, corpus_file, load_manifest, verify
+from pretrain.corpus import EXTENSIONS, IndexedReader, Origin, adopt, corpus_file, load_manifest, verify
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from tools import console
 from tools.encode_corpus import summary
@@ -88,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "a document of fewer words counts where all of it is a document of OTHER",
     )
     args = parser.parse_args(arguments)
+    for prefix in args.prefixes:
+        stem, _, extension = prefix.rpartition(".")
+        if extension in EXTENSIONS and not corpus_file(prefix, "bin").exists():
+            raise UserError(f"{prefix}: give the prefix, {stem}")
     if args.check_overlap:
         return _check_overlap(args)
     if args.write_manifest != bool(args.tokenizer):
