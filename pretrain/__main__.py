@@ -15,11 +15,13 @@ from typing import NoReturn
 
 import numpy as np
 
-from pretrain import __version__, budget, config, flops
-from pretrain.config import Config, UserError
-from pretrain.sampler import Blend
+from pretrain import __version__, config
+from pretrain.account import budget, flops
+from pretrain.config import Config
+from pretrain.data.sampler import Blend
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import UserError
 from pretrain.signals import Signals
-from pretrain.tokenizer import Tokenizer
 
 STOPPED, USER, DEFECT = 75, 2, 1
 _WINDOWS_SHOWN = 256
@@ -49,8 +51,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(options: Config, data_size: int, blend: Blend) -> str:
     """What the run will do and the arithmetic behind it, for the reader of a log."""
-    from pretrain.masking import counts
-    from pretrain.train import micro_batch
+    from pretrain.build import micro_batch
+    from pretrain.data.masking import counts
 
     m = options.model
     assert m.vocab_size
@@ -83,7 +85,7 @@ def plan(options: Config, data_size: int, blend: Blend) -> str:
 
 def _documents(blend: Blend) -> str:
     """How much of the first windows is within one document."""
-    from pretrain.masking import document_numbers
+    from pretrain.data.masking import document_numbers
 
     tokens = blend.read(np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))).tokens
     numbers = document_numbers(tokens, blend.samplers[0].eos)
@@ -92,7 +94,7 @@ def _documents(blend: Blend) -> str:
 
 
 def _budget(options: Config, blend: Blend) -> str:
-    from pretrain.budget import Budget, planned
+    from pretrain.account.budget import Budget, planned
 
     unit, total = options.budget.amount
     given = f"{total:.7g} {unit}"
@@ -134,8 +136,9 @@ def _say(error: UserError) -> int:
 def _dry_run(options: Config) -> int:
     import torch
 
+    from pretrain.build import check_start, resolve
+    from pretrain.data.corpora import open_blend, open_data
     from pretrain.evaluate import HeldOut
-    from pretrain.train import check_start, open_blend, open_data, resolve
 
     for warning in config.warnings(options):
         logging.warning("warning: %s", warning)
@@ -156,7 +159,7 @@ def _dry_run(options: Config) -> int:
 
 def _masks(options: Config, blend: Blend, tokenizer: Tokenizer) -> str:
     """What exact counts ask of the first windows: specials predicted, words and spans cut."""
-    from pretrain.evaluate import masker
+    from pretrain.data.masking import masker
 
     first = np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))
     sample = blend.read(first)
@@ -170,9 +173,10 @@ def _masks(options: Config, blend: Blend, tokenizer: Tokenizer) -> str:
 
 def _run(options: Config, local_rank: int | None) -> int:
     signals = Signals()
-    from pretrain.checkpoint import RunFolder
-    from pretrain.topology import Topology, connect
-    from pretrain.train import build, close, train
+    from pretrain.build import build
+    from pretrain.parallel.topology import Topology, connect
+    from pretrain.run_folder import RunFolder
+    from pretrain.train import close, train
 
     for warning in config.warnings(options):
         logging.warning("warning: %s", warning)

@@ -12,35 +12,28 @@ only once its folder is synced too.
 Importing this does not import torch, so that programs that only read a run start at once.
 """
 
-import fcntl
-import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import re
-import shlex
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from pretrain import __version__, config
-from pretrain.config import Config, UserError
+from pretrain import config
+from pretrain.config import Config
+from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+from pretrain.files import TEMPORARY, digest, json_text, remove, sync, write_atomic
+from pretrain.run_folder import RunFolder
 
 FORMAT = 1
 FILES = {
@@ -49,18 +42,6 @@ FILES = {
     "exp_avg_sq": "exp_avg_sq.safetensors",
 }
 STATE, MANIFEST = "state.json", "manifest.json"
-TOKENIZER = "tokenizer"
-"""Folder of a run with the file that defines its vocabulary."""
-TEMPORARY = ".tmp-"  # whatever starts with this is the remains of an interrupted write
-PACKAGES = (
-    "torch",
-    "numpy",
-    "safetensors",
-    "megatron-core",
-    "deepspeed",
-    "sentencepiece",
-    "tokenizers",
-)
 
 log = logging.getLogger(__name__)
 
@@ -104,229 +85,6 @@ class State:
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
 
 
-# ---- durable files -------------------------------------------------------------------------------
-
-
-def sync(path: Path) -> None:
-    """Returns when the file's bytes, or the folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a text file; after a kill at any instant it holds the old text or the new one."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def mend(path: Path) -> bytes:
-    """Cuts a line without an end (killed while writing) off an append-only file and returns it."""
-    if not path.exists():
-        return b""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    return data[whole:]
-
-
-def check_folder(folder: str | Path) -> None:
-    """UserError where no file could be made in `folder`, to be found out before the work and not after it.
-
-    It is tried, as permissions do not tell everything; nothing stays, nor is the folder made.
-    """
-    place = Path(folder).absolute()
-    there = next(each for each in (place, *place.parents) if each.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-# ---- the run folder ------------------------------------------------------------------------------
-
-
-class RunFolder:
-    """One run. Rank 0 claims it before it writes; reading needs no claim."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self._lock: IO[str] | None = None
-
-    def claim(self) -> None:
-        """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
-
-        The lock belongs to the process: however that ends, the folder is free again.
-        """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another run.dir"
-            ) from None
-        _lock_or_refuse(lock, self.path)
-        self._lock = lock
-        for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
-            _remove(remains)
-
-    @property
-    def claimed(self) -> bool:
-        """True while this process holds the folder."""
-        return self._lock is not None
-
-    def release(self) -> None:
-        """Lets another process claim the folder."""
-        if self._lock:
-            self._lock.close()
-            self._lock = None
-
-    def write_config(self, resolved: Config) -> None:
-        """Keeps the config of this attempt as config.yaml."""
-        write_atomic(self.path / "config.yaml", config.dump(resolved))
-
-    def add_provenance(self, **details: Any) -> None:
-        """Appends what produces this attempt (code, packages, host, command) to provenance.json."""
-        path = self.path / "provenance.json"
-        attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        write_atomic(path, _json([*attempts, {**_provenance(), **details}]))
-
-    def write_status(
-        self, state: str, step: int, reason: str = "", exit_code: int | None = None, ledger_head: str = ""
-    ) -> None:
-        """Tells a queue how the run stands: `state` is running, finished, stopped or failed.
-
-        ledger_head: hash of the ledger's line with an attempt's last word; it stays until the next one.
-        """
-        assert state in ("running", "finished", "stopped", "failed"), state
-        status = {
-            "state": state,
-            "exit_code": exit_code,
-            "step": step,
-            "reason": reason,
-            "time": time.time(),
-            "ledger_head": ledger_head or self.status().get("ledger_head", ""),
-        }
-        write_atomic(self.path / "status.json", _json(status))
-
-    def status(self) -> dict[str, Any]:
-        """What `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
-        try:
-            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return status
-
-    def keep_tokenizer(self, file: Path) -> None:
-        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone.
-
-        By the name that is looked for in a folder, whatever it was called.
-        """
-        kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
-        if kept.exists():
-            return
-        kept.parent.mkdir(exist_ok=True)
-        temporary = self.path / (TEMPORARY + file.name)
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, kept)
-
-
-def try_lock(file: IO[str], path: Path) -> bool:
-    """Lock an open file for this process; False where another has it. Without locks: a warning."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        log.warning(
-            "%s: cannot be locked (%s); make sure that no second process uses it",
-            path,
-            error.strerror,
-        )
-    return True
-
-
-def _lock_or_refuse(file: IO[str], path: Path) -> None:
-    if not try_lock(file, path):
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "commit": code_revision(),
-        "command": shlex.join(sys.orig_argv),
-        "python": sys.version.split()[0],
-        "os": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "host": socket.gethostname(),
-        "time": time.time(),
-    }
-
-
-def code_revision() -> str | None:
-    """Commit of this code, with -dirty if it was edited; None where neither git nor a frozen copy says."""
-    root = Path(__file__).parent.parent
-    if (root / "REVISION").exists():
-        return (root / "REVISION").read_text(encoding="utf-8").strip()
-    if not (root / ".git").exists():
-        return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 # ---- saving --------------------------------------------------------------------------------------
 
 
@@ -366,7 +124,7 @@ def _write_tensors(temporary: Path, state: State, kind: str, tensors: dict[str, 
 
     if kind == "param":
         temporary.mkdir()
-        (temporary / STATE).write_text(_json(asdict(state)), encoding="utf-8")
+        (temporary / STATE).write_text(json_text(asdict(state)), encoding="utf-8")
     path = temporary / FILES[kind]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
     shutil.copymode(temporary / STATE, path)  # safetensors creates 0600, whatever the umask
@@ -390,10 +148,10 @@ def _seal(temporary: Path) -> None:
     """Brings every file to disk and writes the manifest, last."""
     paths = [temporary / name for name in (*FILES.values(), STATE)]
     with ThreadPoolExecutor(len(paths)) as pool:
-        digests = list(pool.map(_digest, paths))
+        digests = list(pool.map(digest, paths))
         list(pool.map(sync, paths))
     files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-    (temporary / MANIFEST).write_text(_json({"format": FORMAT, "files": files}), encoding="utf-8")
+    (temporary / MANIFEST).write_text(json_text({"format": FORMAT, "files": files}), encoding="utf-8")
     sync(temporary / MANIFEST)
     sync(temporary)
 
@@ -423,7 +181,7 @@ def _retire(path: Path) -> None:
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
     os.replace(path, doomed)
     sync(path.parent)
-    _remove(doomed)
+    remove(doomed)
 
 
 # ---- finding and reading -------------------------------------------------------------------------
@@ -505,7 +263,7 @@ def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
     try:
         if path.stat().st_size != expected["size"]:  # cheap, and says more than a wrong hash
             return f"{path.name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        return None if _digest(path) == expected else f"{path.name} is corrupt (wrong sha256)"
+        return None if digest(path) == expected else f"{path.name} is corrupt (wrong sha256)"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     except (KeyError, TypeError):

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain import config, rng
-from pretrain.config import UserError
-from pretrain.corpus import IndexedReader, load_manifest, refuse_appended_end
-from pretrain.masking import Masked, Masker
-from pretrain.model import Batch
-from pretrain.sampler import Sampler
-from pretrain.tokenizer import Tokenizer
+from pretrain import config
+from pretrain.data.indexed import IndexedReader
+from pretrain.data.manifest import load_manifest, refuse_appended_end
+from pretrain.data.masking import Masked, masker
+from pretrain.data.sampler import Sampler
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import UserError
+from pretrain.model.late_mask import Batch
 
 MASK_RATE = 0.15
 _FIXED = config.Masking(rate=MASK_RATE, corruption=(1.0, 0.0, 0.0))
@@ -113,14 +113,3 @@ class HeldOut:
     def _result(self, loss: float, accuracy: float) -> Score:
         bits = loss / math.log(2) * self.tokens_per_byte if self.tokens_per_byte else None
         return Score(loss, accuracy, self.predicted_tokens, bits)
-
-
-def masker(
-    masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
-) -> Masker:
-    """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
-    everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
-    specials = np.setdiff1d(everything, tokenizer.random_ids)
-    end = tokenizer.eos if bounded else None
-    starts = tokenizer.word_starts
-    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, starts, end, rules)

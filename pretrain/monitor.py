@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from pretrain.checkpoint import mend
-from pretrain.config import UserError
+from pretrain.errors import UserError
+from pretrain.files import mend
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

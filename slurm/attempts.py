@@ -16,10 +16,9 @@ from pathlib import Path
 
 from pretrain import checkpoint, config
 from pretrain.__main__ import USER
-from pretrain.checkpoint import RunFolder
-from pretrain.config import UserError
-from slurm import journal
-from tools import console
+from pretrain.errors import UserError
+from pretrain.run_folder import RunFolder
+from tools.shared import console, journal
 
 DONE, AGAIN, STOP = "done", "again", "stop"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import UserError
-from slurm.forms import time_limit, yes_or_no
-from tools.console import whole
+from pretrain.errors import UserError
+from slurm.time_limit import time_limit, yes_or_no
+from tools.shared.console import whole
 
 HERE = Path(__file__).parent
 DEFAULT = HERE / "cluster.env"

@@ -26,11 +26,15 @@ from typing import Any
 
 import psutil
 
-from pretrain import config, corpus, flops
-from pretrain.checkpoint import write_atomic
-from pretrain.config import Config, UserError
-from slurm import attempts, journal
-from tools import console
+from pretrain import config
+from pretrain.account import flops
+from pretrain.config import Config
+from pretrain.data import indexed as corpus
+from pretrain.data.corpora import copy_of, is_copy
+from pretrain.errors import UserError
+from pretrain.files import write_atomic
+from slurm import attempts
+from tools.shared import console, journal
 
 PATIENCE = 120.0
 """Seconds that a rank waits for the notes of the others; imports from a slow file system take long."""
@@ -92,7 +96,7 @@ def _to_copy(options: Config, copies: Path) -> int:
     total = 0
     for _, prefix in options.corpus.blend:
         source = corpus.corpus_file(prefix, "bin")
-        if source.exists() and not corpus.is_copy(prefix, corpus.copy_of(prefix, copies)):
+        if source.exists() and not is_copy(prefix, copy_of(prefix, copies)):
             total += source.stat().st_size
     return total
 
@@ -118,7 +122,7 @@ def meet(options: Config) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from pretrain.topology import connect
+    from pretrain.parallel.topology import connect
 
     topology = connect(options.parallel.tensor)
     if topology.world_size == 1:
@@ -148,7 +152,7 @@ def off(clocks: Mapping[str, float], node: str) -> float:
 
 def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
     """One rank's part; exit code 1 if any rank found something."""
-    from pretrain.topology import identify
+    from pretrain.parallel.launchers import identify
 
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)

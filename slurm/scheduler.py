@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 MAX_ARRAY = 1000
 """Tasks of one array: Slurm's default limit is 1,001. More commands than that share the tasks."""

@@ -12,15 +12,17 @@ import shutil
 import sys
 from pathlib import Path
 
-from pretrain import config, corpus
-from pretrain.config import UserError
-from pretrain.corpus import corpus_file
-from tools import console
+from pretrain import config
+from pretrain.data.corpora import copy_of, is_copy
+from pretrain.data.indexed import corpus_file
+from pretrain.data.verify import verify
+from pretrain.errors import UserError
+from tools.shared import console
 
 
 def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
     """The copy's prefix, and whether it was made now; UserError if it differs from what it should be."""
-    target = corpus.copy_of(prefix, folder)
+    target = copy_of(prefix, folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
@@ -35,7 +37,7 @@ def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
             source = corpus_file(prefix, extension)
             if source.exists():
                 shutil.copyfile(source, corpus_file(partial, extension))
-        corpus.verify(partial)
+        verify(partial)
         for extension in ("bin", "idx", "src", "json"):
             if (file := corpus_file(partial, extension)).exists():
                 os.replace(file, corpus_file(target, extension))
@@ -47,10 +49,10 @@ def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
 
 def _is_good(prefix: str, target: Path) -> bool:
     try:
-        corpus.verify(target)
+        verify(target)
     except UserError:
         return False
-    return corpus.is_copy(prefix, target)
+    return is_copy(prefix, target)
 
 
 def main() -> int:

@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import RunFolder
 from pretrain.monitor import read_metrics
-from slurm import journal, scheduler
+from pretrain.run_folder import RunFolder
+from slurm import scheduler
 from slurm.scheduler import Seen
-from tools.tables import aligned
+from tools.shared import journal
+from tools.shared.tables import aligned
 
 ENDED = ("finished", "failed", "cancelled", "preempted", "vanished")
 """The states in which a stage may be submitted again; an array is in one if all of its tasks are."""

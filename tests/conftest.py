@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import yaml
 
-from pretrain.tokenizer import train_sentencepiece
-from tests.slurm_cluster import cluster
-from tools import encode_corpus
+from pretrain.data.tokenizer import train_sentencepiece
+from tests.support.slurm_cluster import cluster
+from tools.encode_corpus import __main__ as encode_corpus
 
 # A shell starts background jobs with Ctrl-C ignored, and programs started from here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,15 +29,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import config, costs
-from pretrain.checkpoint import check_folder
+from pretrain import config
+from pretrain.account import costs
+from pretrain.account.devices import Device
 from pretrain.config import Config
-from pretrain.devices import Device
-from tools import console, layouts, measure, plan
-from tools.tables import aligned
+from pretrain.files import check_folder
+from tools.plan import layouts
+from tools.plan.estimate import with_vocabulary
+from tools.shared import console, measure
+from tools.shared.tables import aligned
 
 if TYPE_CHECKING:
-    from pretrain.topology import Topology
+    from pretrain.parallel.topology import Topology
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = 5
@@ -86,13 +89,14 @@ def step_of(options: Config, micro: int, here: "Topology") -> Callable[[], None]
     """One update of a new engine in this process."""
     import torch
 
-    from pretrain import engine, model
+    from pretrain.build import build_engine
+    from pretrain.model import late_mask as model
 
     pieces = options.model.vocab_size
     assert pieces
     built = model.LateMaskModel(options.model, pieces, pieces - 1, options.train.recompute == "block")
     model.init_weights(built, options.run.seed)
-    made = engine.build(options, built, here, micro)
+    made = build_engine(options, built, here, micro)
     rows = costs.rows(options)
     accumulation = options.train.batch_size // (micro * here.data_size)
 
@@ -112,7 +116,7 @@ def step_of(options: Config, micro: int, here: "Topology") -> Callable[[], None]
 
 def measured(options: Config, micro: int, peak: float) -> tuple[float, float, int]:
     """(seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32 FLOP/s."""
-    from pretrain import topology
+    from pretrain.parallel import topology
 
     here = topology.connect(options.parallel.tensor, needs_group=options.train.engine == "deepspeed")
     seconds, pace = timed(options, micro, peak, here)
@@ -185,7 +189,7 @@ def bounds() -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from pretrain import topology
+    from pretrain.parallel import topology
 
     here = topology.connect(needs_group=True)
     found: dict[str, float] = {}
@@ -257,7 +261,7 @@ def this_device() -> Device:
 def observed(case: Case, device: Device) -> dict[str, Any]:
     """A case's layout, its seconds and bytes, and the bytes that the plan says."""
     options = config.load(CONFIGS / f"{case.config}.yaml", list(case.overrides))
-    options, _ = plan.with_vocabulary(options)
+    options, _ = with_vocabulary(options)
     assert options.model.vocab_size
     job = layouts.job(options, options.model.vocab_size, device)
     layout = layouts.configured(options, case.ranks, job.precision, gpu=False)

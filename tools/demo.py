@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain import config
-from pretrain.checkpoint import check_folder
-from tools import console
+from pretrain.files import check_folder
+from tools.shared import console
 
 ROOT = Path(__file__).parent.parent
 SAMPLE, CONFIGS = Path("tools/sample"), Path("configs")

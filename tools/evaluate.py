@@ -14,12 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain.config import UserError
-from pretrain.corpus import corpus_file, load_manifest, read_sources
+from pretrain.data.indexed import corpus_file
+from pretrain.data.manifest import load_manifest, read_sources
+from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, Score
-from pretrain.model import Batch, LateMaskModel
-from tools import console
-from tools.run_model import add_checkpoint_argument, load_model
+from pretrain.model.late_mask import Batch, LateMaskModel
+from tools.shared import console
+from tools.shared.run_model import add_checkpoint_argument, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

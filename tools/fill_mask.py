@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as JsonTokenizer
 
-from pretrain.config import UserError
-from pretrain.corpus import tokenizer_folder
-from pretrain.model import Batch, LateMaskModel
-from tools import console
-from tools.huggingface_tokenizer import hugging_face_tokenizer
-from tools.run_model import add_checkpoint_argument, load_model
+from pretrain.data.corpora import tokenizer_folder
+from pretrain.errors import UserError
+from pretrain.model.late_mask import LateMaskModel
+from tools.export.tokenizer import hugging_face_tokenizer
+from tools.shared import console
+from tools.shared.run_model import add_checkpoint_argument, load_model, mask_logits
 
 TOP = 5
 
@@ -45,17 +45,6 @@ def fill_mask(
         [_answer(tokenizer, ids, place, token, score) for score, token in zip(*pair, strict=True)]
         for place, *pair in zip(places, scores.tolist(), pieces.tolist(), strict=True)
     ]
-
-
-def mask_logits(model: LateMaskModel, ids: torch.Tensor) -> torch.Tensor:
-    """ids [1, n] of a text -> logits [1, M, W] of its masks, which join where they joined in training."""
-    masked = ids[0] == model.mask_id
-    order = torch.cat(((~masked).nonzero(), masked.nonzero())).flatten()[None]
-    M = int(masked.sum())
-    batch = Batch(ids[:, order[0]], order, torch.zeros(1, M, dtype=torch.int64), M)
-    vocab_size = model.cross_entropy.vocab_size
-    hidden = model.head(model.predicted_rows(batch))
-    return hidden @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
 
 
 def _answer(

@@ -19,23 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain import __version__
-from pretrain.checkpoint import check_folder
-from pretrain.config import UserError
-from pretrain.corpus import (
-    EXTENSIONS,
-    MAGIC,
-    CorpusWriter,
-    Manifest,
-    Origin,
-    corpus_file,
-    refuse_inputs,
-    token_dtype,
-)
-from pretrain.tokenizer import SPECIALS, Tokenizer, load_tokenizer
-from tools import console
-from tools.byte_level_files import fairseq_symbols, gpt2_pieces
-from tools.encode_corpus import show_corpus
-from tools.encode_parts import tokenizer_record
+from pretrain.data.indexed import MAGIC, corpus_file, token_dtype
+from pretrain.data.manifest import Manifest, Origin
+from pretrain.data.tokenizer import SPECIALS, Tokenizer, load_tokenizer
+from pretrain.data.writer import EXTENSIONS, CorpusWriter, refuse_inputs
+from pretrain.errors import UserError
+from pretrain.files import check_folder
+from tools.encode_corpus.parts import tokenizer_record
+from tools.shared import console
+from tools.shared.corpus import show_corpus
+from tools.text.byte_level import fairseq_symbols, gpt2_pieces
 
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}

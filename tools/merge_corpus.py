@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.checkpoint import check_folder
-from pretrain.corpus import corpus_file, merge
-from tools import console
-from tools.encode_corpus import show_corpus
+from pretrain.data.indexed import corpus_file
+from pretrain.data.writer import merge
+from pretrain.files import check_folder
+from tools.shared import console
+from tools.shared.corpus import show_corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,14 +24,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain import config, ledger
-from pretrain.checkpoint import RunFolder
-from pretrain.config import Config, UserError
+from pretrain import config
+from pretrain.account import ledger
+from pretrain.config import Config
+from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
+from pretrain.run_folder import RunFolder
 from slurm import status, submit
 from slurm.cluster import Cluster
-from tools import console
-from tools.tables import aligned, write_table
+from slurm.render import array_script
+from slurm.sizing import Shape, check_data, read_site, refuse_changes, settled, shape_of_all, size_line
+from tools.shared import console
+from tools.shared.tables import aligned, write_table
 
 STOPPED, KILLED = 75, 1
 """Exit codes: stopped early on request; a run was killed (the others go on)."""
@@ -138,13 +142,13 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     """Puts the variants that are not done into Slurm's queue, unless the sweep is there; what to say."""
     for variant in possible:
         assert variant.options
-        submit.check_data(variant.options.corpus)
-        submit.refuse_changes(variant.options)
-    site = submit.read_site(args)
+        check_data(variant.options.corpus)
+        refuse_changes(variant.options)
+    site = read_site(args)
     form, sizing = size(possible, site, args)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
         return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
-    frozen = [replace(one, options=submit.settled(one.options)) for one in possible if one.options]
+    frozen = [replace(one, options=settled(one.options)) for one in possible if one.options]
     files = [file for variant in frozen if (file := prepare(variant, args.output))]
     if not files:
         return "all runs are done"
@@ -153,19 +157,19 @@ def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
     return f"{sizing}\njob {job}: {len(files)} runs; start the same again for the table, and to go on"
 
 
-def size(possible: Sequence[Variant], site: Cluster, args: argparse.Namespace) -> tuple[submit.Shape, str]:
+def size(possible: Sequence[Variant], site: Cluster, args: argparse.Namespace) -> tuple[Shape, str]:
     """The shape of a job that does for any of the variants, and a line about it; UserError if none does."""
     runs = {variant.name: variant.options for variant in possible if variant.options}
-    form, estimates = submit.shape_of_all(runs, site, args)
-    return form, submit.size_line(form, estimates)
+    form, estimates = shape_of_all(runs, site, args)
+    return form, size_line(form, estimates)
 
 
 def show(possible: Sequence[Variant], args: argparse.Namespace) -> None:
     """Prints the sbatch file and the size instead of submitting; with --json not among the result."""
-    site = submit.read_site(args)
+    site = read_site(args)
     form, sizing = size(possible, site, args)
     print(sizing, file=sys.stderr)
-    text = submit.array_script(len(possible), args.output, site, form, args)
+    text = array_script(len(possible), args.output, site, form, args)
     print(text, file=sys.stderr if args.json else sys.stdout)
 
 

@@ -22,9 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrain import __version__
-from pretrain.checkpoint import check_folder
-from pretrain.config import UserError
-from pretrain.tokenizer import (
+from pretrain.data.tokenizer import (
     JSON_FILE,
     MODEL_FILE,
     SMALLEST,
@@ -32,9 +30,12 @@ from pretrain.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from tools import console
-from tools.encode_parts import held_out
-from tools.text_files import MAX_DOCUMENT_BYTES, Document, Rejected, find_files, open_reader, spool_stdin
+from pretrain.errors import UserError
+from pretrain.files import check_folder
+from tools.encode_corpus.parts import held_out
+from tools.shared import console
+from tools.text.files import find_files, spool_stdin
+from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader
 
 _HELD_OUT = 0.01
 """Share of the documents that measure; those of `encode_corpus --holdout 0.01` too."""
@@ -195,7 +196,7 @@ def _train(args: Namespace) -> dict[str, Any]:
 
 
 def _import(args: Namespace) -> dict[str, Any]:
-    from tools.byte_level_files import convert
+    from tools.text.byte_level import convert
 
     text = convert(Path(args.source))
     with tempfile.TemporaryDirectory() as trial:

@@ -1,0 +1,172 @@
+"""What a run may spend, when it stops, and in which phase it is.
+
+The one idea: a budget has one unit, its spent share is the run's progress, and everything that changes on
+the way (learning rate, phase, stop) is a function of that one number. Where the unit is not of time or
+energy, what a recipe costs is known before it starts: `updates` takes the same decisions in closed form.
+
+The trap: hours and kWh go on while a run ends, so an update is let in only if it and what follows it (the
+last evaluation, the last save) fit.
+
+Imports no torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pretrain import config
+from pretrain.account import costs, flops, ledger
+from pretrain.account.flops import StepCost
+from pretrain.config import Config
+from pretrain.errors import UserError
+
+JOULES_PER_KWH = 3.6e6
+MEASURED = ("device_hours", "kwh")
+"""Units that only a run can tell."""
+
+Totals = dict[str, Any]  # of Ledger.totals
+
+
+def step_cost(options: Config) -> StepCost:
+    """What one update of a resolved config costs; of a phase, if it has some."""
+    assert options.model.vocab_size
+    t, rows = options.train, costs.rows(options)
+    return flops.step_cost(options.model, rows, options.model.vocab_size, t.batch_size, t.recompute)
+
+
+def spent(totals: Totals, unit: str) -> float:
+    """What a ledger's statement amounts to in a unit of budget; no energy measured counts as none."""
+    return {
+        "steps": totals["steps"],
+        "tokens": totals["tokens_seen"],
+        "flops": totals["flops"]["total"],
+        "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
+        "token_layers": totals["token_layers"],
+        "device_hours": totals["device_seconds"]["total"] / 3600,
+        "kwh": (totals["joules"] or 0.0) / JOULES_PER_KWH,
+    }[unit]
+
+
+def price(cost: StepCost, unit: str) -> float | None:
+    """One update in a unit of budget; None for what only a run can tell."""
+    return {
+        "steps": 1,
+        "tokens": cost.tokens_seen,
+        "flops": cost.flops.total,
+        "flops_without_head": cost.flops.encoder + cost.flops.decoder,
+        "token_layers": cost.token_layers,
+    }.get(unit)
+
+
+def check(options: Config) -> None:
+    """UserError if the budget of a resolved config does not pay for a single update."""
+    unit, total = options.budget.amount
+    one = price(step_cost(config.phases(options)[0]), unit)
+    if one is not None and total < one:
+        raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
+
+
+class Budget:
+    """The budget of a resolved config.
+
+    Steps, tokens, FLOPs and token-layers charge surviving work, so a killed run ends where an undisturbed
+    one does; hours and kWh charge everything, over all attempts.
+    """
+
+    def __init__(self, options: Config) -> None:
+        self.unit, self.total = options.budget.amount
+        self.costs = [step_cost(phase) for phase in config.phases(options)]
+        self._untils = [phase.until for phase in options.train.phases]
+        self.measured = self.unit in MEASURED
+
+    def spent(self, totals: Totals) -> float:
+        """In the budget's unit."""
+        return spent(totals, self.unit)
+
+    def progress(self, totals: Totals) -> float:
+        """Share of the budget that is spent, in [0, 1]."""
+        return min(1.0, self.spent(totals) / self.total)
+
+    def phase(self, totals: Totals) -> int:
+        """Number of the phase that the next update belongs to."""
+        progress = self.progress(totals)
+        return sum(until <= progress for until in self._untils)
+
+    def allows_step(self, totals: Totals, held_back: float = 0.0) -> bool:
+        """Whether one more update stays within the budget.
+
+        held_back: device-hours or kWh, whatever the unit is, that it and the end of the run will take.
+        """
+        each = price(self.costs[self.phase(totals)], self.unit)
+        return self.spent(totals) + (held_back if each is None else each) <= self.total
+
+    def updates(self) -> list[int]:
+        """How many updates each phase has; UserError if only a run can tell."""
+        prices = [price(cost, self.unit) for cost in self.costs]
+        if None in prices:
+            raise UserError(f"budget.{self.unit}: how many updates it pays for is known only once it has run")
+        made, paid = [], 0.0
+        for each, until in zip(prices, [*self._untils, 1.0], strict=True):
+            assert each
+            number = int(max(0.0, until * self.total - paid) // each)
+            while until < 1 and (paid + number * each) / self.total < until:
+                number += 1
+            number = min(number, int((self.total - paid) // each))
+            made.append(number)
+            paid += number * each
+        return made
+
+
+# ---- a share of another recipe -------------------------------------------------------------------
+
+
+def resolve(options: Config) -> Config:
+    """The config with `budget.relative_to` turned into an amount; the vocabulary size is known."""
+    b = options.budget
+    if b.relative_to is None or getattr(b, b.measured_unit) is not None:
+        return options
+    amount = b.fraction * _cost_of(b.relative_to, b.measured_unit, options)
+    return options.model_copy(update={"budget": b.model_copy(update={b.measured_unit: amount})})
+
+
+def _cost_of(reference: str, unit: str, options: Config) -> float:
+    where = f"budget.relative_to = {reference}"
+    if (Path(reference) / "ledger.jsonl").exists():
+        return _spent_by(reference, unit, where)
+    if not Path(reference).is_file():
+        raise UserError(f"{where}: no such config, and no run that has begun; name its config, or wait")
+    other = config.load(reference)
+    if other.budget.relative_to:
+        raise UserError(f"{where}: its own budget is relative too; name what that is relative to")
+    if other.budget.amount[0] == unit:
+        return other.budget.amount[1]
+    vocab_size = other.model.vocab_size or options.model.vocab_size
+    other = other.model_copy(update={"model": other.model.model_copy(update={"vocab_size": vocab_size})})
+    if unit in MEASURED or other.budget.amount[0] in MEASURED:
+        raise UserError(
+            f"{where}: its {unit} are not known before it has run; name the folder of a run of it, or take"
+            " another budget.measure"
+        )
+    return planned(other, unit)
+
+
+def _spent_by(run: str, unit: str, where: str) -> float:
+    """What a run has spent; UserError while that still grows, or if it was not measured throughout."""
+    lines = ledger.read(run)
+    if not lines or lines[-1]["event"] != "finish":
+        raise UserError(f"{where}: this run has not finished yet; wait for it, or name a config")
+    totals = ledger.total([run])
+    spans = totals["device_seconds"]
+    worked = spans["productive"] + spans["evaluate"] + spans["checkpoint"] + spans["lost"]
+    # A kill may hide a heartbeat of joules, not more.
+    if unit == "kwh" and totals["metered_device_seconds"] < 0.99 * worked:
+        raise UserError(f"{where}: this run's energy was not all measured; take another budget.measure")
+    if not spent(totals, unit):
+        raise UserError(f"{where}: this run has spent nothing; take another, or a config")
+    return spent(totals, unit)
+
+
+def planned(options: Config, unit: str) -> float:
+    """What a config, its vocabulary size known, will spend of another unit than time or energy."""
+    budget = Budget(options)
+    prices = [price(cost, unit) or 0.0 for cost in budget.costs]
+    return sum(number * each for number, each in zip(budget.updates(), prices, strict=True))

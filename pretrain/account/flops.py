@@ -1,0 +1,208 @@
+"""What a model costs, in closed form: parameters, FLOPs and token-layers.
+
+Convention: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax, biases,
+look-ups and the optimizer are left out); bidirectional attention in full; the head on predicted rows
+only, with the padded vocabulary charged as computed; training = 3 x forward (backward forms the
+gradients of both operands). Recomputation counts in hardware FLOPs only. Everything is derived from the
+shapes of `model.py`, and tests hold it equal to torch.utils.flop_counter on forward and backward.
+
+Letters: L rows of a sequence, V visible, P predicted, n rows asking, m rows asked, D width, F inner
+width, W rows of the padded word table.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.account import devices
+from pretrain.config import Model
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by part of the model."""
+
+    encoder: int
+    decoder: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.decoder + self.head
+
+    def __mul__(self, factor: int) -> "Flops":
+        return Flops(self.encoder * factor, self.decoder * factor, self.head * factor)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a sequence: all, those that are no [MASK], those predicted."""
+
+    length: int
+    visible: int
+    predicted: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one update costs, over all ranks."""
+
+    samples: int
+    tokens_seen: int
+    """Input slots: samples x L."""
+    tokens_real: int
+    """Those of them that are text: <s> and </s> at the ends of a window are not."""
+    tokens_predicted: int
+    flops: Flops
+    """Model FLOPs of training."""
+    hardware_flops: int
+    """Model FLOPs and what recomputation repeats."""
+    token_layers: float
+    """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
+
+
+def padded_vocab(vocab_size: int, multiple: int) -> int:
+    """Rows of the word table: the vocabulary rounded up, whatever the parallel layout."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def late_masks(model: Model, masked: int) -> int:
+    """How many of M [MASK] rows join late; the encoder sees the rest, `mask_leak` of them, halves up."""
+    return masked - int(model.mask_leak * masked + 0.5 + 1e-9)
+
+
+def encoded(rows: Rows, model: Model) -> int:
+    """V, rows that the encoder's first layers see."""
+    return rows.length - late_masks(model, rows.length - rows.visible)
+
+
+def _attention(n: int, m: int, D: int) -> int:
+    return 4 * n * m * D  # scores and mixing, 2 n m D each
+
+
+def _ffn(n: int, model: Model) -> int:
+    products = 3 if model.block == "modern" else 2  # GeGLU has two products in, one out
+    return 2 * products * n * model.hidden_size * model.ffn_size
+
+
+def _self_layer(n: int, model: Model) -> int:
+    D = model.hidden_size
+    return 8 * n * D * D + _attention(n, n, D) + _ffn(n, model)
+
+
+def _decoder_layer(rows: Rows, model: Model) -> int:
+    D, L, V, P = model.hidden_size, rows.length, encoded(rows, model), rows.predicted
+    if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
+        return 4 * P * D * D + 4 * L * D * D + _attention(P, L, D) + _ffn(P, model)
+    layer = _self_layer(L, model)
+    if model.decoder == "cross":
+        layer += 4 * L * D * D + 4 * V * D * D + _attention(L, V, D)
+    return layer
+
+
+def encoder_rows(rows: Rows, model: Model) -> list[int]:
+    """Rows that each encoder layer works on."""
+    late = min(model.mask_from, model.num_layers)
+    return [encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
+
+
+def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
+    """FLOPs of one sequence's forward pass."""
+    D = model.hidden_size
+    table = padded_vocab(vocab_size, model.vocab_multiple)
+    return Flops(
+        encoder=sum(_self_layer(n, model) for n in encoder_rows(rows, model)),
+        decoder=model.decoder_layers * _decoder_layer(rows, model),
+        head=rows.predicted * (2 * D * D + 2 * D * table),
+    )
+
+
+def training(model: Model, rows: Rows, vocab_size: int) -> Flops:
+    """FLOPs of one sequence's forward and backward pass."""
+    return forward(model, rows, vocab_size) * 3
+
+
+def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recompute: str) -> StepCost:
+    """Cost of one update of `batch_size` sequences."""
+    once = forward(model, rows, vocab_size)
+    again = _recomputed(model, rows, once) if recompute == "block" else 0
+    return StepCost(
+        samples=batch_size,
+        tokens_seen=batch_size * rows.length,
+        tokens_real=batch_size * (rows.length - 2),
+        tokens_predicted=batch_size * rows.predicted,
+        flops=once * (3 * batch_size),
+        hardware_flops=batch_size * (3 * once.total + again),
+        token_layers=batch_size * token_layers(model, rows),
+    )
+
+
+def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
+    """Forward FLOPs that a backward pass with block recomputation repeats.
+
+    Recomputation stops when nothing more is needed. A pre-LN layer without dropout ends in a sum, which
+    needs neither of its terms, so the last product (F x D) of each layer is not repeated.
+    """
+    last = 2 * model.ffn_size * model.hidden_size if model.norm == "pre" else 0
+    asking = rows.predicted if model.decoder == "query" else rows.length
+    encoder = 0 if model.dropout else last * sum(encoder_rows(rows, model))
+    decoder = 0 if model.decoder_dropout else last * model.decoder_layers * asking
+    return once.encoder + once.decoder - encoder - decoder
+
+
+def token_layers(model: Model, rows: Rows) -> float:
+    """Linear FLOPs of all layers of one sequence, in units of one self-attention layer on one row."""
+    D = model.hidden_size
+    unit = 8 * D * D + _ffn(1, model)
+    linear = unit * sum(encoder_rows(rows, model))
+    if model.decoder_layers:
+        # Cost without its attention terms, which are what is left of n x m products.
+        attention = {
+            "self": _attention(rows.length, rows.length, D),
+            "query": _attention(rows.predicted, rows.length, D),
+            "cross": _attention(rows.length, rows.length + encoded(rows, model), D),
+        }[model.decoder]
+        linear += model.decoder_layers * (_decoder_layer(rows, model) - attention)
+    return linear / unit
+
+
+def parameters(model: Model, vocab_size: int) -> dict[str, int]:
+    """Numbers of parameters: encoder layers, decoder, head, embeddings (padded word table), total."""
+    D, learned = model.hidden_size, model.block == "roberta"
+    norm = 2 * D if learned else D
+    decoder = 0
+    if model.decoder_layers:
+        layer = _layer_parameters(model)
+        if model.decoder == "cross":
+            layer += norm + _linear(D, 4 * D, learned)
+        own = learned and model.decoder_positions == "own"
+        decoder = model.decoder_layers * layer + (model.max_positions * D if own else 0)
+        decoder += (norm if learned else 0) + (norm if model.norm == "pre" else 0)
+    if model.mask_from and model.mask_vector == "learned":
+        decoder += D
+    encoder = model.num_layers * _layer_parameters(model) + (norm if model.norm == "pre" else 0)
+    encoder -= 0 if learned else norm  # the modern block's first layer has no attention norm
+    table = padded_vocab(vocab_size, model.vocab_multiple)
+    kept = 3 * D if model.token_type else 0  # the token type and two rows of positions
+    parts = {
+        "encoder": encoder,
+        "decoder": decoder,
+        "head": _linear(D, D, learned) + norm + table,
+        "embeddings": table * D + norm + (model.max_positions * D if learned else 0) + kept,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _linear(inputs: int, outputs: int, bias: bool) -> int:
+    return inputs * outputs + (outputs if bias else 0)
+
+
+def _layer_parameters(model: Model) -> int:
+    D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
+    up = _linear(D, F, True) if bias else _linear(D, 2 * F, False)
+    norms = 2 * (2 * D if bias else D)
+    return _linear(D, 4 * D, bias) + up + _linear(F, D, bias) + norms
+
+
+def peak(device: str, precision: str) -> float | None:
+    """Dense peak in FLOP/s of the device so named, None when the table does not know it."""
+    found = devices.find(device)
+    return found.peak.get(precision) if found else None

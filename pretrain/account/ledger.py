@@ -1,0 +1,498 @@
+"""What a run has spent, over all its attempts.
+
+`ledger.jsonl` is append-only; each line holds the hash of the line before, so that none can be
+edited or dropped unnoticed, and each checkpoint holds the hash of the line of its own save.
+
+The one idea: every line is a complete statement, so the last one is the account of the run. When
+an attempt resumes from a checkpoint, the counters go back to that checkpoint's line and the
+seconds of work since then move to `lost`: counters are of surviving work only, device-seconds are
+all there ever were.
+
+The trap: nobody is told of a kill -9. A heartbeat every 10 s, also in the middle of a long stretch
+(`keep_beating`), bounds what it hides.
+
+Only rank 0 keeps the ledger. Imports no torch.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.account.flops import StepCost
+from pretrain.errors import UserError
+from pretrain.files import mend, sync
+
+CATEGORIES = ("productive", "evaluate", "checkpoint", "startup", "idle")
+COUNTERS = (
+    "step",
+    "samples",
+    "tokens_seen",
+    "tokens_real",
+    "tokens_predicted",
+    "flops",
+    "hardware_flops",
+    "token_layers",
+)
+REPEATED = ("productive", "evaluate")  # what is done again after going back to a checkpoint
+EVENTS = (
+    "start",  # first attempt
+    "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
+    "crash-detected",  # the attempt before ended without a word, or in an error
+    "repaired",  # a torn last line was cut off; `torn` is what it held
+    "layout-change",  # other devices, ranks or degrees of parallelism than in the attempt before
+    "budget-change",
+    "blend-change",  # another blend of corpora from here on
+    "phase-change",  # another length or batch size from here on
+    "heartbeat",
+    "log",  # a line of metrics, at most one every 10 s
+    "evaluate",
+    "save",  # written just before the checkpoint that carries its hash
+    "signal",
+    "finish",  # the budget is spent
+    "stop",  # ended early; start again
+)
+LAST_WORDS = ("finish", "stop")
+HEARTBEAT = 10.0  # seconds
+RECENT = 10  # updates
+PULSE = 1.0  # seconds between two looks at the clock
+
+Line = dict[str, Any]
+
+_EPOCH = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Unix time in seconds that never steps back, whatever is done to the system's clock."""
+    return _EPOCH + time.monotonic()
+
+
+_IMPORTED = now()
+
+
+def process_start() -> float:
+    """Unix time at which this process started; without /proc, at which this module was imported."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19])  # field 22 of proc(5): clock ticks after boot
+        return now() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return _IMPORTED
+
+
+def peak_resident() -> int:
+    """Bytes of the host's memory that this process has held at its fullest.
+
+    Not by `getrusage`, where /proc exists: a process's own count begins there with its parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):  # a /proc without it is no full Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+
+
+def _hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def _path(run: str | Path) -> Path:
+    return Path(run) / "ledger.jsonl"
+
+
+def chain(run: str | Path) -> dict[str, Line]:
+    """Hash -> line, oldest first; UserError names the first line that breaks the chain.
+
+    A last line without an end is left out: it is being written, or was when the run was killed.
+    """
+    if not _path(run).exists():
+        raise UserError(f"{_path(run)}: no such ledger; check the run's path")
+    lines: dict[str, Line] = {}
+    head = ""
+    for number, text in enumerate(_path(run).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            previous = line["previous"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{_path(run)}:{number}: not a line of a ledger; restore the file") from None
+        if previous != head:
+            raise UserError(
+                f"{_path(run)}:{number}: does not follow from the line before; one of them was"
+                " changed or taken out, restore the file"
+            )
+        head = _hash(text)
+        lines[head] = line
+    return lines
+
+
+def read(run: str | Path) -> list[Line]:
+    """The lines of a run's ledger, as `chain` has them."""
+    return list(chain(run).values())
+
+
+def check(run: str | Path) -> int:
+    """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
+    lines = chain(run)
+    before = nothing()
+    for number, line in enumerate(lines.values(), 1):
+        if wrong := _disagreement(before, line, lines):
+            raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
+        before = line
+    return len(lines)
+
+
+def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
+    """What in a line contradicts itself or the lines before it."""
+    if missing := [name for name in (*nothing(), "event", "seconds", "ranks", "device") if name not in line]:
+        return f"it has no {missing[0]}"
+    if before.get("event") in LAST_WORDS and line["attempt"] == before["attempt"]:
+        return "it follows the last word of its attempt"
+    spent, tolerance = line["device_seconds"], 1e-4 * line["ranks"]
+    for name in ("flops", "device_seconds"):
+        if abs(_sum(line[name]) - line[name]["total"]) > tolerance:
+            return f"the parts of {name} do not add up to their total"
+    elapsed = sum(line["seconds"].values())
+    if before["attempt"] == line["attempt"]:
+        elapsed -= sum(before["seconds"].values())
+    if abs(spent["total"] - before["device_seconds"]["total"] - line["ranks"] * elapsed) > tolerance:
+        return "device_seconds are not ranks x elapsed seconds"
+    if line["event"] == "resume":
+        branch = lines.get(line["head"]) if line["head"] else nothing()
+        if branch is None or any(line[name] != branch[name] for name in COUNTERS):
+            return "the counters are not those of the line that it resumes from"
+        lost = before["flops"]["total"] - branch["flops"]["total"]
+    else:
+        lost = 0
+        if line["step"] == before["step"] and any(line[name] != before[name] for name in COUNTERS):
+            return "the counters moved though no update was made"
+    if line["lost_flops"] != before["lost_flops"] + lost:
+        return "lost_flops are not those between the line before and the one that it resumes from"
+    joules = before["joules"].items()
+    fell = [part for part, value in joules if line["joules"].get(part, 0.0) < value]
+    fell += [name for name in ("metered_device_seconds", "peak_bytes") if line[name] < before[name]]
+    if line["event"] != "resume" and line["step"] < before["step"]:
+        fell.append("step")
+    return f"{fell[0]} went back" if fell else None
+
+
+def _sum(parts: dict[str, Any]) -> Any:
+    return sum(value for name, value in parts.items() if name != "total")
+
+
+def _totals(line: Line) -> dict[str, Any]:
+    parts = line["joules"]
+    return {
+        "steps": line["step"],
+        **{name: line[name] for name in COUNTERS if name != "step"},
+        "device_seconds": line["device_seconds"],
+        "lost_flops": line["lost_flops"],
+        "joules": _rounded(sum(parts.values())) if parts else None,
+        "joules_by_part": parts,
+        "metered_device_seconds": line["metered_device_seconds"],
+        "peak_bytes": line["peak_bytes"],
+        "attempts": line["attempt"],
+    }
+
+
+def total(runs: Iterable[str | Path]) -> dict[str, Any]:
+    """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest."""
+    spent = _totals(nothing())
+    for run in runs:
+        lines = read(run)
+        more = _totals({**nothing(), **lines[-1]} if lines else nothing())
+        peak = max(spent["peak_bytes"], more["peak_bytes"])
+        spent = {**_add(spent, more), "peak_bytes": peak}
+    return spent
+
+
+def _add(left: Any, right: Any) -> Any:
+    if left is None or right is None:  # energy that nobody measured
+        return right if left is None else left
+    if isinstance(left, dict):
+        return {name: _add(left.get(name, 0), right.get(name, 0)) for name in {**left, **right}}
+    return _rounded(left + right)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def nothing() -> Line:
+    """The statement before the first line: its keys are those of every line."""
+    return {
+        "attempt": 0,
+        "step": 0,
+        "samples": 0,
+        "tokens_seen": 0,
+        "tokens_real": 0,
+        "tokens_predicted": 0,
+        "flops": {"encoder": 0, "decoder": 0, "head": 0, "total": 0},
+        "hardware_flops": 0,
+        "token_layers": 0.0,
+        "lost_flops": 0,
+        "device_seconds": {**dict.fromkeys(CATEGORIES, 0.0), "lost": 0.0, "total": 0.0},
+        "joules": {},
+        "metered_device_seconds": 0.0,
+        "peak_bytes": 0,
+    }
+
+
+# ---- the account of a running attempt ------------------------------------------------------------
+
+
+class Ledger:
+    """The account of a run, open for writing.
+
+    Seconds are claimed in stretches: `step` claims all since the last stretch as productive,
+    `time` what its block takes; what nobody claimed is idle. So the categories always add up to
+    the elapsed time.
+    """
+
+    def __init__(
+        self, run: str | Path, ranks: int, device: str, clock: Callable[[], float], started: float
+    ) -> None:
+        self._path, self._ranks, self._device = _path(run), ranks, device
+        self._clock, self._started = clock, started
+        self._torn = mend(self._path)
+        self._lines = chain(run)
+        self._last = next(reversed(self._lines.values()), None)
+        known = {**nothing(), **(self._last or {})}
+        self._account = {name: copy.copy(known[name]) for name in nothing()}
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
+        self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
+        self._joules: dict[str, float] = {}  # of this attempt
+        self._metered: tuple[float, float] | None = None  # first and last reading
+        self._mark = started  # end of the last claimed stretch
+        self._written = self._logged = started
+        self._lock = threading.RLock()  # held while an account that does not add up is on its way
+        self._over = threading.Event()
+        self.head = next(reversed(self._lines), "")
+        """Hash of the last line."""
+        self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
+        self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
+
+    @classmethod
+    def open(
+        cls,
+        run: str | Path,
+        ranks: int,
+        device: str,
+        clock: Callable[[], float] = now,
+        started: float | None = None,
+    ) -> "Ledger":
+        """Opens or creates the ledger of a claimed run folder; UserError if its chain is broken.
+
+        `device` is the name of what each of `ranks` ranks drives, `started` when this process did.
+        """
+        if not _path(run).exists():
+            _path(run).touch()
+            sync(Path(run))
+        return cls(run, ranks, device, clock, process_start() if started is None else started)
+
+    def begin(self, step: int = 0, head: str = "", last: str = "", **details: Any) -> None:
+        """Starts the run, or resumes it at `step` from the checkpoint that carries `head`.
+
+        last: hash of the last word of the attempt before, if it had one. All since the process started is
+        start-up. `details` go into the line. UserError if `head` or `last` is not a line of this ledger.
+        """
+        if last and last not in self._lines:
+            raise UserError(
+                f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last;"
+                " restore the ledger, or choose another run.dir"
+            )
+        branch = self._lines.get(head) if head else nothing()
+        if branch is None or branch["step"] != step:
+            raise UserError(
+                f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
+                " refers; restore the ledger, or move checkpoints/ away to start over"
+            )
+        layouts = [line["layout"] for line in self._lines.values() if "layout" in line]
+        self._lines = {}  # all that was needed of them
+        self._account["attempt"] += 1
+        self._claim("startup", self._started)
+        if self._torn:
+            self.note("repaired", torn=self._torn.decode("ascii", "replace"))
+        if self._last is None:
+            self.note("start", **details)
+            return
+        lost_steps = self._account["step"] - step
+        if self._last["event"] not in LAST_WORDS:
+            self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
+        self._go_back({**nothing(), **branch})
+        if step:
+            spent = self._account["device_seconds"]
+            self._steps.append(spent["productive"] / step / 3600)
+        self.note("resume", head=head, lost_steps=lost_steps, **details)
+        if layouts and (before := layouts[-1]) != (now := details.get("layout", before)):
+            self.note("layout-change", before=before, now=now)
+
+    def _go_back(self, branch: Line) -> None:
+        """Counters return to those of `branch`; the seconds of work since then are lost, none vanish."""
+        account, spent = self._account, self._account["device_seconds"]
+        account["lost_flops"] += account["flops"]["total"] - branch["flops"]["total"]
+        for category in REPEATED:
+            spent["lost"] += spent[category] - branch["device_seconds"][category]
+            spent[category] = branch["device_seconds"][category]
+        account.update({name: copy.copy(branch[name]) for name in COUNTERS})
+
+    def step(self, cost: StepCost, first: bool = False) -> None:
+        """Charges one update, and the seconds since the last claimed stretch as productive.
+
+        first: of its shape in this attempt, so that it compiled and warmed up. What it took beyond the
+        next one is start-up.
+        """
+        with self._lock:
+            self._count(cost)
+            begin = self._mark
+            self._claim("startup" if first else "productive", begin)
+            took = self._mark - begin
+            if not first:
+                usual = min(self._warming, took)
+                self._seconds["startup"] -= usual
+                self._seconds["productive"] += usual
+            self._warming = took if first else 0.0
+            self._steps.append(self._ranks * took / 3600)
+        self.beat()
+
+    def _count(self, cost: StepCost) -> None:
+        account, flops = self._account, self._account["flops"]
+        account["step"] += 1
+        account["samples"] += cost.samples
+        for name in ("tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops", "token_layers"):
+            account[name] += getattr(cost, name)
+        for part in ("encoder", "decoder", "head", "total"):
+            flops[part] += getattr(cost.flops, part)
+
+    @contextmanager
+    def time(self, category: str) -> Iterator[None]:
+        """Claims the seconds of a block for `category`; blocks do not nest."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claim(category, begin)
+                self._blocks[category].append(self._ranks * (self._mark - begin) / 3600)
+            self.beat()
+
+    @property
+    def step_hours(self) -> float:
+        """Device-hours that an update may take: the longest of the last few; before the first one, their
+        mean over the attempts before."""
+        return max(self._steps, default=0.0)
+
+    def block_hours(self, category: str) -> float:
+        """Device-hours that another block may take, 0 if none was timed in this attempt.
+
+        The longest of n is exceeded by the next one with a chance of 1 / (n + 1): so much is added.
+        """
+        blocks = self._blocks[category]
+        return max(blocks) * (1 + 1 / len(blocks)) if blocks else 0.0
+
+    def meter(self, joules: dict[str, float], age: float = 0.0) -> None:
+        """Takes what the sensors have counted in this attempt, by part, over all ranks; nothing if {}.
+
+        age: seconds for which they had counted when they were first read here.
+        """
+        if not joules:
+            return
+        with self._lock:
+            at = self._clock()
+            self._metered = (self._metered[0] if self._metered else at - age), at
+            self._joules = joules
+
+    def peak(self, count: int) -> None:
+        """Takes the most bytes that a rank has held."""
+        self._account["peak_bytes"] = max(self._account["peak_bytes"], count)
+
+    def save(self) -> str:
+        """Call before writing a checkpoint; returns the head that the checkpoint must carry."""
+        return self.note("save")
+
+    def log(self, **details: Any) -> None:
+        """Notes a line of metrics, unless one was noted in the last 10 s."""
+        if self._clock() - self._logged >= HEARTBEAT:
+            self._logged = self._clock()
+            self.note("log", **details)
+
+    def note(self, event: str, **details: Any) -> str:
+        """Appends a line, on disk when this returns; returns its hash."""
+        assert event in EVENTS, event
+        with self._lock:
+            at = self._clock()
+            line = {
+                "previous": self.head,
+                "event": event,
+                "time": round(at, 3),
+                "device": self._device,
+                "ranks": self._ranks,
+                "seconds": {name: round(value, 6) for name, value in self._seconds_at(at).items()},
+                **self._statement(at),
+                **details,
+            }
+            text = json.dumps(line).encode("ascii")
+            with open(self._path, "ab") as file:
+                file.write(text + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.head, self._written = _hash(text), at
+            if event in LAST_WORDS:
+                self._over.set()
+            return self.head
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has spent up to now: the promised keys of ``tools.ledger total``."""
+        with self._lock:
+            return _totals(self._statement(self._clock()))
+
+    def beat(self) -> None:
+        """Writes a heartbeat if the last line is 10 s old."""
+        with self._lock:
+            if not self._over.is_set() and self._clock() - self._written >= HEARTBEAT:
+                self.note("heartbeat")
+
+    def keep_beating(self) -> None:
+        """Heartbeats from a thread of its own, until the attempt's last word or the end of the process."""
+        threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
+
+    def _keep_beating(self) -> None:
+        while not self._over.wait(PULSE):
+            with suppress(OSError):  # a full disk is for the main thread to tell
+                self.beat()
+
+    def _claim(self, category: str, begin: float) -> None:
+        assert begin >= self._mark, "stretches of time overlap"
+        at = self._clock()
+        self._seconds["idle"] += begin - self._mark
+        self._seconds[category] += at - begin
+        self._mark = at
+
+    def _seconds_at(self, at: float) -> dict[str, float]:
+        return {**self._seconds, "idle": self._seconds["idle"] + at - self._mark}
+
+    def _statement(self, at: float) -> Line:
+        """The account with the device-seconds of this attempt, up to `at`, added."""
+        account = copy.deepcopy(self._account)
+        spent = account["device_seconds"]
+        for category, seconds in self._seconds_at(at).items():
+            spent[category] = round(spent[category] + self._ranks * seconds, 6)
+        spent["total"] = round(_sum(spent), 6)
+        account["joules"] = {
+            part: round(value, 3) for part, value in _add(account["joules"], self._joules).items()
+        }
+        if self._metered:
+            metered = self._ranks * (self._metered[1] - self._metered[0])
+            account["metered_device_seconds"] = round(account["metered_device_seconds"] + metered, 6)
+        return account

@@ -1,0 +1,483 @@
+"""Makes a run that can step from a config and the ranks: reads, checks, restores."""
+
+import ctypes
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import checkpoint, config
+from pretrain.account import budget, energy, flops
+from pretrain.account.budget import Budget, step_cost
+from pretrain.account.ledger import Ledger, process_start
+from pretrain.checkpoint import State
+from pretrain.config import Config
+from pretrain.data.corpora import Data, open_blend, open_data
+from pretrain.data.masking import masker
+from pretrain.data.sampler import Blend, Segment, continue_segments
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import UserError
+from pretrain.evaluate import HeldOut
+from pretrain.feed import Feed, prepare
+from pretrain.files import check_folder, write_atomic
+from pretrain.model import float8, huggingface
+from pretrain.model import late_mask as model
+from pretrain.model.late_mask import LateMaskModel
+from pretrain.model.loss import BorrowedCrossEntropy
+from pretrain.monitor import Monitor
+from pretrain.parallel import engine, tensor_parallel
+from pretrain.parallel.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from pretrain.parallel.engine import Engine, TorchEngine, compile_mode
+from pretrain.parallel.launchers import job_end
+from pretrain.parallel.topology import Topology, device_name, device_uuid
+from pretrain.run_folder import RunFolder
+from pretrain.signals import Signals
+
+
+def build_engine(options: Config, model: LateMaskModel, topology: Topology, micro: int) -> "Engine":
+    """Divides an initialised model over the ranks and gives it an optimizer.
+
+    micro: sequences of a micro-batch. UserError if keys of `deepspeed` contradict others, or a kernel is
+    not here.
+    """
+    t, known = options.train, model.cross_entropy.vocab_size
+    if t.cross_entropy != "own":
+        model.cross_entropy = BorrowedCrossEntropy(known, t.cross_entropy, topology.device)
+    tensor_parallel.shard(model, topology)
+    model.to(topology.device)
+    if t.float8:
+        float8.convert(model, topology.device)
+    if t.compile != "none":
+        for layer in model.all_layers():
+            layer.compile(mode=compile_mode(options), dynamic=False)
+    if t.engine == "deepspeed":
+        return DeepSpeedEngine(options, model, topology, micro)
+    return TorchEngine(options, model, topology)
+
+
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
+
+
+def run_segments(options: Config, data: Data, state: State | None) -> list[Segment]:
+    """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
+    length = config.phases(options)[0].train.seq_length
+    if state is None:
+        return continue_segments([], options.corpus.segment, data.blend, 0, length)
+    past = [
+        Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
+        for number, first, blend, *rest in state.segments
+    ]
+    return continue_segments(past, options.corpus.segment, data.blend, state.samples, length)
+
+
+def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
+    """The config with the defaults that depend on the vocabulary and the device filled in."""
+    if options.model.vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"model.vocab_size = {options.model.vocab_size}, but the tokenizer has {vocab_size} pieces; leave"
+            " it out"
+        )
+    train = options.train
+    precision = train.precision or ("bf16" if _has_bf16(device) else "fp32")
+    deterministic = device.type == "cpu" if train.deterministic is None else train.deterministic
+    sized = options.model_copy(
+        update={
+            "model": options.model.model_copy(update={"vocab_size": vocab_size}),
+            "train": train.model_copy(update={"precision": precision, "deterministic": deterministic}),
+        }
+    )
+    return budget.resolve(sized)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def micro_batch(options: Config, data_size: int) -> int:
+    """Sequences per forward pass of one data-parallel rank; UserError if the batch does not divide."""
+    batch, micro = options.train.batch_size, options.train.micro_batch_size
+    if batch % (data_size * (micro or 1)):
+        raise UserError(
+            f"train.batch_size = {batch} is no multiple of data-parallel ranks x micro_batch_size ="
+            f" {data_size} x {micro or 1}; change one of them"
+        )
+    return micro or batch // data_size
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run with one length and batch size."""
+
+    config: Config
+    """`train` has the values that hold here."""
+    cost: flops.StepCost
+    micro: int
+
+
+@dataclass
+class Run:
+    """The parts, and the numbers that move."""
+
+    config: Config
+    topology: Topology
+    folder: RunFolder
+    data: Data
+    budget: Budget
+    phases: list[Phase]
+    engine: engine.Engine
+    heldout: HeldOut | None
+    ledger: Ledger | None
+    """On rank 0."""
+    monitor: Monitor | None
+    """On rank 0."""
+    meter: energy.Meter
+    signals: Signals
+    deadline: float | None
+    """Unix time at which to stop, on rank 0 of a job with a time limit."""
+    segments: list[Segment]
+    phase: int
+    """Number of the one that `blend` and `feed` are of."""
+    blend: Blend
+    feed: Feed
+    seen: set[int] = field(default_factory=set)
+    """Phases that this attempt has made updates in."""
+    step: int = 0
+    samples: int = 0
+    saved: int = -1
+    """Step of the last checkpoint."""
+    saved_at: float = field(default_factory=time.monotonic)
+    scored: tuple[int, float | None] = (-1, None)
+    """(step, loss) of the last evaluation."""
+    grad_norm: Tensor | None = None
+    """Of the last update, before clipping; None where the engine does not tell."""
+
+    @property
+    def cost(self) -> flops.StepCost:
+        """Of an update of this phase."""
+        return self.phases[self.phase].cost
+
+
+def build(options: Config, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
+    """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
+    on_main(topology, folder.claim)
+    meter = open_meter(topology)
+    with together(topology):
+        data = open_data(options.corpus)
+        options = resolve(options, data.tokenizer.vocab_size, topology.device)
+        phases = [
+            Phase(phase, step_cost(phase), micro_batch(phase, topology.data_size))
+            for phase in config.phases(options)
+        ]
+        check_sensors(options, topology.device, meter.parts)
+    start = on_main(topology, lambda: _starting_point(folder, options, data))
+    state = checkpoint.read_state(Path(start)) if start else None
+    if state:
+        data = replace(data, rules=state.rules)
+    ledger = _open_ledger(options, topology, folder, state, meter)
+    with timed(ledger, "startup"):
+        segments = run_segments(options, data, state)
+        with together(topology):
+            module = _module(options, data.tokenizer, fresh=state is None)
+        run = _assemble(
+            options,
+            topology,
+            folder,
+            data,
+            phases,
+            state.phase if state else 0,
+            segments,
+            ledger,
+            module,
+            signals,
+            meter,
+        )
+        if state:
+            checkpoint.load(Path(start), run.engine)
+            run.engine.optimizer_step = state.optimizer_step
+            if run.engine.loss_scale and state.loss_scale:
+                run.engine.loss_scale.load(state.loss_scale)
+            run.step, run.samples, run.saved = state.step, state.samples, state.step
+            run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
+    if ledger and state:
+        _note_changes(ledger, options, state, segments)
+    return run
+
+
+def open_meter(topology: Topology) -> energy.Meter:
+    """This rank's sensors, running; it knows which parts are read on all nodes."""
+    texts = topology.gather_text(f"{energy.host_name()} {device_uuid(topology.device)}")
+    places = [(host, gpu) for host, _, gpu in (text.partition(" ") for text in texts)]
+    meter = energy.open_meter(topology.rank, places)
+    meter.start()
+    readers = topology.add_up([int(part in meter.methods) for part in energy.PARTS])
+    meter.parts = energy.known_parts(places, dict(zip(energy.PARTS, readers, strict=True)))
+    return meter
+
+
+def check_sensors(options: Config, device: torch.device, parts: Sequence[str]) -> None:
+    """UserError if the budget is of energy that nobody measures."""
+    needed, sensor = ("gpu", "NVML") if device.type == "cuda" else ("cpu", "RAPL")
+    if options.budget.amount[0] == "kwh" and needed not in parts:
+        raise UserError(
+            f"budget.kwh: no energy sensor can be read here on every node ({sensor}); have it made readable,"
+            " or take another unit"
+        )
+
+
+def _assemble(
+    options: Config,
+    topology: Topology,
+    folder: RunFolder,
+    data: Data,
+    phases: list[Phase],
+    number: int,
+    segments: list[Segment],
+    ledger: Ledger | None,
+    module: model.LateMaskModel,
+    signals: Signals,
+    meter: energy.Meter,
+) -> Run:
+    """The parts of a run that has not started."""
+    t, tokenizer = options.train, data.tokenizer
+    prepare_torch(bool(t.deterministic))
+    if topology.device.type == "cpu":
+        keep_freed_memory()
+    heldout = None
+    with together(topology):
+        for phase in phases:
+            open_blend(phase.config, data)  # refuses a corpus that is too small for its length
+        bounded = options.corpus.documents == "bounded"
+        if options.corpus.valid:
+            length = options.evaluate.seq_length or t.seq_length
+            heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples, bounded)
+        budget.check(options)
+    phase = phases[number]
+    built = build_engine(phase.config, module, topology, phase.micro)
+    if built.deepspeed_json and topology.is_main:
+        write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
+    blend, feed = read_phase(phase, topology, data, segments)
+    return Run(
+        config=options,
+        topology=topology,
+        folder=folder,
+        data=data,
+        budget=Budget(options),
+        phases=phases,
+        engine=built,
+        heldout=heldout,
+        ledger=ledger,
+        monitor=_open_monitor(options, topology, ledger),
+        meter=meter,
+        signals=signals,
+        deadline=_deadline(options) if topology.is_main else None,
+        segments=segments,
+        phase=number,
+        blend=blend,
+        feed=feed,
+    )
+
+
+def read_phase(
+    phase: Phase, topology: Topology, data: Data, segments: Sequence[Segment]
+) -> tuple[Blend, Feed]:
+    """What reads and masks the samples of a phase."""
+    o = phase.config
+    blend = open_blend(o, data, segments)
+    bounded = o.corpus.documents == "bounded"
+    mask = masker(o.masking, o.train.seq_length, data.tokenizer, bounded, data.rules)
+    return blend, Feed(prepare(o, topology, blend, mask, phase.micro), o.train.batch_size)
+
+
+def _deadline(options: Config) -> float | None:
+    """So long before the job's end that there is time to save; in a short job at most a fifth of it.
+
+    The trap: a shell (of tmux, of salloc) keeps the variables of a job that is over.
+    """
+    end, now = job_end(os.environ), time.time()
+    if end is None:
+        return None
+    if end <= min(process_start(), now):  # two clocks, of which one may be set
+        logging.warning(
+            "warning: SLURM_JOB_ID or SLURM_JOB_END_TIME is of a job that ended before this process began:"
+            " its time limit is ignored; unset them"
+        )
+        return None
+    return end - min(60 * options.checkpoint.end_margin_minutes, 0.2 * (end - now))
+
+
+def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
+    """The whole model; where a run is `fresh`, with the weights that `model.init_from` has."""
+    t = options.train
+    module = model.LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask, t.recompute == "block")
+    model.init_weights(module, options.run.seed)
+    if fresh and options.model.init_from:
+        new = huggingface.load_folder(module, options.model, tokenizer)
+        parts = Counter(name.partition(".")[0] for name in new)
+        said = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()) or "nothing"
+        logging.info("init_from   %s; new here: %s", options.model.init_from, said)
+    return module
+
+
+def prepare_torch(deterministic: bool) -> None:
+    """Process-wide switches of torch."""
+    if deterministic:  # asked for by cuBLAS, and read when the first product on a GPU is formed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library (glibc) keep what is freed, for the whole process.
+
+    It would map every large tensor of every step anew, and the kernel would fill its pages with zeros:
+    an eighth of a step in bf16.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def check_start(options: Config, data: Data) -> None:
+    """What a first start would refuse but `open_data` and the budget do not know of; leaves nothing."""
+    check_folder(options.run.dir)
+    for phase in config.phases(options):
+        micro = micro_batch(phase, 1)
+        if options.train.engine == "deepspeed":
+            deepspeed_config(phase, 1, micro, pin=False)
+    if options.model.init_from:
+        _module(options, data.tokenizer, fresh=True)
+
+
+def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
+    """Runs `action` on rank 0 and gives its result to all; its UserError is raised everywhere."""
+    result = ""
+    with together(topology):
+        if topology.is_main:
+            result = action() or ""
+    return topology.broadcast_text(result)
+
+
+@contextmanager
+def together(topology: Topology) -> Iterator[None]:
+    """A user's error of one rank is raised on all, which would wait for that rank for ever."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    if problem := topology.first_text(problem):
+        raise UserError(problem)
+
+
+def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
+    """The checkpoint to go on from, "" for none; the config becomes that of the folder."""
+    start = ""
+    if checkpoint.steps(folder.path):
+        path = checkpoint.find(folder.path)
+        state = checkpoint.read_state(path)
+        _check_continues(state, options, data)
+        start = str(path)
+    folder.write_config(options)
+    folder.keep_tokenizer(data.tokenizer.path)
+    return start
+
+
+def _check_continues(state: State, options: Config, data: Data) -> None:
+    """UserError with all reasons, one a line, why the checkpoint cannot go on."""
+    reasons = []
+    try:
+        run_segments(options, data, state)
+    except UserError as error:
+        reasons.append(str(error))
+    try:
+        checkpoint.check_continues(state, options, {"tokenizer": data.tokenizer.hash})
+    except UserError as error:
+        reasons.append(str(error))
+    if reasons:
+        raise UserError("\n".join(reasons))
+
+
+def _open_ledger(
+    options: Config,
+    topology: Topology,
+    folder: RunFolder,
+    state: State | None,
+    meter: energy.Meter,
+) -> Ledger | None:
+    """The ledger of rank 0, as early as it is known where the run goes on: a start-up costs too."""
+    if not topology.is_main:
+        return None
+    device, ranks = device_name(topology.device), topology.world_size
+    folder.add_provenance(device=device, ranks=ranks, launcher=topology.launcher)
+    ledger = Ledger.open(folder.path, ranks, device)
+    about: dict[str, Any] = {"layout": layout(options, topology), "job": slurm_job(os.environ)}
+    about["sensors"] = {part: meter.methods[part] for part in meter.parts}  # rank 0 has one of each
+    if "cpu" in meter.parts:
+        about["host_share"] = round(meter.share, 4)
+    step, head = (state.step, state.ledger_head) if state else (0, "")
+    ledger.begin(step, head, folder.status().get("ledger_head", ""), **about)
+    ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
+    ledger.keep_beating()
+    folder.write_status("running", ledger.totals()["steps"])
+    return ledger
+
+
+def layout(options: Config, topology: Topology) -> dict[str, Any]:
+    """How the model is spread, for people: nothing depends on it."""
+    t, p = options.train, options.parallel
+    return {
+        "engine": t.engine,
+        "ranks": topology.world_size,
+        "tensor": p.tensor,
+        "zero": p.zero,
+        "device": device_name(topology.device),
+    }
+
+
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about."""
+    names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "STEP_ID", "CLUSTER_NAME")
+    given = {name.lower(): environ.get(f"SLURM_{name}", "") for name in names}
+    return {name: value for name, value in given.items() if value} if given["job_id"] else {}
+
+
+def _note_changes(ledger: Ledger, options: Config, state: State, segments: list[Segment]) -> None:
+    """Says and records what is other than in the attempt before."""
+    before = config.build(state.config, "config of the checkpoint").budget.amount
+    now = options.budget.amount
+    if before != now:
+        old, new = (f"{amount:g} {unit}" for unit, amount in (before, now))
+        logging.info("budget      changed: %s -> %s", old, new)
+        ledger.note("budget-change", before=old, now=new)
+    if segments[-1].number > state.segments[-1][0]:
+        blend = segments[-1]
+        ledger.note(
+            "blend-change", segment=blend.number, first_sample=blend.first, blend=options.corpus.blend
+        )
+
+
+def _open_monitor(options: Config, topology: Topology, ledger: Ledger | None) -> Monitor | None:
+    """What rank 0 shows."""
+    if ledger is None:
+        return None
+    assert options.train.precision
+    peak = flops.peak(device_name(topology.device), options.train.precision)
+    totals, ranks = ledger.totals(), topology.world_size
+    board = options.monitor.tensorboard
+    return Monitor(options.run.dir, config.method(options), totals, ranks, peak, board)
+
+
+def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:
+    """Claims the time of a block for `category`, where there is a ledger."""
+    return ledger.time(category) if ledger else nullcontext()

@@ -1,0 +1,255 @@
+"""Every option of a run on one page.
+
+A config is nested, frozen and strict. Values come from three places, the later over the earlier: the
+defaults below, a YAML file, and ``section.key=value`` words from the command line. All problems of a
+config are found and reported at once, each as one line in the user's words; an unknown key is an error
+that names the nearest known one. The resolved config is what a run folder keeps.
+
+The trap: YAML 1.1 guesses. It reads ``1e-4`` as a string, ``1:30`` as 90, ``010`` as 8 and ``yes`` as true,
+and pydantic takes true for 1. Here numbers are decimal (1_000, .5 and 1e-4 too), switches are true or false,
+and all else is text.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from pretrain.config.checks import contradictions
+from pretrain.config.options import SECTIONS, Config, Phase, Section, kinds_of
+from pretrain.errors import UserError
+
+# What may differ when a run continues: layout, cadence and budget, nothing that changes the samples, the
+# masks or the mathematics.
+FREE_TO_CHANGE = (
+    "run.dir",
+    "corpus.train",
+    "corpus.segment",
+    "corpus.valid",
+    "corpus.tokenizer",
+    "corpus.copies",
+    "train.micro_batch_size",
+    "train.engine",
+    "budget",
+    "parallel",
+    "checkpoint",
+    "evaluate",
+    "monitor",
+    "deepspeed",
+)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader of the plain forms below, and of no others; refuses a key given twice."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # Not later: merging (<<) puts keys into a mapping that its own keys replace.
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{key[1]!r} is given twice (line {node.start_mark.line + 1})")
+        return node
+
+
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_PLAIN = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": f"[-+]?{_DIGITS}",
+    "float": rf"[-+]?(?:{_DIGITS}\.?(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+    "merge": "<<",
+}
+for _kind, _form in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the YAML mapping in `path`, UserError if there is none."""
+    try:
+        value = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror}); check the path") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; keep one of them") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value or {}, dict):
+        raise UserError(f"{path}: expected sections (run:, corpus:, ...), found {type(value).__name__}")
+    return value or {}
+
+
+def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
+    """``["train.batch_size=8"]`` -> ``{"train": {"batch_size": 8}}``; deeper keys nest (deepspeed.a.b=1)."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or "." not in path:
+            raise UserError(f"{word!r}: an override is written section.key=value")
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{word!r}: {parent} has a value already; keep one of the two overrides")
+        try:
+            node[leaf] = _given(path, text)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"{word!r}: the value is not YAML; quote it") from None
+    return tree
+
+
+def _given(path: str, text: str) -> Any:
+    """Return the value of an override: YAML if it begins as a list, a mapping or in quotes, else its text."""
+    loader = _Loader(text)
+    if text.lstrip()[:1] in ("[", "{", "'", '"'):
+        node = loader.get_single_node()
+        assert node
+        if text[node.end_mark.index :].strip():  # which YAML may take for a comment
+            raise ValueError(text)
+        return loader.construct_document(node)
+    tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
+    section, _, key = path.partition(".")
+    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+    named = field is not None and str in kinds_of(field.annotation)
+    if tag.endswith(":str") or (named and not tag.endswith(":null")):
+        return text
+    return loader.construct_document(yaml.ScalarNode(tag, text.strip()))
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads, overrides, checks and completes a config; UserError lists every problem, one a line."""
+    overrides = overrides or []
+    tree = _merge(read_yaml(path), parse_overrides(overrides))
+    return build(tree, str(path), [word.partition("=")[0] for word in overrides])
+
+
+def build(tree: dict[str, Any], where: str = "config", overridden: Sequence[str] = ()) -> Config:
+    """A checked and completed Config from nested dicts; UserError lists every problem, one a line.
+
+    A problem that names an `overridden` key is said to be of the command line, any other of `where`.
+    """
+    found: list[str] = []
+    sections: dict[str, Any] = {}
+    for name in tree.keys() - Config.model_fields.keys():
+        found.append(f"unknown section {name!r}{_nearest(name, list(Config.model_fields))}")
+    for name, kind in SECTIONS.items():
+        sections[name] = _section(name, kind, tree.get(name), found)
+    if not isinstance(tree.get("deepspeed", {}), dict):
+        found.append("deepspeed: expected a mapping of DeepSpeed's own keys")
+    found += _doubtful("deepspeed", tree.get("deepspeed"))
+    config = Config.model_construct(**sections, deepspeed=tree.get("deepspeed") or {})
+    found += contradictions(config)
+    if found:
+        raise UserError("\n".join(f"{_origin(problem, where, overridden)}: {problem}" for problem in found))
+    return _complete(config)
+
+
+def _doubtful(path: str, given: Any) -> Iterator[str]:
+    """What DeepSpeed would take for true, whatever it says: nobody checks the kinds of its keys."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            yield from _doubtful(f"{path}.{key}", value)
+    elif isinstance(given, str) and given.lower() in ("yes", "no", "on", "off", "y", "n"):
+        yield f"{path} = {given!r}: should be true or false"
+
+
+def _origin(problem: str, where: str, overridden: Sequence[str]) -> str:
+    sections = [f"unknown section {key.partition('.')[0]!r}" for key in overridden]
+    return "command line" if any(word in problem for word in [*overridden, *sections]) else where
+
+
+def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Section:
+    """Validates one section; notes problems in `found` and goes on with what is good.
+
+    A null is as good as no value: it asks for the default.
+    """
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        found.append(f"{name}: expected keys ({', '.join(list(kind.model_fields)[:3])}, ...)")
+        given = {}
+    given = {key: value for key, value in given.items() if value is not None}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        bad = set()
+        for item in error.errors():
+            bad.add(item["loc"][0])
+            found.append(_problem(name, kind, item))
+        # Lists may hold sections of their own, which nobody has made of them yet.
+        good = {k: value for k, value in given.items() if k not in bad and not isinstance(value, list)}
+        return kind.model_construct(_fields_set=set(given), **good)
+
+
+def _problem(name: str, kind: type[Section], item: Any) -> str:
+    key = ".".join([name, *(str(part) for part in item["loc"])])
+    inner = len(item["loc"]) > 1
+    if item["type"] == "extra_forbidden":
+        known, prefix = (list(Phase.model_fields), "") if inner else (list(kind.model_fields), f"{name}.")
+        return f"unknown key {key}{_nearest(str(item['loc'][-1]), known, prefix)}"
+    if item["type"] == "missing" and not inner:
+        return f"{key} is missing; set it ({kind.model_fields[str(item['loc'][0])].description})"
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):  # a list that is too short
+        whole = f"{name}.{item['loc'][0]}"
+        return f"{whole} = {item['input']!r}: {kind.model_fields[str(item['loc'][0])].description}"
+    text = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{key} = {item['input']!r}: {text}"
+
+
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _complete(config: Config) -> Config:
+    """Fills the defaults that depend on other keys."""
+    m = config.model
+    model = m.model_copy(
+        update={
+            "norm": m.norm or ("pre" if m.block == "modern" else "post"),
+            "decoder_dropout": m.dropout if m.decoder_dropout is None else m.decoder_dropout,
+            "token_type": m.token_type or (m.init_from is not None and m.block == "roberta"),
+        }
+    )
+    return config.model_copy(update={"model": model})
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """``section.key: old -> new`` for each difference that a continued run must not have."""
+    before, after, found = old.model_dump(mode="json"), new.model_dump(mode="json"), []
+    for section in before:
+        if section in FREE_TO_CHANGE:
+            continue
+        for key in before[section]:
+            old_value, new_value = before[section][key], after[section][key]
+            if old_value != new_value and f"{section}.{key}" not in FREE_TO_CHANGE:
+                found.append(f"{section}.{key}: {old_value} -> {new_value}")
+    return found

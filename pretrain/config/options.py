@@ -1,0 +1,418 @@
+"""Every option of a run, with its default and its meaning: the one page of reference."""
+
+import math
+import os
+import re
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+
+def place(text: str) -> str:
+    """Return a path with ~ and $NAME as a shell reads them; ValueError where they stand for nothing."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{path.partition('/')[0]} is nobody's home; write ./{path} for a file of that name")
+    # A small $name within a name may be a part of it.
+    for name in re.findall(r"(?:(?:^|/)\$|\$(?=[A-Z])|\$\{)([A-Za-z_]\w*)", path):
+        if not os.environ.get(name):
+            raise ValueError(f"${name} is not set; set it, or write the path out")
+    return os.path.expandvars(path)
+
+
+Place = Annotated[str, AfterValidator(place)]
+"""A path."""
+
+
+def kinds_of(annotation: Any) -> set[type]:
+    """The plain types that a value may have; none for a choice of words."""
+    if get_origin(annotation) is Literal:
+        return {type(word) for word in get_args(annotation)} - {str}
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    return {annotation}.union(*(kinds_of(one) for one in get_args(annotation)))
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown keys are errors, docstrings are the fields' descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses a switch or a text for a number, a number for a switch, and a number for a name."""
+        kinds = kinds_of(cls.model_fields[str(info.field_name)].annotation)
+        numeric = bool(kinds & {int, float})
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            number = isinstance(part, (int, float)) and not isinstance(part, bool)
+            if bool in kinds and not isinstance(part, bool):
+                raise ValueError("should be true or false")
+            if str in kinds and isinstance(part, (int, float)):
+                raise ValueError("put it in quotes if it is a name")
+            if numeric and str not in kinds and isinstance(part, (bool, str)):
+                raise ValueError("should be a number, in decimal digits")
+            if number and not math.isfinite(part):
+                raise ValueError("should be a finite number")
+        return value
+
+
+class Run(Section):
+    """Where the run lives and what makes it random."""
+
+    dir: Place
+    """Folder of the run: config, ledger, metrics, checkpoints. Starting it again continues the run."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights (and of dropout)."""
+    data_seed: int = Field(0, ge=0)
+    """Seed of the order of documents and windows, and of the masks."""
+
+
+class Corpus(Section):
+    """What is read."""
+
+    train: str | list[tuple[float, str]]
+    """Prefix of the training corpus (PREFIX.bin, .idx, .json), or a blend `[[weight, prefix], ...]`."""
+    segment: int = Field(0, ge=0)
+    """Raise it by one to continue a run with another blend; without that a changed blend is refused."""
+    valid: Place | None = None
+    """Prefix of the held-out corpus; without one nothing is evaluated."""
+    tokenizer: Place | None = None
+    """Tokenizer folder; default: the one that the manifest of `train` names."""
+    copies: Place | None = None
+    """Folder that may hold a copy of a training corpus, such as a node's own disk (`slurm.stage`): read
+    where it is whole, else the original is."""
+    documents: Literal["packed", "bounded"] = "packed"
+    """Windows run across documents, joined by </s>. `packed`: attention sees the whole window; `bounded`:
+    only the rows of the same document. Positions count from the window's beginning in both, and so do FLOPs:
+    what a kernel saves between documents is not credited."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _is_blend(cls, value: Any) -> Any:
+        """One message for both forms, where the union would give one for each of its members."""
+        if isinstance(value, str):
+            return place(value)
+        pairs = value if isinstance(value, list) else []
+        good = [
+            (weight, place(prefix))
+            for weight, prefix in (
+                pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2
+            )
+            if isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if 0 < weight < math.inf and isinstance(prefix, str)
+        ]
+        if not good or len(good) < len(pairs):
+            raise ValueError("should be a prefix, or [[weight, prefix], ...] with weights above 0")
+        if len({prefix for _, prefix in good}) < len(good):
+            raise ValueError("names a prefix twice; give it the sum of its weights")
+        return good
+
+    @property
+    def blend(self) -> list[tuple[float, str]]:
+        """(weight, prefix) of each training corpus."""
+        return [(1.0, self.train)] if isinstance(self.train, str) else self.train
+
+
+class Model(Section):
+    """The encoder, the place where the [MASK] rows join, and the decoder that is thrown away afterwards."""
+
+    block: Literal["roberta", "modern"] = "roberta"
+    """`roberta`: GELU, biases, learned positions. `modern`: GeGLU, no biases, rotary positions."""
+    num_layers: int = Field(12, ge=1)
+    """Encoder layers; what is exported."""
+    hidden_size: int = Field(768, ge=1)
+    """Width D."""
+    num_heads: int = Field(12, ge=1)
+    """Attention heads; the head width is hidden_size / num_heads."""
+    ffn_size: int = Field(3072, ge=1)
+    """Inner width of the feed-forward layer (of each half, in the GeGLU of the modern block)."""
+    max_positions: int = Field(512, ge=4)
+    """Positions the model can hold; the longest sequence it can ever see."""
+    norm: Literal["post", "pre"] | None = None
+    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; the modern block is `pre` only."""
+    mask_from: int = Field(0, ge=0)
+    """Layer before which the [MASK] rows join: 0 = ordinary MLM, num_layers = they meet the decoder only."""
+    decoder_layers: int = Field(0, ge=0)
+    """Layers after the encoder that are discarded after pre-training."""
+    decoder: Literal["self", "cross", "query"] = "self"
+    """`self`: all rows attend to all. `cross`: self-attention, then attention to the encoder output.
+    `query`: only the predicted rows are updated, attending to all rows."""
+    decoder_positions: Literal["own", "shared"] = "own"
+    """Learned positions added to all decoder inputs: own table, or the encoder's (roberta block only)."""
+    mask_vector: Literal["learned", "tied"] = "learned"
+    """What a late [MASK] row is: a vector of its own (3ML), or the word table's [MASK] row (MAE-LM)."""
+    mask_leak: float = Field(0.0, ge=0, le=1)
+    """Share of the [MASK] rows that the encoder sees all the same, as the word table's [MASK] (MAE-LM's
+    transition): at 1 there are no late masks, and without a decoder that is `mlm`."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
+    decoder_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout inside the decoder; default: `dropout`."""
+    init_from: Place | None = None
+    """Hugging Face folder (safetensors) of a model to start from; what it has not is initialised. Read
+    before the first update only."""
+    token_type: bool = False
+    """A vector added to each token, and two rows kept for padding: what Hugging Face's RoBERTa has
+    besides. Set by `init_from` (roberta block)."""
+    vocab_size: int | None = Field(None, ge=8)
+    """Pieces of the tokenizer; default: read from the tokenizer. Needed only to plan without one."""
+    vocab_multiple: int = Field(128, ge=1)
+    """The word table is padded to a multiple of this, whatever the tensor-parallel degree."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of every LayerNorm."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies (modern block)."""
+
+
+class Masking(Section):
+    """Which tokens are predicted, and what stands in their place. Counts are exact, the same in every row."""
+
+    rate: float = Field(0.15, gt=0, lt=1)
+    """Share of a window's tokens that is predicted."""
+    scheme: Literal["uniform", "whole_word", "span"] = "uniform"
+    """What is drawn as one: a token, a whole word, or a span of 1 to `span_max` whole words (SpanBERT,
+    arXiv 1907.10529). Counts stay exact: the last word or span is cut."""
+    span_stop: float = Field(0.2, gt=0, lt=1)
+    """Chance that a span ends at a word: lengths are geometric up to `span_max` (mean 3.8 words)."""
+    span_max: int = Field(10, ge=1)
+    """Longest span in words."""
+    corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Of the predicted tokens: share replaced by [MASK], by a random piece, and kept."""
+    views: int = Field(1, ge=1)
+    """Fully-explored masking: K disjoint masks of one text (arXiv 2010.06040)."""
+    views_mode: Literal["epoch", "batch"] = "epoch"
+    """`epoch`: visit e of a text uses mask e mod K. `batch`: all K masks of a text in one update."""
+    views_partition: Literal["random", "contiguous"] = "random"
+    """How the tokens of a text are divided among its K masks: at random, or into K segments of the text
+    (from a random place on and round its end), drawn anew every K visits."""
+
+
+class Phase(Section):
+    """What is other than in `train` until a share of the budget is spent."""
+
+    until: float = Field(gt=0, lt=1)
+    """Share of the budget at which the phase ends."""
+    batch_size: int | None = Field(None, ge=1)
+    """As in `train`, whose value it takes if not given."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """As in `train`, whose value it takes if not given."""
+    seq_length: int | None = Field(None, ge=8)
+    """As in `train`, whose value it takes if not given."""
+
+
+class Train(Section):
+    """One update, and how it is computed."""
+
+    batch_size: int = Field(256, ge=1)
+    """Sequences per update, over all ranks and micro-batches."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences per forward pass of one data-parallel rank; default: no accumulation."""
+    seq_length: int = Field(128, ge=8)
+    """Window length L in tokens, <s> and </s> included."""
+    phases: list[Phase] = []
+    """Short sequences or small batches first: `[{until: 0.9, seq_length: 128}]` trains on 128 tokens until
+    90 % of the budget is spent. After the last phase the values above hold. Shares ascend."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of the matrix products, over float32 parameters; default: bf16 where the device has it, else
+    fp32. `fp16` is for GPUs without bf16: its loss is scaled, and an update whose gradients overflow is
+    skipped (and paid for)."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """`torch`: plain (data-parallel) torch. `deepspeed`: ZeRO 0-3."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """torch.compile mode of the layers. The last two replay CUDA graphs on a GPU, where the engine is torch,
+    parallel.tensor is 1 and nothing is recomputed; elsewhere `reduce-overhead` is `default`, and
+    `max-autotune` only picks the fastest kernels."""
+    float8: bool = False
+    """Form the layers' products whose widths are multiples of 16 in float8 (`pip install '.[float8]'`; H100
+    and its like, bf16 for all else). It pays with `compile` only. MFU stays a share of the bf16 peak."""
+    cross_entropy: Literal["own", "torch", "liger"] = "own"
+    """Whose kernel forms the loss over the vocabulary in training: ours, torch's `linear_cross_entropy` (from
+    2.13) or liger-kernel's (a GPU, `pip install '.[liger]'`). The same loss and gradients, up to rounding."""
+    recompute: Literal["none", "block"] = "none"
+    """`block`: keep only each layer's input and recompute the rest (less memory, more hardware FLOPs)."""
+    deterministic: bool | None = None
+    """Bit-exact repetition; default: true on CPU, false on GPU (where it costs speed)."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0: no clipping."""
+
+
+class Optimizer(Section):
+    """AdamW. Biases, norms and vectors do not decay."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-6, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices and embeddings."""
+
+
+class Schedule(Section):
+    """Learning rate as a function of the spent share of the budget."""
+
+    kind: Literal["linear", "cosine", "trapezoid"] = "linear"
+    """Shape after the warm-up; `trapezoid` stays at the peak and falls linearly over the last fifth."""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the budget over which the rate rises linearly from 0."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """Rate at the end, as a share of the peak."""
+
+
+class Budget(Section):
+    """What the run may spend: exactly one unit, or a share of what another recipe costs. It is also the unit
+    of progress."""
+
+    steps: int | None = Field(None, ge=1)
+    """Updates."""
+    tokens: float | None = Field(None, gt=0)
+    """Input slots (rows of input), padding and [MASK] included."""
+    flops: float | None = Field(None, gt=0)
+    """Model matmul FLOPs of training, head included."""
+    flops_without_head: float | None = Field(None, gt=0)
+    """Those of encoder and decoder."""
+    token_layers: float | None = Field(None, gt=0)
+    """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
+    device_hours: float | None = Field(None, gt=0)
+    """Ranks x hours from process start to exit, over all attempts."""
+    kwh: float | None = Field(None, gt=0)
+    """Measured energy in kWh, over all attempts. Needs a sensor (NVML or RAPL)."""
+    relative_to: Place | None = None
+    """Instead of an amount: another CONFIG, whose planned cost is the measure (its own budget must be in
+    steps, tokens or FLOPs), or the folder of a RUN, which has spent. The amount is kept in the run's
+    config.yaml."""
+    fraction: float = Field(1.0, gt=0)
+    """Share of that cost that this run may spend."""
+    measure: Literal[
+        "flops_with_head", "flops_without_head", "token_layers", "tokens", "device_hours", "kwh"
+    ] = "flops_with_head"
+    """What is compared with `relative_to`."""
+
+    @property
+    def amount(self) -> tuple[str, float]:
+        """(unit, how much of it); of a config whose `relative_to` is resolved."""
+        ((unit, amount),) = ((u, getattr(self, u)) for u in BUDGET_UNITS if getattr(self, u) is not None)
+        return unit, amount
+
+    @property
+    def measured_unit(self) -> str:
+        """The unit of `measure`."""
+        return "flops" if self.measure == "flops_with_head" else self.measure
+
+
+BUDGET_UNITS = ("steps", "tokens", "flops", "flops_without_head", "token_layers", "device_hours", "kwh")
+
+
+class Parallel(Section):
+    """How one model is spread over ranks."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel degree; ranks / tensor is the data-parallel degree."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage of the deepspeed engine: what is partitioned over data-parallel ranks."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the deepspeed engine keeps in host memory: optimizer state, or parameters too."""
+
+
+class Checkpoint(Section):
+    """When the run is saved, and how many saves stay."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save every so many updates."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """Save at least this often."""
+    end_margin_minutes: float = Field(5.0, ge=0)
+    """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best by held-out loss is kept besides."""
+
+
+class Evaluate(Section):
+    """Held-out loss during training, under the same fixed 15 % mask for every method."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate every so many updates (and always at the end)."""
+    samples: int = Field(512, ge=1)
+    """Held-out windows; fewer if the corpus has fewer."""
+    seq_length: int | None = Field(None, ge=8)
+    """Their length, the same in all phases; default: that of `train`."""
+
+
+class Monitor(Section):
+    """What is written while training."""
+
+    log_every: int = Field(10, ge=1)
+    """Updates between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run."""
+
+
+class Config(Section):
+    """All options of a run."""
+
+    run: Run
+    corpus: Corpus
+    model: Model = Model()
+    masking: Masking = Masking()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    budget: Budget = Budget()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    monitor: Monitor = Monitor()
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; a key that contradicts an option above is an error."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def method(config: Config) -> str:
+    """The name under which the literature knows this combination of settings; +leak: the encoder sees some
+    of the [MASK]s all the same."""
+    m = config.model
+    if m.mask_from == 0:
+        return "mlm"
+    leak = "+leak" if m.mask_leak else ""
+    if m.decoder_layers == 0:
+        return f"shared-depth{leak}"
+    all_mask = config.masking.corruption[0] == 1.0
+    if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
+        return f"mae-lm{leak}"
+    return f"3ml-{m.decoder}{leak}"
+
+
+def replays_graphs(config: Config) -> bool:
+    """Whether a GPU replays the layers as CUDA graphs: their parameters and gradients must stay where they
+    are, which ZeRO does not allow, and no other rank may be waited for in them."""
+    t = config.train
+    graphs = t.compile in ("reduce-overhead", "max-autotune")
+    return graphs and t.engine == "torch" and config.parallel.tensor == 1 and t.recompute == "none"
+
+
+def phases(config: Config) -> list[Config]:
+    """The config of each stretch of the run, in order: `train` has the values that hold there. The last one
+    is what holds when all phases are over."""
+    stretches = []
+    for phase in config.train.phases:
+        other = {name: value for name, value in phase if name != "until" and value is not None}
+        stretches.append(config.train.model_copy(update={**other, "phases": []}))
+    stretches.append(config.train.model_copy(update={"phases": []}))
+    return [config.model_copy(update={"train": train}) for train in stretches]

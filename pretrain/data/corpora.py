@@ -1,0 +1,99 @@
+"""Opens what a run reads: its corpora and its tokenizer, checked against each other."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain import config
+from pretrain.config import Config
+from pretrain.data import rng
+from pretrain.data.indexed import IndexedReader, corpus_file
+from pretrain.data.manifest import load_manifest, refuse_appended_end
+from pretrain.data.sampler import Blend, Sampler, Segment, used_samples
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.errors import UserError
+
+
+def tokenizer_folder(options: config.Corpus) -> str:
+    """The tokenizer of a config's corpus: the one it names, else the one that the manifest names."""
+    if options.tokenizer:
+        return options.tokenizer
+    prefix = options.blend[0][1]
+    record = load_manifest(prefix).tokenizer
+    if record is None:
+        raise UserError(f"{prefix}: its manifest names no tokenizer; set corpus.tokenizer")
+    return record.path
+
+
+def copy_of(prefix: str | Path, copies: str | Path) -> Path:
+    """Prefix of a copy of a corpus in the folder `copies`, there or not: its name and fingerprint."""
+    return Path(copies) / f"{Path(prefix).name}-{load_manifest(prefix).fingerprint[:16]}"
+
+
+def open_nearest(prefix: str, copies: str | None) -> "IndexedReader":
+    """The corpus, from its copy in the folder `copies` if that has a whole one (`slurm.stage`)."""
+    copy = copy_of(prefix, copies) if copies else None
+    return IndexedReader(prefix, copy if copy and is_copy(prefix, copy) else None)
+
+
+def is_copy(prefix: str | Path, copy: str | Path) -> bool:
+    """Return whether `copy` is the user's own and its manifest and file sizes are those of the corpus.
+
+    Its bytes were compared when it was made; whoever stages it compares them again.
+    """
+    try:
+        files = [(corpus_file(prefix, end), corpus_file(copy, end)) for end in ("bin", "idx")]
+        own = all(theirs.stat().st_uid == os.getuid() for _, theirs in files)
+        same = all(ours.stat().st_size == theirs.stat().st_size for ours, theirs in files)
+        return own and same and load_manifest(copy).fingerprint == load_manifest(prefix).fingerprint
+    except (UserError, OSError):
+        return False
+
+
+@dataclass(frozen=True)
+class Data:
+    """The corpora and the tokenizer of a run, checked against each other."""
+
+    tokenizer: Tokenizer
+    corpora: list[IndexedReader]
+    blend: list[tuple[float, str]]
+    """(weight, fingerprint) of each of them."""
+    fingerprints: dict[str, str]
+    rules: int = rng.RULES
+    """By which samples and masks are drawn: those that the run began with."""
+
+
+def open_data(options: config.Corpus) -> Data:
+    """Opens what `options` names; UserError if something is missing or does not fit together."""
+    folder, blend = tokenizer_folder(options), []
+    tokenizer = load_tokenizer(folder)
+    for weight, prefix in options.blend:
+        manifest = load_manifest(prefix)
+        if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
+            raise UserError(
+                f"corpus.tokenizer = {folder}: not the one that {prefix} was encoded with"
+                f" ({manifest.tokenizer.path}); give that one, or encode the corpus again"
+            )
+        refuse_appended_end(prefix, manifest)
+        blend.append((weight, manifest.fingerprint))
+    fingerprints = {"tokenizer": tokenizer.hash}
+    if len(blend) == 1:
+        fingerprints["train"] = blend[0][1]
+    corpora = [open_nearest(prefix, options.copies) for _, prefix in options.blend]
+    return Data(tokenizer, corpora, blend, fingerprints)
+
+
+def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
+    """What reads the samples of a run, in the last of its segments."""
+    k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
+    seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
+    samplers = [
+        Sampler(corpus, k, length, seed, bos, eos, name, data.rules)
+        for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
+    ]
+    by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}
+    used = used_samples(segments, by_name)
+    first = segments[-1].first if segments else 0
+    weights = [weight for weight, _ in data.blend]
+    return Blend(samplers, weights, first, [used[name] for _, name in data.blend])

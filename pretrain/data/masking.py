@@ -1,0 +1,320 @@
+"""Tokens in, a fixed-shape batch out: which tokens are predicted and what stands in their place.
+
+Counts are exact and the same for every row, so shapes are static and the loss is a plain mean. A mask is
+a function of (data seed, text, visit): every unit (a token, a whole word or a span of words) draws a
+random key, the tokens of the units with the largest keys are the predicted rows, and among them the
+largest are [MASK], then come random pieces, then kept tokens. So units are taken whole, in random order,
+and only the last may be cut, from either side: else the ends of words and spans would be predicted more
+often than their beginnings. Sequence specials get the smallest keys, so that they are chosen only where
+nothing else is left.
+
+K disjoint masks of a text (fully-explored masking, Zheng et al. 2020, arXiv 2010.06040) are K
+consecutive stretches of the same order; in the contiguous form, of the order of the text.
+
+Letters: B batch, L sequence, P predicted, M [MASK] rows, R random rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain import config
+from pretrain.data import rng
+from pretrain.data.tokenizer import Tokenizer
+
+Tokens = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+Keys = npt.NDArray[np.uint32]
+Int64 = npt.NDArray[np.int64]
+
+_ORDINARY = np.uint32(1 << 31)
+"""The bit of a sort key that puts all other tokens before a sequence special."""
+
+
+class Counts(NamedTuple):
+    """Rows of each kind in a sequence."""
+
+    length: int
+    """L, <s> and </s> included."""
+    predicted: int
+    """P."""
+    masked: int
+    """M, rows that are [MASK]."""
+    random: int
+    """R, predicted rows that show a random piece; the other P - M - R show their own."""
+
+    @property
+    def visible(self) -> int:
+        """V = L - M."""
+        return self.length - self.masked
+
+
+def counts(masking: config.Masking, length: int) -> Counts:
+    """Rows of each kind for sequences of `length`; halves are rounded up.
+
+    80/10/10 of P: M = round(0.8 P), of the rest the larger half is random where the shares are equal.
+    """
+    tokens = length - 2
+    predicted = _round(masking.rate * tokens)
+    if masking.views > 1:
+        predicted = min(predicted, tokens // masking.views)
+    mask_share, random_share, keep_share = masking.corruption
+    masked = _round(mask_share * predicted)
+    rest = predicted - masked
+    visible_share = random_share + keep_share
+    random = _round(rest * random_share / visible_share) if visible_share else 0
+    return Counts(length, predicted, masked, random)
+
+
+def _round(x: float) -> int:
+    # 0.15 * 60 is 9.000000000000000x in binary and 0.5 * 0.7 * 30 just below 10.5: forgive the last bits.
+    return math.floor(x + 0.5 + 1e-9)
+
+
+class Masked(NamedTuple):
+    """A batch in permuted row order: context | kept | random | [MASK]."""
+
+    ids: Int64
+    """[B, L] pieces as the model sees them."""
+    positions: Int64
+    """[B, L] place of each row in its sequence."""
+    targets: Int64
+    """[B, P] true pieces of the last P rows."""
+    num_masked: int
+    """M."""
+    documents: npt.NDArray[np.int64] | None
+    """[B, L] number of each row's document in its window; None where attention is not bounded by them."""
+    specials_chosen: int
+    """Predicted rows that are sequence specials, for want of other tokens."""
+    units_cut: int
+    """Words or spans of which only a part is predicted."""
+
+
+class Masker:
+    """Corrupts windows of one length.
+
+    mask_id: the [MASK] piece. random_ids: the pieces that may stand in for another. special_ids: pieces
+    that are predicted only where nothing else is left. word_starts: bool by piece, True where it begins a
+    word; without the table each piece is a word. document_end: the piece that ends a document, where
+    attention is bounded by documents. rules: those of `rng.RULES` that the run began with.
+    """
+
+    def __init__(
+        self,
+        masking: config.Masking,
+        length: int,
+        mask_id: int,
+        random_ids: Tokens,
+        special_ids: Tokens,
+        word_starts: Bools | None = None,
+        document_end: int | None = None,
+        rules: int = rng.RULES,
+    ) -> None:
+        self.rules = rules
+        self.counts = counts(masking, length)
+        self.masking = masking
+        self.mask_id, self.document_end = mask_id, document_end
+        self.random_ids = np.asarray(random_ids, np.int64)
+        self._special_runs = _runs(np.asarray(special_ids, np.int64))
+        pieces = int(max(random_ids.max(), special_ids.max(), mask_id)) + 1
+        self.word_starts = np.ones(pieces, bool) if word_starts is None else word_starts
+        self._span_ends = _span_length_odds(masking.span_stop, masking.span_max)
+        self._place = np.arange(length, dtype=np.uint32)
+        self._bits = np.uint32(int(length - 1).bit_length())
+        self._low = (np.uint32(1) << self._bits) - np.uint32(1)
+        self._drawn = ~(self._low | _ORDINARY)
+
+    def __call__(self, tokens: Tokens, keys: rng.Uint64, view: Int64) -> Masked:
+        """tokens [B, L] natural order; keys [B] one per (seed, text, partition); view [B] in [0, views)."""
+        c, (B, L) = self.counts, tokens.shape
+        assert c.length == L
+        special = self._is_special(tokens)
+        words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
+        unit, low = self._units(tokens, special, keys), self._place
+        if unit is not None:
+            words = np.take_along_axis(words, unit, 1)
+            low = self._sides(keys)
+        ordered = self._ordered(self._sort_keys(words, special, low), special, low, keys, view)
+        if unit is not None and self.rules > 1:
+            self._draw_kinds(ordered, unit, special, low, keys)
+        positions = self._places(ordered, low)
+        # `clip`, because looking for places out of bounds would take longer than the gather.
+        ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
+        targets = ids[:, L - c.predicted :].copy()
+        self._corrupt(ids, keys if self.rules == 1 else rng.key(keys, view))
+        documents = None
+        if self.document_end is not None:
+            documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)
+        specials = int(np.count_nonzero(ordered[:, L - c.predicted :] < _ORDINARY))
+        cut = 0 if unit is None else _cut(np.take_along_axis(unit, positions, 1), c.predicted)
+        return Masked(ids, positions, targets, c.masked, documents, specials, cut)
+
+    # -- units: what is drawn as one
+
+    def _is_special(self, tokens: Tokens) -> Bools:
+        """[B, L]; a few comparisons, because a table would be looked up once for each token."""
+        found = np.zeros(tokens.shape, bool)
+        for first, last in self._special_runs:
+            found |= tokens == first if first == last else (tokens >= first) & (tokens <= last)
+        return found
+
+    def _units(self, tokens: Tokens, special: Bools, keys: rng.Uint64) -> Int64 | None:
+        """[B, L] first place of the unit that each token belongs to; None where each is its own."""
+        if self.masking.scheme == "uniform":
+            return None
+        # A special is a word, and so is what is left of a word behind one.
+        alone = special | np.roll(special, 1, 1)
+        begins = self.word_starts[tokens] | alone
+        if self.masking.scheme == "span":
+            spans = begins & self._span_begins(begins, keys)
+            if self.rules > 1:
+                return self._spans(spans, special)
+            begins &= spans | alone
+        return np.maximum.accumulate(np.where(begins, self._place.astype(np.int64), 0), axis=1)
+
+    def _span_begins(self, word_begins: Bools, keys: rng.Uint64) -> Bools:
+        """[B, L] where the span of a word begins: the text is tiled with spans of random lengths.
+
+        The first span is what is left of one that began before the text, so that no place is closer to a
+        span's beginning than another.
+        """
+        B, L = word_begins.shape
+        with np.errstate(over="ignore"):
+            draw = rng.stream(rng.mix(keys + np.uint64(2)), L) >> np.uint64(11)
+        chance = draw.astype(np.float64) / 2**53
+        whole, rest = self._span_ends
+        lengths = 1 + np.searchsorted(whole, chance, side="right")
+        lengths[:, 0] = 1 + np.searchsorted(rest, chance[:, 0], side="right")
+        first_words = np.zeros((B, L + 1), bool)
+        first_words[:, 0] = True
+        np.put_along_axis(first_words, np.minimum(lengths.cumsum(1), L), True, 1)
+        return np.take_along_axis(first_words, word_begins.cumsum(1) - 1, 1)
+
+    def _spans(self, begins: Bools, special: Bools) -> Int64:
+        """Return the unit [B, L] of each token: its span, of which the first ordinary place is the name.
+
+        The parts of a span that a special divides are one unit, and so are the last span of a window and
+        the first, the rest of one: shorter units, at the ends of documents and windows, would be predicted
+        more often.
+        """
+        B, L = begins.shape
+        span = begins.cumsum(1) - begins[:, :1]
+        span[span == span[:, -1:]] = 0
+        place = np.broadcast_to(np.arange(L), (B, L))
+        names = np.zeros((B, L + 1), np.int64)
+        last_first = np.where(special, L, span)[:, ::-1]  # of values for one index the last one stays
+        np.put_along_axis(names, last_first, place[:, ::-1], 1)
+        return np.where(special, place, np.take_along_axis(names, span, 1))
+
+    # -- order: what is predicted, and of that what is [MASK]
+
+    def _sides(self, keys: rng.Uint64) -> Keys:
+        """Return the lowest bits of the sort keys [B, L]: the place, in half of the sequences counted from
+        the end. Of the unit at the border the larger are predicted."""
+        with np.errstate(over="ignore"):
+            backwards = (rng.mix(keys + np.uint64(4)) >> np.uint64(63)).astype(bool) & (self.rules > 1)
+        return np.where(backwards[:, None], self._place[::-1], self._place)
+
+    def _places(self, rows: Keys, low: Keys) -> Int64:
+        """Return the places of rows by their sort keys."""
+        places = (rows & self._low).astype(np.int64)
+        if low.ndim == 1:
+            return places
+        return np.where(low[:, :1] > 0, self.counts.length - 1 - places, places)
+
+    def _sort_keys(self, words: Keys, special: Bools, low: Keys) -> Keys:
+        """The highest bit says "no special", the next are those of `words`, the lowest are `low`."""
+        keys = words & self._drawn
+        keys |= low | _ORDINARY
+        return np.bitwise_xor(keys, _ORDINARY, out=keys, where=special)
+
+    def _ordered(self, ordered: Keys, special: Bools, low: Keys, keys: rng.Uint64, view: Int64) -> Keys:
+        """Sort keys [B, L] in the order of rows: context, kept, random, [MASK].
+
+        All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
+        and the order of the rows is then the same on every machine.
+        """
+        c, k = self.counts, self.masking
+        if k.views == 1:
+            ordered.sort(axis=1)
+            return ordered
+        contiguous = k.views_partition == "contiguous"
+        by_view = self._ring(special, low, keys) if contiguous else ordered
+        stretch = (np.arange(c.length) - (view * c.predicted)[:, None]) % c.length
+        rows = np.take_along_axis(np.sort(by_view, 1), stretch, 1)
+        if contiguous:  # where to look is settled; what becomes [MASK] there is still to be drawn
+            predicted = rows[:, c.length - c.predicted :]
+            places = self._places(predicted, low)
+            predicted[...] = np.sort(np.take_along_axis(ordered, places, 1), 1)
+        return rows
+
+    def _draw_kinds(self, rows: Keys, unit: Int64, special: Bools, low: Keys, keys: rng.Uint64) -> None:
+        """Sort the predicted rows by other keys of their units: the cut one, which has the smallest key of
+        all, becomes [MASK] as often as another."""
+        L, P = self.counts.length, self.counts.predicted
+        with np.errstate(over="ignore"):
+            words = rng.stream(rng.mix(keys + np.uint64(5)), (L + 1) // 2).view(np.uint32)[:, :L]
+        drawn = self._sort_keys(np.take_along_axis(words, unit, 1), special, low)
+        places = self._places(rows[:, L - P :], low)
+        rows[:, L - P :] = np.sort(np.take_along_axis(drawn, places, 1), 1)
+
+    def _ring(self, special: Bools, low: Keys, keys: rng.Uint64) -> Keys:
+        """Sort keys [B, L] for the order of the text, from a random place on and round its end."""
+        inner = np.uint32(self.counts.length - 2)  # <s> and </s> do not count: they come first anyway
+        with np.errstate(over="ignore"):
+            turn = (rng.mix(keys + np.uint64(3)) % np.uint64(inner)).astype(np.uint32)
+        ring = (self._place - np.uint32(1) + inner + turn[:, None]) % inner
+        return self._sort_keys(ring << self._bits, special, low)
+
+    def _corrupt(self, ids: Int64, keys: rng.Uint64) -> None:
+        c, L = self.counts, self.counts.length
+        if c.random:
+            with np.errstate(over="ignore"):
+                words = rng.stream(rng.mix(keys + np.uint64(1)), (c.random + 1) // 2).view(np.uint32)
+            draw = words[:, : c.random] * np.uint64(len(self.random_ids)) >> np.uint64(32)
+            ids[:, L - c.masked - c.random : L - c.masked] = self.random_ids[draw.astype(np.int64)]
+        if c.masked:
+            ids[:, L - c.masked :] = self.mask_id
+
+
+def _runs(ids: Int64) -> list[tuple[int, int]]:
+    """(first, last) of the stretches of consecutive numbers."""
+    ids = np.unique(ids)
+    parts = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
+
+
+def document_numbers(tokens: Tokens, document_end: int) -> npt.NDArray[np.int64]:
+    """[B, L] which document of its window each token belongs to, from 0; an end belongs to what it ends."""
+    ends = tokens == document_end
+    return ends.cumsum(1) - ends
+
+
+def _span_length_odds(stop: float, longest: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """P(length <= 1, 2, ...) of a span, and of what is left of one at a random place in it."""
+    odds = (1 - stop) ** np.arange(longest)
+    odds /= odds.sum()
+    at_least = odds[::-1].cumsum()[::-1]
+    return odds.cumsum()[:-1], (at_least / at_least.sum()).cumsum()[:-1]
+
+
+def _cut(unit_rows: Int64, predicted: int) -> int:
+    """How many of the units [B, L] in row order have both predicted and context rows."""
+    border = unit_rows.shape[1] - predicted
+    inside, outside = np.zeros(unit_rows.shape, bool), np.zeros(unit_rows.shape, bool)
+    np.put_along_axis(inside, unit_rows[:, border:], True, 1)
+    np.put_along_axis(outside, unit_rows[:, :border], True, 1)
+    return int((inside & outside).sum())
+
+
+def masker(
+    masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
+) -> Masker:
+    """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
+    everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
+    specials = np.setdiff1d(everything, tokenizer.random_ids)
+    end = tokenizer.eos if bounded else None
+    starts = tokenizer.word_starts
+    return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, starts, end, rules)

@@ -1,0 +1,53 @@
+"""Reads and masks the next update on a thread of its own while this one is computed."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from pretrain.config import Config
+from pretrain.data.masking import Masker
+from pretrain.data.sampler import Blend, share_of_rank
+from pretrain.model.late_mask import Batch
+from pretrain.parallel.topology import Topology
+
+
+class Feed:
+    """Prepares the next update's micro-batches on a thread of its own while this one is computed."""
+
+    def __init__(self, prepare: Callable[[int], list[Batch]], samples_per_step: int) -> None:
+        self._prepare, self._stride = prepare, samples_per_step
+        self._pool = ThreadPoolExecutor(1, "feed")
+        self._ready: tuple[int, Future[list[Batch]]] | None = None
+        self.waited = 0.0
+        """Seconds that `take` has waited."""
+
+    def take(self, first: int) -> list[Batch]:
+        """The micro-batches of the update that starts at sample `first`."""
+        begin = time.perf_counter()
+        if self._ready is None or self._ready[0] != first:
+            self._ready = first, self._pool.submit(self._prepare, first)
+        batches = self._ready[1].result()
+        self._ready = first + self._stride, self._pool.submit(self._prepare, first + self._stride)
+        self.waited += time.perf_counter() - begin
+        return batches
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def prepare(
+    options: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
+) -> Callable[[int], list[Batch]]:
+    def prepare(first: int) -> list[Batch]:
+        batch_size, rank, ranks = options.train.batch_size, topology.data_rank, topology.data_size
+        s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
+        batches = []
+        for start in range(0, len(s.keys), micro):
+            some = slice(start, start + micro)
+            masked = mask(s.tokens[some], s.keys[some], s.views[some])
+            batches.append(Batch.of(*masked[:5], topology.device))
+        return batches
+
+    return prepare

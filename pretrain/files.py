@@ -1,0 +1,97 @@
+"""Durable files: what is written here is on disk, whole, after a kill at any instant."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = ".tmp-"  # whatever starts with this is the remains of an interrupted write
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's bytes, or the folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a text file; after a kill at any instant it holds the old text or the new one."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def mend(path: Path) -> bytes:
+    """Cuts a line without an end (killed while writing) off an append-only file and returns it."""
+    if not path.exists():
+        return b""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return data[whole:]
+
+
+def check_folder(folder: str | Path) -> None:
+    """UserError where no file could be made in `folder`, to be found out before the work and not after it.
+
+    It is tried, as permissions do not tell everything; nothing stays, nor is the folder made.
+    """
+    place = Path(folder).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def try_lock(file: IO[str], path: Path) -> bool:
+    """Lock an open file for this process; False where another has it. Without locks: a warning."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        log.warning(
+            "%s: cannot be locked (%s); make sure that no second process uses it",
+            path,
+            error.strerror,
+        )
+    return True
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,151 @@
+"""Attention over permuted rows, within documents where they are kept apart."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from pretrain import config
+
+Rotation = tuple[Tensor, Tensor] | None
+"""cos and sin, each [B, S, 1, E], of the rows' positions; None where positions are learned."""
+
+
+class Bounds(NamedTuple):
+    """Which rows attend to which where documents are kept apart. Both sides are sorted by document."""
+
+    same_B1ST: Tensor | None
+    """True where the two rows are of one document; None where a kernel takes stretches of rows instead."""
+    asking: Tensor
+    """[B * K + 1] int32: where each document begins among the B * S rows that ask."""
+    asked: Tensor
+    """[B * K + 1] int32: the same of the B * T rows that answer."""
+
+
+class Order(NamedTuple):
+    """Rows sorted by document: first those that enter the encoder, then all, when the masks have joined."""
+
+    visible: Tensor
+    """[B, V] which row of the batch stands where in the encoder."""
+    join: Tensor
+    """[B, L] which of [encoder rows; masks] stands where after the join."""
+    rows: Tensor
+    """[B, L] which row of the batch that is."""
+    predicted: Tensor
+    """[B, P] where the batch's last rows stand then."""
+    documents: Tensor
+    """[B, L] of the batch's rows."""
+    most_documents: int
+    """K."""
+    stretches: bool
+    """Attention by a kernel that takes stretches of rows, not a mask."""
+
+    @classmethod
+    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, stretches: bool) -> "Order":
+        B, L = documents_BL.shape
+        visible = documents_BL[:, :V].argsort(dim=1, stable=True)
+        late = torch.arange(V, L, device=visible.device).expand(B, -1)
+        meeting = torch.cat((visible, late), 1)
+        join = documents_BL.gather(1, meeting).argsort(dim=1, stable=True)
+        rows = meeting.gather(1, join)
+        return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, stretches)
+
+    def bounds(self, asking_BS: Tensor, asked_BT: Tensor) -> Bounds:
+        """Between rows of the batch, given by their numbers."""
+        asking, asked = self.documents.gather(1, asking_BS), self.documents.gather(1, asked_BT)
+        same = None if self.stretches else (asking[:, :, None] == asked[:, None, :])[:, None]
+        return Bounds(same, _begins(asking, self.most_documents), _begins(asked, self.most_documents))
+
+
+def _begins(documents_BS: Tensor, K: int) -> Tensor:
+    """[B * K + 1]: where document k of sequence b begins among all rows; empty ones begin where the next
+    does, so that the shape does not depend on the text."""
+    B, device = len(documents_BS), documents_BS.device
+    number = documents_BS + K * torch.arange(B, device=device)[:, None]
+    every = torch.arange(B * K + 1, device=device)
+    return torch.searchsorted(number.flatten(), every).to(torch.int32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all given rows; the fused projection is laid out head by head."""
+
+    def __init__(self, m: config.Model, dropout: float) -> None:
+        super().__init__()
+        bias = m.block == "roberta"
+        self.head_size = m.hidden_size // m.num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(m.hidden_size, 3 * m.hidden_size, bias=bias)
+        self.out = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
+
+    def forward(self, x_BSD: Tensor, rotation: Rotation, bounds: Bounds | None = None) -> Tensor:
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).unbind(-2)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.out(attend(q, k, v, self.dropout if self.training else 0.0, bounds))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of some rows (x) to others (memory)."""
+
+    def __init__(self, m: config.Model, dropout: float) -> None:
+        super().__init__()
+        bias = m.block == "roberta"
+        self.head_size = m.hidden_size // m.num_heads
+        self.dropout = dropout
+        self.q = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
+        self.kv = nn.Linear(m.hidden_size, 2 * m.hidden_size, bias=bias)
+        self.out = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        memory_BTD: Tensor,
+        rotation: Rotation,
+        there: Rotation,
+        bounds: Bounds | None = None,
+    ) -> Tensor:
+        q = self.q(x_BSD).unflatten(-1, (-1, self.head_size))
+        k, v = self.kv(memory_BTD).unflatten(-1, (-1, 2, self.head_size)).unbind(-2)
+        q, k = rotate(q, rotation), rotate(k, there)
+        return self.out(attend(q, k, v, self.dropout if self.training else 0.0, bounds))
+
+
+def attend(
+    q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, dropout: float, bounds: Bounds | None = None
+) -> Tensor:
+    """Softmax attention -> [B, S, H * E]; every query row to every key row, or to those within `bounds`."""
+    if bounds is not None and bounds.same_B1ST is None:
+        (B, S), T = q_BSHE.shape[:2], k_BTHE.shape[1]
+        q, k, v = q_BSHE.flatten(0, 1), k_BTHE.flatten(0, 1), v_BTHE.flatten(0, 1)
+        mixed = varlen_attn(q, k, v, bounds.asking, bounds.asked, S, T)
+        assert isinstance(mixed, Tensor)
+        return mixed.reshape(B, S, -1)
+    q, k, v = q_BSHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
+    if bounds is None and q.device.type == "cpu" and q.dtype.itemsize == 2:
+        mixed_BHSE = _by_products(q, k, v, dropout)
+    else:
+        mask = None if bounds is None else bounds.same_B1ST
+        mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return mixed_BHSE.transpose(1, 2).flatten(-2)
+
+
+def _by_products(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: float) -> Tensor:
+    """Attention with its scores in memory: the CPU's fused kernel (torch 2.13) takes twice as long in 16
+    bits, and more backwards."""
+    scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
+    return F.dropout(scores_BHST.softmax(-1), dropout) @ v_BHTE
+
+
+def takes_stretches(device: torch.device) -> bool:
+    """Whether torch's kernel for rows of varying length runs here. It takes 16 bits and drops nothing."""
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+def rotate(x_BSHE: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) in the half-split layout, in float32."""
+    if rotation is None:
+        return x_BSHE
+    cos, sin = rotation
+    first, second = x_BSHE.chunk(2, -1)
+    return (x_BSHE * cos + torch.cat((-second, first), -1) * sin).to(x_BSHE.dtype)

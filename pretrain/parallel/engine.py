@@ -1,0 +1,207 @@
+"""Loss, backward, update and state of one model over plain torch or DeepSpeed, behind one face.
+
+The two engines compute the same numbers, and the plain one is the oracle of the other. In both
+
+    bf16, fp16      are autocast over float32 parameters, which are their own master copy;
+    accumulation    is the caller's scale of each micro-batch's loss; gradients add up until `step`;
+    data parallel   is the mean over the data ranks, each of which saw as many predictions;
+    clipping        goes by one norm over the whole model, whatever the layout;
+    not a number    in a gradient leaves model and moments as they are, and shows in the norm;
+    loss scaling    (fp16) is ours, in ZeRO too: norms and clipping are of gradients without it.
+
+State leaves and enters as full float32 tensors under the parameters' names (`tensors`,
+`load_tensors`), the same for every layout: a checkpoint knows nothing of ranks, stages or engines.
+
+The trap: sums of floats depend on their order. Gradients are reduced after the last micro-batch in
+buckets that follow the order of the parameters, since DistributedDataParallel builds its buckets anew
+after the first step, and a resumed run would not repeat the bits of an undisturbed one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import Config, replays_graphs
+from pretrain.model.late_mask import Batch, LateMaskModel
+from pretrain.model.loss_scale import LossScale
+from pretrain.model.optimizer import build_optimizer
+from pretrain.parallel import tensor_parallel
+from pretrain.parallel.topology import Topology
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of the matrix products by `train.precision`; fp32 needs no autocast."""
+
+BUCKET = 25_000_000
+"""Elements reduced at once (100 MB): enough for the full bandwidth, little for a buffer."""
+
+
+def compile_mode(options: Config) -> str:
+    """torch.compile's word for ours, which names graphs also where there can be none."""
+    mode = options.train.compile
+    if replays_graphs(options):
+        return mode
+    return {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
+
+
+class Engine(ABC):
+    """What training, evaluation and checkpoints need; `kind` is param, exp_avg or exp_avg_sq."""
+
+    deepspeed_json: str | None = None
+    """DeepSpeed's configuration, where there is one."""
+
+    def __init__(self, options: Config, model: LateMaskModel, topology: Topology) -> None:
+        self.module, self.topology = model, topology
+        self.clip = options.train.clip
+        self.optimizer = build_optimizer(model, options.optimizer)
+        self.loss_scale: LossScale | None = None
+        """What float16 gradients are multiplied by."""
+        if options.train.precision == "fp16":
+            self.loss_scale = LossScale(self._place_of_scale())
+            model.cross_entropy.scale = self.loss_scale.value
+
+    @abstractmethod
+    def forward(self, batch: Batch, score: bool = False) -> Tensor:
+        """What the model gives (see its forward), in the run's precision."""
+
+    @abstractmethod
+    def backward(self, batch: Batch, scale: float) -> Tensor:
+        """Adds the gradients of scale x loss of a micro-batch; returns the loss on this rank."""
+
+    def step(self, lr: float) -> Tensor:
+        """Updates with the gradients since the last step; returns their norm before clipping.
+
+        A norm that is not finite says that the update was skipped.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._update()
+        if self.loss_scale:
+            self.loss_scale.update(norm)
+        return norm
+
+    @abstractmethod
+    def _update(self) -> Tensor:
+        """The norm of the gradients, which are used up."""
+
+    def _place_of_scale(self) -> torch.device:
+        return self.topology.device
+
+    def accumulate(self, micro_batches: int) -> None:  # noqa: B027 (most need not know)
+        """Updates are of so many micro-batches from now on."""
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, full float32 CPU tensor) of every parameter; collective, to be read to the end."""
+        for name, parameter in self.module.named_parameters():
+            part = self._read(kind, parameter)
+            full = tensor_parallel.gather(name, part, self.topology)
+            yield name, full.detach().to("cpu", torch.float32, copy=True)
+
+    def load_tensors(self, kind: str, get: Callable[[str], Tensor]) -> None:
+        """The inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""
+        t = self.topology
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                part = tensor_parallel.split(name, get(name), t.tensor_size, t.tensor_rank)
+                self._write(kind, parameter, part.to(t.device))
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that the moments have seen; to be set when they are loaded."""
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
+    @optimizer_step.setter
+    def optimizer_step(self, step: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+
+    def _start_moments(self, tensors: Iterable[Tensor]) -> None:
+        """Gives AdamW its state before the first update: there is always one to save and to load."""
+        self.optimizer.state.clear()
+        for tensor in tensors:
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+    def _read(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        """This tensor-parallel rank's part, whole over the data ranks."""
+        return parameter.data if kind == "param" else self.optimizer.state[parameter][kind]
+
+    def _write(self, kind: str, parameter: nn.Parameter, part: Tensor) -> None:
+        self._read(kind, parameter).copy_(part)
+
+    def _norm(self) -> Tensor:
+        """Of the whole model's gradient; tells the fused kernel to skip it if it is not finite."""
+        named = ((name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None)
+        norm = tensor_parallel.square_norm(named, self.topology).sqrt()
+        if self.loss_scale:
+            norm = norm / self.loss_scale.value
+        # The kernel's face for GradScaler: no word from the device to the host is needed.
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        return norm
+
+
+class TorchEngine(Engine):
+    """Plain torch.
+
+    The trap: a layer that is replayed as a CUDA graph writes its results where it wrote them last time. The
+    loss is formed outside of the graphs; but a gradient that became `.grad` as it is would be overwritten by
+    the next micro-batch, so under graphs `.grad` is memory of its own, to which gradients are added.
+    """
+
+    def __init__(self, options: Config, model: LateMaskModel, topology: Topology) -> None:
+        super().__init__(options, model, topology)
+        self.dtype = AUTOCAST.get(options.train.precision or "")
+        self.graphs = replays_graphs(options)
+        if self.graphs:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self._start_moments(model.parameters())
+
+    def forward(self, batch: Batch, score: bool = False) -> Tensor:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.topology.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.module(batch, score)
+
+    def backward(self, batch: Batch, scale: float) -> Tensor:
+        loss = self.forward(batch)
+        share = loss * (scale / self.topology.data_size)
+        (share * self.loss_scale.value if self.loss_scale else share).backward()
+        return loss.detach()
+
+    def _update(self) -> Tensor:
+        self._sum_gradients()
+        norm = self._norm()
+        divisor = (norm / self.clip).clamp(min=1) if self.clip else None
+        if self.loss_scale:
+            divisor = self.loss_scale.value * (1.0 if divisor is None else divisor)
+        # The kernel divides by this as it reads the gradients: clipping costs no pass over them.
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
+        return norm
+
+    def _sum_gradients(self) -> None:
+        if self.topology.data_group is None:
+            return
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for bucket in buckets(gradients, BUCKET):
+            flat = self.topology.sum_over_data(torch.cat([g.flatten() for g in bucket]))
+            parts = flat.split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
+
+
+def buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Runs of neighbours that reach `size` elements, the last one excepted."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() for t in bucket) >= size:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,69 @@
+"""What produced a result: the code's revision, packages, host and command."""
+
+import importlib.metadata
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain import __version__
+
+if TYPE_CHECKING:
+    pass
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "megatron-core",
+    "deepspeed",
+    "sentencepiece",
+    "tokenizers",
+)
+
+
+def provenance() -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "commit": code_revision(),
+        "command": shlex.join(sys.orig_argv),
+        "python": sys.version.split()[0],
+        "os": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+
+
+def code_revision() -> str | None:
+    """Commit of this code, with -dirty if it was edited; None where neither git nor a frozen copy says."""
+    root = Path(__file__).parent.parent
+    if (root / "REVISION").exists():
+        return (root / "REVISION").read_text(encoding="utf-8").strip()
+    if not (root / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

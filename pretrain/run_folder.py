@@ -1,0 +1,122 @@
+"""The folder of one run: claimed by one process, with a status that a queue reads."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pretrain import config
+from pretrain.config import Config
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+from pretrain.files import TEMPORARY, json_text, remove, try_lock, write_atomic
+from pretrain.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+
+TOKENIZER = "tokenizer"
+"""Folder of a run with the file that defines its vocabulary."""
+
+
+class RunFolder:
+    """One run. Rank 0 claims it before it writes; reading needs no claim."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
+
+        The lock belongs to the process: however that ends, the folder is free again.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another run.dir"
+            ) from None
+        _lock_or_refuse(lock, self.path)
+        self._lock = lock
+        for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
+            remove(remains)
+
+    @property
+    def claimed(self) -> bool:
+        """True while this process holds the folder."""
+        return self._lock is not None
+
+    def release(self) -> None:
+        """Lets another process claim the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, resolved: Config) -> None:
+        """Keeps the config of this attempt as config.yaml."""
+        write_atomic(self.path / "config.yaml", config.dump(resolved))
+
+    def add_provenance(self, **details: Any) -> None:
+        """Appends what produces this attempt (code, packages, host, command) to provenance.json."""
+        path = self.path / "provenance.json"
+        attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_atomic(path, json_text([*attempts, {**provenance(), **details}]))
+
+    def write_status(
+        self, state: str, step: int, reason: str = "", exit_code: int | None = None, ledger_head: str = ""
+    ) -> None:
+        """Tells a queue how the run stands: `state` is running, finished, stopped or failed.
+
+        ledger_head: hash of the ledger's line with an attempt's last word; it stays until the next one.
+        """
+        assert state in ("running", "finished", "stopped", "failed"), state
+        status = {
+            "state": state,
+            "exit_code": exit_code,
+            "step": step,
+            "reason": reason,
+            "time": time.time(),
+            "ledger_head": ledger_head or self.status().get("ledger_head", ""),
+        }
+        write_atomic(self.path / "status.json", json_text(status))
+
+    def status(self) -> dict[str, Any]:
+        """What `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status
+
+    def keep_tokenizer(self, file: Path) -> None:
+        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone.
+
+        By the name that is looked for in a folder, whatever it was called.
+        """
+        kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
+        if kept.exists():
+            return
+        kept.parent.mkdir(exist_ok=True)
+        temporary = self.path / (TEMPORARY + file.name)
+        shutil.copyfile(file, temporary)
+        os.replace(temporary, kept)
+
+
+def _lock_or_refuse(file: IO[str], path: Path) -> None:
+    if not try_lock(file, path):
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()

@@ -1,0 +1,218 @@
+"""How many nodes and ranks a job needs, and whether what it reads is there."""
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint, config
+from pretrain.account import budget
+from pretrain.config import Config
+from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.indexed import corpus_file
+from pretrain.data.manifest import load_manifest
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+from slurm import cluster, scheduler
+from slurm.cluster import Cluster
+from tools.plan import estimate as plan_estimate
+from tools.plan import layouts
+from tools.text.files import find_files
+
+FEW = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of nodes that are tried where none is given."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Nodes of a job and ranks on each."""
+
+    nodes: int
+    tasks: int
+    gpus: int
+    """On each node."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks
+
+
+def read_site(args: argparse.Namespace) -> Cluster:
+    """The site's file; the example where a dry run finds none. Warns of what jobs are not going to find."""
+    path = args.cluster or cluster.DEFAULT
+    if args.dry_run and not args.cluster and not path.is_file():
+        warn(f"{path}: no such file; what follows is of {cluster.EXAMPLE}")
+        return cluster.read(cluster.EXAMPLE)
+    site = cluster.read(path)
+    if site.container and not site.python:
+        warn(
+            f"{path}: SRUN or WRAP starts a container, in which jobs would call {sys.executable} of this"
+            " machine; set PYTHON to the image's own, such as python3"
+        )
+    lost = scheduler.of_a_job(os.environ)
+    if lost and not args.dry_run and "SLURM_JOB_ID" not in os.environ:  # then they may be wishes
+        warn(f"{', '.join(lost)}: not passed on to jobs; export what they need in setup() of {path}")
+    return site
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
+    """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does."""
+    form, (estimate,) = shape_of_all({args.config: options}, site, args)
+    return form, estimate
+
+
+def shape_of_all(
+    runs: Mapping[str, Config], site: Cluster, args: argparse.Namespace
+) -> tuple[Shape, list[dict[str, Any]]]:
+    """The job that does for each of the runs, by name, and their plans; UserError as above.
+
+    Without --nodes: the fewest on which the parallel settings fit the site's device.
+    """
+    gpus = site.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
+    bare = args.gpus_per_node == 0 and site.gpus_per_node  # DEVICE is that of the site's GPUs
+    where = f"{args.cluster or cluster.DEFAULT}: DEVICE="
+    device = layouts.named(site.device, where) if site.device and not bare else None
+    tasks = args.tasks_per_node or site.tasks_per_node or gpus or 1
+    refusal = None
+    for nodes in [args.nodes] if args.nodes else FEW:
+        try:
+            form = Shape(nodes, tasks, gpus)
+            return form, [
+                plan_estimate.plan(each, form.ranks, device, name=name) for name, each in runs.items()
+            ]
+        except UserError as error:
+            refusal = refusal or error
+    assert refusal
+    raise refusal
+
+
+def with_vocabulary(options: Config, args: argparse.Namespace) -> Config:
+    """The config with the size of the vocabulary that the corpus job finds, or is going to make."""
+    tokenizer = tokenizer_of(options)
+    if tokenizer is None or options.model.vocab_size:
+        return options
+    found = any((tokenizer / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    size = load_tokenizer(tokenizer).vocab_size if found else vocabulary(options, args)
+    return options.model_copy(update={"model": options.model.model_copy(update={"vocab_size": size})})
+
+
+def vocabulary(options: Config, args: argparse.Namespace) -> int:
+    """Pieces of a tokenizer that the corpus job makes."""
+    own: int | None = options.model.vocab_size
+    if args.vocab_size and own not in (None, args.vocab_size):
+        raise UserError(f"--vocab-size {args.vocab_size}: model.vocab_size is {own}; leave one of them out")
+    return own or args.vocab_size or 32_000
+
+
+def settled(options: Config, planned: Config | None = None) -> Config:
+    """The config with an amount for a budget that is relative to another recipe, which may be edited or
+    go on before a job reads it. planned: the config with the vocabulary that it is going to have."""
+    return options.model_copy(update={"budget": plan_estimate.with_vocabulary(planned or options)[0].budget})
+
+
+def check_files(options: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
+    """UserError where a job would not find what it reads, unless an earlier one makes it."""
+    run, first, read = Path(options.run.dir), stages[0], options.corpus
+    made = set()
+    if first == "corpus":
+        if not Path(f"{read.train}.json").exists():  # else the job has nothing left to do
+            find_files(args.input)
+        made = {Path(f"{read.train}{side}").absolute() for side in ("", "-valid")}
+    elif first != "train" and not checkpoint.steps(run):
+        raise UserError(f"{run}: has no checkpoint for {first}; begin the --pipeline with train")
+    if "train" not in stages:
+        return
+    check_data(read, made)
+    if "evaluate" in stages and not read.valid:
+        raise UserError("--pipeline evaluate: the config has no corpus.valid; name a held-out corpus")
+
+
+def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
+    """UserError unless all that a run reads is there, or among what is `made` before it.
+
+    What is in the files is the pre-flight's to check.
+    """
+    for prefix in [*(prefix for _, prefix in read.blend), *([read.valid] if read.valid else [])]:
+        if Path(prefix).absolute() in made:
+            continue
+        load_manifest(prefix)
+        for file in (corpus_file(prefix, "bin"), corpus_file(prefix, "idx")):
+            if not file.is_file():
+                raise UserError(f"{file}: no such file; copy or encode the corpus again")
+    if not made:
+        load_tokenizer(tokenizer_folder(read))
+
+
+def refuse_changes(options: Config) -> None:
+    """UserError where the run has a checkpoint that cannot go on with this config, as its job would say.
+
+    What only a job knows, such as the precision of its device, is taken to be as it was.
+    """
+    run = Path(options.run.dir)
+    newest = checkpoint.pointed(run, "latest")
+    if newest is None or not newest.is_dir():
+        return
+    state = checkpoint.read_state(newest)
+    before = config.build(state.config, f"{newest}: config").train
+    train = options.train
+    known = {
+        name: getattr(before, name) for name in ("precision", "deterministic") if getattr(train, name) is None
+    }
+    filled = options.model_copy(update={"train": train.model_copy(update=known)})
+    checkpoint.check_continues(state, plan_estimate.with_vocabulary(filled)[0], {})
+
+
+def tokenizer_of(options: Config) -> Path | None:
+    """Folder of the tokenizer that the corpus job uses, or makes; None for a blend."""
+    if not isinstance(options.corpus.train, str):
+        return None
+    return Path(options.corpus.tokenizer or Path(options.corpus.train).parent / "tokenizer").absolute()
+
+
+def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
+    """Of each command: nodes as cluster.env has them with --nodes; else one GPU, or one process without."""
+    gpus = site.gpus_per_node if args.nodes else min(1, site.gpus_per_node)
+    if args.gpus_per_node is not None:
+        gpus = args.gpus_per_node
+    tasks = args.tasks_per_node or (site.tasks_per_node if args.nodes else None)
+    return Shape(args.nodes or 1, tasks or gpus or 1, gpus)
+
+
+def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
+    """What the plan says of a job, or of the largest of several, for people."""
+    words = f"nodes x ranks: {form.nodes} x {form.tasks}"
+    gigabytes = max(each["memory_bytes_per_rank"]["total"] for each in estimates) / 1e9
+    hours = [each["hours"] for each in estimates if each["hours"]]
+    if gigabytes >= 0.05:
+        words += f"; {gigabytes:,.1f} GB a rank"
+    if hours:
+        words += f", about {max(hours):,.1f} hours of training"
+    if len(hours) > 1:
+        words += f", {sum(hours):,.1f} in all {len(hours)}"
+    return words
+
+
+def epochs_of(options: Config) -> str:
+    """How often a run reads its corpora, as far as they are there and the budget tells."""
+    options = plan_estimate.with_vocabulary(options)[0]
+    spent = budget.Budget(options)
+    try:
+        tokens = sum(load_manifest(prefix).tokens for _, prefix in options.corpus.blend)
+    except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
+        return ""
+    if spent.measured or not tokens:
+        return ""
+    k = options.masking
+    once = k.views if k.views_mode == "batch" else 1  # samples of one text
+    read = sum(
+        updates * phase.train.batch_size // once * (phase.train.seq_length - 2)
+        for updates, phase in zip(spent.updates(), config.phases(options), strict=True)
+    )
+    return f", {read / tokens:,.2f} epochs"

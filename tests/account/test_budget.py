@@ -1,0 +1,280 @@
+"""Budgets: what they let in, which phase they are in, and what another recipe would have cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain import config
+from pretrain.account import budget
+from pretrain.account.budget import Budget
+from pretrain.account.ledger import Ledger
+from pretrain.errors import UserError
+from tests.account.test_ledger import Clock, opened
+
+TREE = {
+    "run": {"dir": "run"},
+    "corpus": {"train": "train"},
+    "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "vocab_size": 400},
+    "train": {"seq_length": 24, "batch_size": 8},
+    "budget": {"steps": 7},
+}
+
+
+def recipe(**sections):
+    return config.build({**TREE, **{name: {**TREE.get(name, {}), **keys} for name, keys in sections.items()}})
+
+
+def with_budget(unit, amount, **sections):
+    return recipe(budget={"steps": None, unit: amount}, **sections)
+
+
+def spend(options, account, clock, seconds=2.0):
+    """Takes every update that the budget allows; returns (phase, progress before it) of each."""
+    limit, made = Budget(options), []
+    while limit.allows_step(totals := account.totals(), account.step_hours):
+        phase = limit.phase(totals)
+        made.append((phase, limit.progress(totals)))
+        clock.now += seconds
+        account.step(limit.costs[phase])
+    return made
+
+
+def begun(run: Path, clock: Clock, step=0, head="") -> Ledger:
+    account = opened(run, clock)
+    account.begin(step, head)
+    return account
+
+
+# ---- the stop ------------------------------------------------------------------------------------
+
+
+ONE = budget.step_cost(recipe())
+EACH = {unit: budget.price(ONE, unit) for unit in config.BUDGET_UNITS[:5]}
+
+
+@pytest.mark.parametrize("unit", EACH)
+@pytest.mark.parametrize("updates", [7, 7.99])
+def test_a_step_that_would_exceed_the_budget_is_not_taken(tmp_path, unit, updates):
+    amount = int(updates * EACH[unit]) if unit != "token_layers" else updates * EACH[unit]
+    options, clock = with_budget(unit, amount), Clock()
+    account = begun(tmp_path, clock)
+    made = spend(options, account, clock)
+    assert [share for _, share in made] == pytest.approx(
+        [n * EACH[unit] / amount for n in range(7)], rel=1e-9
+    )
+    assert Budget(options).updates() == [7]
+    assert budget.spent(account.totals(), unit) == pytest.approx(7 * EACH[unit], rel=1e-12)
+
+
+@pytest.mark.parametrize(("hours", "updates"), [(14.1, 7), (15.9, 7)])
+def test_hours_hold_back_the_next_step(tmp_path, hours, updates):
+    clock = Clock()
+    account = begun(tmp_path, clock)
+    options = with_budget("device_hours", 2 * hours / 3600)  # 2 ranks, 2 s a step
+    assert len(spend(options, account, clock)) == updates
+    assert Budget(options).spent(account.totals()) <= 2 * hours / 3600
+    with pytest.raises(UserError, match="known only once it has run"):
+        Budget(options).updates()
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
+def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, unit):
+    options, clock = with_budget(unit, 9 * EACH[unit]), Clock()
+    account = begun(tmp_path, clock)
+    clock.work(account, 0)
+    for _ in range(4):
+        account.step(ONE)
+    head = account.save()
+    for _ in range(3):
+        account.step(ONE)
+    again = begun(tmp_path, clock, 4, head)
+    assert Budget(options).progress(again.totals()) == 4 / 9
+    assert len(spend(options, again, clock)) == 5
+
+
+def test_device_hours_charge_lost_work_and_restarts(tmp_path):
+    options, clock = with_budget("device_hours", 1.0), Clock()
+    limit = Budget(options)
+    account = begun(tmp_path, clock)
+    head = account.save()
+    clock.work(account, 1, 900)
+    assert limit.progress(account.totals()) == 0.5
+    again = opened(tmp_path, clock)
+    clock.now += 360
+    again.begin(0, head)
+    assert limit.progress(again.totals()) == limit.spent(again.totals()) == 0.7
+    clock.work(again, 1, 300)
+    assert not limit.allows_step(again.totals(), again.step_hours)  # 300 s of 2 ranks are more than is left
+
+
+def test_hours_of_another_number_of_ranks_are_counted_by_theirs(tmp_path):
+    """Half of the budget on two ranks, the rest on eight: progress goes on from where it was."""
+    options, clock = with_budget("device_hours", 1.0), Clock()
+    account = begun(tmp_path, clock)
+    clock.work(account, 9, 100)
+    assert Budget(options).progress(account.totals()) == 0.5
+    head = account.save()
+    wide = opened(tmp_path, clock, ranks=8)
+    wide.begin(9, head)
+    assert wide.step_hours == 2 * 100 / 3600  # of an update, whatever the number of ranks
+    shares = [share for _, share in spend(options, wide, clock, 25)]
+    assert shares == pytest.approx([0.5 + n * 8 * 25 / 3600 for n in range(9)])
+
+
+def test_a_budget_of_energy_is_of_measured_joules(tmp_path):
+    options, clock = with_budget("kwh", 0.001), Clock()
+    account = begun(tmp_path, clock)
+    assert Budget(options).progress(account.totals()) == 0.0
+    account.meter({"gpu": 1800.0})
+    assert Budget(options).progress(account.totals()) == 0.5
+    assert Budget(options).allows_step(account.totals(), 0.0005)
+    assert not Budget(options).allows_step(account.totals(), 0.00051)
+
+
+# ---- phases --------------------------------------------------------------------------------------
+
+PHASES = [{"until": 0.3, "batch_size": 4, "seq_length": 12}, {"until": 0.71, "seq_length": 12}]
+
+
+@pytest.mark.parametrize("unit", EACH)
+@pytest.mark.parametrize("amount", [1.0, 3.7, 20.0, 61.3])
+def test_updates_of_each_phase_are_known_before_and_right(tmp_path, unit, amount):
+    total = int(amount * EACH[unit])
+    options, clock = with_budget(unit, total, train={"phases": PHASES}), Clock()
+    account = begun(tmp_path, clock)
+    made = spend(options, account, clock)
+    updates = Budget(options).updates()
+    assert updates == [sum(phase == n for phase, _ in made) for n in range(3)]
+    assert [phase for phase, _ in made] == sorted(phase for phase, _ in made)
+    for phase, share in made:
+        assert [0.0, 0.3, 0.71][phase] <= share < [0.3, 0.71, 1.0][phase]
+    costs = Budget(options).costs
+    assert [(cost.samples, cost.tokens_seen) for cost in costs] == [(4, 48), (8, 96), (8, 192)]
+    for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops"):
+        counted = sum(n * getattr(cost, name) for n, cost in zip(updates, costs, strict=True))
+        assert account.totals()[name] == counted
+    assert account.totals()["flops"]["total"] == budget.planned(options, "flops")
+    last = costs[Budget(options).phase(account.totals())]
+    left = total - budget.spent(account.totals(), unit)
+    assert 0 <= left < budget.price(last, unit)
+
+
+@pytest.mark.parametrize(
+    ("phases", "part"),
+    [
+        ([{"until": 0.5}, {"until": 0.5}], "train.phases: until = [0.5, 0.5]: each must be larger"),
+        ([{"until": 1.5}], "train.phases.0.until = 1.5"),
+        ([{"seq_length": 12}], "train.phases.0.until"),
+        ([{"until": 0.5, "sequence": 3}], "unknown key train.phases.0.sequence; did you mean seq_length?"),
+        (
+            [{"until": 0.5, "seq_length": 999}],
+            "train.phases.0: train.seq_length = 999 exceeds model.max_positions",
+        ),
+        ([{"until": 0.5, "batch_size": 3}], "train.batch_size = 3 is no multiple of train.micro_batch_size"),
+    ],
+)
+def test_bad_phases_are_named(phases, part):
+    with pytest.raises(UserError) as caught:
+        recipe(train={"phases": phases, "micro_batch_size": 2})
+    (line,) = str(caught.value).splitlines()
+    assert part in line
+
+
+# ---- a share of another recipe -------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A file with the baseline: six layers, ten updates in two phases."""
+    tree = {
+        **TREE,
+        "model": {**TREE["model"], "num_layers": 6, "vocab_size": None},
+        "train": {**TREE["train"], "phases": [{"until": 0.5, "seq_length": 12}]},
+        "budget": {"steps": 10},
+    }
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def relative(reference, **keys):
+    return recipe(budget={"steps": None, "relative_to": str(reference), **keys})
+
+
+@pytest.mark.parametrize("measure", ["flops_with_head", "flops_without_head", "token_layers", "tokens"])
+def test_a_share_of_another_recipe_is_spent(other, measure):
+    options = budget.resolve(relative(other, fraction=0.68, measure=measure))
+    unit, amount = options.budget.amount
+    theirs = config.load(other, ["model.vocab_size=400"])
+    halves = [budget.price(budget.step_cost(phase), unit) for phase in config.phases(theirs)]
+    assert unit == ("flops" if measure == "flops_with_head" else measure)
+    assert amount == pytest.approx(0.68 * 5 * sum(halves), rel=1e-12)
+    made = budget.planned(options, unit)
+    assert amount - budget.price(budget.step_cost(options), unit) < made <= amount
+    kept = config.build(json.loads(json.dumps(options.model_dump(mode="json"))))
+    other.unlink()
+    assert budget.resolve(kept).budget == options.budget  # a resolved config stands alone
+
+
+def test_a_share_of_what_a_run_has_spent(tmp_path):
+    clock = Clock()
+    account = begun(tmp_path, clock)
+    clock.now += 1800
+    account.meter({"gpu": 7.2e6})
+    account.note("finish")
+    for measure, amount in (("device_hours", 0.5), ("kwh", 1.0)):
+        options = budget.resolve(relative(tmp_path, fraction=0.5, measure=measure))
+        assert options.budget.amount == (measure, amount)
+    with pytest.raises(UserError, match="this run has spent nothing"):
+        budget.resolve(relative(tmp_path))
+
+
+def test_a_run_that_still_spends_is_no_reference(tmp_path):
+    account = begun(tmp_path, Clock())
+    for event in ("heartbeat", "stop"):
+        account.note(event)
+        with pytest.raises(UserError, match="this run has not finished yet; wait for it, or name a config"):
+            budget.resolve(relative(tmp_path, measure="tokens"))
+
+
+def test_energy_that_was_measured_in_part_is_no_reference(tmp_path):
+    clock = Clock()
+    account = begun(tmp_path, clock)
+    account.meter({"gpu": 7.2e6})
+    spend(recipe(), account, clock)
+    account.note("finish")
+    with pytest.raises(UserError, match="this run's energy was not all measured"):
+        budget.resolve(relative(tmp_path, measure="kwh"))
+
+
+def test_what_is_not_known_before_a_run_is_refused(other):
+    for measure in ("device_hours", "kwh"):
+        with pytest.raises(UserError, match="not known before it has run; name the folder of a run of it"):
+            budget.resolve(relative(other, measure=measure))
+    tree = yaml.safe_load(other.read_text())
+    other.write_text(yaml.safe_dump({**tree, "budget": {"device_hours": 3}}))
+    with pytest.raises(UserError, match="not known before it has run"):
+        budget.resolve(relative(other))
+    assert budget.resolve(relative(other, measure="device_hours")).budget.amount == ("device_hours", 3)
+    other.write_text(yaml.safe_dump({**tree, "budget": {"relative_to": "x.yaml"}}))
+    with pytest.raises(UserError, match="its own budget is relative too"):
+        budget.resolve(relative(other))
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"steps": None}, "budget is missing; give one of steps, tokens, "),
+        ({"tokens": 5.0}, "budget has 2 units (steps, tokens)"),
+        ({"fraction": 0.5}, "budget.fraction needs budget.relative_to"),
+        ({"measure": "kwh"}, "budget.measure needs budget.relative_to"),
+        ({"relative_to": "a.yaml"}, "budget has relative_to and steps; keep one of them"),
+    ],
+)
+def test_bad_budgets_are_named(keys, part):
+    with pytest.raises(UserError) as caught:
+        recipe(budget=keys)
+    (line,) = str(caught.value).splitlines()
+    assert part in line

@@ -1,0 +1,65 @@
+"""Every shipped config makes updates: at a fraction of its size, otherwise as it is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import checkpoint, config
+from pretrain.data.masking import counts
+from tests.support.runs import finish
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+THROUGH_DEEPSPEED = ("3ml-query-base", "mae-lm-large")
+"""The rest of those that name it take plain torch, which computes the same (test_engine.py)."""
+SMALL = {"hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40, "num_layers": 2}
+
+
+def reduced(path: Path, tiny: Path) -> list[str]:
+    """Overrides under which a config fits a test; what makes its method stays."""
+    options = config.load(path)
+    m, micro = options.model, 2 if options.train.micro_batch_size else "null"
+    sections: dict[str, dict[str, Any]] = {
+        "model": {**SMALL, "mask_from": 2 * m.mask_from // m.num_layers},
+        "train": {"seq_length": 24, "batch_size": 4, "micro_batch_size": micro, "phases": "null"},
+        "corpus": {name: tiny / name for name in ("train", "valid")},
+        "budget": {**dict.fromkeys(config.Budget.model_fields, "null"), "steps": 2},
+        "evaluate": {"every_steps": 1, "samples": 4},
+        "monitor": {"tensorboard": "false"},
+    }
+    if options.train.phases:
+        sections["train"]["phases"] = "[{until: 0.5, seq_length: 16}]"
+    if path.stem not in THROUGH_DEEPSPEED:
+        sections["train"]["engine"] = "torch"
+        sections["parallel"] = {"zero": 0, "offload": "none"}
+    return [f"{name}.{key}={value}" for name, keys in sections.items() for key, value in keys.items()]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
+    options = config.load(path)
+    assert config.warnings(options) == []
+    method = config.method(options)
+    assert path.stem.startswith((method, "demo-"))
+    outcome = finish([str(path), f"run.dir={tmp_path}", *reduced(path, tiny)])
+    assert f"method      {method}" in outcome.text
+    assert "warning" not in outcome.text.lower()
+    assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 2
+
+
+def test_configs_name_a_folder_each() -> None:
+    folders = [config.load(path).run.dir for path in CONFIGS]
+    assert folders == [f"runs/{path.stem}" for path in CONFIGS]
+
+
+def test_every_method_has_a_config() -> None:
+    methods = {"mlm", "3ml-self", "3ml-cross", "3ml-query", "mae-lm", "shared-depth"}
+    for size in ("base", "large"):
+        assert {path.stem.removesuffix(f"-{size}") for path in CONFIGS if path.stem.endswith(size)} >= methods
+
+
+def test_fully_explored_recipes_leave_no_token_out() -> None:
+    for path in CONFIGS:
+        if path.stem.endswith("-views"):
+            k, length = config.load(path).masking, config.load(path).train.seq_length
+            assert k.views * counts(k, length).predicted >= 0.97 * (length - 2), path

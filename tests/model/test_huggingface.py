@@ -1,0 +1,326 @@
+"""Runs that start from a Hugging Face folder: what transformers saves goes in and out to the bit."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pretrain.config import Config
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.errors import UserError
+from pretrain.model.huggingface import hugging_face_state, load_folder, our_state
+from pretrain.model.late_mask import LateMaskModel, init_weights
+from tests.support.methods import BLOCKS, METHODS, small
+from tests.support.runs import attempt, finish
+from tools.export import __main__ as export
+from tools.export.huggingface import hugging_face_config
+from tools.shared.run_model import load_model
+
+blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Path) -> Tokenizer:
+    return load_tokenizer(tiny / "tokenizer")
+
+
+def options_of(method: str, block: str, folder: Path) -> Config:
+    return small(method, block, model={"init_from": str(folder)}, train={"seq_length": 24})
+
+
+def save(folder: Path, block: str, tokenizer: Tokenizer, head: bool = True, **settings: Any) -> None:
+    """A model of transformers, every parameter random, as its save_pretrained writes it."""
+    import transformers
+
+    form = "masked-lm" if head else "encoder"
+    values = hugging_face_config(small("mlm", block), tokenizer, form) | settings
+    auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
+    torch.manual_seed(5)
+    model = auto.from_config(transformers.AutoConfig.for_model(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.1)
+    model.save_pretrained(folder)
+
+
+def make(options: Config, tokenizer: Tokenizer) -> LateMaskModel:
+    model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
+    init_weights(model, 0)
+    return model
+
+
+@blocks
+@pytest.mark.parametrize("method", METHODS)
+def test_in_and_out_is_the_same_to_the_bit(
+    method: str, block: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    save(tmp_path, block, tokenizer)
+    options = options_of(method, block, tmp_path)
+    model = make(options, tokenizer)
+    fresh = make(options, tokenizer).state_dict()
+    new = load_folder(model, options.model, tokenizer)
+    out = hugging_face_state(options.model, model.state_dict(), tokenizer.vocab_size, head=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert out.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(out[name], tensor), name
+    assert all(name.startswith(("decoder.", "mask_vector")) for name in new)
+    assert bool(new) == (method != "mlm")
+    assert all(torch.equal(model.get_parameter(name), fresh[name]) for name in new)
+    assert not model.tok.weight[tokenizer.vocab_size :].any()
+
+
+@blocks
+def test_it_computes_what_transformers_computes(block: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Token type and all: the same hidden states, with a token type that is not zero."""
+    import transformers
+
+    save(tmp_path, block, tokenizer, head=False)
+    options = options_of("3ml-self", block, tmp_path)
+    model = make(options, tokenizer).eval()
+    assert "head.bias" in load_folder(model, options.model, tokenizer)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(4, 300, (2, 24))
+    with torch.no_grad():
+        found = model.encode(ids, torch.arange(24).expand(2, -1))
+        expected = theirs(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [(), ("train.engine=deepspeed", "parallel.zero=1"), ("train.engine=deepspeed", "parallel.zero=3")],
+)
+def test_a_run_starts_from_it_and_goes_on_without_it(
+    engine: tuple[str, ...], words: Callable[..., list[str]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Step 0 is the folder; a resume does not look for it; what is never read stays as it was."""
+    folder = tmp_path / "folder"
+    save(folder, "post", tokenizer)
+    stored = load_file(folder / "model.safetensors")
+    late = ("model.mask_from=2", "model.decoder_layers=1", "optimizer.weight_decay=0.1", *engine)
+    line = words("run", f"model.init_from={folder}", *late)
+    finish([*line, "budget.steps=3"])
+    (folder / "model.safetensors").unlink()
+    finish([*line, "budget.steps=5"])
+    refused = attempt([*line, "model.init_from=null"])
+    assert refused.codes == [2] and "model.token_type: True -> False" in refused.text
+    assert f"model.init_from: {folder} -> None" in refused.text
+    trained = load_model(tmp_path / "run")
+    assert trained.state.step == 5
+    state = trained.model.state_dict()
+    out = hugging_face_state(trained.config.model, state, tokenizer.vocab_size, head=True)
+    kept = "roberta.embeddings.position_embeddings.weight"
+    assert torch.equal(out[kept][:2], stored[kept][:2])
+    moved = "roberta.embeddings.token_type_embeddings.weight"
+    assert not torch.equal(out[moved], stored[moved])
+    torch.testing.assert_close(out[moved], stored[moved], rtol=0, atol=0.02)
+
+
+def test_export_of_what_was_imported(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The program's own check (transformers against the training model) passes with a token type."""
+    save(tmp_path / "in", "pre", tokenizer)
+    options = options_of("mlm", "pre", tmp_path / "in")
+    model = make(options, tokenizer)
+    load_folder(model, options.model, tokenizer)
+    export.export_folder(model, options, tiny / "tokenizer", tmp_path / "out", "card")
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    again = options_of("mae-lm", "pre", tmp_path / "out")  # its tokenizer is compared, too
+    assert load_folder(make(again, tokenizer), again.model, tokenizer)
+
+
+def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import transformers
+
+    save(tmp_path / "whole", "post", tokenizer)
+    whole = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    states = []
+    for name in ("whole", "shards"):
+        options = options_of("mlm", "post", tmp_path / name)
+        model = make(options, tokenizer)
+        assert load_folder(model, options.model, tokenizer) == []
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no readable model.safetensors there"):
+        load_folder(model, options.model, tokenizer)
+
+
+def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save(tmp_path, "post", tokenizer)
+    stored = load_file(tmp_path / "model.safetensors")
+    extra = {
+        "roberta.embeddings.position_ids": torch.arange(42)[None],
+        "roberta.pooler.dense.weight": torch.zeros(32, 32),
+        "lm_head.decoder.weight": stored["roberta.embeddings.word_embeddings.weight"].clone(),
+        "lm_head.decoder.bias": stored["lm_head.bias"].clone(),
+    }
+    save_file(stored | extra, tmp_path / "model.safetensors")
+    options = options_of("mlm", "post", tmp_path)
+    assert load_folder(make(options, tokenizer), options.model, tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "settings", "words"),
+    [
+        ("post", {"num_attention_heads": 2}, "num_attention_heads is 2, model.num_heads is 4"),
+        ("post", {"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12, model.norm_eps is 1e-05"),
+        ("post", {"hidden_act": "relu"}, "hidden_act is 'relu', activation is 'gelu'"),
+        ("post", {"vocab_size": 300}, "vocab_size is 300, the tokenizer's vocabulary is 400"),
+        ("post", {"max_position_embeddings": 40}, "is 40, model.max_positions [+] 2 is 42"),
+        ("post", {"type_vocab_size": 2}, "type_vocab_size is 2, token types is 1"),
+        ("post", {"num_hidden_layers": 3}, "num_hidden_layers is 3, model.num_layers is 2"),
+        ("post", {"model_type": "modernbert"}, "holds a modernbert, but model.block = roberta"),
+        ("modern", {"layer_types": ["full_attention", "sliding_attention"]}, "attends locally"),
+        ("post", {"is_decoder": True}, "its is_decoder is True, for which there is no block"),
+        ("post", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ("post", {"pad_token_id": 3}, "pad_token_id is 3, the tokenizer's padding is 1"),
+        ("post", {"tie_word_embeddings": False}, "its head is not tied"),
+        ("modern", {"tie_word_embeddings": False}, "its head is not tied"),
+        ("modern", {"attention_bias": True}, "attention_bias is True"),
+        ("modern", {"classifier_activation": "relu"}, "classifier_activation is 'relu'"),
+        ("modern", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "scales its rotary positions"),
+        (
+            "modern",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
+                }
+            },
+            "scales its rotary positions",
+        ),
+        ("modern", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_theta is 9.0"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    block: str, settings: dict[str, Any], words: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    save(tmp_path, block, tokenizer)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    options = options_of("mlm", block, tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+
+
+def test_wrong_tensors_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save(tmp_path, "post", tokenizer)
+    options, path = options_of("mlm", "post", tmp_path), tmp_path / "model.safetensors"
+    stored = load_file(path)
+    gone = "roberta.encoder.layer.1.output.dense.bias"
+    others = {name: tensor for name, tensor in stored.items() if name != gone}
+    others["roberta.encoder.layer.2.output.dense.bias"] = stored[gone]
+    others["lm_head.dense.weight"] = torch.zeros(3, 4)
+    save_file(others, path)
+    with pytest.raises(UserError) as caught:
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for line, words in zip(lines, (f"no tensor {gone}", "shape [3, 4]", "layer.2"), strict=True):
+        assert words in line
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no readable model.safetensors"):
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+
+
+def test_other_pieces_are_refused(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from tools.export.tokenizer import write_tokenizer
+
+    save(tmp_path, "post", tokenizer)
+    write_tokenizer(tiny / "tokenizer", tokenizer, tmp_path, 24)
+    text = (tmp_path / "tokenizer.json").read_text().replace('"\\u2581the"', '"\\u2581xyz"')
+    (tmp_path / "tokenizer.json").write_text(text.replace('"\u2581the"', '"\u2581xyz"'))
+    options = options_of("mlm", "post", tmp_path)
+    with pytest.raises(UserError, match="its tokenizer calls id .* '\u2581xyz'"):
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+
+
+@blocks
+def test_the_mapping_is_undone(block: str) -> None:
+    """From our side: every parameter of the encoder and head comes back, padded rows as zeros."""
+    options = small("mlm", block)
+    model = LateMaskModel(options.model, 100, 99)
+    init_weights(model, 1)
+    there = hugging_face_state(options.model, model.state_dict(), 100, head=True)
+    back = our_state(options.model, there, len(model.tok.weight))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_positions_begin_after_any_padding_id(
+    norm: str, pad: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Logits of transformers, whichever id pads: what is imported, and what is exported again."""
+    import transformers
+
+    other = copy.copy(tokenizer)
+    other.pad, other.bos = pad, 1 if pad == 0 else tokenizer.bos
+    save(tmp_path / "in", norm, other)
+    options = options_of("mlm", norm, tmp_path / "in")
+    model = make(options, other).eval()
+    load_folder(model, options.model, other)
+    assert export.check_model(tmp_path / "in", model, other, "masked-lm") < 1e-5
+    plain = make(small("mlm", norm), other).eval()  # never imported: no token type, no rows of padding
+    for name, each, chosen in (("again", model, options), ("fresh", plain, small("mlm", norm))):
+        (tmp_path / name).mkdir()
+        export._write(tmp_path / name, each, chosen, other, "masked-lm")
+        assert export.check_model(tmp_path / name, each, other, "masked-lm") < 1e-5
+    auto = transformers.AutoModelForMaskedLM
+    before, after = (auto.from_pretrained(tmp_path / name).eval() for name in ("in", "again"))
+    ids = torch.tensor([[other.bos, 5, 6, 7, 2], [other.bos, 5, 6, 2, pad]])
+    seen = torch.tensor([[1] * 5, [1] * 4 + [0]])
+    with torch.no_grad():
+        a, b = (each(input_ids=ids, attention_mask=seen).logits[seen.bool()] for each in (before, after))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        ("post", "lm_head.decoder.weight"),
+        ("pre", "lm_head.decoder.bias"),
+        ("modern", "decoder.weight"),
+    ],
+)
+def test_an_untied_head_is_refused(block: str, name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save(tmp_path, block, tokenizer)
+    stored = load_file(tmp_path / "model.safetensors")
+    tied = "bias" if name.endswith("bias") else "word_embeddings.weight"
+    tied = "tok_embeddings.weight" if block == "modern" else tied
+    copied = next(tensor for key, tensor in stored.items() if key.endswith(tied)).clone()
+    options = options_of("mlm", block, tmp_path)
+    if tied != "bias":
+        save_file(stored | {name: copied}, tmp_path / "model.safetensors")
+        assert load_folder(make(options, tokenizer), options.model, tokenizer) == []
+    save_file(stored | {name: torch.randn(copied.shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} differs from what it would be tied to") as caught:
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@blocks
+def test_a_classifier_is_refused_in_one_line(block: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import transformers
+
+    values = hugging_face_config(small("mlm", block), tokenizer, "masked-lm")
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_config(transformers.AutoConfig.for_model(**values))
+    model.save_pretrained(tmp_path / "task")
+    options = options_of("mlm", block, tmp_path / "task")
+    with pytest.raises(UserError, match="holds a model of another task .classifier.*save its enc") as caught:
+        load_folder(make(options, tokenizer), options.model, tokenizer)
+    assert "\n" not in str(caught.value)
+    model.base_model.save_pretrained(tmp_path / "base")
+    options = options_of("mlm", block, tmp_path / "base")
+    assert "head.bias" in load_folder(make(options, tokenizer), options.model, tokenizer)

@@ -1,0 +1,107 @@
+"""Compilation: every layer is one graph, whole or divided, and computes what it computed before."""
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain import config
+from pretrain.build import build_engine
+from pretrain.model.late_mask import LateMaskModel
+from pretrain.parallel import engine, tensor_parallel, topology
+from tests.parallel.test_engine import BATCH, CASES, TENSOR, ZERO, Case, check, on_ranks, reference, update
+from tests.parallel.test_engine import make_model as make_small
+from tests.parallel.test_tensor_parallel import PADDED, make_batch, make_model
+from tests.support import ranks
+from tests.support.methods import small
+
+KINDS = [("3ml-self", "post"), ("3ml-cross", "pre"), ("3ml-query", "modern")]
+
+
+def breaks(model: LateMaskModel, documents: bool = False) -> list[tuple[int, int]]:
+    """(graphs, graph breaks) of each kind of layer, compiled with the inputs that it gets."""
+    batch, found = make_batch(0), {}
+    if documents:
+        numbers = torch.arange(batch.ids.shape[1]).expand_as(batch.ids) % 3
+        batch = batch._replace(documents=numbers, most_documents=4)
+
+    def keep(layer: nn.Module, inputs: tuple) -> None:
+        kind = len(inputs), layer in list(model.layers)
+        found[kind] = layer, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+
+    handles = [layer.register_forward_pre_hook(keep) for layer in model.all_layers()]
+    model(batch)
+    for handle in handles:
+        handle.remove()
+    seen = []
+    for layer, inputs in found.values():
+        torch._dynamo.reset()
+        told = torch._dynamo.explain(layer)(*inputs)
+        seen.append((told.graph_count, told.graph_break_count))
+    return seen
+
+
+def options(method: str, block: str):  # type: ignore[no-untyped-def]
+    return small(method, block, model={"vocab_multiple": PADDED})
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["packed", "bounded"])
+@pytest.mark.parametrize(("method", "block"), KINDS)
+def test_a_layer_is_one_graph(method: str, block: str, documents: bool) -> None:
+    seen = breaks(make_model(options(method, block)), documents)
+    assert seen == [(1, 0)] * len(seen) and len(seen) >= 2
+
+
+def divided(method: str, block: str) -> list[tuple[int, int]]:
+    model = make_model(options(method, block))
+    tensor_parallel.shard(model, topology.connect(tensor=2))
+    return breaks(model)
+
+
+def test_a_divided_layer_is_one_graph_too() -> None:
+    """The reductions between ranks are inside it: nothing leaves the graph for them."""
+    for seen in ranks.run(2, divided, "3ml-query", "modern"):
+        assert seen == [(1, 0)] * len(seen) and len(seen) >= 2
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+def test_under_graphs_gradients_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the engine does all else as it does without. Graphs need a GPU: here nothing is compiled."""
+    modes: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda layer, mode, dynamic: modes.append(mode))
+    case, place = Case(compile="reduce-overhead"), topology.Topology()
+    check(case, place, reference())
+    assert set(modes) == {"reduce-overhead"}
+    built = build_engine(case.options(), make_small(case), place, BATCH // 2)
+    memory = {name: p.grad.data_ptr() for name, p in built.module.named_parameters()}
+    for step in range(2):
+        update(built, place, BATCH // 2, step)
+        assert {name: p.grad.data_ptr() for name, p in built.module.named_parameters()} == memory
+
+
+@pytest.mark.parametrize(
+    ("keys", "mode"),
+    [
+        ({}, "max-autotune"),
+        ({"train": {"recompute": "block"}}, "max-autotune-no-cudagraphs"),
+        ({"train": {"engine": "deepspeed"}}, "max-autotune-no-cudagraphs"),
+        ({"parallel": {"tensor": 2}}, "max-autotune-no-cudagraphs"),
+        ({"train": {"compile": "reduce-overhead", "engine": "deepspeed"}}, "default"),
+    ],
+)
+def test_graphs_are_left_out_where_they_cannot_be(keys: dict, mode: str) -> None:
+    keys = {**keys, "train": {"compile": "max-autotune", **keys.get("train", {})}}
+    made = small("3ml-self", **keys)
+    assert engine.compile_mode(made) == mode
+    said = any("is default here" in line for line in config.warnings(made))
+    assert said is (made.train.compile == "reduce-overhead")
+
+
+@pytest.mark.slow
+def test_engines() -> None:
+    """Plain, ZeRO, tensor-parallel, and both, compiled, against the same oracle as without."""
+    layouts: list[Case] = [CASES[2][0], ZERO[1], ZERO[3], TENSOR[0], TENSOR[1]]
+    compiled = [case._replace(compile="default") for case in layouts]
+    graphs = Case(compile="reduce-overhead")
+    ranks.run(2, on_ranks, [graphs, *compiled], reference())

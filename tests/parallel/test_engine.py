@@ -1,0 +1,339 @@
+"""Both engines in every layout against one plain loop of torch; state through every door.
+
+The oracle is ten lines below: no accumulation, no ranks, torch's own clipping and unfused AdamW. Each
+layout must follow it, save what it would save, go on from its state, and repeat its own bits.
+"""
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain import config
+from pretrain.build import build_engine
+from pretrain.errors import UserError
+from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
+from pretrain.parallel import engine, topology
+from pretrain.parallel.deepspeed_engine import deepspeed_config
+from tests.parallel.test_tensor_parallel import MASK, VOCAB, make_batch
+from tests.support import ranks
+from tests.support.methods import small
+
+BATCH, LR = 12, 1e-3
+MIDDLE, STEPS = 2, 3
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+State = dict[str, dict[str, Tensor]]
+
+# Threads cost more than they bring at this size, and far more on a busy machine.
+torch.set_num_threads(1)
+
+
+class Case(NamedTuple):
+    """An engine in a layout."""
+
+    tensor: int = 1
+    engine: str = "torch"
+    zero: int = 0
+    offload: str = "none"
+    precision: str = "fp32"
+    persist: bool = True
+    """Small parameters stay whole under ZeRO-3 (DeepSpeed's default keeps all of this model)."""
+    compile: str = "none"
+    cross_entropy: str = "own"
+
+    def options(self) -> config.Config:
+        # Small buckets: several are needed, and filling them costs no time.
+        zero = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
+        if not self.persist:
+            zero["stage3_param_persistence_threshold"] = 0
+        return small(
+            "3ml-cross",
+            # Half of the head's bias is odd: on 2 x 2 ranks ZeRO has to pad.
+            model={"vocab_multiple": 2, "num_layers": 1, "mask_from": 1, "decoder_layers": 1},
+            train={
+                "engine": self.engine,
+                "batch_size": BATCH,
+                "precision": self.precision,
+                "compile": self.compile,
+                "cross_entropy": self.cross_entropy,
+                # Between the norms of the first and the last update: clipping is on, then off.
+                "clip": 1.12,
+            },
+            parallel={"tensor": self.tensor, "zero": self.zero, "offload": self.offload},
+            deepspeed={"zero_optimization": zero} if self.engine == "deepspeed" else {},
+        )
+
+
+ZERO = [Case(engine="deepspeed", zero=stage) for stage in range(4)]
+TENSOR = [case._replace(tensor=2, persist=False) for case in (Case(), *ZERO)]
+STOCK = [Case(engine="deepspeed", zero=3, persist=False, cross_entropy="torch")]
+if not hasattr(nn.functional, "linear_cross_entropy"):  # torch 2.11
+    STOCK = []
+CASES = {
+    1: [Case(), *ZERO],
+    2: [
+        Case(),
+        *ZERO,
+        Case(engine="deepspeed", zero=2, offload="optimizer"),
+        Case(engine="deepspeed", zero=3, offload="all", persist=False),
+        *STOCK,
+        *TENSOR,
+    ],
+    4: [*TENSOR, *(TENSOR[stage]._replace(precision="bf16") for stage in (0, 4))],
+}
+
+
+def make_model(case: Case, seed: int = 3) -> LateMaskModel:
+    model = LateMaskModel(case.options().model, VOCAB, MASK)
+    init_weights(model, seed)
+    return model
+
+
+def whole_batch(step: int) -> Batch:
+    return make_batch(step, rows=BATCH)
+
+
+def some_rows(batch: Batch, first: int, count: int) -> Batch:
+    rows = slice(first, first + count)
+    parts = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**parts)
+
+
+# ---- the oracle ----------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    middle: State
+    """Parameters and moments after MIDDLE updates."""
+    end: State
+
+
+def reference() -> Reference:
+    options, model = Case().options(), make_model(Case())
+    o = options.optimizer
+    decay = {True: o.weight_decay, False: 0.0}
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() > 1) is kind], "weight_decay": decay[kind]}
+        for kind in decay
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=o.betas, eps=o.eps)
+    losses, norms, states = [], [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(whole_batch(step))
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), options.train.clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+        named = dict(model.named_parameters())
+        state = {kind: {n: optimizer.state[p][kind] for n, p in named.items()} for kind in KINDS[1:]}
+        states.append(copy.deepcopy({"param": {n: p.data for n, p in named.items()}, **state}))
+    return Reference(losses, norms, states[MIDDLE - 1], states[-1])
+
+
+def same_bits(a: State, b: State) -> None:
+    for kind in KINDS:
+        assert a[kind].keys() == b[kind].keys()
+        for name, tensor in a[kind].items():
+            assert torch.equal(tensor, b[kind][name]), f"{kind} {name}"
+
+
+def close(a: State, b: State) -> None:
+    for kind, atol in (("param", 2e-6), ("exp_avg", 1e-7), ("exp_avg_sq", 1e-8)):
+        torch.testing.assert_close(a[kind], b[kind], rtol=1e-4, atol=atol)
+
+
+# ---- on ranks ------------------------------------------------------------------------------------
+
+
+def state_of(built: engine.Engine) -> State:
+    return {kind: dict(built.tensors(kind)) for kind in KINDS}
+
+
+def give(built: engine.Engine, state: State, step: int) -> None:
+    for kind in KINDS:
+        built.load_tensors(kind, state[kind].__getitem__)
+    built.optimizer_step = step
+
+
+def update(built: engine.Engine, place: topology.Topology, micro: int, step: int) -> tuple[float, float]:
+    """One update with the batch of `step`; its loss over all ranks and its norm."""
+    batch, share = whole_batch(step), BATCH // place.data_size
+    losses = [
+        built.backward(some_rows(batch, place.data_rank * share + first, micro), scale=micro / share)
+        for first in range(0, share, micro)
+    ]
+    norm = built.step(LR)
+    loss = place.sum_over_data(torch.stack(losses).mean()) / place.data_size
+    return loss.item(), norm.item()
+
+
+def check(case: Case, place: topology.Topology, expected: Reference) -> State:
+    """Everything asked of one engine in one layout; returns its state after MIDDLE updates."""
+    micro = BATCH // place.data_size // 2
+    exact = case.precision == "fp32"
+    straight = build_engine(case.options(), make_model(case), place, micro)
+    seen = [update(straight, place, micro, step) for step in range(MIDDLE)]
+    middle = state_of(straight)
+    assert straight.optimizer_step == MIDDLE
+    seen += [update(straight, place, micro, step) for step in range(MIDDLE, STEPS)]
+    end = state_of(straight)
+    rtol = 1e-5 if exact else 2e-3
+    torch.testing.assert_close([loss for loss, _ in seen], expected.losses, rtol=rtol, atol=0)
+    torch.testing.assert_close([norm for _, norm in seen], expected.norms, rtol=10 * rtol, atol=0)
+    if exact:
+        close(middle, expected.middle)
+        close(end, expected.end)
+
+    resumed = build_engine(case.options(), make_model(case, seed=99), place, micro)
+    give(resumed, middle, MIDDLE)
+    same_bits(state_of(resumed), middle)
+    score(resumed, case, middle)
+    again = [update(resumed, place, micro, step) for step in range(MIDDLE, STEPS)]
+    assert again == seen[MIDDLE:]
+    same_bits(state_of(resumed), end)
+
+    give(resumed, expected.middle, MIDDLE)
+    same_bits(state_of(resumed), expected.middle)
+    for step in range(MIDDLE, STEPS):
+        update(resumed, place, micro, step)
+    if exact:
+        close(state_of(resumed), expected.end)
+    not_a_number(resumed, place, micro)
+    return middle
+
+
+def score(built: engine.Engine, case: Case, state: State) -> None:
+    """Scoring, straight after loading, uses the weights that were loaded."""
+    plain = make_model(case)
+    plain.load_state_dict(state["param"])
+    built.module.eval()
+    with torch.no_grad():
+        seen, expected = built.forward(whole_batch(7), True), plain(whole_batch(7), True)
+    built.module.train()
+    rtol = 1e-5 if case.precision == "fp32" else 5e-2
+    torch.testing.assert_close(seen.float(), expected, rtol=rtol, atol=0)
+
+
+def not_a_number(built: engine.Engine, place: topology.Topology, micro: int) -> None:
+    """A gradient that overflows changes nothing, and the next update is an ordinary one."""
+    before, count = state_of(built), built.optimizer_step
+    batch = some_rows(whole_batch(0), 0, micro)
+    built.backward(batch, math.inf)
+    built.backward(batch, 1.0)
+    assert not math.isfinite(built.step(LR).item())
+    same_bits(state_of(built), before)
+    assert built.optimizer_step == count
+    _, norm = update(built, place, micro, 0)
+    assert math.isfinite(norm) and built.optimizer_step == count + 1
+
+
+def on_ranks(cases: list[Case], expected: Reference) -> list[State]:
+    torch.use_deterministic_algorithms(True)
+    states, place = [], topology.Topology(tensor_size=0)
+    for case in cases:
+        if case.tensor != place.tensor_size:
+            place = topology.connect(case.tensor, needs_group=True)
+        try:
+            states.append(check(case, place, expected))
+        except Exception as error:
+            raise AssertionError(f"{case} failed") from error
+    return states if place.is_main else []
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_engines(world_size: int) -> None:
+    expected = reference()
+    clip = Case().options().train.clip
+    assert [norm > clip for norm in expected.norms] == [True, True, False]
+    cases = CASES[world_size]
+    saved = ranks.run(world_size, on_ranks, cases, expected)[0]
+    # What any layout saves, one plain process goes on from.
+    for case, state in zip(cases, saved, strict=True):
+        plain = build_engine(Case().options(), make_model(Case()), topology.Topology(), BATCH)
+        give(plain, state, MIDDLE)
+        same_bits(state_of(plain), state)
+        for step in range(MIDDLE, STEPS):
+            loss, _ = update(plain, topology.Topology(), BATCH, step)
+            assert math.isclose(loss, expected.losses[step], rel_tol=2e-3)
+        if case.precision == "fp32":
+            close(state_of(plain), expected.end)
+
+
+# ---- without ranks -------------------------------------------------------------------------------
+
+
+def test_accumulation_is_one_large_batch() -> None:
+    place = topology.Topology()
+    ends = []
+    for micro in (BATCH, BATCH // 4):
+        built = build_engine(Case().options(), make_model(Case()), place, micro)
+        seen = [update(built, place, micro, step) for step in range(STEPS)]
+        ends.append((seen, state_of(built)))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=0)
+    close(ends[0][1], ends[1][1])
+
+
+def test_the_tensors_are_copies() -> None:
+    built = build_engine(Case().options(), make_model(Case()), topology.Topology(), BATCH)
+    before = state_of(built)
+    kept = copy.deepcopy(before)
+    update(built, topology.Topology(), BATCH, 0)
+    same_bits(before, kept)
+
+
+def test_buckets_keep_the_order_and_reach_their_size() -> None:
+    tensors = [torch.zeros(n) for n in (3, 1, 5, 2, 2)]
+    found = [[len(t) for t in bucket] for bucket in engine.buckets(tensors, 4)]
+    assert found == [[3, 1], [5], [2, 2]]
+    assert [len(b) for b in engine.buckets(tensors, 100)] == [5]
+    assert list(engine.buckets([], 4)) == []
+
+
+def deepspeed_options(**keys: Any) -> config.Config:
+    options = Case(engine="deepspeed", zero=3, offload="all").options()
+    return options.model_copy(update={"deepspeed": keys})
+
+
+def test_deepspeed_config_says_what_ours_says() -> None:
+    made = deepspeed_config(deepspeed_options(), data_size=2, micro=3, pin=True)
+    assert made["train_batch_size"] == 12
+    assert made["train_micro_batch_size_per_gpu"] == 3
+    assert made["gradient_accumulation_steps"] == 2
+    assert made["gradient_clipping"] == 1.12
+    zero = made["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+
+
+def test_deepspeed_keys_pass_through_unless_ours_decide_them() -> None:
+    keys = {
+        "zero_optimization": {"overlap_comm": False, "stage": 3, "reduce_bucket_size": "auto"},
+        "train_batch_size": "auto",
+        "wall_clock_breakdown": True,
+    }
+    made = deepspeed_config(deepspeed_options(**keys), 1, 12, False)
+    assert made["zero_optimization"]["overlap_comm"] is False
+    assert made["zero_optimization"]["reduce_bucket_size"] == engine.BUCKET
+    assert made["train_batch_size"] == 12
+    assert made["wall_clock_breakdown"] is True
+
+
+def test_contradictions_are_told_all_at_once() -> None:
+    keys = {
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Adam"},
+        "torch_autocast": True,
+        "managed_gradient_accumulation": False,
+    }
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(deepspeed_options(**keys), 1, 12, False)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("deepspeed.zero_optimization.stage = 2 contradicts parallel.zero")

@@ -1,0 +1,136 @@
+"""One import law for all packages: what a room may know of the others. There are no exceptions."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# From the ground up: a room imports from rooms below it, and from its own.
+LAW = [
+    ("errors",),
+    ("files",),
+    ("signals",),
+    ("provenance",),
+    ("config",),
+    ("data",),
+    ("account",),
+    ("model",),
+    ("parallel",),
+    ("checkpoint", "run_folder", "evaluate", "monitor", "feed"),
+    ("build",),
+    ("train",),
+    ("__main__",),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(LAW) for room in rooms}
+# The large libraries, and where they live.
+HOMES = {
+    "megatron": {
+        "pretrain/parallel/topology.py",
+        "pretrain/parallel/tensor_parallel.py",
+        "tools/benchmark/corpus.py",
+        "tools/benchmark/peers.py",
+    },
+    "deepspeed": {"pretrain/parallel/deepspeed_engine.py"},
+    "sentencepiece": {"pretrain/data/tokenizer.py", "tools/benchmark/corpus.py"},  # as a peer
+    "pynvml": {"pretrain/account/energy.py"},
+    "liger_kernel": {"pretrain/model/loss.py"},
+    "torchao": {"pretrain/model/float8.py"},
+    "mpi4py": {"pretrain/parallel/launchers.py", "tools/encode_corpus/__main__.py"},
+}
+WITHOUT_TORCH = (
+    "pretrain.config",
+    "pretrain.account",
+    "pretrain.data",
+    "tools.plan",
+    "tools.report",
+    "tools.text",
+)
+
+
+def name_of(path: Path) -> str:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return module.removesuffix(".__init__")
+
+
+MODULES = {
+    name_of(path): path
+    for package in ("pretrain", "tools", "slurm")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions; blocks for type checkers are left out."""
+    found = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in inside}
+    return found
+
+
+OURS = {name: {other for other in imports(path) if other in MODULES} for name, path in MODULES.items()}
+
+
+def may_import(module: str, other: str) -> bool:
+    """Whether the law lets `module` import `other`."""
+    package, target = module.split(".")[0], other.split(".")[0]
+    if package != target:
+        return (package, target) in {("tools", "pretrain"), ("slurm", "pretrain"), ("slurm", "tools")}
+    room, below = (name.split(".")[1] if "." in name else "errors" for name in (module, other))
+    if package == "pretrain":
+        return FLOOR[below] < FLOOR[room] or room == below or FLOOR[below] == FLOOR[room]
+    if package == "tools" and room in ("shared", "text"):
+        return below in ("shared", "text", "errors")
+    return True
+
+
+def test_every_room_has_a_floor():
+    rooms = {name.split(".")[1] for name in MODULES if name.startswith("pretrain.")}
+    assert rooms == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    wrong = [other for other in OURS[module] if not may_import(module, other)]
+    assert not wrong, f"{module} imports {', '.join(wrong)}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    left = dict(OURS)
+    while leaves := [name for name, others in left.items() if not (others & left.keys()) - {name}]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"in a circle: {', '.join(sorted(left))}"
+
+
+@pytest.mark.parametrize("giant", HOMES)
+def test_giants_stay_at_home(giant):
+    found = {
+        str(path.relative_to(ROOT))
+        for path in MODULES.values()
+        if any(name.split(".")[0] == giant for name in imports(path))
+    }
+    assert found <= HOMES[giant]
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES.keys())
+def test_modules_are_imported_by_name_alone(path):
+    """A module that is named by a string escapes this law and every reader's search."""
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ]
+    assert not [call for call in calls if ast.unparse(call.func) in ("importlib.import_module", "__import__")]

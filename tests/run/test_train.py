@@ -1,0 +1,356 @@
+"""Budgets, rates, layouts and refusals of whole runs."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import count, pairwise
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain import __main__, checkpoint, config, train
+from pretrain.account import ledger, schedule
+from pretrain.build import Run, build, together
+from pretrain.errors import UserError
+from pretrain.monitor import read_metrics
+from pretrain.parallel.topology import Topology, connect
+from pretrain.run_folder import RunFolder
+from tests.conftest import encode
+from tests.support.ranks import run as on_ranks
+from tests.support.runs import Outcome, Strike, attempt, finish, losses
+from tools.shared.run_model import load_model
+
+Words = Callable[..., list[str]]
+
+QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
+
+
+def cost(words: list[str]) -> Any:
+    """Of an update of tiny.yaml with these overrides."""
+    options = config.load(words[0], [*words[1:], "model.vocab_size=400"])
+    return train.step_cost(options)
+
+
+def complain() -> str:
+    """What each of two ranks raises where only the second has a problem."""
+    place = connect()
+    with pytest.raises(UserError) as caught, together(place):
+        if place.rank == 1:
+            raise UserError("only here")
+    place.close()
+    return str(caught.value)
+
+
+def test_a_problem_of_one_rank_ends_all() -> None:
+    assert on_ranks(2, complain) == ["only here"] * 2
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_loss_that_is_no_number_ends_the_run(number: int, words: Words, tmp_path: Path) -> None:
+    wild = ("optimizer.lr=1e30", "train.clip=0", "schedule.warmup=0", "checkpoint.every_steps=1")
+    ended = attempt(words("a", *wild), number)
+    assert ended.codes == [2] * number
+    assert "error: the loss up to step" in ended.text and "lower optimizer.lr" in ended.text
+    assert RunFolder(tmp_path / "a").status()["exit_code"] == 2
+
+
+# ---- the budget ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
+@pytest.mark.parametrize("updates", [4.0, 4.99])
+def test_budget_is_spent_and_never_exceeded(unit: str, updates: float, words: Words, tmp_path: Path) -> None:
+    one = cost(words("a", *QUERY))
+    each = {"steps": 1, "tokens": one.tokens_seen, "flops": one.flops.total}[unit]
+    amount = int(updates * each)
+    finish(words("a", "budget.steps=null", f"budget.{unit}={amount}", *QUERY))
+    totals = ledger.total([tmp_path / "a"])
+    assert (totals["steps"], totals["samples"]) == (4, 4 * 8)
+    assert totals["tokens_seen"] == 4 * one.tokens_seen
+    assert totals["flops"]["total"] == 4 * one.flops.total
+    assert [line["progress"] for line in read_metrics(tmp_path / "a")] == pytest.approx(
+        [n * each / amount for n in (1, 2, 3, 4)], rel=1e-15
+    )
+
+
+def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
+    """Every second counts on each rank, in all attempts."""
+    endless = attempt(words("a", "budget.steps=null", "budget.device_hours=9"), 2, Strike(SIGTERM, 20))
+    assert endless.codes == [75, 75]
+    first = ledger.total([tmp_path / "a"])
+    budget = (first["device_seconds"]["total"] + 6) / 3600
+    finish(words("a", "budget.steps=null", f"budget.device_hours={budget}"), 2)
+    lines = read_metrics(tmp_path / "a")[20:]
+    # An update is let in by the time the one before it took, and itself may take longer; the line of the
+    # one before is written a moment after that decision.
+    assert all(line["device_hours"] <= budget for line in lines[:-2])
+    for before, line in pairwise(lines):
+        assert min(before["device_hours"], budget) <= line["progress"] * budget * 1.000001
+        assert line["progress"] * budget <= line["device_hours"] * 1.000001
+    spent = ledger.total([tmp_path / "a"])
+    assert spent["attempts"] == 2 and spent["lost_flops"] == 0
+    assert spent["device_seconds"]["total"] > first["device_seconds"]["total"]
+
+
+def build_here(command: list[str], run: Path) -> Run:
+    """A run in this process, whose signals are left alone."""
+    deaf: Any = SimpleNamespace(received=None)
+    return build(config.load(command[0], command[1:]), Topology(), RunFolder(run), deaf)
+
+
+@pytest.mark.parametrize("what", ["hours", "signal"])
+def test_evaluation_is_followed_by_another_look(
+    what: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No update is made where the evaluation used the hours up, or a signal came with it."""
+    run = build_here(words("a", "budget.steps=null", "budget.device_hours=1000"), tmp_path / "a")
+    assert run.heldout and run.ledger
+    score, clock, slept = run.heldout.score, run.ledger._clock, [0.0]
+
+    def long_evaluation(*args: Any) -> Any:
+        if what == "hours":
+            slept[0] += 3600 * 2000
+        else:
+            run.signals.received = "SIGTERM"
+        return score(*args)
+
+    monkeypatch.setattr(run.ledger, "_clock", lambda: clock() + slept[0])
+    monkeypatch.setattr(run.heldout, "score", long_evaluation)
+    assert train.train(run) == {"hours": 0, "signal": 75}[what]
+    train.close(run)
+    assert run.step == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
+def test_rate_follows_the_spent_share(
+    kind: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (f"schedule.kind={kind}", "schedule.warmup=0.3", "schedule.floor=0.1", "corpus.valid=")
+    each, amount = cost(words("a")).tokens_seen, 2000
+    run = build_here(words("a", "budget.steps=null", f"budget.tokens={amount}", *shape), tmp_path / "a")
+    rates: list[float] = []
+    step = run.engine.step
+    monkeypatch.setattr(run.engine, "step", lambda lr: rates.append(lr) or step(lr))
+    assert train.train(run) == 0
+    train.close(run)
+    spent = [n * each / amount for n in range(amount // each + 1)]
+    scales = [schedule.scale(kind, progress, 0.3, 0.1) for progress in spent]
+    assert rates == pytest.approx([3e-3 * scale for scale in scales[:-1]], rel=1e-14)
+    # A line tells the rate of the update that follows it.
+    logged = [line["lr"] for line in read_metrics(tmp_path / "a")]
+    assert logged == pytest.approx([3e-3 * scale for scale in scales[1:]], rel=1e-14)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops"])
+def test_budget_below_one_update_is_refused(unit: str, words: Words) -> None:
+    (line,) = refused(attempt(words("a", "budget.steps=null", f"budget.{unit}=100")))
+    assert f"budget.{unit} = 100 is less than one update costs" in line
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+ZERO = "train.engine=deepspeed", "parallel.zero=1"
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "accumulated": (1, ("train.micro_batch_size=2",)),
+    "data": (2, ()),
+    "data, accumulated": (2, ("train.micro_batch_size=2",)),
+    "tensor": (2, ("parallel.tensor=2",)),
+    "tensor x data": (4, ("parallel.tensor=2",)),
+    "zero": (2, ZERO),
+    "zero, tensor x data": (4, ("parallel.tensor=2", *ZERO)),
+}
+MODEL = (*QUERY, "train.batch_size=12", "masking.views=2", "evaluate.samples=23")
+
+
+def check_losses(run: Path, expected: list[Any]) -> None:
+    """Losses and gradient norms of every step, up to float32 rounding."""
+    for found, wanted in zip(losses(run), expected, strict=True):
+        assert [value is None for value in found] == [value is None for value in wanted]
+        assert [value or 0 for value in found] == pytest.approx([value or 0 for value in wanted], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Losses of one rank that does a batch at once."""
+    run = tmp_path_factory.mktemp("alone")
+    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", *MODEL])
+    return losses(run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(layout: str, alone: list[Any], words: Words, tmp_path: Path) -> None:
+    ranks, options = LAYOUTS[layout]
+    finish(words("a", *MODEL, *options), ranks)
+    check_losses(tmp_path / "a", alone)
+
+
+def test_a_run_goes_through_all_layouts(alone: list[Any], words: Words, tmp_path: Path) -> None:
+    for ranks, options in LAYOUTS.values():
+        outcome = attempt(words("a", *MODEL, *options), ranks, Strike(SIGTERM, 1, rank=ranks - 1))
+        assert outcome.codes == [75] * ranks, outcome.text
+    finish(words("a", *MODEL))
+    check_losses(tmp_path / "a", alone)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def refused(outcome: Outcome) -> list[str]:
+    """The error lines of an attempt that all ranks left with exit code 2."""
+    assert set(outcome.codes) == {2}, outcome.text
+    assert "Traceback" not in outcome.text
+    return [line.removeprefix("error: ") for line in outcome.text.splitlines() if line.startswith("error: ")]
+
+
+def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path) -> None:
+    bad = ("model.num_layer=3", "train.batch_size=many", "budget.tokens=1e6", "optimzer.lr=1")
+    lines = refused(attempt(words("a", *bad)))
+    parts = [
+        "unknown section 'optimzer'; did you mean optimizer?",
+        "unknown key model.num_layer; did you mean model.num_layers?",
+        "train.batch_size = 'many'",
+        "budget has 2 units (steps, tokens)",
+    ]
+    assert len(lines) == len(parts)
+    for part in parts:
+        assert any(part in line for line in lines), (part, lines)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "part"),
+    [
+        (1, ("corpus.train=/no/where",), "/no/where: no such corpus"),
+        (2, ("corpus.train=/no/where",), "/no/where: no such corpus"),
+        (2, ("corpus.valid=/no/where",), "/no/where"),
+        (3, (), "train.batch_size = 8 is no multiple of data-parallel ranks"),
+        (2, ("train.micro_batch_size=8",), "train.batch_size = 8 is no multiple of data-parallel ranks"),
+        (2, ("parallel.tensor=4",), "parallel.tensor = 4 does not divide the 2 ranks"),
+        (1, ("parallel.tensor=2",), "parallel.tensor = 2 does not divide the 1 ranks"),
+        (1, ("corpus.tokenizer=/no/where",), "/no/where"),
+        (2, ("budget.steps=null", "budget.device_hours=1e-9"), "is spent before the first update"),
+        (2, ("run.dir=/proc/run",), "/proc/run: cannot be written"),
+        (
+            1,
+            (*ZERO, "deepspeed.gradient_clipping=3"),
+            "deepspeed.gradient_clipping = 3 contradicts train.clip",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(ranks: int, options: tuple[str, ...], part: str, words: Words) -> None:
+    (line,) = set(refused(attempt(words("a", *options), ranks)))
+    assert part in line
+
+
+def test_corpus_without_manifest_is_refused(words: Words, tiny: Path, tmp_path: Path) -> None:
+    for end in ("bin", "idx"):
+        shutil.copy(tiny / f"short.{end}", tmp_path / f"bare.{end}")
+    (line,) = refused(attempt(words("a", f"corpus.train={tmp_path}/bare")))
+    assert str(tmp_path / "bare.json") in line
+
+
+def test_corpus_below_one_window_is_refused(words: Words, tiny: Path, tmp_path: Path) -> None:
+    encode(["a few words"], tiny / "tokenizer", tmp_path / "few")
+    (line,) = refused(attempt(words("a", f"corpus.train={tmp_path}/few")))
+    assert "do not fill one window of seq_length = 24" in line
+
+
+def test_setting_without_effect_is_told(words: Words) -> None:
+    outcome = finish(words("a", "model.mask_vector=tied", "budget.steps=1"))
+    assert "warning: model.mask_vector has no effect" in outcome.text
+
+
+def test_dry_run_leaves_nothing(words: Words, tmp_path: Path) -> None:
+    outcome = finish(words("a", "--dry-run", *QUERY))
+    assert "method      3ml-query: 2 + 2 layers x 32" in outcome.text
+    assert config.build(yaml.safe_load(outcome.text.split("method ")[0])).model.vocab_size == 400
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("run.dir=/dev/null/run",), "/dev/null/run: cannot be written (Not a directory)"),
+        (("run.dir=/proc/run",), "/proc/run: cannot be written"),
+        (("model.init_from=/no/where",), "model.init_from = /no/where"),
+        ((*ZERO, "deepspeed.gradient_clipping=3"), "deepspeed.gradient_clipping = 3 contradicts train.clip"),
+    ],
+)
+def test_dry_run_finds_what_a_start_would(options: tuple[str, ...], part: str, words: Words) -> None:
+    (line,) = refused(attempt(words("a", "--dry-run", *options)))
+    assert part in line
+
+
+def test_a_run_without_its_corpus_can_be_used(words: Words, tmp_path: Path) -> None:
+    """It keeps its tokenizer; a status that is no JSON is written anew."""
+    finish(words("a", "budget.steps=1"))
+    file = tmp_path / "a" / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    tree["corpus"] = {"train": "/no/where"}
+    file.write_text(yaml.safe_dump(tree))
+    assert load_model(tmp_path / "a").tokenizer.vocab_size == 400
+    (tmp_path / "a" / "status.json").write_text("{bad")
+    assert RunFolder(tmp_path / "a").status() == {}
+    finish(words("a", "budget.steps=2"))
+    assert RunFolder(tmp_path / "a").status()["step"] == 2
+
+
+def test_an_error_after_a_signal_is_a_stop() -> None:
+    """Who signals a whole group of processes ends the compilers in it too."""
+    error = RuntimeError(f"a compiler died{'!' * 1000}\nand said a lot")
+    code, reason = __main__._verdict(error, "SIGTERM")
+    assert code == 75 and reason.startswith("stopped by SIGTERM") and "a compiler died!" in reason
+    code, reason = __main__._verdict(error, None)
+    assert code == 1 and reason.startswith("RuntimeError: a compiler died!")
+    assert len(reason) == 500 and "\n" not in reason
+    assert __main__._verdict(UserError("change this"), "SIGTERM") == (2, "change this")
+
+
+def test_who_interrupts_a_run_that_is_over_gets_its_exit_code() -> None:
+    code = "import os, signal as s; from pretrain.signals import Signals; Signals().leave_with(75)"
+    for number in (SIGINT, SIGTERM):
+        line = [sys.executable, "-c", f"{code}; os.kill(os.getpid(), {int(number)})"]
+        assert subprocess.run(line).returncode == 75
+
+
+def test_a_job_that_is_over_has_no_say(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shell of tmux or salloc keeps its variables."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1600000000")
+    run = build_here(words("a", "budget.steps=2"), tmp_path / "a")
+    assert "its time limit is ignored; unset them" in caplog.text
+    assert train.train(run) == 0
+    train.close(run)
+
+
+@pytest.mark.parametrize("margin", [0, 5, 1000])
+def test_an_attempt_without_time_for_an_update_is_not_started_again(
+    margin: int, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count(1000)
+    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1001")
+    run = build_here(words("a", f"checkpoint.end_margin_minutes={margin}"), tmp_path / "a")
+    with pytest.raises(UserError, match=f"no time for an update: raise it, or lower .*_minutes = {margin}$"):
+        train.train(run)
+    train.close(run)
+
+
+def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
+    seconds = count(1000)
+    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
+    run = build_here(words("a", "budget.steps=1000000", "evaluate.every_steps=null"), tmp_path / "a")
+    assert train.train(run) == 75 and next(seconds) in range(1080, 1083)
+    train.close(run)
+    status = RunFolder(tmp_path / "a").status()
+    assert status["reason"] == "stopped by the job's time limit"
+    assert checkpoint.steps(tmp_path / "a") == [status["step"]] and status["step"] > 0

@@ -1,0 +1,200 @@
+"""Runs of ``python -m pretrain`` as processes of their own, for the tests to kill, signal and compare.
+
+They are forked from one server that has imported torch, DeepSpeed and megatron-core already, so a start
+takes a tenth of a second and a test can afford many. The real launchers are in test_launch.py.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from pretrain import checkpoint
+from pretrain.account import ledger
+from pretrain.monitor import read_metrics
+from tests.support.ranks import PATIENCE, free_port
+
+ENVIRON = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",  # of megatron-core's and DeepSpeed's imports
+}
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["pretrain.train", "deepspeed", "megatron.core.tensor_parallel"])
+
+NEVER = 10**9
+UPDATE = ("pretrain.feed:Feed.take",)
+"""What every rank calls once an update."""
+DISK = ("os:fsync", "os:replace")
+"""What makes a file durable, and visible."""
+
+
+@dataclass(frozen=True)
+class Strike:
+    """A signal that a rank sends itself just before its call number `at` of any of `targets`."""
+
+    signal: signal.Signals
+    at: int
+    targets: tuple[str, ...] = UPDATE
+    rank: int = 0
+
+    def arm(self) -> None:
+        calls = iter(range(1, sys.maxsize))
+        for target in self.targets:
+            owner, name = _place(target)
+            setattr(owner, name, self._counted(getattr(owner, name), calls))
+
+    def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == self.at:
+                os.kill(os.getpid(), self.signal)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+PACE = {
+    "pretrain.feed:Feed.take": 0.05,
+    "pretrain.evaluate:HeldOut.score": 0.1,
+    "pretrain.checkpoint:save": 0.1,
+}
+"""Seconds that each call takes a `Paced` rank."""
+IMPORTS = 0.5
+
+
+class Paced(Strike):
+    """A rank by whose clock only what it does takes time, whatever the machine is busy with."""
+
+    def arm(self) -> None:
+        moment = time.monotonic()
+        time.monotonic = lambda: moment
+        ledger.process_start = lambda: ledger.now() - IMPORTS
+
+        def pass_time(seconds: float) -> None:
+            nonlocal moment
+            moment += seconds
+
+        for target, seconds in PACE.items():
+            owner, name = _place(target)
+            setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
+        super().arm()
+
+
+def _place(target: str) -> tuple[Any, str]:
+    """``module:Class.name`` -> what has the name, and the name."""
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
+
+
+def _taking(
+    seconds: float, function: Callable[..., Any], pass_time: Callable[[float], None]
+) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        pass_time(seconds)
+        return function(*args, **kwargs)
+
+    return timed
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended."""
+
+    codes: list[int]
+    """Exit code of each rank; minus the signal's number if one killed it."""
+    text: str
+    """What the ranks wrote to stdout and stderr, rank by rank."""
+
+
+class Attempt:
+    """One start of a run on `ranks` ranks, with the words of its command line."""
+
+    def __init__(self, words: list[str], ranks: int = 1, strike: Strike | None = None) -> None:
+        self._logs = tempfile.TemporaryDirectory()
+        self.processes = []
+        port = free_port()
+        for rank in range(ranks):
+            environ = torch_variables(rank, ranks, port) if ranks > 1 else {}
+            hit = strike if strike and strike.rank == rank else None
+            job = (words, environ, f"{self._logs.name}/{rank}", hit)
+            self.processes.append(_server.Process(target=_rank, args=job, daemon=True))
+        with mock.patch.dict(os.environ, ENVIRON):  # the first start starts the server
+            for process in self.processes:
+                process.start()
+
+    def wait(self, seconds: float = PATIENCE) -> Outcome:
+        """How it ended; an AssertionError with its words if it does not."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        slow = [process for process in self.processes if process.exitcode is None]
+        for process in slow:
+            process.kill()
+            process.join()
+        text = "".join(path.read_text() for path in sorted(Path(self._logs.name).iterdir()))
+        assert not slow, f"{len(slow)} ranks did not end:\n{text}"
+        return Outcome([process.exitcode for process in self.processes], text)
+
+
+def _rank(words: list[str], environ: dict[str, str], log: str, strike: Strike | None) -> None:
+    from pretrain.__main__ import leave, main
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environ)
+    if strike:
+        strike.arm()
+    leave(main(words))
+
+
+def torch_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
+
+
+def attempt(words: list[str], ranks: int = 1, strike: Strike | None = None) -> Outcome:
+    """Starts and waits."""
+    return Attempt(words, ranks, strike).wait()
+
+
+def finish(words: list[str], ranks: int = 1) -> Outcome:
+    """Starts and expects that the budget is spent."""
+    outcome = attempt(words, ranks)
+    assert outcome.codes == [0] * ranks, outcome.text
+    return outcome
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What two runs that did the same agree on, to the last bit."""
+    files = checkpoint.find(run)
+    totals = ledger.total([run])
+    return {
+        "step": files.name,
+        "tensors": {
+            name: sha256((files / name).read_bytes()).hexdigest() for name in checkpoint.FILES.values()
+        },
+        "spent": {name: totals[name] for name in ("steps", *ledger.COUNTERS[1:])},
+        "losses": losses(run),
+    }
+
+
+def losses(run: Path) -> list[tuple[int, float | None, float | None, float | None]]:
+    """(step, training loss, gradient norm, held-out loss) of every logged step."""
+    names = ("loss", "grad_norm", "held_out_loss")
+    return [(line["step"], *map(line.get, names)) for line in read_metrics(run)]

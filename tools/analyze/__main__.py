@@ -1,0 +1,103 @@
+"""What the papers argue with, measured on checkpoints: effective rank and gradient variance.
+
+rank      of each layer's representations: MAE-LM's case for an encoder that never sees [MASK].
+variance  of the gradient over masks of a text and over texts: the case for fully-explored masking.
+
+Several runs come out as one table (CSV, JSON) and one figure (PNG) in the output folder.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import config
+from pretrain.errors import UserError
+from pretrain.files import check_folder
+from tools.analyze import rank as analyze_rank
+from tools.analyze import variance as analyze_variance
+from tools.shared import console
+from tools.shared.run_model import add_checkpoint_argument, load_model
+from tools.shared.tables import write_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("analyze", "Effective rank or gradient variance of checkpoints", reports=True)
+    parser.add_argument("what", choices=("rank", "variance"))
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one table and figure for all")
+    parser.add_argument(
+        "--output",
+        default="analysis",
+        metavar="DIR",
+        help="folder for the table and the figure (%(default)s)",
+    )
+    parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (each run's corpus.valid)")
+    add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--measure",
+        choices=analyze_rank.MEASURES,
+        default=analyze_rank.MEASURES[0],
+        help="rank: which of the six the figure shows (%(default)s); the table has all",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=console.whole(1),
+        default=5_000_000,
+        metavar="N",
+        help="rank: tokens read, at most (%(default)s)",
+    )
+    parser.add_argument(
+        "--texts",
+        type=console.whole(2),
+        default=200,
+        metavar="N",
+        help="variance: texts read, at most (%(default)s)",
+    )
+    parser.add_argument(
+        "--rate", type=console.share, help="variance: share of a text that is masked (each run's)"
+    )
+    parser.add_argument(
+        "--views", type=console.whole(2), metavar="K", help="variance: masks of a text (1 / rate)"
+    )
+    args = parser.parse_args(arguments)
+    console.refuse_twice(args.runs)
+    check_folder(args.output)
+    rows: list[dict[str, Any]] = []
+    for run in args.runs:
+        rows += _measured(run, args)
+    figure = analyze_rank.figure(rows, args.measure) if args.what == "rank" else analyze_variance.figure(rows)
+    write_table(Path(args.output), args.what, rows)
+    console.write(Path(args.output) / f"{args.what}.png", figure)
+    if args.json:
+        console.print_json(rows)
+    else:
+        print(analyze_rank.text(rows, args.measure) if args.what == "rank" else analyze_variance.text(rows))
+        print(f"{args.output}: {args.what}.csv, {args.what}.json, {args.what}.png")
+    return 0
+
+
+def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one run."""
+    loaded = load_model(run, args.checkpoint)
+    corpus = args.corpus or loaded.config.corpus.valid
+    if not corpus:
+        raise UserError(f"{run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(device)
+    about = {
+        "run": Path(run).absolute().name,
+        "method": config.method(loaded.config),
+        "checkpoint": loaded.state.step,
+        "corpus": corpus,
+    }
+    if args.what == "rank":
+        found = analyze_rank.measure(loaded, corpus, args.tokens, device)
+    else:
+        found = analyze_variance.measure(loaded, corpus, args.texts, args.rate, args.views, device)
+    return [about | row for row in found]
+
+
+if __name__ == "__main__":
+    console.run(main)

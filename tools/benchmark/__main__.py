@@ -1,0 +1,113 @@
+"""Every speed we claim, side by side with its peer in one run: ``python -m tools.benchmark step``.
+
+A subject is a module of its own (`tools.benchmark_step`) with `add_arguments(parser)`, `count(args)`,
+the number of its measurements, and `rows(args, done)`, which tells `done` about each; how a row is measured
+is in `tools.measure`.
+
+    corpus      tokenizers, masking, reading, merging
+    step        whole updates beside Hugging Face, fairseq's way and Megatron; late methods beside `mlm`
+    head        the loss over the vocabulary: time and peak memory
+    attention   one attention layer beside Hugging Face's
+    memory      peak memory of an update, by method and recomputation
+    scaling     ranks: tensor parallel, data parallel, ZeRO beside one rank or the plain engine
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pretrain.files import check_folder
+from tools.shared import console
+from tools.shared.measure import SAME, Row
+from tools.shared.tables import aligned
+
+SUBJECTS = ("corpus", "step", "head", "attention", "memory", "scaling")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = console.parser("benchmark", "Measure our speeds beside our peers'", True)
+    parser.add_argument("subject", choices=SUBJECTS, help="what to measure; `SUBJECT --help` for its options")
+    parser.add_argument(
+        "--runs", type=console.whole(1), default=5, help="rounds; each measures both once (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=console.prefix, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png"
+    )
+    subject = next((word for word in words if word in SUBJECTS), None)
+    if subject:
+        importlib.import_module(f"tools.benchmark_{subject}").add_arguments(parser)
+    args = parser.parse_args(words)
+    if args.output:
+        check_folder(Path(args.output).parent)
+    command = shlex.join(["python", "-m", "tools.benchmark", *words])
+    rows = [replace(row, command=command) for row in _measured(args)]
+    if args.output:
+        _write(rows, args.output)
+    if args.json:
+        console.print_json([asdict(row) for row in rows])
+    else:
+        print(_table(rows))
+    return int(any(row.unit == SAME and row.ours != row.peer for row in rows))
+
+
+def _measured(args: argparse.Namespace) -> Iterator[Row]:
+    """The subject's rows; each is told on standard error as soon as it is known."""
+    subject = importlib.import_module(f"tools.benchmark.{args.subject}")
+    with console.counter(f"benchmark {args.subject}", subject.count(args), "measurements") as done:
+        for row in subject.rows(args, done):
+            print(_line(row), file=sys.stderr, flush=True)
+            yield row
+
+
+def _write(rows: Sequence[Row], prefix: str) -> None:
+    from tools.shared import plots
+
+    console.write(Path(f"{prefix}.json"), json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    compared = [
+        plots.Ratio(row.name, row.ratio, row.spread, not row.unit.endswith("/s"), row.flop_ratio)
+        for row in rows
+        if row.ratio is not None and row.unit != SAME
+    ]
+    if compared:
+        with plots.theme("light"):
+            drawn = plots.ratios(compared)
+            console.write(Path(f"{prefix}.png"), plots.encode(drawn, "png"))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """What was measured, as columns."""
+    table = [("measure", "ours", "peer", "unit", "ours / peer", "rounds", "FLOPs' ratio")]
+    for row in rows:
+        peer, ratio, rounds, expected = "", "", "", ""
+        if row.ratio is not None:
+            peer, ratio = _number(row, row.peer), f"{row.ratio:.3f}"
+            rounds = f"{row.spread[0]:.3f} to {row.spread[1]:.3f}" if row.runs > 1 else "1"
+            expected = "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}"
+        table.append((row.name, _number(row, row.ours), peer, row.unit, ratio, rounds, expected))
+    return aligned(table)
+
+
+def _number(row: Row, value: float | None) -> str:
+    """Counts in full: one document in a million matters."""
+    return f"{value:,.0f}" if row.unit == SAME else f"{value:,.4g}"
+
+
+def _line(row: Row) -> str:
+    if row.ratio is None:
+        return f"{row.name}: {row.ours:,.4g} {row.unit}"
+    expected = "" if row.flop_ratio is None else f", FLOPs {row.flop_ratio:.3f}"
+    spread = f"{row.spread[0]:.3g} to {row.spread[1]:.3g}"
+    return (
+        f"{row.name}: {_number(row, row.ours)} against {_number(row, row.peer)} {row.unit}"
+        f"  ratio {row.ratio:.3g} ({spread}{expected})"
+    )
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,295 @@
+"""One training task for all sides of a speed comparison: same shapes, weights, tokens and masks.
+
+The vocabulary is RoBERTa's 50,265 pieces, padded to 50,304 rows for every side, and our model keeps the
+token type and the padding positions of Hugging Face's, so the sides have equally many parameters and can
+start from equal ones. Tokens are random: no side's speed depends on them.
+
+The trap: a GPU works on after a function has returned, so a clock is read only when it is done.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain import config
+from pretrain.account import flops
+from pretrain.build import build_engine, keep_freed_memory
+from pretrain.data.masking import Masked, Masker, counts
+from pretrain.errors import UserError
+from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
+from pretrain.parallel import topology
+from tools.shared import console, measure
+from tools.shared.measure import Done, untold
+
+VOCAB = flops.padded_vocab(50_265, 128)
+MASK_ID = 50_264
+SIZES = {
+    "tiny": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 64},
+    "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "ffn_size": 3072},
+    "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "ffn_size": 4096},
+}
+RATE = {"mlm": 0.15, "3ml-self": 0.5, "3ml-cross": 0.5, "3ml-query": 0.5}
+LEARNING_RATE = 1e-4
+
+Update = Callable[[], Tensor]
+"""One whole update (forward, backward, clipping, AdamW); returns its loss, which nobody waits for."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what."""
+
+    size: str = "base"
+    length: int = 128
+    batch_size: int = 8
+    precision: str = "fp32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def options(self, method: str = "mlm", **sections: Any) -> config.Config:
+        """The config of a method; `sections` add to its own."""
+        shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": True}
+        if method != "mlm":
+            decoder = method.removeprefix("3ml-")
+            shape |= {"mask_from": shape["num_layers"], "decoder_layers": 2, "decoder": decoder}
+        tree: dict[str, Any] = {
+            "run": {"dir": "benchmark"},
+            "corpus": {"train": "benchmark"},
+            "model": shape,
+            "masking": {"rate": RATE[method]},
+            "train": {
+                "seq_length": self.length,
+                "batch_size": self.batch_size,
+                "precision": self.precision,
+            },
+            "optimizer": {"lr": LEARNING_RATE},
+            "budget": {"steps": 1},
+        }
+        for name, section in sections.items():
+            tree[name] = {**tree.get(name, {}), **section}
+        return config.build(tree)
+
+    @property
+    def slots(self) -> int:
+        """Rows of input in an update."""
+        return self.batch_size * self.length
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[B, L] in natural order."""
+        return np.random.default_rng(0).integers(5, MASK_ID, (self.batch_size, self.length))
+
+    def masked(self, method: str = "mlm") -> Masked:
+        """The tokens under a method's masks."""
+        pool, special = np.arange(5, MASK_ID), np.array([0, 1, 2, 3, MASK_ID])
+        mask = Masker(self.options(method).masking, self.length, MASK_ID, pool, special)
+        keys = np.arange(self.batch_size, dtype=np.uint64)
+        return mask(self.tokens, keys, np.zeros(self.batch_size, np.int64))
+
+    def module(self, options: config.Config) -> LateMaskModel:
+        """Our model with its first weights."""
+        model = LateMaskModel(options.model, VOCAB, MASK_ID, options.train.recompute == "block")
+        init_weights(model, 0)
+        return model
+
+    def flop_ratio(self, method: str) -> float:
+        """FLOPs of a method's update over those of `mlm`'s, head included."""
+        return self.flops(method) / self.flops("mlm")
+
+    def flops(self, method: str) -> int:
+        """Model FLOPs of one update."""
+        options = self.options(method)
+        c = counts(options.masking, self.length)
+        rows = flops.Rows(c.length, c.visible, c.predicted)
+        return flops.training(options.model, rows, VOCAB).total * self.batch_size
+
+    def settings(self) -> dict[str, Any]:
+        """What a row says of this."""
+        return {
+            "size": self.size,
+            "length": self.length,
+            "batch_size": self.batch_size,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def ours(task: Task, method: str = "mlm", place: topology.Topology | None = None, **sections: Any) -> Update:
+    """Our engine's update; `sections` add to those of the config."""
+    options = task.options(method, **sections)
+    place = place or topology.Topology(device=task.device)
+    built = build_engine(options, task.module(options), place, task.batch_size // place.data_size)
+    batch = Batch.of(*task.masked(method)[:5], task.device)
+
+    def update() -> Tensor:
+        loss = built.backward(batch, 1.0)
+        built.step(LEARNING_RATE)
+        return loss
+
+    return update
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def in_turns(
+    updates: Mapping[str, Update],
+    runs: int,
+    repeat: int,
+    device: torch.device,
+    wall: bool = False,
+    done: Done = untold,
+) -> dict[str, list[float]]:
+    """Seconds of an update of each side, `runs` times, in turn; each time the mean of `repeat` updates.
+
+    The order is reversed every other round, and a first update of each (which compiles) is not timed. On a
+    CPU these are CPU seconds of a thread, which another process on the machine disturbs less than those of
+    the wall clock; `wall` asks for the latter, as ranks that wait for each other need. All sides keep freed
+    memory, as `python -m pretrain` does.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    for update in updates.values():
+        update()
+        done(1)
+    clock = time.perf_counter if wall or device.type == "cuda" else _thread_seconds
+    sides = {name: partial(timed, update, repeat, device, clock) for name, update in updates.items()}
+    return take_turns(sides, runs, done)
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], float]], runs: int, done: Done = untold
+) -> dict[str, list[float]]:
+    """What each side returns, `runs` times, the order reversed every other round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(runs):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            seconds[name].append(sides[name]())
+            done(1)
+    return seconds
+
+
+def _thread_seconds() -> float:
+    return time.process_time() / torch.get_num_threads()
+
+
+def timed(update: Update, repeat: int, device: torch.device, clock: Callable[[], float]) -> float:
+    """Seconds of an update, the mean of some."""
+    gc.collect()
+    finish(device)
+    begin = clock()
+    for _ in range(repeat):
+        update()
+    finish(device)
+    return (clock() - begin) / repeat
+
+
+@contextmanager
+def apart(
+    makers: Mapping[str, Callable[[], Update]], repeat: int, task: "Task", done: Done
+) -> Iterator[dict[str, Any]]:
+    """Sides for `take_turns`, each in a process of its own with its own settings and memory.
+
+    makers: what makes each side's update; they travel to the processes, so they are no lambdas.
+    """
+    context, workers = multiprocessing.get_context("spawn"), []
+    try:
+        for make in makers.values():
+            ours, theirs = context.Pipe()
+            places = (make, repeat, task.device, torch.get_num_threads(), theirs)
+            workers.append((context.Process(target=_serve, args=places, daemon=True), ours))
+            workers[-1][0].start()
+            _answer(ours)  # one after another: compilers use every core
+            done(1)
+        yield {name: partial(_ask, pipe) for name, (_, pipe) in zip(makers, workers, strict=True)}
+    finally:
+        for process, _ in workers:
+            process.kill()
+            process.join()
+
+
+def _serve(make: Callable[[], Update], repeat: int, device: torch.device, threads: int, pipe: Any) -> None:
+    torch.set_num_threads(threads)
+    try:
+        update = make()
+        update()
+        pipe.send(0.0)
+        clock = time.perf_counter if device.type == "cuda" else _thread_seconds
+        while pipe.recv():
+            pipe.send(timed(update, repeat, device, clock))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _ask(pipe: Any) -> float:
+    pipe.send(True)
+    return _answer(pipe)
+
+
+def _answer(pipe: Any) -> float:
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        answer = "it died without a word (of too little memory?)"
+    if isinstance(answer, str):
+        raise UserError(f"a side of the benchmark failed: {' '.join(answer.split())}")
+    return answer
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """As rows show it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else measure.device()
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What several subjects ask."""
+    parser.add_argument("--size", choices=SIZES, default="base", help="of the model (%(default)s)")
+    parser.add_argument(
+        "--length", type=console.whole(8, 512), default=128, help="rows of a sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=console.whole(1), default=8, help="sequences of an update (%(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="precisions (both)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    add_threads(parser)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """``--threads``."""
+    parser.add_argument(
+        "--threads", type=console.whole(1), help="of torch on the CPU (all cores that this process has)"
+    )
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """One for each precision; sets the threads."""
+    torch.set_num_threads(args.threads or console.available_cores())
+    device = chosen_device(args.device)
+    return [Task(args.size, args.length, args.batch_size, dtype, device) for dtype in args.dtype]
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device so named, or the best there is; UserError without a GPU where one was asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave it out")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

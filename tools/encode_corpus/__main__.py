@@ -1,0 +1,609 @@
+"""Encode raw text into a Megatron indexed dataset, on any number of processes.
+
+Reads .jsonl, .txt, .parquet and .arrow files, plain or compressed, and writes PREFIX.bin, PREFIX.idx and
+the manifest PREFIX.json. The result depends on the text and the tokenizer only, not on the number of
+workers or ranks::
+
+    python -m tools.encode_corpus --input text/ --tokenizer T --output data/train --workers 16
+    mpirun -n 64 python -m tools.encode_corpus --input text/ --tokenizer T --output data/train
+
+The one idea: files are cut into pieces, each piece becomes a part in PREFIX.parts (`tools.encode_parts`),
+and rank 0 joins the parts. A job that was killed, at any time and in any way, finds its parts again: the
+same command goes on where it was. Memory does not grow with the corpus; the parts need as much disk as
+the result.
+"""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from pretrain import __version__
+from pretrain.data.indexed import IndexedReader, corpus_file
+from pretrain.data.manifest import (
+    APPENDED_END,
+    InputFile,
+    Manifest,
+    Origin,
+    Tally,
+    add_tallies,
+    load_manifest,
+    read_sources,
+)
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.writer import EXTENSIONS, CorpusWriter, refuse_existing, refuse_foreign, refuse_inputs
+from pretrain.errors import UserError
+from pretrain.files import try_lock
+from tools.encode_corpus.duplicates import find_duplicates
+from tools.encode_corpus.parts import (
+    HASH,
+    Encoder,
+    Job,
+    Task,
+    check_extras,
+    file_state,
+    finished,
+    input_name,
+    part_name,
+    refuse_changed,
+    stop_file,
+    tally,
+    tokenizer_record,
+)
+from tools.shared import console
+from tools.shared.corpus import summary
+from tools.text.files import STDIN, find_files, is_compressed, spool_stdin
+from tools.text.readers import MAX_DOCUMENT_BYTES, cut
+from tools.text.special import literal_ids
+
+_PIECES = 256
+"""Pieces that the whole input is cut into, within the bounds below: enough to keep workers even."""
+_PIECE_BYTES = (1 << 20, 64 << 20)
+_JOINING = "joining"
+"""The file in PREFIX.parts that says which command has begun to write the corpus."""
+THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")
+"""Of a process: the work is divided between processes, and each thread would keep a cache of its own."""
+_EXPANSION = 3
+"""Guessed size of compressed text, decompressed."""
+
+
+# ---- who does what -------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The processes that mpirun or srun started, or this one alone."""
+
+    def __init__(self) -> None:
+        names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        self.rank, self.size, self._world = 0, 1, None
+        if tasks == 1 and not any(name in os.environ for name in names):
+            return
+        from mpi4py import MPI
+
+        self._world = MPI.COMM_WORLD
+        self.rank, self.size = self._world.rank, self._world.size
+        if tasks > 1 and self.size == 1:
+            raise UserError(
+                f"srun started {tasks} tasks that do not see each other; use srun --mpi=pmi2 (or pmix)"
+            )
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere.
+
+        Only rank 0 has the words of it: all would print the same line. The others leave no sooner, for
+        MPI_Finalize, when Python ends, waits for all.
+        """
+        result, message = None, None
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        except BaseException as error:
+            if self._world and not _is_help(error):  # the others would wait for ever
+                sys.excepthook(type(error), error, error.__traceback__)
+                self._world.Abort(1)
+            raise
+        mine = (result, message)
+        everyone = self._world.allgather(mine) if self._world else [mine]
+        for _, problem in everyone:
+            if problem is not None:
+                raise UserError(problem if self.rank == 0 else "")
+        return [answer for answer, _ in everyone]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result of `action`, on all ranks."""
+        return self.together(action if self.rank == 0 else lambda: None)[0]
+
+
+def _is_help(error: BaseException) -> bool:
+    """Whether this is the end after --help or --version, which every rank comes to."""
+    return isinstance(error, SystemExit) and not error.code
+
+
+def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
+    """All tasks, in an order in which they can be dealt out to `workers` processes in turn.
+
+    Pieces depend on the input only. A compressed file is one task, or where there are fewer of them
+    than workers several tasks that read it side by side.
+    """
+    text = sum(file.stat().st_size * (_EXPANSION if is_compressed(file) else 1) for file in files)
+    low, high = _PIECE_BYTES
+    piece_bytes = min(high, max(low, 1 << (text // _PIECES).bit_length()))
+    compressed = sum(map(is_compressed, files))
+    tasks = []
+    for i, file in enumerate(files):
+        state = file_state(file)
+        step, pieces = cut(file, txt_document, piece_bytes)
+        pieces = pieces if pieces is None else max(1, pieces)  # of an empty file too there is a part
+        shares = -(-workers // compressed) if pieces is None else pieces
+        tasks += [Task(i, str(file), step, pieces, first, shares, state) for first in range(shares)]
+    return tasks
+
+
+def run_tasks(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
+    """Do the tasks in this process or in `workers` others."""
+    try:
+        if workers == 1:
+            encoder = Encoder(job)
+            for task in tasks:
+                encoder(task, advance)
+        else:
+            _run_in_workers(tasks, job, workers, advance)
+    except BaseException:
+        stop_file(job).touch()  # others need not go on
+        raise
+
+
+def _run_in_workers(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
+    # spawn: the parent has threads (the progress bar), which fork would copy in an unknown state
+    context = multiprocessing.get_context("spawn")
+    done, told = context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, done))
+    try:
+        waiting: Any = [pool.submit(_work, task) for task in tasks]
+        while waiting:
+            ended, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            advance(done.value - told)
+            told = done.value
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, probably for want of memory; use fewer --workers"
+        ) from error
+    finally:
+        if waiting:
+            stop_file(job).touch()
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder
+_done: Any
+
+
+def _start_worker(job: Job, done: Any) -> None:
+    global _encoder, _done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent cleans up
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _encoder, _done = Encoder(job), done
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _work(task: Task) -> None:
+    _encoder(task, _advance)
+
+
+def _advance(disk_bytes: int) -> None:
+    with _done.get_lock():
+        _done.value += disk_bytes
+
+
+# ---- the parts become the corpus -----------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What there is of one piece."""
+
+    prefix: str
+    file: int
+    lines: int
+    read: int
+    """Documents and rejected lines together."""
+    rejected: int
+    end: int
+    """Offset in the file where the next part must begin."""
+
+
+def list_parts(tasks: Sequence[Task], job: Job) -> list[Part]:
+    """Return all parts in the order of their text; UserError unless they cover every input just once."""
+    return [part for task in tasks if task.first == 0 for part in _parts_of_file(task, job)]
+
+
+def _parts_of_file(task: Task, job: Job) -> Iterator[Part]:
+    """Each part begins where the one before ended, and the last one saw the end of the file."""
+    refuse_changed(task.path, task.state)
+    at, last = 0, False
+    for piece in itertools.count():
+        if last:
+            return
+        name = part_name(job.folder, task.file, piece)
+        manifest = finished(job, task, piece)
+        if manifest is None or manifest.history["span"][0] != at:
+            raise UserError(
+                f"{name}: no part of {input_name(job, Path(task.path))} from offset {at} on; it was removed "
+                "or damaged; give the same command again, which makes it anew"
+            )
+        check_extras(job, name)
+        noted = manifest.history
+        at, last = noted["span"][1], noted["last"]
+        documents = sum(load_manifest(name + side).documents for side in job.sides)
+        if documents + noted["rejected"] != noted["read"]:
+            raise UserError(f"{name}: holds {documents} of {noted['read']} documents read; encode again")
+        yield Part(name, task.file, noted["lines"], noted["read"], noted["rejected"], at)
+
+
+def coverage(parts: Sequence[Part], files: Sequence[Path]) -> list[dict[str, int]]:
+    """Return what was read of each input."""
+    found = [{"modified_ns": file_state(file)[1], "end": 0, "read": 0, "rejected": 0} for file in files]
+    for part in parts:
+        entry = found[part.file]
+        entry["end"] = part.end
+        entry["read"] += part.read
+        entry["rejected"] += part.rejected
+    return found
+
+
+def join(
+    parts: Sequence[Part], dropped: Iterator[Any], side: str, output: str, origin: Origin, advance: Any
+) -> Manifest:
+    """One corpus from the parts of its side, without the documents `dropped` of each part."""
+    text_bytes, sources = 0, dict[str, Tally]()
+    dtype = np.dtype(load_manifest(parts[0].prefix).dtype)
+    with CorpusWriter(output + side, dtype, overwrite=True) as writer:
+        for part in parts:
+            prefix, gone = part.prefix + side, next(dropped)
+            manifest = load_manifest(prefix)
+            writer.append_corpus(prefix, gone, advance)
+            if len(gone):
+                lost_tokens = int(IndexedReader(prefix).document_lengths[gone].sum())
+                advance(lost_tokens * dtype.itemsize)  # passed over, not copied
+            lost_bytes, lost = _lost(prefix, gone) if len(gone) else (0, {})
+            text_bytes += (manifest.text_bytes or 0) - lost_bytes
+            sources = add_tallies(sources, _renamed(writer, manifest.sources))
+            sources = add_tallies(sources, _renamed(writer, lost), sign=-1)
+        sources = {name: entry for name, entry in sources.items() if entry.documents}
+        return writer.finish(origin.model_copy(update={"text_bytes": text_bytes, "sources": sources}))
+
+
+def _lost(prefix: str, gone: Any) -> tuple[int, dict[str, Tally]]:
+    """Bytes of the dropped documents of a part, and what they were to their sources."""
+    sizes = np.fromfile(f"{prefix}.hash", HASH)["bytes"][gone]
+    names, codes = read_sources(prefix)
+    return int(sizes.sum()), tally(names, codes[gone], IndexedReader(prefix).document_lengths[gone], sizes)
+
+
+def _renamed(writer: CorpusWriter, sources: dict[str, Tally]) -> dict[str, Tally]:
+    """By the names that the writer gives them: "other" for those beyond its limit."""
+    total: dict[str, Tally] = {}
+    for name, entry in sources.items():
+        total = add_tallies(total, {writer.source_names[writer.source(name)]: entry})
+    return total
+
+
+def write_rejected(parts: Sequence[Part], output: str) -> int:
+    """PREFIX.rejected.jsonl from the rejected lines of all parts; none, no file. Their number."""
+    path, partial = Path(f"{output}.rejected.jsonl"), Path(f"{output}.rejected.jsonl.partial")
+    total, before, file = 0, 0, -1
+    with partial.open("w", encoding="utf-8") as target:
+        for part in parts:
+            before = before if part.file == file else 0
+            file = part.file
+            if part.rejected:
+                with open(f"{part.prefix}.rejected", encoding="utf-8") as lines:
+                    for line in map(json.loads, lines):
+                        line["line"] += before
+                        target.write(json.dumps(line, ensure_ascii=False) + "\n")
+            before += part.lines
+            total += part.rejected
+    path.unlink(missing_ok=True)  # of an earlier attempt
+    partial.replace(path) if total else partial.unlink()
+    return total
+
+
+def count_literals(parts: Sequence[Part]) -> dict[str, int]:
+    """How often the letters of each special piece stand in the text that was read."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(load_manifest(part.prefix).history["literals"])
+    return dict(sorted(total.items()))
+
+
+def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
+    """Parts -> corpora; the report."""
+    parts = list_parts(tasks, job)
+    sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
+    prefixes = [part.prefix + side for side in sides for part in parts]
+    if not any(load_manifest(prefix).documents for prefix in prefixes):
+        rejected = write_rejected(parts, args.output)
+        for prefix in prefixes:
+            corpus_file(prefix, "json").unlink()  # nothing to go on with
+        told = f" but {_rejected(rejected, args.output)}" if rejected else ""
+        raise UserError(f"no documents in {args.input[0]}{told}; nothing to write")
+    duplicates = 0
+    dropped: Iterator[Any] = itertools.repeat(())
+    if job.dedup:
+        hashes = [Path(f"{prefix}.hash") for prefix in prefixes]
+        duplicates, dropped = find_duplicates(hashes, HASH, Path(job.folder))
+    rejected = write_rejected(parts, args.output)
+    history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
+    history |= {"duplicates": duplicates} if job.dedup else {}
+    history["coverage"] = coverage(parts, files)
+    literals = count_literals(parts)
+    history |= {"literals": literals, "map_literal": job.map_literal} if literals or job.map_literal else {}
+    names = [input_name(job, file) for file in files]
+    inputs = [
+        InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
+        for name, file in zip(names, files, strict=True)
+    ]
+    tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
+    record = tokenizer_record(job.tokenizer, tokenizer)
+    if job.end is not None:
+        history[APPENDED_END] = {"piece": tokenizer.piece(job.end), "id": job.end}
+    origin = Origin(tokenizer=record, inputs=inputs, history=history)
+    Path(job.folder, _JOINING).write_text(_command(args), encoding="utf-8")  # from here on files may be ours
+    sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
+    with console.progress("join", sum(sizes)) as advance:
+        manifests = {side: join(parts, dropped, side, args.output, origin, advance) for side in sides}
+    kept = sum(manifest.documents for manifest in manifests.values())
+    read = sum(part.read for part in parts)
+    if kept + duplicates + rejected != read:
+        raise UserError(
+            f"{args.output}: {kept} documents, {duplicates} duplicates and {rejected} rejected lines are not "
+            f"the {read} that were read; do not use it, encode again with --overwrite"
+        )
+    return {
+        "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
+        "rejected": rejected,
+        "duplicates": duplicates,
+        "literals": literals,
+        "map_literal": job.map_literal,
+    }
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def encode(args: Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Do the work of the command line; the report (on rank 0)."""
+    started = time.monotonic()
+    workers = args.workers or (1 if ranks.size > 1 else console.available_cores())
+    folder = Path(f"{args.output}.parts")
+    with _workplace(folder, args, ranks):
+        files, job, tasks = ranks.on_first(lambda: _prepare(args, folder, workers * ranks.size))
+        mine = tasks[ranks.rank :: ranks.size]
+        total = sum(file.stat().st_size for file in files)
+
+        def work() -> None:
+            share = total * len(mine) // max(1, len(tasks))
+            with console.progress("encode", share, quiet=ranks.rank > 0) as advance:
+                run_tasks(mine, job, workers, advance)
+
+        ranks.together(work)
+        report = ranks.on_first(lambda: assemble(tasks, job, args, files))
+    seconds = time.monotonic() - started
+    text_bytes = sum(corpus["text_bytes"] for corpus in report["corpora"])
+    if ranks.rank > 0:
+        return {}
+    return report | {"seconds": seconds, "megabytes_per_second": text_bytes / 1e6 / seconds}
+
+
+@contextmanager
+def _workplace(folder: Path, args: Namespace, ranks: Ranks) -> Iterator[None]:
+    """The folder of the parts, for one job at a time; gone when all is done, kept to go on later."""
+    held: list[TextIO] = []
+    ranks.on_first(lambda: held.append(_claim(folder, args)))
+    if ranks.rank > 0:
+        yield
+        return
+    try:
+        yield
+        done = folder.with_name(f"{folder.name}.done")  # from here on the job is over
+        folder.rename(done)
+        shutil.rmtree(done)
+    finally:
+        if not any(folder.glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        held[0].close()
+
+
+def _claim(folder: Path, args: Namespace) -> TextIO:
+    """Make the folder and lock it for as long as this process lives; the open lock."""
+    _refuse_existing(args, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    if not try_lock(lock, folder):
+        raise UserError(f"{folder}: another encode_corpus is at work there; wait for it")
+    if not _was_joining(args, folder):
+        (folder / _JOINING).unlink(missing_ok=True)  # what another command began is this one's now
+    return lock
+
+
+def _refuse_existing(args: Namespace, folder: Path) -> None:
+    """The command that was joining its parts may finish that; nothing else is overwritten unasked."""
+    shutil.rmtree(folder.with_name(f"{folder.name}.done"), ignore_errors=True)
+    if not _was_joining(args, folder):
+        for side in ("", "-valid") if args.holdout else ("",):
+            (refuse_foreign if args.overwrite else refuse_existing)(args.output + side)
+
+
+def _was_joining(args: Namespace, folder: Path) -> bool:
+    """Whether this command has begun to write the corpus before."""
+    note = folder / _JOINING
+    return note.is_file() and note.read_text(encoding="utf-8") == _command(args)
+
+
+def _command(args: Namespace) -> str:
+    """What was asked for, but for how: the same text for a command that may go on."""
+    how = ("workers", "overwrite", "json")
+    return json.dumps({name: value for name, value in vars(args).items() if name not in how})
+
+
+def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
+    files = find_files(spool_stdin(args.input, args.stdin, folder))
+    outputs = [Path(f"{args.output}{side}.{end}") for side in ("", "-valid") for end in EXTENSIONS]
+    refuse_inputs([*outputs, Path(f"{args.output}.rejected.jsonl")], files)
+    tokenizer = load_tokenizer(args.tokenizer, need_specials=False)
+    literal_ids(tokenizer, args.map_literal)  # before the work
+    job = Job(
+        folder=str(folder),
+        tokenizer=args.tokenizer,
+        tokenizer_hash=tokenizer.hash,
+        text_key=args.text_key,
+        txt_document=args.txt_document,
+        max_bytes=args.max_document_bytes,
+        holdout=args.holdout,
+        dedup=args.dedup,
+        keep_going=args.keep_going,
+        stdin_hash="".join(_digest(file) for file in files if file.parent == folder),
+        map_literal=args.map_literal,
+        end=None if args.append_eod is None else tokenizer.end_of_document(args.append_eod)[1],
+    )
+    stop_file(job).unlink(missing_ok=True)
+    return files, job, plan(files, args.txt_document, workers)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def arguments(words: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked."""
+    parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
+    console.add_input(parser)
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="folder with a tokenizer.model or tokenizer.json, or such a file",
+    )
+    console.add_output_prefix(parser)
+    parser.add_argument(
+        "--workers",
+        type=console.whole(1),
+        help="processes (default: the cores this job may use; under mpirun or srun 1 a rank)",
+    )
+    console.add_document_limit(parser, MAX_DOCUMENT_BYTES)
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents that goes to PREFIX-valid instead (by a hash of the text)",
+    )
+    parser.add_argument(
+        "--dedup",
+        action="store_true",
+        help="keep one of several documents that differ in white space and letter case at most",
+    )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="set unreadable lines aside in PREFIX.rejected.jsonl instead of stopping at the first",
+    )
+    parser.add_argument(
+        "--map-literal",
+        action="append",
+        default=[],
+        metavar="TEXT[=PIECE]",
+        help="these letters in a text become the special piece of this spelling (or PIECE) instead of text; "
+        "may be given again",
+    )
+    parser.add_argument(
+        "--append-eod",
+        nargs="?",
+        const="",
+        metavar="PIECE",
+        help="put the end-of-document piece (</s>, <|endoftext|>, ... or PIECE) after each document, for "
+        "Megatron's own training; pretrain refuses such a corpus",
+    )
+    args = parser.parse_args(words)
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout {args.holdout}: a share of the documents, from 0 to below 1")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    ranks = Ranks()
+    args = ranks.together(lambda: arguments(words))[ranks.rank]
+    report = encode(args, ranks)
+    if report and args.json:
+        console.print_json(report)
+    elif report:
+        _show(report, args.output)
+    return 0
+
+
+def _show(report: dict[str, Any], output: str) -> None:
+    for corpus in report["corpora"]:
+        print(
+            f"{corpus['prefix']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens "
+            f"({corpus['dtype']}) from {corpus['text_bytes'] / 1e6:,.2f} MB of text"
+        )
+    if report["duplicates"]:
+        print(f"{report['duplicates']:,} duplicates left out")
+    if report["rejected"]:
+        print(_rejected(report["rejected"], output))
+    for line in describe_literals(report["literals"], report["map_literal"]):
+        print(line)
+    print(f"{report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB of text a second")
+
+
+def describe_literals(literals: dict[str, int], mapped: Sequence[str]) -> list[str]:
+    """Lines that say what became of text that looks like a special piece; none where there was none."""
+    known = {
+        argument if argument in literals else argument.rpartition("=")[0] or argument for argument in mapped
+    }
+    made = {name: literals.get(name, 0) for name in sorted(known)}
+    kept = {name: count for name, count in literals.items() if name not in known}
+    lines = []
+    if kept:
+        told = ", ".join(f"{name} {count:,}" for name, count in list(kept.items())[:8])
+        lines.append(f"letters of special pieces, encoded as text: {told} times (see --map-literal)")
+    if made:
+        told = ", ".join(f"{name} {count:,}" for name, count in made.items())
+        lines.append(f"letters of special pieces, mapped to their ids: {told} times")
+    return lines
+
+
+def _rejected(lines: int, output: str) -> str:
+    return f"{lines:,} rejected {'line' if lines == 1 else 'lines'} in {output}.rejected.jsonl"
+
+
+if __name__ == "__main__":
+    for name in THREADS:  # not what a user has set
+        os.environ.setdefault(name, "1")
+    console.run(main)

@@ -1,0 +1,349 @@
+"""A Hugging Face folder from a run: encoder, config, tokenizer, model card.
+
+Nothing is believed: the written folder is loaded by transformers and must give the training model's
+logits (or, after a late method, hidden states) and the training tokenizer's ids before it appears under
+its final name.
+
+What a late method trained beside the encoder (decoder, mask vector, head) is left out, unless the
+pre-training model itself is asked for: then the folder brings the code that it needs
+(modeling_latemask.py), and loads with trust_remote_code.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain import config
+from pretrain.account import ledger
+from pretrain.config import Config
+from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.indexed import corpus_file
+from pretrain.data.manifest import Manifest, load_manifest
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.errors import UserError
+from pretrain.files import check_folder
+from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
+from pretrain.model.late_mask import LateMaskModel
+from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
+from tools.export.model_card import model_card
+from tools.export.tokenizer import check_tokenizer, write_tokenizer
+from tools.shared import console
+from tools.shared.run_model import add_checkpoint_argument, load_model, mask_logits
+
+TOLERANCE = 1e-4
+"""Largest difference of an output, relative to the largest output."""
+CHECK_TOKENS = 512
+"""More than 66: a ModernBERT with local layers is right up to there and wrong beyond."""
+
+
+class ExportError(RuntimeError):
+    """The written folder does not compute what the training model does: a defect, not the user's."""
+
+
+def export_folder(
+    model: LateMaskModel,
+    options: Config,
+    tokenizer_dir: str | Path,
+    output: str | Path,
+    card: str,
+    overwrite: bool = False,
+    with_decoder: bool = False,
+) -> dict[str, Any]:
+    """Writes, checks and only then names the folder `output`; returns a report.
+
+    card: text of README.md. overwrite: replace an earlier export there. with_decoder: the whole model of a
+    late method. UserError if `output` is something else; ExportError, and nothing left behind, if the
+    check fails.
+    """
+    output = Path(output).resolve()  # of a link, what it points to is replaced
+    _mend(output)
+    _refuse(output, overwrite)
+    form = form_of(options, with_decoder)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        parameters = _write(partial, model, options, tokenizer, form)
+        write_tokenizer(tokenizer_dir, tokenizer, partial, options.train.seq_length)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        difference = check_model(partial, model, tokenizer, form)
+        check_tokenizer(partial, tokenizer)
+        _refuse(output, overwrite)  # what came in meanwhile stays
+        _publish(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "path": str(output),
+        "class": model_class(options.model, form),
+        "method": config.method(options),
+        "parameters": parameters,
+        "parameters_left_out": count_left_out(model, form),
+        "largest_difference": difference,
+    }
+
+
+def form_of(options: Config, with_decoder: bool) -> Form:
+    """What of the model is exported; UserError if there is no decoder to add."""
+    if config.method(options) != "mlm":
+        return "late" if with_decoder else "encoder"
+    if with_decoder:
+        raise UserError("--with-decoder: the model of this run has no late masks; leave it out")
+    return "masked-lm"
+
+
+def count_left_out(model: LateMaskModel, form: Form) -> int:
+    """Parameters that the export does not carry (padded rows of the word table apart)."""
+    state = model.state_dict()
+    return 0 if form == "late" else sum(state[name].numel() for name in left_out(state, form == "masked-lm"))
+
+
+WRITTEN = frozenset(
+    {SETTINGS, WEIGHTS, MODELING.name, "README.md", "tokenizer.json", "tokenizer_config.json"}
+)
+"""All names that an export may write: nothing else is ever replaced."""
+MODEL_TYPES = ("roberta", "roberta-prelayernorm", "modernbert", "latemask")
+
+
+def _refuse(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: a file, no exported model; choose another --output")
+    if not _is_export(output):
+        raise UserError(f"{output}: exists and is no exported model; choose another --output")
+    if not overwrite:
+        raise UserError(f"{output}: holds a model already; choose another --output or add --overwrite")
+    if foreign := _foreign(output):
+        raise UserError(
+            f"{output}: has {', '.join(foreign[:5])}{' ...' if foreign[5:] else ''}, which no export writes;"
+            " move that away, or choose another --output"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether its settings are of a kind of model that is exported here, with weights beside them."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return settings["model_type"] in MODEL_TYPES and (folder / WEIGHTS).is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names of what no export writes."""
+    return sorted(each.name for each in folder.iterdir() if each.name not in WRITTEN or not each.is_file())
+
+
+def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, form: Form) -> int:
+    ours, vocab_size = model.state_dict(), tokenizer.vocab_size
+    if form == "late":
+        state = late_state(ours, vocab_size)
+        shutil.copyfile(MODELING, folder / MODELING.name)
+    else:
+        state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm", tokenizer.pad)
+    settings = json.dumps(hugging_face_config(options, tokenizer, form), indent=2)
+    (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+    save_file({name: tensor.float() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors creates 0600, whatever the umask
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def _aside(output: Path) -> Path:
+    """Where an earlier export waits while the new one takes its name."""
+    return output.with_name(f".old-{output.name}")
+
+
+def _mend(output: Path) -> None:
+    """Brings back an earlier export that a kill left aside, or removes it where the new one is in place."""
+    old = _aside(output)
+    if old.is_symlink() or not old.is_dir():
+        return
+    if not output.exists():
+        old.rename(output)
+    elif not _foreign(old):
+        shutil.rmtree(old)
+    else:
+        raise UserError(f"{old}: in the way, and has files that no export writes; move it away")
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Two renames; a kill between them leaves the old one aside, which the next call brings back."""
+    old = _aside(output)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+# ---- checking ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, form: Form) -> float:
+    """Largest difference between transformers and `model`, relative to scale; ExportError if too large.
+
+    One sequence of full length and one padded to it, in natural order, random pieces and masks. Of a late
+    model the answers to the masks are compared.
+    """
+    theirs = _load(folder, form)
+    model = model.eval()
+    length = min(model.m.max_positions, CHECK_TOKENS)
+    worst = 0.0
+    ids = _probe(tokenizer, length, masks=form != "encoder")
+    lengths = (length, length // 2 + 1)
+    attention = torch.tensor([[i < n for i in range(length)] for n in lengths]).long()
+    padded = torch.where(attention.bool(), ids, tokenizer.pad)
+    answer = theirs(input_ids=padded, attention_mask=attention)
+    for row, n in enumerate(lengths):
+        expected = _outputs(model, ids[row : row + 1, :n], tokenizer.vocab_size, form)
+        found = (answer.last_hidden_state if form == "encoder" else answer.logits)[row : row + 1, :n]
+        if form == "late":
+            found = found[:, ids[row, :n] == tokenizer.mask]
+        worst = max(
+            worst, ((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf).item()
+        )
+    if worst > TOLERANCE:
+        raise ExportError(
+            f"the exported model differs from the trained one by {worst:.1e} of its outputs' scale"
+            f" (allowed {TOLERANCE:.0e}); nothing was written. This is a defect: please report it"
+        )
+    return worst
+
+
+def _load(folder: Path, form: Form) -> torch.nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModel if form == "encoder" else transformers.AutoModelForMaskedLM
+    with _place_for_code() if form == "late" else nullcontext():
+        model, info = auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=form == "late",
+        )
+    # Base classes bring a pooler that pre-training knows nothing about.
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ExportError(f"transformers does not take the weights: {info}")
+    return model.eval()
+
+
+@contextmanager
+def _place_for_code() -> Iterator[None]:
+    """A temporary cache of modules for transformers where its own, below HOME, cannot be written."""
+    from transformers import dynamic_module_utils
+
+    usual = dynamic_module_utils.HF_MODULES_CACHE
+    try:
+        check_folder(usual)
+    except UserError:
+        pass
+    else:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="latemask-modules-") as folder:
+        dynamic_module_utils.HF_MODULES_CACHE = folder
+        try:
+            yield
+        finally:
+            dynamic_module_utils.HF_MODULES_CACHE = usual
+
+
+def _probe(tokenizer: Tokenizer, length: int, masks: bool) -> Tensor:
+    """Two rows [2, length] of random pieces between <s> and </s>, every seventh a [MASK] if `masks`."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.from_numpy(tokenizer.random_ids).long()
+    ids = pool[torch.randint(len(pool), (2, length), generator=generator)]
+    ids[:, 0], ids[:, -1] = tokenizer.bos, tokenizer.eos
+    if masks:
+        ids[:, 3::7] = tokenizer.mask
+    return ids
+
+
+def _outputs(model: LateMaskModel, ids: Tensor, vocab_size: int, form: Form) -> Tensor:
+    """Logits [1, n, W] (of the masks, if they are late), or the encoder's output [1, n, D], of the
+    training model in natural order."""
+    if form == "late":
+        return mask_logits(model, ids)
+    hidden = model.encode(ids, torch.arange(ids.shape[1])[None])
+    if form == "encoder":
+        return hidden
+    return model.head(hidden) @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser("export", "Write a run's encoder as a Hugging Face folder", reports=True)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--with-decoder",
+        action="store_true",
+        help="the whole pre-training model of a late method, which can fill in masks (needs"
+        " trust_remote_code to load)",
+    )
+    parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    args = parser.parse_args(arguments)
+    output = Path(args.output).resolve()
+    _mend(output)
+    _refuse(output, args.overwrite)  # before minutes of reading
+    check_folder(output.parent)
+    model, options, tokenizer, state = load_model(args.run, args.checkpoint)
+    form = form_of(options, args.with_decoder)
+    card = model_card(
+        Path(args.run).absolute().name,
+        options,
+        tokenizer.piece(tokenizer.mask),
+        count_left_out(model, form),
+        state,
+        _corpora(options),
+        ledger.total([args.run]),
+        args.license,
+        args.with_decoder,
+    )
+    folder = tokenizer_folder(options.corpus)
+    report = export_folder(model, options, folder, args.output, card, args.overwrite, args.with_decoder)
+    report = {"checkpoint": state.step, **report}
+    if args.json:
+        console.print_json(report)
+    else:
+        print(_text(report))
+    return 0
+
+
+def _corpora(options: Config) -> list[tuple[float, Manifest]]:
+    """Weight and manifest of each training corpus, if all are still where the run found them."""
+    blend = options.corpus.blend
+    present = all(corpus_file(prefix, "json").is_file() for _, prefix in blend)
+    return [(weight, load_manifest(prefix)) for weight, prefix in blend] if present else []
+
+
+def _text(report: dict[str, Any]) -> str:
+    left = report["parameters_left_out"]
+    gone = f"; left out: {left:,} parameters of decoder, mask vector and head" if left else ""
+    step, parameters = f"{report['checkpoint']:,}", f"{report['parameters']:,}"
+    return (
+        f"{report['path']}: {report['class']} of step {step}, {parameters} parameters{gone}."
+        f" transformers agrees with the training model to {report['largest_difference']:.1e}."
+    )
+
+
+if __name__ == "__main__":
+    console.run(main)

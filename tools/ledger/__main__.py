@@ -1,0 +1,204 @@
+"""What runs have spent: ``python -m tools.ledger check|show|total|energy|reconcile RUN...``.
+
+`check` verifies the chain of hashes, that each checkpoint's line and the run's last one are there, the sums,
+and that every count is that of so many updates of the run's config; `show`
+lists the events of each run; `total` adds the runs up; `energy` tells joules and, for a region, carbon;
+`reconcile` compares with Slurm's accounting.
+"""
+
+import argparse
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint, config
+from pretrain.account import ledger
+from pretrain.account.budget import step_cost
+from pretrain.account.flops import StepCost
+from pretrain.errors import UserError
+from pretrain.run_folder import RunFolder
+from tools.ledger import emissions, reconcile
+from tools.ledger.reconcile import SACCT
+from tools.shared import console
+
+ACTIONS = {
+    "check": "verify the chain to its end, the sums, and the counts against the config",
+    "show": "list the events of each run",
+    "total": "add the runs up",
+    "energy": "kWh of each attempt and, with --region, carbon; --csv writes CodeCarbon's columns",
+    "reconcile": "compare with Slurm's account of the jobs and explain the difference",
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    runs = arguments.runs
+    report, text = {
+        "check": lambda: check(runs),
+        "show": lambda: show(runs),
+        "total": lambda: total(runs),
+        "energy": lambda: emissions.report(runs, arguments.region, arguments.csv),
+        "reconcile": lambda: reconcile.reconcile(runs, arguments.sacct),
+    }[arguments.action]()
+    if arguments.json:
+        console.print_json(report)
+    else:
+        print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = console.parser("ledger", "What runs have spent, over all their attempts.", reports=True)
+    parser.add_argument(
+        "action",
+        choices=ACTIONS,
+        help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()),
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--region", metavar="ISO", help="energy: country (ISO 3166, such as DEU) of the power"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="energy: write one line for each attempt")
+    parser.add_argument(
+        "--sacct",
+        metavar="FILE",
+        help=f"reconcile: saved output of SLURM_TIME_FORMAT=%%s {' '.join(SACCT)} -j ID",
+    )
+    options = parser.parse_args()
+    console.refuse_twice(options.runs)
+    for name, action in (("region", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
+        if getattr(options, name) is not None and options.action != action:
+            raise UserError(f"--{name} belongs to `{action}`; leave it out")
+    return options
+
+
+def check(runs: list[str]) -> tuple[Any, str]:
+    """Lines and checkpoints of each run; UserError at the first thing that does not hold."""
+    report = [_checked(Path(run)) for run in runs]
+    return report, "\n".join(map(_verdict, report))
+
+
+def _checked(run: Path) -> dict[str, Any]:
+    ledger.check(run)
+    lines = ledger.chain(run)
+    check_counts(run, lines)
+    saves = [run / "checkpoints" / f"step-{step:08d}" for step in checkpoint.steps(run)]
+    heads = {path: checkpoint.read_state(path).ledger_head for path in saves}
+    if last := RunFolder(run).status().get("ledger_head"):
+        heads[run / "status.json"] = last
+    for path, head in heads.items():
+        if head not in lines:
+            raise UserError(f"{path}: its ledger line {head[:12]} is missing; restore {run / 'ledger.jsonl'}")
+    order = list(lines)
+    held = max((order.index(head) + 1 for head in heads.values()), default=0)
+    return {
+        "run": str(run),
+        "lines": len(lines),
+        "checkpoints": len(saves),
+        "held": held,
+    }
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    """In words; what follows the last line that something else refers to can be cut off unnoticed."""
+    text = f"{one['run']}: {one['lines']} lines and {one['checkpoints']} checkpoints agree"
+    loose = one["lines"] - one["held"]
+    return f"{text}, but nothing holds the last {loose} lines: they could have been more" if loose else text
+
+
+def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
+    """UserError at the first line whose counts are not those of its updates, by the closed form."""
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    costs = [step_cost(phase) for phase in config.phases(config.load(str(path)))]
+    before, phase, phases = ledger.nothing(), 0, {"": 0}
+    for number, (head, line) in enumerate(lines.items(), 1):
+        if line["event"] == "resume":
+            before, phase = lines.get(line["head"], ledger.nothing()), phases[line["head"]]
+        if wrong := _miscounted(before, line, costs[phase]):
+            raise UserError(
+                f"{run / 'ledger.jsonl'}:{number}: its {wrong} are not those of"
+                f" {line['step'] - before['step']:,} updates of {path}; restore the files"
+            )
+        before, phase = line, line.get("phase", phase)
+        phases[head] = phase
+
+
+def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str | None:
+    """The first counter that did not grow by what the updates since `before` cost."""
+    updates = line["step"] - before["step"]
+    for name in ledger.COUNTERS[1:]:
+        old, new, each = before[name], line[name], getattr(cost, name)
+        if name == "flops":
+            same = all(old[part] + updates * getattr(each, part) == new[part] for part in old)
+        elif isinstance(each, float):  # added up one by one
+            same = math.isclose(old + updates * each, new, rel_tol=1e-9)
+        else:
+            same = old + updates * each == new
+        if not same:
+            return name
+    return None
+
+
+def show(runs: list[str]) -> tuple[Any, str]:
+    """Every line of each run as JSON; as text without the heartbeats and logs that something follows."""
+    found = {run: ledger.read(run) for run in runs}
+    rows = [f"{'time (UTC)':19}  try  {'event':14} {'step':>9} {'dev. hours':>10} {'lost':>7} {'FLOPs':>9}"]
+    for run, lines in found.items():
+        rows += [run, *map(_row, _telling(lines))]
+    return [{"run": run, "lines": lines} for run, lines in found.items()], "\n".join(rows)
+
+
+def _telling(lines: list[ledger.Line]) -> list[ledger.Line]:
+    """Without heartbeats and logs, but for the one that an attempt ends with: there it was killed."""
+    last = {line["attempt"]: number for number, line in enumerate(lines)}
+    return [
+        line
+        for number, line in enumerate(lines)
+        if line["event"] not in ("heartbeat", "log") or last[line["attempt"]] == number
+    ]
+
+
+def _row(line: ledger.Line) -> str:
+    spent = line["device_seconds"]
+    when = datetime.fromtimestamp(line["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f"{when}  {line['attempt']:3}  {line['event']:14} {line['step']:9} {spent['total'] / 3600:10.3f}"
+        f" {spent['lost'] / 3600:7.3f} {line['flops']['total']:9.2e}  {_details(line)}"
+    ).rstrip()
+
+
+_TOLD = ("reason", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
+
+
+def _details(line: ledger.Line) -> str:
+    words = [f"{name} {line[name]}" for name in _TOLD if name in line]
+    words += [f"{share:.2f} epochs of {prefix}" for prefix, share in line.get("epochs", {}).items()]
+    if "held_out" in line:
+        words.append(f"held-out loss {line['held_out']['loss']:.4f}")
+    return ", ".join(words)
+
+
+def total(runs: list[str]) -> tuple[Any, str]:
+    """The sum of the runs, under the promised keys."""
+    report = ledger.total(runs)
+    spent, flops = report["device_seconds"], report["flops"]
+    rows = [("attempts", f"{report['attempts']}")]
+    counters = ("steps", "samples", "tokens_seen", "tokens_real", "tokens_predicted")
+    rows += [(name, f"{report[name]}") for name in counters]
+    rows += [("token-layers", f"{report['token_layers']:.4e}")]
+    rows += [(f"FLOPs, {part}", f"{flops[part]:.4e}") for part in flops]
+    rows += [("FLOPs, hardware", f"{report['hardware_flops']:.4e}")]
+    rows += [("FLOPs, lost", f"{report['lost_flops']:.4e}")]
+    rows += [(f"device-hours, {part}", f"{spent[part] / 3600:.4f}") for part in spent]
+    rows += [("joules", "not measured" if report["joules"] is None else f"{report['joules']:.4e}")]
+    rows += [(f"joules, {part}", f"{joules:.4e}") for part, joules in report["joules_by_part"].items()]
+    if spent["total"]:
+        rows += [("metered share of hours", f"{report['metered_device_seconds'] / spent['total']:.1%}")]
+    rows += [("peak bytes of a rank", f"{report['peak_bytes']}")]
+    return report, "\n".join(f"{name:24} {value:>16}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    console.run(main)

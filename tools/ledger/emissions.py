@@ -1,0 +1,178 @@
+"""Energy of runs, and carbon where a region is named.
+
+Grams of CO2 equivalent per kWh of electricity, by country and year: carbon_intensity.csv, from Our World in
+Data (Ember; Energy Institute), CC BY 4.0, as CodeCarbon 3 distributes it. A national mean of a year is a
+convention, not a measurement: a contract for green power, the hour and the grid's margin are not in it.
+
+The CSV has the column names of CodeCarbon 3.3 and its units (kWh, W, s, kg), one line for each attempt; what
+was not measured is empty: so are the factor for cooling (PUE) and whether it was a cloud. Its energy is what
+this run's ranks and their share of the hosts took. The trap: it may be written on another machine than that
+of the run, so what it says of machine and software is what the attempt left in provenance.json.
+"""
+
+import csv
+import io
+import json
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pretrain.account import ledger
+from pretrain.account.budget import JOULES_PER_KWH
+from pretrain.account.energy import PARTS
+from pretrain.errors import UserError
+from tools.shared import console
+from tools.shared.tables import aligned
+
+TABLE = Path(__file__).parent / "carbon_intensity.csv"
+SOURCE = "Our World in Data (Ember; Energy Institute), CC BY 4.0"
+COLUMNS = (
+    *("timestamp", "project_name", "run_id", "experiment_id", "duration", "emissions", "emissions_rate"),
+    *("cpu_power", "gpu_power", "ram_power", "cpu_energy", "gpu_energy", "ram_energy", "energy_consumed"),
+    "water_consumed",
+    *("country_name", "country_iso_code", "region", "cloud_provider", "cloud_region", "os"),
+    *("python_version", "codecarbon_version", "cpu_count", "cpu_model", "gpu_count", "gpu_model"),
+    *("longitude", "latitude", "ram_total_size", "tracking_mode"),
+    *("cpu_utilization_percent", "gpu_utilization_percent", "ram_utilization_percent", "ram_used_gb"),
+    *("on_cloud", "pue", "wue"),
+)
+
+
+@cache
+def intensities() -> dict[str, dict[str, str]]:
+    """ISO 3166 code -> row of the table."""
+    with open(TABLE, encoding="ascii", newline="") as file:
+        return {row["iso_code"]: row for row in csv.DictReader(file)}
+
+
+def intensity(region: str) -> dict[str, Any]:
+    """Country, year and grams per kWh; UserError if the table has not this code."""
+    row = intensities().get(region.upper())
+    if row is None:
+        raise UserError(
+            f"--region {region}: not a country of {TABLE.name}; give its ISO 3166 code, such as DEU"
+        )
+    return {**row, "grams_per_kwh": float(row["grams_per_kwh"]), "source": SOURCE}
+
+
+def attempts(run: str) -> list[dict[str, Any]]:
+    """Energy of each attempt of a run: kWh by part, seconds, and how it was measured."""
+    found: list[dict[str, Any]] = []
+    before: dict[str, float] = {}
+    lines = ledger.read(run)
+    for number in dict.fromkeys(line["attempt"] for line in lines):
+        own = [line for line in lines if line["attempt"] == number]
+        about = next((line for line in own if "sensors" in line), {})
+        joules = own[-1]["joules"]
+        found.append(
+            {
+                "run": str(run),
+                "attempt": number,
+                "end": own[-1]["time"],
+                "seconds": sum(own[-1]["seconds"].values()),
+                "device": own[-1]["device"],
+                "ranks": own[-1]["ranks"],
+                "provenance": _provenance(Path(run), own[0]),
+                "sensors": about.get("sensors", {}),
+                "host_share": about.get("host_share"),
+                "kwh": {
+                    part: (joules[part] - before.get(part, 0.0)) / JOULES_PER_KWH
+                    for part in PARTS
+                    if part in about.get("sensors", {}) and part in joules
+                },
+            }
+        )
+        before = joules
+    return found
+
+
+def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
+    """What the attempt with this first line said of its software, a moment before; {} if it is not known.
+
+    By its time: attempts that failed before their first line are in provenance.json only.
+    """
+    file = run / "provenance.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    begin = first["time"] - sum(first["seconds"].values())
+    return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first["time"] + 1), {})
+
+
+def report(runs: list[str], region: str | None, table: str | None) -> tuple[Any, str]:
+    """The energy of the runs as a document and as text; `table`: a CSV to write."""
+    place = intensity(region) if region else None
+    found = [one for run in runs for one in attempts(run)]
+    measured = [one for one in found if one["kwh"]]
+    total = sum(sum(one["kwh"].values()) for one in measured) if measured else None
+    spent = ledger.total(runs)
+    seconds = spent["device_seconds"]["total"]
+    document = {
+        "attempts": found,
+        "kwh": total,
+        "metered_share": spent["metered_device_seconds"] / seconds if seconds else None,
+        "intensity": place,
+        "kg_co2e": total * place["grams_per_kwh"] / 1e3 if place and total is not None else None,
+    }
+    if table:
+        console.write(Path(table), _csv(found, place))
+    return document, _text(document)
+
+
+def _text(document: dict[str, Any]) -> str:
+    rows = [["attempt", "hours", *(f"{part} kWh" for part in PARTS), "measured by"]]
+    for one in document["attempts"]:
+        kwh = [f"{one['kwh'][part]:.6f}" if part in one["kwh"] else "-" for part in PARTS]
+        how = ", ".join(f"{part}: {method}" for part, method in one["sensors"].items()) or "nothing"
+        if one["host_share"] is not None:
+            how += f"; {one['host_share']:.0%} of the host"
+        rows.append([f"{one['run']} {one['attempt']}", f"{one['seconds'] / 3600:.4f}", *kwh, how])
+    text = aligned(rows)
+    if document["kwh"] is None:
+        return f"{text}\nenergy: not measured"
+    text += (
+        f"\nenergy: {document['kwh']:.6f} kWh, metered in {document['metered_share']:.1%} of the device-hours"
+    )
+    if place := document["intensity"]:
+        text += (
+            f"\ncarbon: {document['kg_co2e']:.6f} kg CO2e at {place['grams_per_kwh']:g} g/kWh"
+            f" ({place['country']}, {place['year']}; {place['source']})"
+        )
+    return text
+
+
+def _csv(found: list[dict[str, Any]], place: dict[str, Any] | None) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for one in found:
+        writer.writerow(_row(one, place))
+    return text.getvalue()
+
+
+def _row(one: dict[str, Any], place: dict[str, Any] | None) -> dict[str, Any]:
+    """A line of the CSV: powers are means over the attempt."""
+    kwh, seconds = one["kwh"], one["seconds"]
+    on_gpu, told = "gpu" in one["sensors"], one["provenance"]
+    row = {
+        "timestamp": datetime.fromtimestamp(one["end"]).isoformat(timespec="seconds"),
+        "project_name": "LateMask",
+        "run_id": f"{one['run']}#{one['attempt']}",
+        "duration": round(seconds, 3),
+        "os": told.get("os", ""),
+        "python_version": told.get("python", ""),
+        "codecarbon_version": f"LateMask {told['version']}" if told else "",
+        "gpu_count": one["ranks"] if on_gpu else "",
+        "gpu_model": one["device"] if on_gpu else "",
+        "cpu_model": "" if on_gpu else one["device"],
+        "tracking_mode": "process",
+    }
+    for part, energy in kwh.items():
+        row |= {f"{part}_energy": energy, f"{part}_power": energy * JOULES_PER_KWH / seconds}
+    if kwh:
+        row["energy_consumed"] = sum(kwh.values())
+    if place:
+        row |= {"country_name": place["country"], "country_iso_code": place["iso_code"]}
+    if place and kwh:
+        kilograms = sum(kwh.values()) * place["grams_per_kwh"] / 1e3
+        row |= {"emissions": kilograms, "emissions_rate": kilograms / seconds}
+    return row

@@ -1,0 +1,117 @@
+"""Before any GPU: what a run will cost, what it needs, and how long it takes: ``python -m tools.plan``.
+
+Parameters, FLOPs and bytes sent are exact; memory is a closed form of what torch and DeepSpeed hold; time
+is a model (see tools/plan/layouts.py) that a result file of the device, or a default, brings to scale. torch
+is not imported, so that a plan takes less than two seconds.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain import config
+from pretrain.account.devices import Device
+from pretrain.config import Config
+from pretrain.errors import UserError
+from tools.plan import layouts
+from tools.plan import pages as plan_pages
+from tools.plan.estimate import Tariff, methods, plan, scaling
+from tools.shared import console
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = console.parser(
+        "plan", "Parameters, FLOPs, memory, time and cost of runs before they start", reports=True
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG | section.key=value", help="configs, and overrides of them all"
+    )
+    parser.add_argument(
+        "--gpus", type=console.whole(1), metavar="N", help="devices (as many as parallel.tensor)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="such as H100; without one there are no times")
+    parser.add_argument(
+        "--fastest", action="store_true", help="the fastest layout that fits, not the config's"
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="the fastest layouts from 1 to 4,096 devices, and the plan in that on --gpus (the fewest)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw that scaling as a PNG")
+    parser.add_argument(
+        "--methods",
+        type=console.whole(8, 512),
+        metavar="LENGTH",
+        help="instead: all methods x rates x sizes at this length",
+    )
+    parser.add_argument("--price", type=console.positive, help="of a device-hour (a round figure of rental)")
+    parser.add_argument("--watts", type=console.positive, help="drawn by a device (its largest board power)")
+    parser.add_argument(
+        "--achieved",
+        type=console.part,
+        metavar="SHARE",
+        help="of the device's peak that products reach (measured, or 0.4)",
+    )
+    args = parser.parse_intermixed_args(arguments)
+    _refuse_idle_words(args)
+    device = None if args.device is None else layouts.named(args.device)
+    if args.methods is not None:
+        return show_methods(args.methods, device, args.achieved, args.json)
+    paths = [word for word in args.words if "=" not in word]
+    changes = [word for word in args.words if "=" in word]
+    if not paths:
+        raise UserError("no CONFIG; give one or more, such as configs/*.yaml")
+    plans = [_planned(args, path, config.load(path, changes), device) for path in paths]
+    if args.plot:
+        from tools.plan import plot as plan_plot  # matplotlib takes a second
+
+        plan_plot.write(args.plot, plans)
+    if args.json:
+        console.print_json(plans)
+        return 0
+    print(plan_pages.text(plans))
+    for one in plans:
+        if "scaling" in one:
+            print(f"\n{plan_pages.scaling_text(one)}")
+    return 0
+
+
+def _refuse_idle_words(args: argparse.Namespace) -> None:
+    """UserError if a word would change nothing."""
+    timed = [name for name in TIMED if getattr(args, name) not in (None, False)]
+    if args.methods is not None:
+        ours = [name for name in timed if name != "achieved"] + ["gpus"] * (args.gpus is not None)
+        if others := [*(f"--{name}" for name in ours), *args.words]:
+            raise UserError(f"--methods is a table of its own; leave out {', '.join(others)}")
+    if args.device is None and timed:
+        raise UserError(f"{', '.join(f'--{name}' for name in timed)}: need --device NAME")
+
+
+TIMED = ("fastest", "scaling", "plot", "price", "watts", "achieved")
+"""Options that only a device gives a sense."""
+
+
+def _planned(args: argparse.Namespace, path: str, options: Config, device: Device | None) -> dict[str, Any]:
+    """With its scaling, if that is asked for: then of the fastest layout, for the config's may not fit."""
+    tariff, gpus, rows = Tariff(args.price, args.watts), args.gpus, {}
+    if device and (args.scaling or args.plot):
+        rows = scaling(options, device, tariff, path, args.achieved)
+        gpus = gpus or rows["scaling"][0]["gpus"]
+    return {**plan(options, gpus, device, args.fastest or bool(rows), tariff, path, args.achieved), **rows}
+
+
+def show_methods(length: int, device: Device | None, achieved: float | None, as_json: bool) -> int:
+    rows = methods(length, device, achieved)
+    if as_json:
+        console.print_json(rows)
+    else:
+        print(plan_pages.methods_text(rows, device and device.name))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,401 @@
+"""What a run will cost, need and take, from its config alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import config
+from pretrain.account import budget, costs, flops
+from pretrain.account.devices import Device
+from pretrain.account.flops import Flops
+from pretrain.config import Config
+from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+from tools.plan import layouts, traffic
+from tools.plan.layouts import Job
+from tools.plan.memory import Layout, Memory
+
+MOST = 4096
+"""Devices of the largest cluster that is tried."""
+
+
+@dataclass(frozen=True)
+class Tariff:
+    """What a device-hour costs."""
+
+    price: float | None = None
+    """In dollars; None: the table's, where it has one."""
+    watts: float | None = None
+    """Drawn by a device; None: its largest board power, without its share of the host and of cooling."""
+
+    def dollars(self, device: Device, device_hours: float) -> float | None:
+        price = device.price if self.price is None else self.price
+        return device_hours * price if price else None
+
+    def kwh(self, device: Device, device_hours: float) -> float | None:
+        watts = self.watts or device.watts
+        return device_hours * watts / 1000 if watts else None
+
+
+def with_vocabulary(options: Config) -> tuple[Config, str]:
+    """The config with its number of pieces and what its budget is relative to, and where the number is from:
+    the config, the tokenizer, or RoBERTa."""
+    pieces, source = options.model.vocab_size, "config"
+    prefix = options.corpus.blend[0][1]
+    if pieces is None and (options.corpus.tokenizer or Path(f"{prefix}.json").exists()):
+        source = str(tokenizer_folder(options.corpus))
+        pieces = load_tokenizer(source).vocab_size
+    if pieces is None:
+        pieces, source = layouts.ROBERTA_PIECES, "assumed"
+    model = options.model.model_copy(update={"vocab_size": pieces})
+    return budget.resolve(options.model_copy(update={"model": model})), source
+
+
+def plan(
+    options: Config,
+    gpus: int | None = None,
+    device: Device | str | None = None,
+    fastest: bool = False,
+    tariff: Tariff = Tariff(),
+    name: str = "",
+    achieved: float | None = None,
+) -> dict[str, Any]:
+    """Everything that can be said about a run before it starts, JSON-serialisable.
+
+    gpus: devices; default: as many as parallel.tensor. device: a name of the table, or a Device; without
+    one there are no times. fastest: choose the fastest layout that fits, instead of the config's. name: of
+    the config, to be shown. achieved: share of the peak that products reach, where one knows better.
+
+    Of a run in phases, what is said of a sequence is the mean over all of its sequences, of a step that over
+    all of its updates (`figures_of`: where only a run can tell how many, the last phase's); the layout is
+    the last phase's, and memory that of the one that needs most.
+    UserError if the devices do not divide, if the layout (with `fastest`: any) does not fit, or if the
+    budget pays for no update.
+    """
+    device = layouts.named(device) if isinstance(device, str) else device
+    options, source = with_vocabulary(options)
+    run = Run(options, device, tariff, achieved)
+    last, pieces = run.phases[-1], run.pieces
+    try:
+        budget.check(options)
+        chosen = run.layouts(gpus or options.parallel.tensor, fastest)
+        totals = run.totals(chosen)
+        if totals["steps"] == 0:
+            unit, amount = options.budget.amount
+            raise UserError(f"budget.{unit} = {amount:g} pays for no update; raise it")
+    except UserError as error:
+        raise UserError(f"{name}: {error}" if name else str(error)) from None
+    return {
+        "config": name,
+        "method": config.method(options),
+        "vocab_size": pieces,
+        "vocab_size_from": source,
+        "parameters": flops.parameters(last.model, pieces),
+        **totals,
+        "relative": run.relative(chosen),
+        "memory_bytes_per_rank": asdict(run.memory(chosen)),
+        "bytes_sent_per_rank": _sent(run.job(last), chosen[-1]),
+        "layout": _described(last, chosen[-1], device),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config with its vocabulary, on a device or none."""
+
+    options: Config
+    device: Device | None
+    tariff: Tariff
+    achieved: float | None = None
+    """Share of the device's peak that products reach; None: what layouts.achieved says."""
+
+    @property
+    def pieces(self) -> int:
+        assert self.options.model.vocab_size
+        return self.options.model.vocab_size
+
+    @property
+    def phases(self) -> list[Config]:
+        """The config of each stretch."""
+        return config.phases(self.options)
+
+    def job(self, phase: Config) -> Job:
+        return layouts.job(phase, self.pieces, self.device)
+
+    @property
+    def _jobs(self) -> list[Job]:
+        return [self.job(phase) for phase in self.phases]
+
+    @property
+    def _device(self) -> Device:
+        assert self.device
+        return self.device
+
+    def share(self) -> tuple[float, str]:
+        """(share of the device's peak that products reach, where it is from)."""
+        if self.achieved is not None:
+            return self.achieved, "given"
+        return layouts.achieved(self._device, self._jobs[-1].precision)
+
+    # ---- layouts
+
+    def layouts(self, gpus: int, fastest: bool) -> list[Layout]:
+        """Of each phase: the config's, or the fastest; UserError with the smallest that fits."""
+        if fastest:
+            if found := self.fastest(gpus):
+                return found
+            raise UserError(self._refusal(gpus))
+        precision, gpu = self._jobs[-1].precision, self.device is None or self.device.gpu
+        found = [layouts.configured(phase, gpus, precision, gpu) for phase in self.phases]
+        needed = layouts.needs(self.memory(found))
+        if self.device and needed > self.device.memory:
+            raise UserError(
+                f"needs {needed / 2**30:.1f} GiB a rank on {gpus} x {self.device.name}, which has"
+                f" {self.device.memory / 2**30:.0f}; {self._smallest()}"
+            )
+        return found
+
+    def fastest(self, gpus: int) -> list[Layout] | None:
+        """The fastest that fits, of each phase; None: nothing does."""
+        return layouts.fastest(self._jobs, gpus, self._device, self.share()[0])
+
+    def obstacle(self, gpus: int) -> str:
+        """Why there is no layout on so many devices."""
+        if layouts.divisions(self._jobs, gpus, self._device):
+            return "nothing fits"
+        return f"{self._batches} sequences cannot be so divided"
+
+    @property
+    def _batches(self) -> str:
+        return " or ".join(dict.fromkeys(str(job.batch_size) for job in self._jobs))
+
+    def _refusal(self, gpus: int) -> str:
+        if layouts.divisions(self._jobs, gpus, self._device):
+            return f"nothing fits {gpus} x {self._device.name}; {self._smallest()}"
+        near = ", ".join(f"{count:,}" for count in layouts.nearest(self._jobs, gpus, self._device))
+        return f"{self._batches} sequences cannot be divided among {gpus:,} ranks; nearest: {near}"
+
+    def _smallest(self) -> str:
+        """The fewest devices on which something fits, in words."""
+        for gpus in layouts.powers(MOST):
+            if found := self.fastest(gpus):
+                words = layouts.changes(self.phases[-1], found[-1]) or "as it is"
+                return f"the smallest layout that fits: {gpus} x {self._device.name}, {words}"
+        return f"no layout on up to {MOST:,} of them fits"
+
+    def memory(self, chosen: Sequence[Layout]) -> Memory:
+        """Of the phase that needs most."""
+        held = [layouts.memory_of(job, layout) for job, layout in zip(self._jobs, chosen, strict=True)]
+        return max(held, key=lambda one: one.total)
+
+    # ---- what is spent
+
+    def totals(self, chosen: Sequence[Layout]) -> dict[str, Any]:
+        """Of the whole run, and means over it; None for what cannot be known."""
+        steps = self._steps(chosen)
+        return {**self._work(steps), **self._times(chosen, steps)}
+
+    def relative(self, chosen: Sequence[Layout]) -> dict[str, float | None]:
+        """Costs over those of the baseline on the same sequences."""
+        ours = dict.fromkeys(("token_layers", "flops_without_head", "flops_with_head"), 0.0)
+        theirs = dict.fromkeys(ours, 0.0)
+        baselines = [costs.baseline(phase) for phase in self.phases]
+        counts = _counts(self._steps(chosen), len(chosen))
+        for steps, phase, baseline in zip(counts, self.phases, baselines, strict=True):
+            for sums, options in ((ours, phase), (theirs, baseline)):
+                for name, value in asdict(costs.of_sequence(options, self.pieces)).items():
+                    sums[name] += steps * phase.train.batch_size * value
+        time = None
+        if self.device is not None:
+            # In the same layouts.
+            time = _mean(counts, self._seconds(self.phases, chosen)) / _mean(
+                counts, self._seconds(baselines, chosen)
+            )
+        return {**{name: ours[name] / theirs[name] for name in ours}, "device_time": time}
+
+    def _seconds(self, phases: Sequence[Config], chosen: Sequence[Layout]) -> list[float]:
+        """Of an update of each phase."""
+        share, _ = self.share()
+        return [
+            layouts.step_seconds(self.job(phase), layout, self._device, share)
+            for phase, layout in zip(phases, chosen, strict=True)
+        ]
+
+    def _steps(self, chosen: Sequence[Layout]) -> list[int] | None:
+        """Updates of each phase."""
+        unit, amount = self.options.budget.amount
+        if unit not in budget.MEASURED:
+            return budget.Budget(self.options).updates()
+        if self.device is None:
+            return None
+        hours = amount
+        if unit == "kwh":
+            each = self.tariff.kwh(self.device, 1.0)
+            if each is None:
+                return None
+            hours = amount / each
+        edges = [0.0, *(phase.until for phase in self.options.train.phases), 1.0]
+        shares = [after - before for before, after in zip(edges, edges[1:], strict=False)]
+        return [
+            int(share * hours * 3600 // (chosen[-1].ranks * seconds))
+            for share, seconds in zip(shares, self._seconds(self.phases, chosen), strict=True)
+        ]
+
+    def _work(self, steps: Sequence[int] | None) -> dict[str, Any]:
+        """FLOPs, tokens and token-layers."""
+        counts = _counts(steps, len(self.phases))
+        spent = [(number, budget.step_cost(phase)) for number, phase in zip(counts, self.phases, strict=True)]
+        whole = Flops(
+            encoder=sum(number * cost.flops.encoder for number, cost in spent),
+            decoder=sum(number * cost.flops.decoder for number, cost in spent),
+            head=sum(number * cost.flops.head for number, cost in spent),
+        )
+        known = steps is not None
+        return {
+            "phases": len(counts),
+            "figures_of": "run" if steps and any(steps) else "last phase",
+            "flops_per_sequence": _by_part(whole, sum(number * cost.samples for number, cost in spent)),
+            "flops_per_step": _by_part(whole, sum(counts)),
+            "steps": sum(steps) if steps is not None else None,
+            "tokens_total": sum(number * cost.tokens_seen for number, cost in spent) if known else None,
+            "flops_total": whole.total if known else None,
+            "flops_total_by_part": _by_part(whole) if known else None,
+            "token_layers": sum(number * cost.token_layers for number, cost in spent) if known else None,
+        }
+
+    def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> dict[str, Any]:
+        names = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "achieved", "achieved_from")
+        if self.device is None:
+            return dict.fromkeys(names)
+        seconds, ranks = self._seconds(self.phases, chosen), chosen[-1].ranks
+        counts = _counts(steps, len(seconds))
+        step = _mean(counts, seconds)
+        work = _mean(counts, [budget.step_cost(phase).flops.total for phase in self.phases])
+        hours = None if steps is None else sum(steps) * step / 3600
+        device_hours = None if hours is None else hours * ranks
+        share, source = self.share()
+        return {
+            "step_seconds": step,
+            "hours": hours,
+            "device_hours": device_hours,
+            "kwh": device_hours and self.tariff.kwh(self.device, device_hours),
+            "cost": device_hours and self.tariff.dollars(self.device, device_hours),
+            "mfu": work / step / ranks / self.device.peak[self._jobs[-1].precision],
+            "achieved": share,
+            "achieved_from": source,
+        }
+
+
+def _counts(steps: Sequence[int] | None, phases: int) -> Sequence[int]:
+    """Updates by which phases count in a mean: where they are not known, or none, one of the last."""
+    return steps if steps and any(steps) else [0] * (phases - 1) + [1]
+
+
+def _mean(counts: Sequence[int], values: Sequence[float]) -> float:
+    return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
+
+
+def _by_part(spent: Flops, number: int = 1) -> dict[str, float]:
+    """One of so many equal shares; whole where it can be."""
+    parts = {**asdict(spent), "total": spent.total}
+    return {name: value / number if value % number else value // number for name, value in parts.items()}
+
+
+def _described(options: Config, layout: Layout, device: Device | None) -> dict[str, Any]:
+    """overrides: the words that turn the config's layout into this one."""
+    return {
+        "gpus": layout.ranks,
+        "device": device and device.name,
+        **{key: value for key, value in asdict(layout).items() if key != "gpu"},
+        "overrides": layouts.changes(options, layout),
+    }
+
+
+def _sent(job: Job, layout: Layout) -> dict[str, float]:
+    """Bytes that a rank sends in an update, by group."""
+    found = {"data": 0.0, "tensor": 0.0}
+    for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
+        found[call.group] += traffic.sent(call, layout)
+    return found
+
+
+def scaling(
+    options: Config, device: Device, tariff: Tariff = Tariff(), name: str = "", achieved: float | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """`scaling`: a row for each count from 1 to 4,096 that has a layout: the fastest, and what it gives;
+    `scaling_missing`: the other counts, and why. UserError if these are all.
+
+    efficiency: device-hours of the smallest count over those of this one. gain: how much faster than
+    half as many.
+    """
+    run = Run(with_vocabulary(options)[0], device, tariff, achieved)
+    rows: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
+    for gpus in layouts.powers(MOST):
+        chosen = run.fastest(gpus)
+        if chosen is None:
+            missing.append({"gpus": gpus, "why": run.obstacle(gpus)})
+            continue
+        found = run.totals(chosen)
+        seconds = found["step_seconds"]
+        share = rows[0]["step_seconds"] * rows[0]["gpus"] if rows else seconds * gpus
+        half = rows[-1] if rows and rows[-1]["gpus"] * 2 == gpus else None
+        rows.append(
+            {
+                "gpus": gpus,
+                **found,
+                "efficiency": share / (gpus * seconds),
+                "gain": half["step_seconds"] / seconds if half else None,
+                "layout": _described(run.phases[-1], chosen[-1], device),
+            }
+        )
+    if not rows:
+        raise UserError(f"{name or 'plan'}: no layout on up to {MOST:,} x {device.name} fits")
+    return {"scaling": rows, "scaling_missing": missing}
+
+
+def methods(length: int, device: Device | None, achieved: float | None = None) -> list[dict[str, Any]]:
+    """Costs against `mlm` at 15 % of every method at every rate, for RoBERTa's two sizes."""
+    rows = []
+    for name, rate, all_mask in METHODS:
+        masking = {"rate": rate, "corruption": (1.0, 0.0, 0.0) if all_mask else (0.8, 0.1, 0.1)}
+        for size in layouts.SIZES:
+            layers = layouts.SIZES[size]["num_layers"]
+            options = layouts.recipe(size, length, _late(name, layers), **masking)
+            rows.append(
+                {
+                    "method": name,
+                    "rate": rate,
+                    "all_mask": all_mask,
+                    "size": size,
+                    "seq_length": length,
+                    "relative": plan(options, 1, device, achieved=achieved)["relative"],
+                }
+            )
+    return rows
+
+
+def _late(method: str, layers: int) -> dict[str, Any]:
+    """What makes a method of a model with so many layers."""
+    if method == "mlm":
+        return {}
+    if method == "shared-depth":
+        return {"mask_from": layers // 2}
+    if method == "mae-lm":
+        return {"mask_from": layers, "decoder_layers": 4, "mask_vector": "tied"}
+    return {"mask_from": layers, "decoder_layers": 2, "decoder": method.removeprefix("3ml-")}
+
+
+METHODS = [
+    *(("mlm", rate, False) for rate in (0.15, 0.4, 0.5)),
+    *(("3ml-self", rate, False) for rate in (0.15, 0.4, 0.5)),
+    ("3ml-self", 0.5, True),
+    *(("3ml-cross", rate, False) for rate in (0.15, 0.4, 0.5)),
+    *(("3ml-query", rate, False) for rate in (0.15, 0.4, 0.5)),
+    ("3ml-query", 0.5, True),
+    *(("mae-lm", rate, True) for rate in (0.15, 0.4, 0.5)),
+    *(("shared-depth", rate, False) for rate in (0.15, 0.4, 0.5)),
+]
+"""(method, rate, whether all that is predicted is [MASK])."""

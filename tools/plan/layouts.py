@@ -1,0 +1,359 @@
+"""How a run can be laid out over devices: what each layout needs, how long a step takes, which is best.
+
+The time of a step is a model, and each of its parts is stated here:
+
+    products     model FLOPs and what recomputation repeats, at the share of the device's dense peak that is
+                 achieved: measured where there is a result file of the device, else a default
+    traffic      everything that is saved for the backward pass goes to memory three times, a logit's
+                 passes and the optimizer's reads and writes besides, at the device's bandwidth
+    launches     a micro-batch takes no less than its kernels take to start
+    collectives  see traffic.py; all ranks wait for them but under ZeRO-3, where a GPU's hide behind a part
+                 of the pass in which they run
+
+The trap: a layout that fits by the sum of its tensors does not fit a device, whose context, kernels and
+fragments take their share (`RESERVE`).
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pretrain.account import costs, devices, flops
+from pretrain.account.devices import Device
+from pretrain.config import Config, Model, build
+from pretrain.errors import UserError
+from tools.plan import memory, traffic
+from tools.plan.memory import FULL, Layout, Memory
+
+RESULTS = Path(__file__).parent
+ACHIEVED = 0.4
+"""Of a GPU's peak in products, unmeasured: what ModernBERT's published hours on H100s, an MFU of 26 % (base)
+and 33 % (large), come to (arXiv 2412.13663)."""
+BANDWIDTH_SHARE = 0.85
+"""Of a memory's bandwidth that long copies reach: an assumption."""
+PASSES = 3
+"""Times that a saved byte is written or read: when made, when used, in the backward pass."""
+LOGIT_BYTES = 44
+"""Moved for a logit in float32: written, maximum, subtracted, exponential, sum, quotient, two products."""
+UPDATE_BYTES = 28
+"""Moved for a parameter by AdamW: it and both moments read and written, its gradient read."""
+LAUNCH, KERNELS = 5e-6, 90
+"""Seconds to start a kernel on a GPU, and kernels of a layer's forward and backward pass."""
+HOOKS = 1e-3
+"""Seconds a layer in which ZeRO-3 gathers and releases its parameters, in Python."""
+HIDING = 0.5
+"""Share of a pass behind which its collectives can hide, an assumption: they take kernels' multiprocessors
+and bandwidth, and the word table, needed first and reduced last, has nothing to hide behind."""
+HOST_BANDWIDTH = 40e9
+"""Bytes/s of a host's memory that a device's share of its cores reaches: for offloaded updates."""
+RESERVE = 1.5 * 2**30
+"""Bytes of a device that tensors do not get: context, kernels, communicators."""
+FRAGMENTS = 0.05
+"""Of the tensors' bytes, lost between them."""
+NEARLY = 0.1
+"""By so much a simpler layout may be slower than the fastest: on one rank the plan's errors reach as far."""
+MARGIN = {0: 0.0, 1: 0.1, 2: 0.15, 3: 0.4}
+"""By so much a ZeRO stage must be faster than plain data parallelism to be preferred. It is what the plan was
+too fast by, beyond what it was for plain, on two ranks (results/plan-cpu.json: plain 12 %, stages 21, 24 and
+38 %); how much of that a GPU hides has not been measured."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, whatever the layout."""
+
+    model: Model
+    rows: flops.Rows
+    vocab_size: int
+    batch_size: int
+    precision: str
+
+
+def job(options: Config, vocab_size: int, device: Device | None) -> Job:
+    """The job of a config; where it leaves the precision open, bf16 on a device that has it."""
+    t = options.train
+    precision = t.precision or ("bf16" if device is None or "bf16" in device.peak else "fp32")
+    if device is not None and precision not in device.peak:
+        raise UserError(
+            f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
+            f" {', '.join(device.peak)}"
+        )
+    return Job(options.model, costs.rows(options), vocab_size, t.batch_size, precision)
+
+
+def configured(options: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
+    """The layout that a config asks for on so many devices; UserError if they do not divide."""
+    p, t = options.parallel, options.train
+    if gpus % p.tensor:
+        raise UserError(f"{gpus} GPUs are no multiple of parallel.tensor = {p.tensor}; change either")
+    data = gpus // p.tensor
+    micro = t.micro_batch_size or max(1, t.batch_size // data)
+    if t.batch_size % (data * micro):
+        raise UserError(
+            f"train.batch_size = {t.batch_size} is no multiple of data-parallel ranks x micro_batch_size ="
+            f" {data} x {micro} on {gpus} GPUs; change one of them"
+        )
+    return Layout(
+        tensor=p.tensor,
+        data=data,
+        micro_batch=micro,
+        accumulation=t.batch_size // (data * micro),
+        engine=t.engine,
+        zero=p.zero,
+        offload=p.offload,
+        recompute=t.recompute,
+        precision=precision,
+        gpu=gpu,
+    )
+
+
+def overrides(layout: Layout) -> dict[str, str | int]:
+    """The keys and values of a config that make this layout."""
+    return {
+        "parallel.tensor": layout.tensor,
+        "parallel.zero": layout.zero,
+        "parallel.offload": layout.offload,
+        "train.engine": layout.engine,
+        "train.micro_batch_size": layout.micro_batch,
+        "train.recompute": layout.recompute,
+    }
+
+
+def changes(options: Config, layout: Layout) -> str:
+    """The override words that turn a config's layout into this one; empty if it is the config's."""
+    sections: dict[str, Any] = options.model_dump()
+    words = []
+    for key, value in overrides(layout).items():
+        section, name = key.split(".")
+        if sections[section][name] != value:
+            words.append(f"{key}={value}")
+    return " ".join(words)
+
+
+# ---- what a layout needs -------------------------------------------------------------------------
+
+
+def memory_of(job: Job, layout: Layout) -> Memory:
+    """Bytes of a rank."""
+    return memory.per_rank(job.model, job.rows, job.vocab_size, layout)
+
+
+def needs(held: Memory) -> float:
+    """Bytes that a device must have to hold this."""
+    return held.total * (1 + FRAGMENTS) + RESERVE
+
+
+def step_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+    """Seconds of an update."""
+    computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
+    waiting = 0.0
+    for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
+        hiding = HIDING * call.beside * computing if device.gpu else 0.0
+        waiting += max(0.0, traffic.seconds(call, layout, device) - hiding)
+    return computing + waiting + update_seconds(job, layout, device)
+
+
+def micro_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+    """Seconds of a micro-batch's forward and backward pass."""
+    B, T = layout.micro_batch, layout.tensor
+    cost = flops.step_cost(job.model, job.rows, job.vocab_size, B, layout.recompute)
+    saved = memory.activations(job.model, job.rows, replace(layout, recompute="none"))
+    table = flops.padded_vocab(job.vocab_size, job.model.vocab_multiple) // T
+    moved = B * (PASSES * saved + LOGIT_BYTES * job.rows.predicted * table)
+    products = cost.hardware_flops / T / device.peak[job.precision] / achieved
+    seconds = products + moved / (device.bandwidth * BANDWIDTH_SHARE)
+    layers = job.model.num_layers + job.model.decoder_layers
+    hooks = layers * HOOKS if layout.zero == 3 else 0.0
+    # A GPU computes while its host starts kernels; a CPU does one after the other.
+    return max(seconds, layers * KERNELS * LAUNCH + hooks) if device.gpu else seconds + hooks
+
+
+def update_seconds(job: Job, layout: Layout, device: Device) -> float:
+    """Seconds of the optimizer, and of carrying what is offloaded to it."""
+    P = memory.local_parameters(job.model, job.vocab_size, layout.tensor)
+    share = -(-P // layout.data) if layout.zero else P
+    if layout.offload == "none":
+        return UPDATE_BYTES * share / (device.bandwidth * BANDWIDTH_SHARE)
+    carried = FULL * share * (2 + (2 * layout.accumulation if layout.offload == "all" else 0))
+    return carried / device.host + UPDATE_BYTES * share / HOST_BANDWIDTH
+
+
+@cache
+def measured() -> dict[str, dict[str, Any]]:
+    """Device name -> the document that `tools.calibrate` left of it."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("plan-*.json")))
+    return {document["device"]["name"]: document for document in found}
+
+
+def achieved(device: Device, precision: str) -> tuple[float, str]:
+    """(share of the device's peak that products reach in training, whether measured or assumed)."""
+    known = measured().get(device.name, {}).get("achieved", {})
+    if known:
+        other = precision if precision in known else min(known)
+        return known[other], "measured" if other == precision else f"measured in {other}"
+    shares = [_share_of(row, device, precision) for row in benchmarks(device.name, precision)]
+    return (statistics.median(shares), "measured") if shares else (ACHIEVED, "assumed")
+
+
+@cache
+def benchmarks(device: str, precision: str) -> list[dict[str, Any]]:
+    """Rows of `mlm` on that device in files that `tools.benchmark step` left."""
+    documents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
+    rows = [row for document in documents if isinstance(document, list) for row in document]
+    return [
+        row
+        for row in rows
+        if row.get("unit") == "model TFLOP/s"
+        and row["name"].startswith("mlm,")
+        and row["dtype"] == precision
+        and row["settings"]["size"] in SIZES
+        and (known := devices.find(row["device"]))
+        and known.name == device
+    ]
+
+
+def _share_of(row: dict[str, Any], device: Device, precision: str) -> float:
+    """What a benchmark's products reach of the peak."""
+    size, length, batch = (row["settings"][key] for key in ("size", "length", "batch_size"))
+    update = replace(job(recipe(size, length), ROBERTA_PIECES, device), batch_size=batch, precision=precision)
+    layout = Layout(micro_batch=batch, precision=precision, gpu=device.gpu)
+    work = batch * flops.training(update.model, update.rows, update.vocab_size).total
+    return share_of(update, layout, device, work / (row["ours"] * 1e12))
+
+
+def share_of(job: Job, layout: Layout, device: Device, seconds: float) -> float:
+    """The share of the peak at which an update takes so long: its time is A / share + B."""
+    whole, half = (step_seconds(job, layout, device, share) for share in (1.0, 0.5))
+    return (half - whole) / (seconds - (2 * whole - half))
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "ffn_size": 3072},
+    "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "ffn_size": 4096},
+}
+"""RoBERTa's (Liu et al. 2019)."""
+ROBERTA_PIECES = 50_265
+
+
+def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -> Config:  # noqa: B006
+    """A config of RoBERTa's size; `model` and `masking` make it a method.
+
+    The same rows in a micro-batch at every length, so that short sequences do not wait for kernels to start.
+    """
+    micro = 1 << (max(1, 8192 // length).bit_length() - 1)
+    tree = {
+        "run": {"dir": "-"},
+        "corpus": {"train": "-"},
+        "model": {**SIZES[size], "vocab_size": ROBERTA_PIECES, **model},
+        "masking": masking,
+        "train": {"seq_length": length, "batch_size": 2048, "micro_batch_size": micro},
+        "budget": {"steps": 1},
+    }
+    return build(tree)
+
+
+# ---- which layout --------------------------------------------------------------------------------
+
+
+def divisions(jobs: Sequence[Job], gpus: int, device: Device) -> list[tuple[int, int]]:
+    """(tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases divide."""
+    model, found = jobs[-1].model, []
+    for tensor in powers(min(gpus, device.per_node)):
+        data = gpus // tensor
+        widths = (model.num_heads, model.ffn_size, model.vocab_multiple, gpus)
+        if not any(width % tensor for width in widths) and not any(job.batch_size % data for job in jobs):
+            found.append((tensor, data))
+    return found
+
+
+def nearest(jobs: Sequence[Job], gpus: int, device: Device) -> list[int]:
+    """The next smaller and the next larger number of devices among which all divides, where there is one."""
+    most = device.per_node * max(job.batch_size for job in jobs)
+    found = []
+    for counts in (range(min(gpus - 1, most), 0, -1), range(gpus + 1, most + 1)):
+        found += [next((count for count in counts if divisions(jobs, count, device)), 0)]
+    return [count for count in found if count]
+
+
+def candidates(jobs: Sequence[Job], gpus: int, device: Device) -> Iterator[list[Layout]]:
+    """For each way to divide the model, its state and its activations, the simpler ones first: the layout
+    of each phase, with the largest micro-batch that fits."""
+    divided = divisions(jobs, gpus, device)
+    for zero, offload in SAVINGS:
+        for tensor, data in divided:
+            for recompute in ("none", "block"):
+                layout = Layout(
+                    tensor=tensor,
+                    data=data,
+                    engine="deepspeed" if zero else "torch",
+                    zero=zero,
+                    offload=offload,
+                    recompute=recompute,
+                    precision=jobs[-1].precision,
+                    gpu=device.gpu,
+                )
+                fitting = [largest_micro_batch(job, layout, device) for job in jobs]
+                found = [one for one in fitting if one]
+                if len(found) == len(jobs):
+                    yield found
+
+
+SAVINGS = [
+    (0, "none"),
+    *((zero, "none") for zero in (1, 2, 3)),
+    *((zero, "optimizer") for zero in (1, 2, 3)),
+    (3, "all"),
+]
+"""(ZeRO stage, offload), roughly from fast to small."""
+
+
+def powers(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
+
+
+def largest_micro_batch(job: Job, layout: Layout, device: Device) -> Layout | None:
+    """With the largest micro-batch, of those that divide a rank's samples, that fits; None: not even 1."""
+    samples, rest = divmod(job.batch_size, layout.data)
+    if rest:
+        return None
+    for micro in sorted(divisors(samples), reverse=True):
+        tried = replace(layout, micro_batch=micro, accumulation=samples // micro)
+        if needs(memory_of(job, tried)) <= device.memory:
+            return tried
+    return None
+
+
+@cache
+def divisors(number: int) -> list[int]:
+    """From 1 to the number."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def fastest(jobs: Sequence[Job], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
+    """The simplest layout that fits all phases and is, in the last of them, nearly as fast as the fastest,
+    by the margins above; of each phase. None: nothing fits."""
+    found = [(doubted(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)]
+    best = min((seconds for seconds, _ in found), default=0.0)
+    return next((one for seconds, one in found if seconds <= best * (1 + NEARLY)), None)
+
+
+def doubted(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+    """Seconds of an update with the margin of its stage: by these, layouts are compared."""
+    return step_seconds(job, layout, device, achieved) * (1 + MARGIN[layout.zero])
+
+
+def named(name: str, given: str = "--device ") -> Device:
+    """The device of that name, in the table or measured; UserError lists the known ones.
+
+    given: what a person wrote before the name.
+    """
+    if found := devices.find(name):
+        return found
+    if name in measured():
+        return Device(**measured()[name]["device"])
+    known = ", ".join([*(device.name for device in devices.DEVICES), *measured()])
+    raise UserError(f"{given}{name!r}: not in the table ({known}), nor measured by tools.calibrate")

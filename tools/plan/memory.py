@@ -1,0 +1,271 @@
+"""Bytes that a rank holds at the fullest moment of a training step, in closed form.
+
+State is counted from the parameters (float32, 4 bytes each: 16 bits are autocast here), what the backward
+pass needs from the shapes of `model.py`, and the rest from what torch and DeepSpeed 0.19 do. Tensors
+count, as an allocator counts them; a device's context and fragmentation come on top.
+
+    forward      what layers save piles up; the head's chunk of logits and table gradient stand on it
+    backward     gradients grow while what was saved goes; with accumulation they are there already
+
+So the fullest moment is at the end of the forward pass, or just after it, and the parts, each at its own
+largest, sum to more than the total where gradients take the place of activations.
+
+The trap: fused attention saves no scores, but on a CPU dropout of attention weights has no fused kernel.
+
+Letters: B sequences of a micro-batch, n rows asking, m rows asked, D width, F inner width, H heads, N
+predicted rows, W rows of the padded word table, T tensor-parallel ranks.
+"""
+
+from dataclasses import dataclass, replace
+
+from pretrain.account import flops
+from pretrain.account.flops import Rows
+from pretrain.config import Model
+
+BUCKET = 25_000_000
+"""Elements that the engine reduces at once."""
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+"""Predicted rows whose logits exist at once."""
+FULL = 4
+"""Bytes of a float32: parameters, their gradients and moments, and the stream between layers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is divided over ranks, and what it trades for memory."""
+
+    tensor: int = 1
+    data: int = 1
+    micro_batch: int = 1
+    accumulation: int = 1
+    engine: str = "torch"
+    zero: int = 0
+    offload: str = "none"
+    recompute: str = "none"
+    precision: str = "bf16"
+    gpu: bool = True
+    """Attention that drops weights without writing them, dropout remembered in bytes, sums of mixed width
+    without a copy: kernels that a CPU has not."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.data
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of a matrix product."""
+        return FULL if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank by what they are for, each at its largest, and of the fullest moment."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    buffers: int
+    """Gathered parameters, buckets of gradients, 16-bit copies of weights, working gradients."""
+    total: int
+    host: int
+    """Of these, what offloading keeps in the host's memory; not in `total`."""
+
+
+def local_parameters(model: Model, vocab_size: int, tensor: int) -> int:
+    """Parameters of one of `tensor` ranks that share a model: divided matrices, and all the vectors."""
+    divided = _divided(model, vocab_size)
+    return flops.parameters(model, vocab_size)["total"] - divided + divided // tensor
+
+
+def _divided(model: Model, vocab_size: int) -> int:
+    """Parameters that tensor parallelism divides; see the table in tensor_parallel.py."""
+    D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
+    layer = 4 * D * D + 2 * F * D + (3 * D + F if bias else F * D)
+    crossed = model.decoder_layers if model.decoder == "cross" else 0
+    cross = 4 * D * D + (3 * D if bias else 0)
+    table = flops.padded_vocab(vocab_size, model.vocab_multiple)
+    return (model.num_layers + model.decoder_layers) * layer + crossed * cross + table * (D + 1)
+
+
+def per_rank(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> Memory:
+    """What a rank holds; the largest micro-batch decides."""
+    state = _state(model, vocab_size, layout)
+    saved = layout.micro_batch * activations(model, rows, layout)
+    again = layout.micro_batch * max(_layers(model, rows, layout)) if layout.recompute == "block" else 0
+    table = FULL * flops.padded_vocab(vocab_size, model.vocab_multiple) * model.hidden_size // layout.tensor
+    head = _head(model, rows, vocab_size, layout)
+    casts = _casts(model, vocab_size, layout) if layout.width < FULL else 0
+    working = _working(model, rows, layout)
+    kept = layout.accumulation > 1 or layout.zero == 3
+    carried, bucket = (state.gradients, state.bucket) if kept else (0, 0)
+    forward = carried + bucket + saved + casts + head
+    read = layout.micro_batch * FULL * model.hidden_size * rows.length  # by the head, which is done by then
+    turn = carried + state.bucket + saved + casts + max(2 * table, table + again + working - read)
+    end = state.gradients + state.bucket + max((table if carried else 0) + table, state.joined)
+    always = state.parameters + state.optimizer + state.buffers
+    return Memory(
+        parameters=state.parameters,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=saved + again,
+        head=head,
+        buffers=state.buffers + state.bucket + max(casts, state.joined),
+        total=always + max(forward, turn, end),
+        host=state.host,
+    )
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int = 0
+    """Gathered parameters."""
+    bucket: int = 0
+    """Gradients on their way, held from the first backward pass to the update."""
+    joined: int = 0
+    """Gradients in one piece, to be reduced after the backward pass."""
+    host: int = 0
+
+
+def _state(model: Model, vocab_size: int, layout: Layout) -> _State:
+    """What does not depend on the samples.
+
+    ZeRO over float32 parameters keeps the master copy of a rank's share beside the parameters. Stage 1
+    has all gradients at the end of the backward pass, stages 2 and 3 the rank's share and a bucket.
+    """
+    P = local_parameters(model, vocab_size, layout.tensor)
+    share = -(-P // layout.data)
+    if layout.zero == 0:
+        joined = P if layout.engine == "deepspeed" else min(P, BUCKET + _largest(model, vocab_size, layout))
+        return _State(FULL * P, FULL * P, 2 * FULL * P, joined=FULL * joined if layout.data > 1 else 0)
+    whole = layout.zero < 3
+    on_device = _State(
+        parameters=FULL * (P if whole else share),
+        gradients=FULL * (P if layout.zero == 1 else share),
+        optimizer=3 * FULL * share,
+        buffers=0 if whole else FULL * P,  # gathered once, released in the backward pass
+        bucket=FULL * BUCKET,
+    )
+    if layout.offload == "none":
+        return on_device
+    # The optimizer's share of the gradients goes with it.
+    away = on_device.optimizer + FULL * share
+    if layout.offload == "optimizer":
+        return replace(on_device, optimizer=0, host=away)
+    return replace(on_device, optimizer=0, parameters=0, host=away + on_device.parameters)
+
+
+def _largest(model: Model, vocab_size: int, layout: Layout) -> int:
+    """Elements of the largest parameter of a rank."""
+    D = model.hidden_size
+    inner = (2 if model.block == "modern" else 1) * model.ffn_size
+    return max(flops.padded_vocab(vocab_size, model.vocab_multiple), 3 * D, inner) * D // layout.tensor
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+def activations(model: Model, rows: Rows, layout: Layout) -> int:
+    """Bytes that the forward pass of one sequence keeps for the backward pass, the head left out.
+
+    Under recomputation these are the inputs of the layers, and what is between layers.
+    """
+    stream = FULL * model.hidden_size
+    inputs = flops.encoder_rows(rows, model)
+    decoder = 0
+    if model.decoder_layers:
+        # The joined rows with their positions, and (without a rotation) the norm of them.
+        decoder = stream * rows.length * (2 if model.block == "roberta" else 1)
+        decoder += _mask_bytes(layout) * rows.length * model.hidden_size if model.decoder_dropout else 0
+    ends = stream * (inputs[0] + rows.length)  # the embeddings' sum, and what the head reads
+    ends += stream * inputs[-1] if model.norm == "pre" else 0
+    ends += _mask_bytes(layout) * inputs[0] * model.hidden_size if model.dropout else 0
+    if layout.recompute == "block":
+        asking = rows.predicted if model.decoder == "query" else rows.length
+        return stream * (sum(inputs) + model.decoder_layers * asking) + decoder + ends
+    return sum(_layers(model, rows, layout)) + decoder + ends
+
+
+def _layers(model: Model, rows: Rows, layout: Layout) -> list[int]:
+    """Bytes that each layer saves for its backward pass."""
+    inputs = flops.encoder_rows(rows, model)
+    each = {n: _self_layer(n, model, layout, model.dropout) for n in set(inputs)}
+    encoder = [each[n] for n in inputs]
+    decoder = [_decoder_layer(rows, model, layout)] if model.decoder_layers else []
+    return encoder + decoder * model.decoder_layers
+
+
+def _self_layer(n: int, model: Model, layout: Layout, dropout: float) -> int:
+    """Bytes saved by a layer whose n rows attend to each other."""
+    return _attention(n, n, 3 * n, model, layout, dropout) + _inner(n, model, layout, dropout)
+
+
+def _decoder_layer(rows: Rows, model: Model, layout: Layout) -> int:
+    L, P, D, dropout = rows.length, rows.predicted, model.hidden_size, model.decoder_dropout or 0.0
+    if model.decoder == "query":  # the joined rows are read by the keys and values
+        keys = layout.width * L * D + _attention(P, L, P + 2 * L, model, layout, dropout)
+        return keys + _inner(P, model, layout, dropout)
+    layer = _self_layer(L, model, layout, dropout)
+    if model.decoder == "cross":
+        V = flops.encoded(rows, model)
+        layer += _attention(L, V, L + 2 * V, model, layout, dropout) + layout.width * V * D
+    return layer
+
+
+def _attention(n: int, m: int, projected: int, model: Model, layout: Layout, dropout: float) -> int:
+    """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
+    D, T, b = model.hidden_size, layout.tensor, layout.width
+    scores = n * m * model.num_heads // T
+    by_products = b < FULL and not layout.gpu  # see model.attend: the probabilities in float32 and in bf16
+    rotated = n + m if model.block == "modern" and not by_products else 0
+    saved = n * D * (b + FULL) + b * (projected + rotated + n) * D // T
+    saved += (b + FULL) * scores if by_products else FULL * n * model.num_heads // T
+    if dropout:
+        saved += _mask_bytes(layout) * n * D
+        # Softmax, mask and the product of both; from bf16 also in float32.
+        saved += 0 if layout.gpu else 3 * (b + (FULL if b < FULL else 0)) * scores
+    return saved
+
+
+def _inner(n: int, model: Model, layout: Layout, dropout: float) -> int:
+    """The feed-forward layer: rows read, inner rows before and after the activation, the norm's input."""
+    D, inner = model.hidden_size, (4 if model.block == "modern" else 2) * model.ffn_size
+    masked = _mask_bytes(layout) * n * D if dropout else 0
+    return n * D * (layout.width + FULL) + layout.width * n * inner // layout.tensor + masked
+
+
+def _mask_bytes(layout: Layout) -> int:
+    """Bytes by which an element's dropout is remembered."""
+    return 1 if layout.gpu else layout.width
+
+
+def _working(model: Model, rows: Rows, layout: Layout) -> int:
+    """Gradients of activations that the backward pass of a layer holds at once."""
+    n = layout.micro_batch * (rows.predicted if model.decoder == "query" else rows.length)
+    inner = (2 if model.block == "modern" else 1) * model.ffn_size
+    return n * (FULL * model.hidden_size + layout.width * inner // layout.tensor)
+
+
+def _casts(model: Model, vocab_size: int, layout: Layout) -> int:
+    """Bytes of the matrices that autocast keeps in bf16 until the backward pass, the word table apart."""
+    D = model.hidden_size
+    table = flops.padded_vocab(vocab_size, model.vocab_multiple) * (D + 1)
+    return layout.width * ((_divided(model, vocab_size) - table) // layout.tensor + D * D)
+
+
+def _head(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> int:
+    """The head's rows, the table's gradient, and a chunk of logits with its part of that gradient."""
+    D, N, b = model.hidden_size, layout.micro_batch * rows.predicted, layout.width
+    table = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
+    mixed = b if b < FULL else 0  # a second copy of logits and table
+    product = mixed + (FULL if mixed and not layout.gpu else 0)
+    chunk = min(CHUNK_ROWS["cuda" if layout.gpu else "cpu"], N)
+    made = (FULL + mixed) * table * chunk + product * table * D
+    return 6 * b * N * D + (FULL + mixed) * table * D + made

@@ -1,0 +1,137 @@
+"""What ranks send each other in a training step: the collectives of the engines, their bytes, their time.
+
+Volumes are exact: they follow the calls that engine.py, tensor_parallel.py and DeepSpeed 0.19 make, and
+tests compare them with the byte counters of a network interface. Times are a model (Thakur et al. 2005):
+a ring of n ranks moves a tensor of S bytes in steps of S / n,
+
+    all-reduce                          2 (n - 1) steps, each rank sends 2 (n - 1) / n S
+    all-gather, reduce-scatter            n - 1   steps, each rank sends   (n - 1) / n S
+
+and a step takes the latency and its bytes over the slowest link of the ring. Calls that carry a few
+numbers (norms, flags, losses) are left out.
+
+What runs beside the computation is what these engines let run there. The plain engine sums after the last
+backward pass, for the order of sums is to be the same in every run. DeepSpeed turns `overlap_comm` on for
+stage 3 alone: it fetches parameters ahead in the forward pass, keeps them for the backward pass, and reduces
+gradients there.
+
+The trap: DeepSpeed's stages 1 and 2 reduce gradients by all-reduce, also where a reduce-scatter would do
+with half, and stage 2 does so for every micro-batch.
+
+Letters: see memory.py; S bytes of a tensor.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.account import flops
+from pretrain.account.devices import Device
+from pretrain.account.flops import Rows
+from pretrain.config import Model
+from tools.plan import memory
+from tools.plan.memory import BUCKET, FULL, Layout
+
+LATENCY = {"node": 3e-6, "network": 8e-6}
+"""Seconds of a ring's step, whatever its size: an assumption, where it has not been measured."""
+FORWARD = 1 / 3
+"""Of the computation, the forward pass."""
+LINK_SHARE = 0.8
+"""Of a link's rate that large messages reach: an assumption."""
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal calls of a step."""
+
+    kind: Kind
+    group: Literal["data", "tensor"]
+    bytes: int
+    """Of the whole tensor: what an all-reduce or a reduce-scatter reads, or an all-gather leaves."""
+    calls: int = 1
+    beside: float = 0.0
+    """Share of the computation that goes on meanwhile; else all ranks wait for it."""
+
+
+def step(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
+    """The collectives that a rank takes part in during one update."""
+    found: list[Collective] = []
+    if layout.data > 1:
+        found += _data(memory.local_parameters(model, vocab_size, layout.tensor), layout)
+    if layout.tensor > 1:
+        found += [
+            Collective("all-reduce", "tensor", size, calls * layout.accumulation)
+            for size, calls in _tensor(model, rows, layout)
+        ]
+    return found
+
+
+def _data(P: int, layout: Layout) -> Iterator[Collective]:
+    """Gradients, and under ZeRO the parameters."""
+    padded = FULL * -(-P // layout.data) * layout.data
+    times = layout.accumulation
+    if layout.zero < 2:
+        yield Collective("all-reduce", "data", FULL * P)
+    elif layout.zero == 2:
+        yield Collective("all-reduce", "data", FULL * P, times)
+    if layout.zero in (1, 2):
+        yield Collective("all-gather", "data", padded)
+    if layout.zero == 3:
+        yield Collective("all-gather", "data", padded, times, beside=FORWARD)
+        yield Collective("reduce-scatter", "data", padded, times, beside=1 - FORWARD)
+
+
+def _tensor(model: Model, rows: Rows, layout: Layout) -> Iterator[tuple[int, int]]:
+    """(bytes, calls) of the sums of a micro-batch.
+
+    Each row layer sums its output on the way forward, each column layer the gradient of its input on the
+    way back, both as wide as the products; gradients of looked-up words and the loss are float32.
+    """
+    D, B = model.hidden_size, layout.micro_batch
+    forward = 2 if layout.recompute == "block" else 1
+    row = layout.width * B * D
+    for n, layers in Counter(flops.encoder_rows(rows, model)).items():
+        yield row * n, 2 * (forward + 1) * layers
+    L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
+    for _ in range(model.decoder_layers):
+        asking = P if model.decoder == "query" else L
+        yield row * asking, (3 if model.decoder == "cross" else 2) * (forward + 1)
+        if model.decoder != "self":
+            yield row * (V if model.decoder == "cross" else L), 1
+    looked_up = flops.encoder_rows(rows, model)[0]
+    yield FULL * B * D * looked_up, 1
+    if model.mask_from and model.mask_vector == "tied":
+        yield FULL * B * D * (L - V), 1
+    yield row * P, 1  # the head's hidden gradient
+    yield FULL * B * P, 3  # largest logit, aimed logit, mass
+
+
+# ---- bytes and seconds ---------------------------------------------------------------------------
+
+
+def sent(collective: Collective, layout: Layout) -> float:
+    """Bytes that a rank sends for all calls, in a ring."""
+    n = layout.data if collective.group == "data" else layout.tensor
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    return collective.calls * rounds * (n - 1) / n * collective.bytes
+
+
+def seconds(collective: Collective, layout: Layout, device: Device) -> float:
+    """How long all calls take on a cluster of such devices, tensor groups inside a node."""
+    n = layout.data if collective.group == "data" else layout.tensor
+    apart = collective.group == "data" and layout.ranks > device.per_node
+    rate = LINK_SHARE * (network_rate(layout, device) if apart else device.link)
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    calls = max(collective.calls, -(-collective.calls * collective.bytes // (FULL * BUCKET)))
+    latency = calls * rounds * (n - 1) * (device.latency or LATENCY["network" if apart else "node"])
+    # gloo, which CPUs use, reduces all where a part would do.
+    whole = 2 if collective.kind == "reduce-scatter" and not device.gpu else 1
+    return latency + whole * sent(collective, layout) / rate
+
+
+def network_rate(layout: Layout, device: Device) -> float:
+    """Of a data group's ring: the node's adapters serve as many rings as a tensor group has ranks."""
+    return min(device.link, device.network * device.per_node / layout.tensor)

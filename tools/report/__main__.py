@@ -1,0 +1,407 @@
+"""What runs cost and what they gave, side by side: ``python -m tools.report RUN... --output DIR``.
+
+Writes report.md, report.html (one file, nothing fetched), loss.png and speed.png, from the config, ledger
+and metrics in the run folders; while a run trains, its figures are those up to now. Where a run has a
+downstream.jsonl (lines of {"step", "task", "score"}, scores in [0, 1]), its scores are shown too.
+
+The one idea: one document is gathered first; the pages only show it and ``--json`` prints it.
+The trap: held-out losses compare only where the questions are the same, so whatever differs in them is
+said in a warning.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain import __version__, config
+from pretrain.account import budget, costs, flops, ledger
+from pretrain.config import Config
+from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.manifest import load_manifest
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.files import check_folder
+from pretrain.monitor import Metrics, read_metrics
+from pretrain.run_folder import RunFolder
+from tools.report import pages as report_pages
+from tools.shared import console
+
+MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
+
+_QUESTIONS = {
+    "seq_length": "sequence length",
+    "tokenizer": "tokenizer",
+    "corpus": "held-out corpus",
+    "predicted_tokens": "number of held-out predictions (evaluate.samples)",
+}
+"""What two runs must have in common for their losses to be comparable."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _arguments(arguments)
+    check_folder(options.output)
+    document = gather(options.runs)
+    written = write(document, Path(options.output))
+    if options.json:
+        console.print_json(document)
+    else:
+        report_pages.show(document, sys.stdout)
+        print("\n".join([*(f"warning: {warning}" for warning in document["warnings"]), *map(str, written)]))
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = console.parser("report", "Tables and plots of what runs cost and what they gave.", reports=True)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; it may still be training")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of report.md, report.html and the .png"
+    )
+    return parser.parse_args(arguments)
+
+
+def write(document: dict[str, Any], output: Path) -> list[Path]:
+    """Writes the files, each at once or not at all; returns their paths."""
+    files = {
+        "report.md": report_pages.markdown(document).encode(),
+        "report.html": report_pages.html(document).encode(),
+        "loss.png": report_pages.picture(document),
+        "speed.png": report_pages.speed_picture(document),
+    }
+    for name, data in files.items():
+        console.write(output / name, data)
+    return [output / name for name in files]
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """What surviving updates of one phase took."""
+
+    options: Config
+    """Of the phase."""
+    samples: int
+    seconds: float
+    """Device-seconds of updates."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    path: str
+    name: str
+    """Unique in the report."""
+    options: Config
+    status: dict[str, Any]
+    """{} before the run has begun."""
+    totals: dict[str, Any]
+    """Of the ledger."""
+    lines: list[ledger.Line]
+    metrics: list[Metrics]
+    """One line a logged step, oldest first."""
+    downstream: list[dict[str, Any]]
+    """Scores of fine-tuning."""
+
+    @property
+    def devices(self) -> list[str]:
+        return sorted({line["device"] for line in self.lines})
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """In order; none before the first update, and two of a phase that a larger budget came back to."""
+        borders = [(0, 0, 0.0)]  # phase, and what there was before it
+        for line in self.lines:
+            if line["event"] == "resume":  # phases that the run went back from are not begun yet
+                borders = [border for border in borders if border[1] <= line["samples"]]
+            if line["event"] == "phase-change":
+                borders.append((line["phase"], *_surviving(line)))
+        ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
+        phases = config.phases(self.options)
+        return [
+            Stretch(phases[phase], samples - before, seconds - since)
+            for (phase, before, since), (_, samples, seconds) in pairwise([*borders, *ends])
+            if samples > before
+        ]
+
+
+def _surviving(line: ledger.Line) -> tuple[int, float]:
+    """Sequences, and device-seconds of updates, that the model is made of."""
+    return line["samples"], line["device_seconds"]["productive"]
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Each run once, in the order given; UserError names what is no run."""
+    unique: dict[Path, str] = {}
+    for path in paths:
+        unique.setdefault(Path(path).resolve(), path)
+    short = [folder.name for folder in unique]
+    return [
+        _read_run(path, folder.name if short.count(folder.name) == 1 else path)
+        for folder, path in unique.items()
+    ]
+
+
+def _read_run(path: str, name: str) -> Run:
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
+    options = config.build(config.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
+    logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
+    return Run(
+        path,
+        name,
+        options,
+        RunFolder(folder).status(),
+        ledger.total([folder] if begun else []),
+        ledger.read(folder) if begun else [],
+        read_metrics(folder) if logged else [],
+        _read_downstream(folder / "downstream.jsonl"),
+    )
+
+
+def _read_downstream(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            found.append(
+                {"step": int(line["step"]), "task": str(line["task"]), "score": float(line["score"])}
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
+    return found
+
+
+# ---- the document --------------------------------------------------------------------------------
+
+
+def gather(paths: Sequence[str]) -> dict[str, Any]:
+    """All figures of the report; ``runs`` has one entry a run, in the order given."""
+    runs = read_runs(paths)
+    described = [_describe(run, runs) for run in runs]
+    return {
+        "version": __version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "warnings": _warnings(described),
+        "runs": described,
+    }
+
+
+def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+    o, totals = run.options, run.totals
+    evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
+    return {
+        "run": run.path,
+        "name": run.name,
+        "method": config.method(o),
+        "model": {name: getattr(o.model, name) for name in ("block", "num_layers", "hidden_size")},
+        "seq_length": [phase.train.seq_length for phase in config.phases(o)],
+        "batch_size": [phase.train.batch_size for phase in config.phases(o)],
+        "rate": o.masking.rate,
+        "parameters": _parameters(o),
+        "state": run.status.get("state"),
+        "devices": run.devices,
+        "ranks": run.lines[-1]["ranks"] if run.lines else None,
+        "totals": totals,
+        "budget": _budget(o, totals),
+        "costs": {
+            "token_layers": totals["token_layers"],
+            "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
+            "flops_with_head": totals["flops"]["total"],
+            "device_seconds": totals["device_seconds"]["productive"],
+        },
+        "relative": {**_relative(run), "device_time": _relative_time(run, runs)},
+        "questions": _questions(run),
+        "held_out": evaluations[-1] if evaluations else None,
+        "unigram": unigram(o.corpus, held_out_length(o), o.evaluate.samples),
+        "evaluations": evaluations,
+        "downstream": _downstream(run),
+        "speed": _speed(run),
+    }
+
+
+def held_out_length(o: Config) -> int:
+    """L of the held-out windows."""
+    return o.evaluate.seq_length or o.train.seq_length
+
+
+def _spent(line: Metrics) -> dict[str, Any]:
+    """What a step had cost: places on the horizontal axes."""
+    return {name: line.get(name) for name in ("step", "flops", "tokens_seen", "device_hours", "kwh")}
+
+
+def _evaluation(line: Metrics) -> dict[str, Any]:
+    scores = {name: line.get(f"held_out_{name}") for name in ("loss", "bits_per_byte", "accuracy")}
+    return {**_spent(line), **scores}
+
+
+def _downstream(run: Run) -> list[dict[str, Any]]:
+    """Mean score over the tasks of each step that has some, and what that step had cost."""
+    by_step: dict[int, dict[str, float]] = {}
+    for one in run.downstream:
+        by_step.setdefault(one["step"], {})[one["task"]] = one["score"]
+    lines = {line["step"]: line for line in run.metrics}
+    return [
+        {**_spent(lines[step]), "score": statistics.mean(scores.values()), "tasks": scores}
+        for step, scores in sorted(by_step.items())
+        if step in lines
+    ]
+
+
+RATES = ("slots_per_second", "real_tokens_per_second", "predictions_per_second", "mfu", "step_seconds")
+SPEED_POINTS = 200
+
+
+def _speed(run: Run) -> list[dict[str, Any]]:
+    """Rates over the run: its logs, as medians of so many neighbours that 200 points remain at most."""
+    logs = [line for line in run.metrics if "slots_per_second" in line]
+    size = -(-len(logs) // SPEED_POINTS) or 1
+    return [
+        {
+            **_spent(stretch[-1]),
+            **{
+                rate: _median([line[rate] for line in stretch if line.get(rate) is not None])
+                for rate in RATES
+            },
+        }
+        for stretch in (logs[start : start + size] for start in range(0, len(logs), size))
+    ]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _parameters(o: Config) -> dict[str, int]:
+    """Those that fine-tuning starts from, and those that only pre-training has."""
+    parts = flops.parameters(o.model, o.model.vocab_size or 0)
+    kept = parts["encoder"] + parts["embeddings"]
+    return {"encoder": kept, "discarded": parts["total"] - kept, "total": parts["total"]}
+
+
+def _budget(o: Config, totals: dict[str, Any]) -> dict[str, Any]:
+    unit, total = o.budget.amount
+    relative_to = o.budget.relative_to and f"{o.budget.fraction:g} of {o.budget.relative_to}"
+    return {"unit": unit, "total": total, "spent": budget.spent(totals, unit), "relative_to": relative_to}
+
+
+# ---- costs against the baseline ------------------------------------------------------------------
+
+
+def _relative(run: Run) -> dict[str, float]:
+    """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
+    ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
+    # Before the first update: of one sequence of the first phase.
+    for done in run.stretches or [Stretch(config.phases(run.options)[0], 1, 0.0)]:
+        mine, reference = _sequence_costs(done.options), _sequence_costs(costs.baseline(done.options))
+        for name in MEASURES:
+            ours[name] += done.samples * mine[name]
+            theirs[name] += done.samples * reference[name]
+    return {name: ours[name] / theirs[name] for name in MEASURES}
+
+
+def _sequence_costs(o: Config) -> dict[str, float]:
+    return asdict(costs.of_sequence(o, o.model.vocab_size or 0))
+
+
+def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
+    """Device-seconds of updates over those that the baselines among `runs` take for as many sequences.
+
+    Phase by phase, for a sequence of half the length takes less than half as long; None if the baselines
+    were not timed in each of them: a guess would be no measurement.
+    """
+    known = [done for other in runs if _is_baseline(other, run) for done in other.stretches if done.seconds]
+    theirs = 0.0
+    for mine in run.stretches:
+        wanted = _sequence_costs(costs.baseline(mine.options))
+        same = [done for done in known if _sequence_costs(done.options) == wanted]
+        if not same:
+            return None
+        each = sum(done.seconds for done in same) / sum(done.samples for done in same)
+        theirs += mine.samples * each
+    return sum(mine.seconds for mine in run.stretches) / theirs if theirs else None
+
+
+def _is_baseline(other: Run, run: Run) -> bool:
+    """Whether `other` may be what `run` is measured against: same arithmetic, same device."""
+    return (
+        config.method(other.options) == "mlm"
+        and other.options.model.block == run.options.model.block
+        and other.options.train.precision == run.options.train.precision
+        and other.devices == run.devices
+    )
+
+
+# ---- the held-out questions ----------------------------------------------------------------------
+
+
+@cache
+def unigram(corpus: config.Corpus, length: int, samples: int) -> dict[str, Any] | None:
+    """The score of guessing by frequency on a run's held-out windows; None if they cannot be opened."""
+    if corpus.valid is None:
+        return None
+    from pretrain.evaluate import HeldOut  # imports torch, a second of start-up
+
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder(corpus))
+        score = HeldOut(corpus.valid, tokenizer, length, samples).unigram(
+            corpus.blend[0][1], tokenizer.vocab_size
+        )
+    except UserError:
+        return None
+    return {name: asdict(score)[name] for name in ("loss", "bits_per_byte", "accuracy")}
+
+
+def _questions(run: Run) -> dict[str, Any]:
+    """What the held-out loss is an answer to, under the keys of `_QUESTIONS`; None where unknown."""
+    scores = [line["held_out"] for line in run.lines if "held_out" in line]
+    last = scores[-1] if scores else {}
+    known: dict[str, Any] = {
+        "seq_length": held_out_length(run.options),
+        **{name: last.get(name) for name in ("predicted_tokens", "tokenizer", "corpus")},
+    }
+    try:
+        manifest = load_manifest(run.options.corpus.valid or "")
+    except UserError:
+        return known
+    hashed = manifest.tokenizer.hash if manifest.tokenizer else None
+    return {
+        **known,
+        "tokenizer": known["tokenizer"] or hashed,
+        "corpus": known["corpus"] or manifest.fingerprint,
+    }
+
+
+def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:
+    """What makes the losses of the runs incomparable, or leaves it unknown."""
+    scored = [run for run in described if run["held_out"]]
+    if len(scored) < 2:
+        return []
+    found = []
+    for key, what in _QUESTIONS.items():
+        values = {run["name"]: run["questions"][key] for run in scored}
+        if len(set(values.values()) - {None}) > 1:
+            listed = ", ".join(f"{name}: {_abbreviated(value)}" for name, value in values.items())
+            found.append(f"The losses cannot be compared: the runs differ in {what} ({listed}).")
+        elif unknown := [name for name, value in values.items() if value is None]:
+            found.append(f"Not checked that the runs have the same {what}: unknown for {', '.join(unknown)}.")
+    return found
+
+
+def _abbreviated(value: Any) -> str:
+    return "unknown" if value is None else str(value)[:12]
+
+
+if __name__ == "__main__":
+    console.run(main)

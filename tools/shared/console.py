@@ -1,0 +1,310 @@
+"""What the programs share: exit codes, one line for a user's mistake, types of arguments, files that appear
+whole, a progress bar, --version and --json.
+
+Standard output carries the result and nothing else; progress and errors go to standard error.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pretrain import __version__
+from pretrain.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with what `main` returns; 2 and one line where the user must change something.
+
+    A Ctrl-C or SIGTERM unwinds the stack, so that half-written files are removed on the way out.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:  # a full disk, a missing permission
+        code = fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+@contextmanager
+def signals_kill() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: foreign code that runs for minutes without returning to
+    the interpreter would not see them. For work that leaves nothing half-written."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fail(message: str) -> int:
+    """Print a user's errors, each problem on a line of its own; their exit code."""
+    for problem in message.splitlines():
+        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([at_home(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as for any other mistake; argparse would print its usage before it."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """A blank line of an @FILE says nothing."""
+        return [at_home(arg_line)] if arg_line.strip() else []
+
+
+def at_home(word: str) -> str:
+    """Return a word with its ~/ spelt out: a shell leaves it in --option=~/name, in quotes, in an @FILE."""
+    found = re.fullmatch("(@|--[a-z-]+=)?(~/.*)", word, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else word
+
+
+def parser(
+    name: str, description: str, reports: bool = False, package: str = "tools"
+) -> argparse.ArgumentParser:
+    """An argument parser for ``python -m PACKAGE.NAME``; ``--json`` where it `reports`.
+
+    An argument ``@FILE`` stands for the lines of FILE.
+    """
+    result = _Parser(
+        prog=f"python -m {package}.{name}",
+        description=description,
+        fromfile_prefix_chars="@",
+    )
+    result.add_argument("--version", action="version", version=f"LateMask {__version__}")
+    if reports:
+        result.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return result
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        if re.fullmatch("[0-9]+", text) and low <= int(text) <= (high or math.inf):
+            return int(text)
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
+
+    return number
+
+
+def share(text: str) -> float:
+    """The type of an argument: a number between 0 and 1, without both."""
+    value = _number(text)
+    if 0 < value < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.005")
+
+
+def part(text: str) -> float:
+    """The type of an argument: a number above 0, and 1 at most."""
+    value = _number(text)
+    if 0 < value <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1, such as 0.4")
+
+
+def positive(text: str) -> float:
+    """The type of an argument: a finite number above 0."""
+    value = _number(text)
+    if 0 < value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def prefix(text: str) -> str:
+    """The type of an argument: what the names of files begin with; a folder alone would hide them."""
+    if os.path.basename(text) in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; add the name that its files begin with")
+    return text
+
+
+def refuse_twice(names: Iterable[str], what: str = "folder", suffix: str = "") -> None:
+    """UserError if two names, with `suffix` added, are of one file or folder: it would count twice."""
+    seen: dict[str, str] = {}
+    for name in names:
+        place = os.path.realpath(name + suffix)
+        if place in seen:
+            raise UserError(f"{name}: the same {what} as {seen[place]}; name it once")
+        seen[place] = name
+
+
+def matching(names: Iterable[str], words: Sequence[str]) -> list[str]:
+    """What --only chooses: the names that hold one of the words; UserError if none does."""
+    known = list(names)
+    found = [name for name in known if any(word in name for word in words)]
+    if not found:
+        raise UserError(f"--only {' '.join(words)}: in none of the names: {'; '.join(known)}")
+    return found
+
+
+def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options of programs that read raw text."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=required,
+        metavar="F",
+        help=".jsonl or .txt [.gz .zst .bz2 .xz], .parquet, .arrow; files, folders, patterns, @lists or -",
+    )
+    add_text_options(parser)
+    parser.add_argument(
+        "--stdin", choices=("jsonl", "txt"), default="jsonl", help="what - (standard input) is (%(default)s)"
+    )
+
+
+def add_text_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The options that say where in a file the documents are."""
+    parser.add_argument("--text-key", default="text", help="JSON key or column of the text (%(default)s)")
+    parser.add_argument(
+        "--txt-document",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what ends a document in .txt files (%(default)s)",
+    )
+
+
+def add_document_limit(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option that bounds what is held of one document."""
+    parser.add_argument(
+        "--max-document-bytes",
+        type=whole(1),
+        default=default,
+        metavar="N",
+        help="longer documents are errors, for they would have to be held in memory (%(default)s)",
+    )
+
+
+def add_output_prefix(parser: argparse.ArgumentParser) -> None:
+    """The options of programs that write a corpus."""
+    parser.add_argument(
+        "--output", required=True, type=prefix, metavar="PREFIX", help="prefix of the corpus written"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
+
+
+def available_cores() -> int:
+    """Cores this process may run on: a job's share of a node, not the node."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_CONTROLS = [
+    *range(0x9),
+    *range(0xB, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_ESCAPES = {point: chr(point).encode("unicode_escape").decode() for point in _CONTROLS}
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal, with an escape for what would move, colour or turn what is
+    around it. Tabs and line ends stay."""
+    return text.translate(_ESCAPES)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
+    finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
+    print(json.dumps(finite, indent=1))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """The file appears whole, its folder with it; an OSError names it, not the temporary file."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on standard error; yields the function that takes bytes
+    done."""
+    if quiet:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar that counts things, with their rate and the time left, on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if not task.speed:
+                return Text("")
+            return Text(
+                f"{task.speed:.1f} {unit}/s" if task.speed >= 1 else f"{60 * task.speed:.1f} {unit}/min"
+            )
+
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    # Things may take minutes each: without a few of them in view there would be no time left to show.
+    bar = Progress("{task.description}", *columns, console=Console(stderr=True), speed_estimate_period=600)
+    with bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)

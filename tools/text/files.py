@@ -1,0 +1,129 @@
+"""Finds the text files that are named: files, folders, patterns, lists, standard input."""
+
+import glob
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pretrain.errors import UserError
+from tools.shared import console
+
+Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
+"""What ends a document: in .jsonl files a line, in tables a row, in .txt files one of the others."""
+
+TXT_UNITS: tuple[Unit, ...] = ("blank-line", "line", "file")
+
+STDIN = "-"
+"""The name of the standard input among the inputs."""
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_DATASET_STATE = "state.json"
+_DATASET_SPLITS = "dataset_dict.json"
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Files named by `patterns`: files, folders (all they hold), Hugging Face datasets, globs.
+
+    In the order given; what one of them names is sorted. Files of other kinds in a folder are left
+    out, named directly they are an error. Left out too: hidden files, .json, and what a job writes.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        if not pattern.strip():
+            raise UserError("--input: an empty name; it takes files, folders, patterns and @lists")
+        for match in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+            path = Path(match)
+            files += _folder_files(path) if path.is_dir() else [path]
+    for file in files:
+        if not file.exists() or file.is_dir():
+            raise UserError(f"{file}: no such file; --input takes files, folders, patterns and @lists")
+        file_unit(file, "line")
+    console.refuse_twice(map(str, files), "file")
+    return files
+
+
+def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
+    """`patterns` with STDIN replaced by a file in `folder` that holds the standard input.
+
+    So it can be cut into pieces like any other.
+    """
+    if STDIN not in patterns:
+        return list(patterns)
+    spool = folder / f"stdin.{kind}"
+    with spool.open("wb") as target:
+        shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
+    return [str(spool) if pattern == STDIN else pattern for pattern in patterns]
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    if (folder / _DATASET_STATE).is_file():
+        return _dataset_files(folder)
+    if splits := next(folder.rglob(_DATASET_SPLITS), None):
+        raise UserError(f"{splits.parent}: a dataset of several splits; name one: {_splits(splits)}")
+    files = sorted(path for path in folder.rglob("*") if _is_searched(path.relative_to(folder)))
+    files = [path for path in files if path.is_file()]
+    if not files:
+        raise UserError(
+            f"{folder}: no .jsonl, .txt, .parquet or .arrow files in this folder (.json: by name or pattern)"
+        )
+    return files
+
+
+def _splits(listed: Path) -> str:
+    """The folders that Hugging Face's `DatasetDict.save_to_disk` names in a file beside them."""
+    names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+    return ", ".join(str(listed.with_name(name)) for name in names)
+
+
+def _is_searched(path: Path) -> bool:
+    """Whether a path within a folder is of text.
+
+    A .json beside text is rarely that: corpora and tokenizers have one, and so have datasets. Compressed
+    it is text, for nobody packs those.
+    """
+    *folders, name = path.parts
+    hidden = any(part.startswith(".") for part in path.parts)
+    ours = name.endswith(".rejected.jsonl") or any(
+        part.endswith((".parts", ".parts.done")) for part in folders
+    )
+    return bool(kind_of(path)) and path.suffix != ".json" and not hidden and not ours
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset written by Hugging Face's `save_to_disk`, in its order."""
+    state = json.loads((folder / _DATASET_STATE).read_text(encoding="utf-8"))
+    if state.get("_indices_data_files"):
+        raise UserError(f"{folder}: rows are selected by an index; call flatten_indices() and save it again")
+    return [folder / file["filename"] for file in state["_data_files"]]
+
+
+def kind_of(path: Path) -> str:
+    """ "json", "txt", "table" or "" for others, from the name."""
+    compressed = path.suffix in _COMPRESSED
+    suffix = path.with_suffix("").suffix if compressed else path.suffix
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    if suffix in TABLE_SUFFIXES and not compressed:
+        return "table"
+    return "txt" if suffix == ".txt" else ""
+
+
+def file_unit(path: Path, txt_unit: Unit) -> Unit:
+    """How the file is cut into documents, from its name."""
+    units: dict[str, Unit] = {"json": "json", "table": "row", "txt": txt_unit}
+    if not (kind := kind_of(path)):
+        raise UserError(
+            f"{path}: unknown kind of file; name it .jsonl or .txt (then .gz, .zst, .bz2 or .xz), .parquet"
+            " or .arrow"
+        )
+    return units[kind]
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file can only be read from its beginning."""
+    return path.suffix in _COMPRESSED
