@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain import config
 from pretrain.config import Config
+from pretrain.data.rng import RULES
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -276,6 +277,8 @@ def read_state(path: Path) -> State:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise UserError(f"{path}: format {values['format']}, this program reads {FORMAT}; update it")
+        if values.get("rules", 1) > RULES:
+            raise UserError(f"{path}: rules {values['rules']}, this program knows {RULES}; update it")
         return State(**values)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path / STATE}: unreadable ({error}); take another checkpoint") from None

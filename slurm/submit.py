@@ -3,6 +3,7 @@
     python -m slurm.submit CONFIG [section.key=value ...] [--nodes N --gpus-per-node G --time T] [--dry-run]
     python -m slurm.submit CONFIG --pipeline corpus,train,evaluate,export,report --input 'text/*.jsonl.gz'
     python -m slurm.submit --array COMMANDS --output DIR
+    python -m slurm.submit --runs CONFIG ... --output DIR
     python -m slurm.submit --status [RUN ...]
     python -m slurm.submit --cancel RUN ...
 
@@ -29,12 +30,14 @@ from slurm.freeze import freeze
 from slurm.render import STAGES, array_script, scripts
 from slurm.sizing import (
     Shape,
+    check_data,
     check_files,
     epochs_of,
     read_site,
     refuse_changes,
     settled,
     shape,
+    shape_of_all,
     shape_of_array,
     size_line,
     warn,
@@ -43,6 +46,7 @@ from slurm.sizing import (
 from slurm.time_limit import time_limit
 from tools.shared import console, journal
 from tools.shared.console import share, whole
+from tools.shared.job_options import add_job_options
 
 
 def submit(folder: Path, files: Mapping[str, str]) -> list[dict[str, str]]:
@@ -149,6 +153,39 @@ def submit_array(args: argparse.Namespace) -> int:
     return 0
 
 
+def submit_runs(args: argparse.Namespace) -> int:
+    """Put runs into the queue as an array, unless it is there; each is checked and frozen as one alone is."""
+    if not args.output:
+        raise UserError("--runs needs --output DIR, for the logs and the frozen code")
+    runs = {path.stem: config.load(path) for path in args.runs}
+    for options in runs.values():
+        refuse_changes(options)
+        try:
+            check_data(options.corpus)
+        except UserError as error:
+            if not args.dry_run:
+                raise
+            warn(str(error))
+    site = read_site(args)
+    form, estimates = shape_of_all(runs, site, args)
+    sizing = size_line(form, estimates)
+    if args.dry_run:
+        print(sizing, file=sys.stderr)
+        return show({"array": array_script(len(runs), args.output, site, form, args)}, args.json)
+    if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
+        print(f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table")
+        return 0
+    commands = []
+    for name, options in runs.items():
+        file = args.output.absolute() / "slurm" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, config.dump(settled(options)))
+        commands.append(f'"$PYTHON" -m pretrain {shlex.quote(str(file))}')
+    job = start_array(commands, args.output, site, form, args)
+    print(f"{sizing}\njob {job}: {len(runs)} runs; start the same again for the table, and to go on")
+    return 0
+
+
 def read_commands(path: Path) -> list[str]:
     """The commands of a file, one a line; empty lines and those that begin with # say nothing."""
     try:
@@ -216,24 +253,6 @@ def cancel(words: Sequence[str]) -> int:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what a job may have; `tools.sweep --slurm` has them too."""
-    jobs = parser.add_argument_group("jobs (defaults are those of cluster.env)")
-    jobs.add_argument("--cluster", type=Path, metavar="FILE", help="the site's file (slurm/cluster.env)")
-    jobs.add_argument("--nodes", type=whole(1), metavar="N", help="nodes of a job (the fewest that do)")
-    jobs.add_argument("--gpus-per-node", type=whole(0), metavar="G", help="GPUs of a node; 0: none")
-    jobs.add_argument(
-        "--tasks-per-node", type=whole(1), metavar="R", help="ranks of a node (one for each GPU)"
-    )
-    jobs.add_argument(
-        "--time", type=time_limit, metavar="T", help="limit of one job; a run takes as many as it needs"
-    )
-    jobs.add_argument("--partition", metavar="P")
-    jobs.add_argument(
-        "--at-once", type=whole(1), metavar="N", help="tasks of an array that run at the same time"
-    )
-
-
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = console.parser("submit", "Put a run, a pipeline or an array into Slurm's queue", True, "slurm")
@@ -252,6 +271,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="commands for a shell, one a line; each has one GPU or process, with --nodes N whole nodes",
+    )
+    what.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        metavar="CONFIG",
+        help="an array of runs; their jobs are alike",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of an array's logs and frozen code"
@@ -276,8 +302,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     chain.add_argument("--corpus-nodes", type=whole(1), default=1, metavar="N", help="(%(default)s)")
     chain.add_argument("--corpus-tasks-per-node", type=whole(1), default=8, metavar="N", help="(%(default)s)")
     args = parser.parse_intermixed_args(_joined(sys.argv[1:] if words is None else words))
-    if not (args.config or args.status or args.cancel or args.array):
-        parser.error("name a CONFIG, or ask for --status, --cancel or --array")
+    if not (args.config or args.status or args.cancel or args.array or args.runs):
+        parser.error("name a CONFIG, or ask for --status, --cancel, --array or --runs")
+    if args.time is not None:
+        try:
+            time_limit(args.time)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --time: {error}")
     if args.array and args.config:
         parser.error(f"--array {args.array}: its lines are whole commands; leave out {args.config}")
     if args.dry_run and (args.status or args.cancel):
@@ -303,6 +334,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return show_status(named, args.json)
     if args.cancel:
         return cancel(named)
+    if args.runs:
+        return submit_runs(args)
     return submit_array(args) if args.array else submit_run(args)
 
 

@@ -15,14 +15,14 @@ decoder, unless decoder_layers is swept too.
 import argparse
 import itertools
 import re
-import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pretrain import config
 from pretrain.account import ledger
@@ -30,11 +30,8 @@ from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
-from slurm import status, submit
-from slurm.cluster import Cluster
-from slurm.render import array_script
-from slurm.sizing import Shape, check_data, read_site, refuse_changes, settled, shape_of_all, size_line
 from tools.shared import console
+from tools.shared.job_options import add_job_options, job_words
 from tools.shared.tables import aligned, write_table
 
 STOPPED, KILLED = 75, 1
@@ -121,13 +118,14 @@ def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
 # ---- running -------------------------------------------------------------------------------------
 
 
-def prepare(variant: Variant, output: Path) -> Path | None:
-    """Writes the config of a variant; None if its run is done."""
+def prepare(variant: Variant, output: Path, folder: Path | None = None) -> Path | None:
+    """Write the config of a variant to `folder` (the output's); None if its run is done."""
     assert variant.options
-    file, text = output / f"{variant.name}.yaml", config.dump(variant.options)
-    unchanged = file.exists() and file.read_text(encoding="utf-8") == text
+    text, written = config.dump(variant.options), output / f"{variant.name}.yaml"
+    unchanged = written.exists() and written.read_text(encoding="utf-8") == text
     if unchanged and RunFolder(output / variant.name).status().get("state") == "finished":
         return None
+    file = (folder or output) / written.name
     console.write(file, text)
     return file
 
@@ -138,44 +136,25 @@ def run(variant: Variant, output: Path) -> int:
     return start([sys.executable, "-m", "pretrain", str(file)]) if file else 0
 
 
-def queue(possible: Sequence[Variant], args: argparse.Namespace) -> str:
-    """Puts the variants that are not done into Slurm's queue, unless the sweep is there; what to say."""
-    for variant in possible:
-        assert variant.options
-        check_data(variant.options.corpus)
-        refuse_changes(variant.options)
-    site = read_site(args)
-    form, sizing = size(possible, site, args)
-    if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
-        return f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table"
-    frozen = [replace(one, options=settled(one.options)) for one in possible if one.options]
-    files = [file for variant in frozen if (file := prepare(variant, args.output))]
-    if not files:
-        return "all runs are done"
-    commands = [f'"$PYTHON" -m pretrain {shlex.quote(str(file.absolute()))}' for file in files]
-    job = submit.start_array(commands, args.output, site, form, args)
-    return f"{sizing}\njob {job}: {len(files)} runs; start the same again for the table, and to go on"
+def queue(possible: Sequence[Variant], args: argparse.Namespace) -> int:
+    """Hand the variants that are not done to `slurm.submit`, as an array; its exit code."""
+    command = [sys.executable, "-m", "slurm.submit", f"--output={args.output}", *job_words(args)]
+    with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing
+        folder = Path(scratch) if args.dry_run else args.output
+        files = [str(file) for variant in possible if (file := prepare(variant, args.output, folder))]
+        if not files:
+            print("all runs are done", file=sys.stderr)
+            return 0
+        command += ["--dry-run"] if args.dry_run else []
+        return start([*command, "--runs", *files], None if args.dry_run and not args.json else sys.__stderr__)
 
 
-def size(possible: Sequence[Variant], site: Cluster, args: argparse.Namespace) -> tuple[Shape, str]:
-    """The shape of a job that does for any of the variants, and a line about it; UserError if none does."""
-    runs = {variant.name: variant.options for variant in possible if variant.options}
-    form, estimates = shape_of_all(runs, site, args)
-    return form, size_line(form, estimates)
+def start(command: list[str], stdout: IO[str] | None = sys.__stderr__) -> int:
+    """Run a program to its end; its exit code. Who stops the sweep stops it, and it saves its work.
 
-
-def show(possible: Sequence[Variant], args: argparse.Namespace) -> None:
-    """Prints the sbatch file and the size instead of submitting; with --json not among the result."""
-    site = read_site(args)
-    form, sizing = size(possible, site, args)
-    print(sizing, file=sys.stderr)
-    text = array_script(len(possible), args.output, site, form, args)
-    print(text, file=sys.stderr if args.json else sys.stdout)
-
-
-def start(command: list[str]) -> int:
-    """Runs a program to its end; the exit code. Who stops the sweep stops it, and it saves its work."""
-    process = subprocess.Popen(command, stdout=sys.__stderr__)  # our stdout carries the table alone
+    stdout: ours carries the table alone.
+    """
+    process = subprocess.Popen(command, stdout=stdout)
     handlers = {
         signal.SIGTERM: lambda number, frame: process.send_signal(number),
         signal.SIGUSR1: lambda number, frame: process.send_signal(number),
@@ -249,18 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="list the runs and start none; with --slurm also the sbatch file",
     )
     parser.add_argument("--slurm", action="store_true", help="submit the runs as a job array")
-    submit.add_job_options(parser)
+    add_job_options(parser)
     args = parser.parse_intermixed_args(arguments)
     args.output = args.output or Path("runs") / f"sweep-{Path(args.config).stem}"
     todo = variants(args.config, args.overrides, args.over, args.output)
     possible = [variant for variant in todo if variant.options]
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
-    code = 0
-    if args.slurm and args.dry_run:
-        show(possible, args)
-    elif args.slurm:
-        print(queue(possible, args), file=sys.stderr)
+    code = queue(possible, args) if args.slurm else 0
+    if code:
+        return code
     for number, variant in enumerate(possible, 1):
         if args.dry_run or args.slurm:
             break

@@ -88,8 +88,10 @@ def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) ->
     """What reads the samples of a run, in the last of its segments."""
     k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
     seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
+    # The corpus that the run began with keeps the plain seed, whether others join it or not.
+    began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
     samplers = [
-        Sampler(corpus, k, length, seed, bos, eos, name, data.rules)
+        Sampler(corpus, k, length, seed, bos, eos, "" if name == began_with else name, data.rules)
         for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
     ]
     by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}

@@ -143,7 +143,8 @@ class Masker:
         # `clip`, because looking for places out of bounds would take longer than the gather.
         ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
         targets = ids[:, L - c.predicted :].copy()
-        self._corrupt(ids, keys if self.rules == 1 else rng.key(keys, view))
+        shared = self.rules == 1 or self.masking.views == 1
+        self._corrupt(ids, keys if shared else rng.key(keys, view))
         documents = None
         if self.document_end is not None:
             documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)

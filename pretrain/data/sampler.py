@@ -68,8 +68,8 @@ class _Stretches(NamedTuple):
 class Sampler:
     """Reads the windows of one corpus in the order of a run.
 
-    length: L. bos, eos: pieces that open and close a window; eos also joins documents. name: of the corpus in
-    a blend (its fingerprint), which has an order and masks of its own. rules: see `rng.RULES`.
+    length: L. bos, eos: pieces that open and close a window; eos also joins documents. name: of a further
+    corpus of a blend (its fingerprint), which has an order and masks of its own. rules: see `rng.RULES`.
     """
 
     def __init__(

@@ -285,7 +285,7 @@ def test_a_file_size_limit_is_a_users_error(folder):
     """The real thing: the kernel refuses the bytes in the middle of a file."""
     code = f"""if True:
         import resource, signal
-        from tests import test_checkpoint as t
+        from tests.run import test_checkpoint as t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
         folder = t.RunFolder({str(folder.path)!r})

@@ -361,7 +361,7 @@ def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
     assert row(home, "array")["tasks"] == {"failed": 1, "cancelled": 1, "finished": 1}
 
 
-def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Interrupted, it goes on with what is left; the table is that of a sweep on one machine."""
     home = tmp_path / "a sweep"
     # Until this job has gone the sweep is in the queue, and until it is interrupted its second run.
@@ -374,7 +374,7 @@ def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert sweep.main(words) == 0
     first = row(home, "array")["job"]
     assert sweep.main(words) == 0  # not twice at the same time
-    assert f"job {first}: pending" in capsys.readouterr().err
+    assert f"job {first}: pending" in capfd.readouterr().err
     command("scontrol", "hold", f"{first}_1")
     command("scancel", before)
     jobs.until(lambda: RunFolder(home / "seed-1").status().get("state") == "finished", "the first run")
@@ -384,9 +384,9 @@ def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert sweep.main(words) == 0
     assert len((home / "slurm" / "commands.txt").read_text().splitlines()) == 1
     jobs.until(lambda: row(home, "array")["state"] == "finished", "the rest")
-    capsys.readouterr()
+    capfd.readouterr()
     assert sweep.main(words) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capfd.readouterr().out)
     assert [(line["name"], line["state"], line["steps"]) for line in rows] == [
         ("seed-1", "finished", 3),
         ("seed-2", "finished", 3),

@@ -410,34 +410,6 @@ def test_where_doubling_stops_to_pay():
     assert plan_pages.pays_up_to(rows) == 4
 
 
-def test_a_benchmark_of_ours_sets_the_share(tmp_path, monkeypatch):
-    """An update that takes twice the products' time at full peak, and the traffic's, reaches half."""
-    device = devices.find("H100")
-    job = layouts.job(layouts.recipe("base", 128), layouts.ROBERTA_PIECES, device)
-    layout = memory.Layout(micro_batch=64)
-    seconds = layouts.step_seconds(job, layout, device, 0.5)
-    work = 64 * flops.training(job.model, job.rows, job.vocab_size).total
-    row = {
-        "name": "mlm, base 128, bf16",
-        "ours": work / seconds / 1e12,
-        "unit": "model TFLOP/s",
-        "device": "NVIDIA H100 80GB HBM3",
-        "dtype": "bf16",
-        "settings": {"size": "base", "length": 128, "batch_size": 64},
-    }
-    (tmp_path / "training.json").write_text(json.dumps([row, {**row, "device": "NVIDIA A100-SXM4-80GB"}]))
-    monkeypatch.setattr(layouts, "RESULTS", tmp_path)
-    layouts.benchmarks.cache_clear()
-    layouts.measured.cache_clear()
-    try:
-        share, source = layouts.achieved(device, "bf16")
-        assert (share, source) == (pytest.approx(0.5), "measured")
-        assert layouts.achieved(device, "fp32") == (layouts.ACHIEVED, "assumed")
-    finally:
-        layouts.benchmarks.cache_clear()
-        layouts.measured.cache_clear()
-
-
 def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
     device = {**vars(devices.find("L40S")), "name": "abacus", "gpu": False, "watts": 0.0, "price": 0.0}
     document = {"device": device, "achieved": {"bf16": 0.7}}

@@ -1,8 +1,8 @@
 """Every speed we claim, side by side with its peer in one run: ``python -m tools.benchmark step``.
 
-A subject is a module of its own (`tools.benchmark_step`) with `add_arguments(parser)`, `count(args)`,
+A subject is a module of its own (`tools.benchmark.step`) with `add_arguments(parser)`, `count(args)`,
 the number of its measurements, and `rows(args, done)`, which tells `done` about each; how a row is measured
-is in `tools.measure`.
+is in `tools.shared.measure`.
 
     corpus      tokenizers, masking, reading, merging
     step        whole updates beside Hugging Face, fairseq's way and Megatron; late methods beside `mlm`
@@ -13,7 +13,6 @@ is in `tools.measure`.
 """
 
 import argparse
-import importlib
 import json
 import shlex
 import sys
@@ -22,11 +21,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.files import check_folder
+from tools.benchmark import attention, corpus, head, memory, scaling, step
 from tools.shared import console
 from tools.shared.measure import SAME, Row
 from tools.shared.tables import aligned
 
-SUBJECTS = ("corpus", "step", "head", "attention", "memory", "scaling")
+SUBJECTS = {
+    "corpus": corpus,
+    "step": step,
+    "head": head,
+    "attention": attention,
+    "memory": memory,
+    "scaling": scaling,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     subject = next((word for word in words if word in SUBJECTS), None)
     if subject:
-        importlib.import_module(f"tools.benchmark_{subject}").add_arguments(parser)
+        SUBJECTS[subject].add_arguments(parser)
     args = parser.parse_args(words)
     if args.output:
         check_folder(Path(args.output).parent)
@@ -58,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measured(args: argparse.Namespace) -> Iterator[Row]:
     """The subject's rows; each is told on standard error as soon as it is known."""
-    subject = importlib.import_module(f"tools.benchmark.{args.subject}")
+    subject = SUBJECTS[args.subject]
     with console.counter(f"benchmark {args.subject}", subject.count(args), "measurements") as done:
         for row in subject.rows(args, done):
             print(_line(row), file=sys.stderr, flush=True)

@@ -15,7 +15,6 @@ fragments take their share (`RESERVE`).
 """
 
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -195,34 +194,7 @@ def achieved(device: Device, precision: str) -> tuple[float, str]:
     if known:
         other = precision if precision in known else min(known)
         return known[other], "measured" if other == precision else f"measured in {other}"
-    shares = [_share_of(row, device, precision) for row in benchmarks(device.name, precision)]
-    return (statistics.median(shares), "measured") if shares else (ACHIEVED, "assumed")
-
-
-@cache
-def benchmarks(device: str, precision: str) -> list[dict[str, Any]]:
-    """Rows of `mlm` on that device in files that `tools.benchmark step` left."""
-    documents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
-    rows = [row for document in documents if isinstance(document, list) for row in document]
-    return [
-        row
-        for row in rows
-        if row.get("unit") == "model TFLOP/s"
-        and row["name"].startswith("mlm,")
-        and row["dtype"] == precision
-        and row["settings"]["size"] in SIZES
-        and (known := devices.find(row["device"]))
-        and known.name == device
-    ]
-
-
-def _share_of(row: dict[str, Any], device: Device, precision: str) -> float:
-    """What a benchmark's products reach of the peak."""
-    size, length, batch = (row["settings"][key] for key in ("size", "length", "batch_size"))
-    update = replace(job(recipe(size, length), ROBERTA_PIECES, device), batch_size=batch, precision=precision)
-    layout = Layout(micro_batch=batch, precision=precision, gpu=device.gpu)
-    work = batch * flops.training(update.model, update.rows, update.vocab_size).total
-    return share_of(update, layout, device, work / (row["ours"] * 1e12))
+    return ACHIEVED, "assumed"
 
 
 def share_of(job: Job, layout: Layout, device: Device, seconds: float) -> float:
