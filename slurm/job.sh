@@ -11,7 +11,7 @@ unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_STEP_@}"
 export SLURM_EXPORT_ENV=ALL # some sites' sbatch says NONE, which would keep all of this from the ranks
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the sbatch file's head
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-copies=${LOCAL_SCRATCH:+$LOCAL_SCRATCH/latemask}
+copies=${LOCAL_SCRATCH:+$LOCAL_SCRATCH/latemask-${USER:-$(id -un)}} # two users share a disk, never a folder
 setup
 set -uo pipefail # not before: the commands of modules use variables that are not set
 trap 'note exit "\"code\": $?"' EXIT

@@ -453,11 +453,12 @@ def test_variables_of_a_surrounding_job_stay_in_it(tiny: Path, seen: Path) -> No
     assert of_slurm(seen / "sbatch.env") == OF_A_USER
 
 
-def in_a_job(seen: Path, stage: str, script: str) -> None:
-    """Runs lines of an sbatch file where job.sh is sourced."""
+def in_a_job(seen: Path, stage: str, script: str, more: str = "") -> None:
+    """Runs lines of an sbatch file where job.sh is sourced; `more`: lines of cluster.env."""
     here = seen / "run" / "slurm"
     here.mkdir(parents=True)
-    (here / "cluster.env").write_text("PYTHON=python3\nREQUEUE=no\nSRUN=()\nWRAP=()\nsetup() { :; }\n")
+    site = "PYTHON=python3\nREQUEUE=no\nSRUN=()\nWRAP=()\nsetup() { :; }\n"
+    (here / "cluster.env").write_text(site + more)
     (here / "code").symlink_to(ROOT)
     lines = f'here={here}\nstage={stage}\n. "$here/code/slurm/job.sh"\n{script}\n'
     subprocess.run(["bash", "-c", lines], check=True)
@@ -480,6 +481,13 @@ def test_ranks_are_not_bound_to_the_cores_of_a_shell(seen: Path) -> None:
     given = of_slurm(seen / "srun.env")
     assert not [name for name in given if name.startswith(("SLURM_CPU_BIND", "SLURM_STEP_"))]
     assert given["SLURM_EXPORT_ENV"] == "ALL" and given["SLURM_MEM_PER_NODE"] == "4000"
+
+
+def test_copies_on_a_shared_disk_are_each_users_own(seen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, user in (("a", "ada"), ("b", "bob")):
+        monkeypatch.setenv("USER", user)
+        in_a_job(seen / name, "train", f'echo "$copies" >{seen / name}/told', "LOCAL_SCRATCH=/disk\n")
+        assert (seen / name / "told").read_text() == f"/disk/latemask-{user}\n"
 
 
 def test_wishes_that_are_not_passed_on_are_named(

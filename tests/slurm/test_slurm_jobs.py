@@ -3,6 +3,7 @@
 Every run lives in a folder whose name a shell or Slurm would like to take apart.
 """
 
+import getpass
 import json
 import os
 import re
@@ -229,7 +230,8 @@ def test_two_nodes(layout: str, tiny: Path, odd: Path, tmp_path: Path) -> None:
     text = jobs.log(odd)
     assert text.count("train: copied") + text.count("train: there already") == 2
     assert "lm1: " in text and "lm2: " in text
-    assert yaml.safe_load((odd / "config.yaml").read_text())["corpus"]["copies"] == f"{SCRATCH}/latemask"
+    copies = yaml.safe_load((odd / "config.yaml").read_text())["corpus"]["copies"]
+    assert copies == f"{SCRATCH}/latemask-{getpass.getuser()}"
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_bad_nodes_are_named_and_left_out(
         (disk / f"deep{nodes}").write_text("a file where there should be a folder")
     (job,) = jobs.start([str(tiny / "tiny.yaml"), f"run.dir={odd}", "--nodes", str(nodes)], site)
     for node in bad:
-        reason = f"pre-flight: {node}: {SCRATCH}/deep{nodes}/latemask: Not a directory"
+        reason = f"pre-flight: {node}: {SCRATCH}/deep{nodes}/latemask-{getpass.getuser()}: Not a directory"
         jobs.until(lambda: reason in row(odd)["message"], reason)  # noqa: B023
         jobs.requeued(job)
         assert row(odd)["state"] == "requeued"
