@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from pretrain.data import word_cache
 from pretrain.errors import UserError
+from pretrain.files import write_whole
 
 IdArray: TypeAlias = npt.NDArray[np.int32]
 Lengths: TypeAlias = npt.NDArray[np.int64]
@@ -366,9 +367,7 @@ def train_sentencepiece(
     model = _finish_model(raw, vocab_size, round_scores=kind == "unigram")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{MODEL_FILE}.partial"
-    partial.write_bytes(model)
-    partial.replace(folder / MODEL_FILE)
+    write_whole(folder / MODEL_FILE, model)
     tokenizer = load_tokenizer(folder)
     about = {
         "kind": kind,
@@ -378,7 +377,7 @@ def train_sentencepiece(
         "reserved": dict(reserved),
         **(provenance or {}),
     }
-    (folder / PROVENANCE_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / PROVENANCE_FILE, (json.dumps(about, indent=1) + "\n").encode())
     return tokenizer
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -38,6 +39,7 @@ from pretrain.data.manifest import (
     seal_of,
 )
 from pretrain.errors import UserError
+from pretrain.files import write_whole
 
 _COPY_BYTES = 4 << 20
 
@@ -207,9 +209,12 @@ class CorpusWriter:
         trace: TracebackType | None,
     ) -> None:
         for file in (self._bin.file, self._sources.file, self._lengths, self._table):
-            file.close()
-        for extension in ("bin", "idx", "src", "lengths", "table", "json"):
+            with suppress(OSError):  # what is left in its buffer fails again on a full disk
+                file.close()
+        for extension in ("bin", "idx", "src", "lengths", "table"):
             self._partial(extension).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(corpus_file(self.prefix, "bin"))
 
 
 EXTENSIONS = ("json", "idx", "bin", "src")
@@ -351,9 +356,7 @@ def write_manifest(
     )
     manifest = manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)})
     manifest = manifest.model_copy(update={"seal": seal_of(manifest)})
-    partial = corpus_file(prefix, "json.partial")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
-    partial.replace(corpus_file(prefix, "json"))
+    write_whole(corpus_file(prefix, "json"), (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
 
 

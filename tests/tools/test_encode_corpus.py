@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -468,9 +469,9 @@ def test_duplicates_against_a_dictionary(tmp_path: Path, monkeypatch: pytest.Mon
             if key in seen:
                 expected[-1].append(j)
             seen.add(key)
-    total, found = duplicates.find_duplicates(files, encode_parts.HASH, tmp_path)
+    counts, found = duplicates.find_duplicates(files, encode_parts.HASH, tmp_path)
     assert [array.tolist() for array in found] == expected
-    assert total == sum(map(len, expected)) > 100
+    assert counts == [len(each) for each in expected] and sum(counts) > 100
     assert not list(tmp_path.glob("bucket-*"))
 
 
@@ -597,3 +598,99 @@ def test_a_merge_or_encoding_never_writes_to_a_link_of_its_input(
         (tmp_path / f"d.{extension}").hardlink_to(tmp_path / f"c.{extension}")
     with pytest.raises(UserError, match="is also an input"):
         merge([tmp_path / "c"], tmp_path / "d", overwrite=True)
+
+
+@pytest.mark.parametrize("end", ["parts", "parts.done"])
+@pytest.mark.parametrize("mine", ["notes.txt", "thesis.json", "00000-000000.bin"])
+def test_a_folder_that_is_no_folder_of_parts_is_left_alone(
+    texts: list[dict], folder: str, tmp_path: Path, end: str, mine: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", texts[:3])
+    (tmp_path / f"c.{end}").mkdir()
+    (tmp_path / f"c.{end}" / mine).write_text("years of work")
+    for options in ("", "--overwrite"):
+        with pytest.raises(UserError, match=rf"c\.{end}: has .*; move it away"):
+            encode_corpus.main(words(folder, tmp_path / "c", source, options=f"--workers 1 {options}"))
+        assert (tmp_path / f"c.{end}" / mine).read_text() == "years of work"
+
+
+def test_rejected_lines_replace_only_their_like(texts: list[dict], folder: str, tmp_path: Path) -> None:
+    source, path = write(tmp_path / "in.jsonl", [*texts[:3], {}]), tmp_path / "c.rejected.jsonl"
+    command = words(folder, tmp_path / "c", source, options="--workers 1 --keep-going")
+    path.write_text('{"text": "of the user"}\n')
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"c\.rejected\.jsonl: exists and is no list of rejected lines"):
+            encode_corpus.main([*command, *more])
+        assert path.read_text() == '{"text": "of the user"}\n'
+    earlier = json.dumps(dict.fromkeys(encode_parts.Rejected._fields, "of another text")) + "\n"
+    path.write_text(earlier)
+    with pytest.raises(UserError, match=r"c\.rejected\.jsonl: exists already; .*--overwrite"):
+        encode_corpus.main(command)
+    assert path.read_text() == earlier and not (tmp_path / "c.json").exists()
+    encode_corpus.main([*command, "--overwrite"])
+    assert json.loads(path.read_text())["line"] == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("room", [6_000, 30_000])
+def test_a_full_disk_leaves_nothing_half_written(job, room: int, workers: int, tmp_path: Path) -> None:
+    """Too little room for a part, or for the whole of which the parts are; its file is named."""
+    command, expected = job
+    output = tmp_path / "out" / "c"
+    done = subprocess.run(
+        command(output, workers),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"error: {output}." in done.stderr and "File too large" in done.stderr, done.stderr
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in left if path.suffix == ".partial" or path.parent == output.parent]
+    parts = {path.name.partition(".")[0].removesuffix("-valid") for path in left} - {
+        "lock",
+        "stop",
+        "joining",
+    }
+    assert parts <= {path.stem for path in left if path.suffix == ".json"} | {"duplicates"}
+    assert subprocess.run(command(output, workers), env=environment(), capture_output=True).returncode == 0
+    assert contents(output) == expected
+
+
+def test_what_a_part_was_made_from_is_the_same_after_json(tmp_path: Path) -> None:
+    """Else every part would be made again, and the join would find none."""
+    path = tmp_path / "in.jsonl"
+    path.write_text("")
+    job = encode_parts.Job(
+        folder=str(tmp_path / "c.parts"),
+        tokenizer="t",
+        tokenizer_hash="h",
+        text_key="text",
+        txt_document="line",
+        max_bytes=1,
+        holdout=0.5,
+        dedup=True,
+        keep_going=True,
+        stdin_hash="s",
+        map_literal=["<unk>", "a=b"],
+        end=2,
+    )
+    (task,) = encode_corpus.plan([path], "line", 1)
+    made_from = encode_parts.identity(job, task, 0)
+    assert json.loads(json.dumps(made_from)) == made_from
+
+
+def test_a_join_that_lost_a_document_writes_no_manifest(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = encode_corpus.CorpusWriter.append_corpus
+    monkeypatch.setattr(
+        encode_corpus.CorpusWriter,
+        "append_corpus",
+        lambda writer, prefix, gone, advance: append(writer, prefix, [0], advance),
+    )
+    source = write(tmp_path / "in.jsonl", texts[:5])
+    with pytest.raises(UserError, match="4 documents, not the 5 read"):
+        encode_corpus.main(words(folder, tmp_path / "c", source, options="--workers 1"))
+    assert not (tmp_path / "c.json").exists()

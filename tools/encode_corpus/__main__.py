@@ -13,12 +13,12 @@ same command goes on where it was. Memory does not grow with the corpus; the par
 the result.
 """
 
+import filecmp
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -49,10 +49,11 @@ from pretrain.data.manifest import (
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.writer import EXTENSIONS, CorpusWriter, refuse_existing, refuse_foreign, refuse_inputs
 from pretrain.errors import UserError
-from pretrain.files import try_lock
+from pretrain.files import named, try_lock, write_whole
 from tools.encode_corpus.duplicates import find_duplicates
 from tools.encode_corpus.parts import (
     HASH,
+    LOCK,
     Encoder,
     Job,
     Task,
@@ -62,6 +63,8 @@ from tools.encode_corpus.parts import (
     input_name,
     part_name,
     refuse_changed,
+    refuse_foreign_parts,
+    remove_parts,
     stop_file,
     tally,
     tokenizer_record,
@@ -69,7 +72,7 @@ from tools.encode_corpus.parts import (
 from tools.shared import console
 from tools.shared.corpus import summary
 from tools.text.files import STDIN, find_files, is_compressed, spool_stdin
-from tools.text.readers import MAX_DOCUMENT_BYTES, cut
+from tools.text.readers import MAX_DOCUMENT_BYTES, Rejected, cut
 from tools.text.special import literal_ids
 
 _PIECES = 256
@@ -167,7 +170,8 @@ def run_tasks(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[
         else:
             _run_in_workers(tasks, job, workers, advance)
     except BaseException:
-        stop_file(job).touch()  # others need not go on
+        with suppress(OSError):  # of a full disk, maybe, which is what is to be said
+            stop_file(job).touch()  # others need not go on
         raise
 
 
@@ -190,7 +194,8 @@ def _run_in_workers(tasks: Sequence[Task], job: Job, workers: int, advance: Call
         ) from error
     finally:
         if waiting:
-            stop_file(job).touch()
+            with suppress(OSError):
+                stop_file(job).touch()
         pool.shutdown(cancel_futures=True)
 
 
@@ -279,7 +284,10 @@ def coverage(parts: Sequence[Part], files: Sequence[Path]) -> list[dict[str, int
 def join(
     parts: Sequence[Part], dropped: Iterator[Any], side: str, output: str, origin: Origin, advance: Any
 ) -> Manifest:
-    """One corpus from the parts of its side, without the documents `dropped` of each part."""
+    """One corpus from the parts of its side, without the documents `dropped` of each part.
+
+    UserError, and no manifest, where it has not as many documents as its history says.
+    """
     text_bytes, sources = 0, dict[str, Tally]()
     dtype = np.dtype(load_manifest(parts[0].prefix).dtype)
     with CorpusWriter(output + side, dtype, overwrite=True) as writer:
@@ -295,6 +303,10 @@ def join(
             sources = add_tallies(sources, _renamed(writer, manifest.sources))
             sources = add_tallies(sources, _renamed(writer, lost), sign=-1)
         sources = {name: entry for name, entry in sources.items() if entry.documents}
+        if writer.documents != (kept := origin.history["kept"]["here"]):
+            raise UserError(
+                f"{output}{side}: {writer.documents} documents, not the {kept} read; encode again"
+            )
         return writer.finish(origin.model_copy(update={"text_bytes": text_bytes, "sources": sources}))
 
 
@@ -313,24 +325,63 @@ def _renamed(writer: CorpusWriter, sources: dict[str, Tally]) -> dict[str, Tally
     return total
 
 
-def write_rejected(parts: Sequence[Part], output: str) -> int:
-    """PREFIX.rejected.jsonl from the rejected lines of all parts; none, no file. Their number."""
-    path, partial = Path(f"{output}.rejected.jsonl"), Path(f"{output}.rejected.jsonl.partial")
+def collect_rejected(parts: Sequence[Part], output: str, replace: bool) -> int:
+    """Write the rejected lines of all parts beside PREFIX.rejected.jsonl, and return their number.
+
+    UserError if there is another file of that name, unless it is such a file and to be replaced.
+    """
+    path, partial = _rejected_files(output)
+    try:
+        with named(path), partial.open("w", encoding="utf-8") as target:
+            total = _copy_rejected(parts, target)
+        refuse_foreign_rejected(output)
+        if path.exists() and not replace and not filecmp.cmp(path, partial, shallow=False):
+            raise UserError(f"{path}: exists already; choose another --output or add --overwrite")
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return total
+
+
+def _copy_rejected(parts: Sequence[Part], target: TextIO) -> int:
     total, before, file = 0, 0, -1
-    with partial.open("w", encoding="utf-8") as target:
-        for part in parts:
-            before = before if part.file == file else 0
-            file = part.file
-            if part.rejected:
-                with open(f"{part.prefix}.rejected", encoding="utf-8") as lines:
-                    for line in map(json.loads, lines):
-                        line["line"] += before
-                        target.write(json.dumps(line, ensure_ascii=False) + "\n")
-            before += part.lines
-            total += part.rejected
+    for part in parts:
+        before = before if part.file == file else 0
+        file = part.file
+        if part.rejected:
+            with open(f"{part.prefix}.rejected", encoding="utf-8") as lines:
+                for line in map(json.loads, lines):
+                    line["line"] += before
+                    target.write(json.dumps(line, ensure_ascii=False) + "\n")
+        before += part.lines
+        total += part.rejected
+    return total
+
+
+def publish_rejected(output: str, total: int) -> None:
+    """Give the rejected lines their name; where there are none there is no file."""
+    path, partial = _rejected_files(output)
     path.unlink(missing_ok=True)  # of an earlier attempt
     partial.replace(path) if total else partial.unlink()
-    return total
+
+
+def _rejected_files(output: str) -> tuple[Path, Path]:
+    return Path(f"{output}.rejected.jsonl"), Path(f"{output}.rejected.jsonl.partial")
+
+
+def refuse_foreign_rejected(output: str) -> None:
+    """Raise UserError where PREFIX.rejected.jsonl is not demonstrably a list of rejected lines."""
+    path, _ = _rejected_files(output)
+    if not os.path.lexists(path):
+        return
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+        ours = isinstance(first, dict) and tuple(first) == Rejected._fields
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path}: exists and is no list of rejected lines; choose another --output")
 
 
 def count_literals(parts: Sequence[Part]) -> dict[str, int]:
@@ -341,23 +392,40 @@ def count_literals(parts: Sequence[Part]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
+def refuse_lost(output: str, kept: int, duplicates: int, rejected: int, read: int) -> None:
+    """Raise UserError unless all that was read is kept, or counted as left out."""
+    if kept + duplicates + rejected != read:
+        raise UserError(
+            f"{output}: {kept} documents, {duplicates} duplicates and {rejected} rejected lines are not "
+            f"the {read} that were read; encode again"
+        )
+
+
 def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
     """Parts -> corpora; the report."""
     parts = list_parts(tasks, job)
     sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
     prefixes = [part.prefix + side for side in sides for part in parts]
+    replace = args.overwrite or _was_joining(args, Path(job.folder))
+    rejected = collect_rejected(parts, args.output, replace)
     if not any(load_manifest(prefix).documents for prefix in prefixes):
-        rejected = write_rejected(parts, args.output)
+        publish_rejected(args.output, rejected)
         for prefix in prefixes:
             corpus_file(prefix, "json").unlink()  # nothing to go on with
         told = f" but {_rejected(rejected, args.output)}" if rejected else ""
         raise UserError(f"no documents in {args.input[0]}{told}; nothing to write")
-    duplicates = 0
+    gone: list[int] = [0] * len(prefixes)
     dropped: Iterator[Any] = itertools.repeat(())
     if job.dedup:
         hashes = [Path(f"{prefix}.hash") for prefix in prefixes]
-        duplicates, dropped = find_duplicates(hashes, HASH, Path(job.folder))
-    rejected = write_rejected(parts, args.output)
+        gone, dropped = find_duplicates(hashes, HASH, Path(job.folder))
+    duplicates = sum(gone)
+    kept = dict.fromkeys(sides, 0)
+    for (side, prefix), lost in zip(
+        ((side, part.prefix + side) for side in sides for part in parts), gone, strict=True
+    ):
+        kept[side] += load_manifest(prefix).documents - lost
+    refuse_lost(args.output, sum(kept.values()), duplicates, rejected, sum(part.read for part in parts))
     history = {"version": __version__, "holdout": args.holdout, "rejected": rejected}
     history |= {"duplicates": duplicates} if job.dedup else {}
     history["coverage"] = coverage(parts, files)
@@ -372,18 +440,16 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     record = tokenizer_record(job.tokenizer, tokenizer)
     if job.end is not None:
         history[APPENDED_END] = {"piece": tokenizer.piece(job.end), "id": job.end}
-    origin = Origin(tokenizer=record, inputs=inputs, history=history)
-    Path(job.folder, _JOINING).write_text(_command(args), encoding="utf-8")  # from here on files may be ours
+
+    def origin(side: str) -> Origin:
+        about = {"kept": {"here": kept[side], "elsewhere": sum(kept.values()) - kept[side]}}
+        return Origin(tokenizer=record, inputs=inputs, history=history | about)
+
+    write_whole(Path(job.folder, _JOINING), _command(args).encode())  # from here on files may be ours
+    publish_rejected(args.output, rejected)
     sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
     with console.progress("join", sum(sizes)) as advance:
-        manifests = {side: join(parts, dropped, side, args.output, origin, advance) for side in sides}
-    kept = sum(manifest.documents for manifest in manifests.values())
-    read = sum(part.read for part in parts)
-    if kept + duplicates + rejected != read:
-        raise UserError(
-            f"{args.output}: {kept} documents, {duplicates} duplicates and {rejected} rejected lines are not "
-            f"the {read} that were read; do not use it, encode again with --overwrite"
-        )
+        manifests = {side: join(parts, dropped, side, args.output, origin(side), advance) for side in sides}
     return {
         "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
         "rejected": rejected,
@@ -430,12 +496,12 @@ def _workplace(folder: Path, args: Namespace, ranks: Ranks) -> Iterator[None]:
         return
     try:
         yield
-        done = folder.with_name(f"{folder.name}.done")  # from here on the job is over
+        done = _done_folder(folder)  # from here on the job is over
         folder.rename(done)
-        shutil.rmtree(done)
+        remove_parts(done)
     finally:
-        if not any(folder.glob("*.json")):
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and not any(folder.glob("*.json")):
+            remove_parts(folder)
         held[0].close()
 
 
@@ -443,7 +509,7 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
     """Make the folder and lock it for as long as this process lives; the open lock."""
     _refuse_existing(args, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("w")
+    lock = (folder / LOCK).open("w")
     if not try_lock(lock, folder):
         raise UserError(f"{folder}: another encode_corpus is at work there; wait for it")
     if not _was_joining(args, folder):
@@ -453,10 +519,17 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
 
 def _refuse_existing(args: Namespace, folder: Path) -> None:
     """The command that was joining its parts may finish that; nothing else is overwritten unasked."""
-    shutil.rmtree(folder.with_name(f"{folder.name}.done"), ignore_errors=True)
+    refuse_foreign_parts(folder)
+    refuse_foreign_rejected(args.output)
+    remove_parts(_done_folder(folder))
     if not _was_joining(args, folder):
         for side in ("", "-valid") if args.holdout else ("",):
             (refuse_foreign if args.overwrite else refuse_existing)(args.output + side)
+
+
+def _done_folder(folder: Path) -> Path:
+    """Name of the folder of the parts while it is removed."""
+    return folder.with_name(f"{folder.name}.done")
 
 
 def _was_joining(args: Namespace, folder: Path) -> bool:

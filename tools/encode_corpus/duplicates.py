@@ -7,11 +7,14 @@ document, are in a mapped file.
 """
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from pretrain.files import named
 
 BUCKET_BYTES = 32 << 20
 _MOST_BUCKETS = 512
@@ -21,22 +24,30 @@ _ENTRY = np.dtype([("key", "<u8", 2), ("number", "<i8")])
 
 def find_duplicates(
     files: Sequence[Path], record: np.dtype[np.void], folder: Path
-) -> tuple[int, Iterator[npt.NDArray[np.int64]]]:
-    """How many records repeat the 128-bit `key` of an earlier one; and for each file which, ascending.
+) -> tuple[list[int], Iterator[npt.NDArray[np.int64]]]:
+    """For each file how many records repeat the 128-bit `key` of an earlier one, and which, ascending.
 
     Earlier in the order of the files. `folder` holds the buckets meanwhile.
     """
     counts = [file.stat().st_size // record.itemsize for file in files]
     total = sum(counts)
     buckets = [folder / f"bucket-{i:03d}" for i in range(_number_of_buckets(total))]
-    verdicts = np.memmap(folder / "duplicates", np.uint8, "w+", shape=max(1, total))
-    _deal(files, record, buckets)
+    with named(folder / "duplicates"):
+        verdicts = _mapped(folder / "duplicates", max(1, total))
+        _deal(files, record, buckets)
     for bucket in buckets:
         verdicts[_repeated(np.fromfile(bucket, _ENTRY))] = 1
         bucket.unlink()
-    bounds = np.cumsum([0, *counts]).tolist()
-    repeated = (np.flatnonzero(verdicts[a:b]) for a, b in itertools.pairwise(bounds))
-    return int(verdicts.sum(dtype=np.int64)), repeated
+    bounds = list(itertools.pairwise(np.cumsum([0, *counts]).tolist()))
+    repeated = (np.flatnonzero(verdicts[a:b]) for a, b in bounds)
+    return [int(verdicts[a:b].sum(dtype=np.int64)) for a, b in bounds], repeated
+
+
+def _mapped(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Return a file of zeros in memory, its place on the disk taken: a full disk would kill later."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, np.uint8, "r+", shape=size)
 
 
 def _number_of_buckets(total: int) -> int:
@@ -59,7 +70,7 @@ def _deal(files: Sequence[Path], record: np.dtype[np.void], buckets: Sequence[Pa
                 home = entries["key"][:, 0] % np.uint64(len(buckets))
                 for i in np.unique(home).tolist():
                     with buckets[i].open("ab") as target:
-                        entries[home == i].tofile(target)
+                        target.write(entries[home == i].tobytes())
 
 
 def _repeated(entries: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain import __version__
-from pretrain.data.indexed import NO_SOURCE, token_dtype
+from pretrain.data.indexed import NO_SOURCE, corpus_file, token_dtype
 from pretrain.data.manifest import Manifest, Origin, Tally, TokenizerRecord, add_tallies, load_manifest
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.verify import verify
 from pretrain.data.writer import CorpusWriter
 from pretrain.errors import UserError
+from pretrain.files import named
 from tools.text.files import STDIN, Unit
 from tools.text.readers import Document, Reader, Rejected, open_reader
 from tools.text.special import SpecialText, literal_ids
@@ -82,6 +84,40 @@ class Task(NamedTuple):
 def part_name(folder: str, file: int, piece: int) -> str:
     """Prefix of the training part of a piece."""
     return f"{folder}/{file:05d}-{piece:06d}"
+
+
+LOCK = "lock"
+"""The file that is made first in a folder of parts, and removed last: without it the folder is not ours."""
+_NAMES = re.compile(
+    rf"\.?({LOCK}|joining|stop|duplicates|bucket-[0-9]+|stdin\.(jsonl|txt)"
+    r"|[0-9]{5,}-[0-9]{6,}(-valid)?\.(rejected|hash|json|idx|bin|src|lengths|table))(\.partial)?"
+)
+
+
+def refuse_foreign_parts(folder: Path) -> None:
+    """Raise UserError where a folder of this name has anything that no job writes into its parts."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(
+            f"{folder}: exists and is no folder of parts; move it away, or choose another --output"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not _NAMES.fullmatch(name) or not (folder / name).is_file()]
+    if foreign or (names and LOCK not in names):
+        what = (
+            f"has {foreign[0]}, which is no part" if foreign else f"has no {LOCK}: it is no folder of parts"
+        )
+        raise UserError(f"{folder}: {what}; move it away, or choose another --output")
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove a folder of parts, the lock last; UserError, and nothing removed, where it is not ours."""
+    refuse_foreign_parts(folder)
+    if folder.exists():
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
+            path.unlink()
+        folder.rmdir()
 
 
 def input_name(job: Job, file: Path) -> str:
@@ -172,6 +208,18 @@ class Encoder:
 
     def _write(self, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]) -> None:
         part = part_name(self.job.folder, task.file, piece)
+        try:
+            with named(part):
+                self._write_part(part, task, piece, reader, advance)
+        finally:
+            if not corpus_file(part, "json").exists():  # it failed, or another process did
+                for path in Path(self.job.folder).glob(f"{Path(part).name}*"):
+                    path.unlink()
+
+    def _write_part(
+        self, part: str, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]
+    ) -> None:
+        corpus_file(part, "json").unlink(missing_ok=True)  # of what is damaged, or of another text
         counts = {"lines": 0, "read": 0, "rejected": 0, "disk_bytes": 0}
         began = reader.at
         self.text.counts.clear()
@@ -245,7 +293,8 @@ class _Side:
         self.text_bytes += int(sizes.sum())
         self.tallies = add_tallies(self.tallies, tally(self.writer.source_names, codes, lengths, sizes))
         if self.hashes:
-            np.array([(text_hash(d.text), len(d.utf8)) for d in documents], HASH).tofile(self.hashes)
+            hashes = np.array([(text_hash(d.text), len(d.utf8)) for d in documents], HASH)
+            self.hashes.write(hashes.tobytes())
 
     def finish(self, history: dict[str, Any]) -> None:
         if self.hashes:

@@ -12,12 +12,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.errors import UserError
+from pretrain.files import write_whole
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -247,15 +248,7 @@ def print_json(document: Any) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """The file appears whole, its folder with it; an OSError names it, not the temporary file."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    write_whole(path, content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

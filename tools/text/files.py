@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pretrain.errors import UserError
+from pretrain.files import named
 from tools.shared import console
 
 Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
@@ -55,7 +56,7 @@ def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
     if STDIN not in patterns:
         return list(patterns)
     spool = folder / f"stdin.{kind}"
-    with spool.open("wb") as target:
+    with named(spool), spool.open("wb") as target:
         shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
     return [str(spool) if pattern == STDIN else pattern for pattern in patterns]
 

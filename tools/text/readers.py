@@ -278,6 +278,7 @@ class _TextReader(Reader):
             return data
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if isinstance(error, OSError) and not is_compressed(self.path):
+                error.filename = str(self.path)
                 raise
             raise UserError(f"{self.path}: damaged or truncated ({error}); copy it again") from error
 
