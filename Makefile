@@ -30,11 +30,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): requirements.txt
+$(READY): requirements.txt tests/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LateMask needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet -r tests/requirements.txt
 	touch $@
 
 clean:

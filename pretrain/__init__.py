@@ -1,3 +1,3 @@
 """LateMask: pre-train RoBERTa-class encoders for less compute, and say exactly what it cost."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

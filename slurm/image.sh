@@ -12,4 +12,4 @@ rm -rf /var/lib/apt/lists/*
 python3 -m pip install --no-cache-dir "$(grep '^torch==' "$1")"
 python3 -m pip install --no-cache-dir --requirement "$1"
 ldconfig # mpich's wheel puts libmpi among the system's libraries
-DS_ACCELERATOR=cpu python3 -c 'import deepspeed, megatron.core, mpi4py.MPI, pyarrow, sentencepiece, tokenizers, torch'
+DS_ACCELERATOR=cpu python3 -c 'import deepspeed, megatron.core, mpi4py.MPI, sentencepiece, tokenizers, torch'

@@ -144,7 +144,7 @@ def test_one_process_needs_torch_alone() -> None:
     code = """if True:
         import sys
         import torch.distributed
-        from pretrain import engine, tensor_parallel, topology
+        from pretrain.parallel import engine, tensor_parallel, topology
         place = topology.connect()
         assert place == topology.Topology(device=place.device) and place.is_main
         assert place.agree([3]) == [3]
@@ -160,7 +160,7 @@ def test_one_process_needs_torch_alone() -> None:
 def test_ranks_that_do_not_come_are_an_error_not_a_hang() -> None:
     code = """if True:
         import datetime
-        from pretrain import topology
+        from pretrain.parallel import topology
         topology.RENDEZVOUS = datetime.timedelta(seconds=10)
         try:
             topology.connect()
@@ -176,7 +176,7 @@ def test_ranks_that_do_not_come_are_an_error_not_a_hang() -> None:
 def test_under_mpirun() -> None:
     mpirun = Path(sys.executable).parent / "mpirun"
     code = """if True:
-        from pretrain import topology
+        from pretrain.parallel import topology
         place = topology.connect()
         words = place.launcher, place.world_size, place.agree([place.rank]), place.local_rank
         print(*words, sep=" ", end="\\n", flush=True)

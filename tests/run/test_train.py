@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from pretrain import __main__, checkpoint, config, train
+from pretrain import build as build_module
 from pretrain.account import ledger, schedule
+from pretrain.account.budget import step_cost
 from pretrain.build import Run, build, together
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
@@ -34,7 +36,7 @@ QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
 def cost(words: list[str]) -> Any:
     """Of an update of tiny.yaml with these overrides."""
     options = config.load(words[0], [*words[1:], "model.vocab_size=400"])
-    return train.step_cost(options)
+    return step_cost(options)
 
 
 def complain() -> str:
@@ -335,7 +337,9 @@ def test_an_attempt_without_time_for_an_update_is_not_started_again(
     margin: int, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = count(1000)
-    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
+    for module in (build_module, train):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1001")
     run = build_here(words("a", f"checkpoint.end_margin_minutes={margin}"), tmp_path / "a")
     with pytest.raises(UserError, match=f"no time for an update: raise it, or lower .*_minutes = {margin}$"):
@@ -346,7 +350,9 @@ def test_an_attempt_without_time_for_an_update_is_not_started_again(
 def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
     seconds = count(1000)
-    monkeypatch.setattr(train, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)}))
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
+    for module in (build_module, train):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
     run = build_here(words("a", "budget.steps=1000000", "evaluate.every_steps=null"), tmp_path / "a")
     assert train.train(run) == 75 and next(seconds) in range(1080, 1083)

@@ -399,8 +399,8 @@ def _exhaust(results: Iterator[Any]) -> None:
 
 _MERGE_OURS = """
 import sys
-from pretrain.corpus import merge
-from pretrain.ledger import peak_resident
+from pretrain.data.writer import merge
+from pretrain.account.ledger import peak_resident
 output, *shards = sys.argv[1:]
 merge(shards[:1], output, overwrite=True)
 before = peak_resident()
@@ -412,7 +412,7 @@ _MERGE_MEGATRON = """
 import sys
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from pretrain.ledger import peak_resident
+from pretrain.account.ledger import peak_resident
 output, *shards = sys.argv[1:]
 builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
 builder.add_index(shards[0])
@@ -434,8 +434,8 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
 
 _START_UP = """
 import sys, time
-from tools import encode_corpus
-from pretrain.tokenizer import load_tokenizer
+from tools.encode_corpus import __main__
+from pretrain.data.tokenizer import load_tokenizer
 load_tokenizer(sys.argv[1]).encode("The first document.")
 print(time.process_time())
 """
