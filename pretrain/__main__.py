@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -22,6 +23,7 @@ from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.signals import Signals
+from pretrain.terminal import wrapped
 
 STOPPED, USER, DEFECT = 75, 2, 1
 _WINDOWS_SHOWN = 256
@@ -152,8 +154,8 @@ def _dry_run(options: Config) -> int:
         length = options.evaluate.seq_length or options.train.seq_length
         HeldOut(options.corpus.valid, data.tokenizer, length, options.evaluate.samples)
     print(config.dump(options))
-    print(plan(options, 1, blend))
-    print(f"masks       {_masks(options, blend, data.tokenizer)}")
+    masks = f"masks       {_masks(options, blend, data.tokenizer)}"
+    print(wrapped(f"{plan(options, 1, blend)}\n{masks}", indent=12))
     return 0
 
 
@@ -185,14 +187,15 @@ def _run(options: Config, local_rank: int | None) -> int:
         topology = connect(options.parallel.tensor, options.train.engine == "deepspeed", local_rank)
         run = build(options, topology, folder, signals)
         if topology.is_main:
-            logging.info(plan(run.config, topology.data_size, run.blend))
+            logging.info(wrapped(plan(run.config, topology.data_size, run.blend), sys.stderr, indent=12))
             if run.step:
                 logging.info("continues   from step %d", run.step)
-        code = train(run)
+        with run.monitor or nullcontext():  # whatever happens, its bar is gone before anything is said of it
+            code = train(run)
         signals.leave_with(code)
         close(run)
         if topology.is_main:
-            logging.info("%s: %s", folder.path, folder.status()["reason"])
+            _say_end(folder.path, folder.status()["reason"], code)
         topology.close()
         return code
     except BaseException as error:
@@ -201,7 +204,7 @@ def _run(options: Config, local_rank: int | None) -> int:
         if code == DEFECT:
             traceback.print_exc()
         elif code == STOPPED:
-            logging.info("%s: %s", folder.path, reason)
+            _say_end(folder.path, reason, code)
         elif topology.is_main:
             _say(UserError(reason))
     if topology.is_main and folder.claimed:
@@ -223,6 +226,11 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def _say_end(path: Path, reason: str, code: int) -> None:
+    further = "; the same command goes on with it" if code == STOPPED else ""
+    logging.info(wrapped(f"{path}: {reason}{further}", sys.stderr))
 
 
 def _verdict(error: BaseException, signal: str | None) -> tuple[int, str]:

@@ -12,6 +12,7 @@ Only rank 0 has a monitor.
 """
 
 import json
+import logging
 import math
 import sys
 import time
@@ -27,6 +28,7 @@ from pretrain.files import mend
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+    from rich.table import Column
     from torch.utils.tensorboard import SummaryWriter
 
 PLAIN_EVERY = 20.0  # seconds between lines where there is no terminal
@@ -210,12 +212,14 @@ def _left(seconds: float | None) -> str:
     return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def _words(line: Metrics, seconds_left: float | None) -> str:
+def _fields(line: Metrics, seconds_left: float | None) -> list[str]:
+    """Return what a line says, the most wanted first: the last ones give way where a terminal is narrow."""
     parts = [f"step {line['step']}"]
     if line.get("loss") is not None:
         parts.append(f"loss {line['loss']:.4f}")
     if line.get("held_out_loss") is not None:
         parts.append(f"held-out {line['held_out_loss']:.4f}")
+    parts += [f"{line['progress']:.1%} of budget", f"left {_left(seconds_left)}"]
     for name, what in (("slots", "slots"), ("real_tokens", "tokens"), ("predictions", "predicted")):
         if (rate := line.get(f"{name}_per_second")) is not None:
             parts.append(f"{_number(rate)} {what}/s")
@@ -225,7 +229,14 @@ def _words(line: Metrics, seconds_left: float | None) -> str:
         parts.append(f"skipped {line['skipped_updates']:.0f}")
     if line.get("data_wait") is not None:
         parts.append(f"data wait {line['data_wait']:.1%}")
-    return "  ".join([*parts, f"{line['progress']:.1%} of budget", f"left {_left(seconds_left)}"])
+    return parts
+
+
+def _fitting(fields: list[str], width: int) -> str:
+    """Return as many of the first fields, whole, as a line holds; one at least."""
+    while len(fields) > 1 and len("  ".join(fields)) > width:
+        fields = fields[:-1]
+    return "  ".join(fields)
 
 
 class _Plain:
@@ -237,7 +248,7 @@ class _Plain:
         self._unshown = ""
 
     def show(self, line: Metrics, seconds_left: float | None) -> None:
-        self._unshown = f"{self._method}  {_words(line, seconds_left)}"
+        self._unshown = "  ".join([self._method, *_fields(line, seconds_left)])
         if self._clock() >= self._due:
             self._print()
             self._due = self._clock() + PLAIN_EVERY
@@ -252,23 +263,55 @@ class _Plain:
 
 
 class _Bar:
-    """One living line on a terminal."""
+    """Lines that scroll and stay, with a bar below them for as long as the run trains."""
 
     def __init__(self, method: str, stream: IO[str]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(24),
-            TextColumn("{task.fields[words]}"),
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}", table_column=_whole()),
+            BarColumn(None),
+            TextColumn("{task.percentage:.1f}% of budget  left {task.fields[left]}", table_column=_whole()),
+            console=Console(file=stream),
+            transient=True,
+            expand=True,
+            redirect_stdout=False,
+            redirect_stderr=stream is sys.stderr,
         )
-        self._bar: Progress = Progress(*columns, console=Console(file=stream))
-        self._task: TaskID = self._bar.add_task(method, total=1.0, words="")
-        self._bar.start()
+        self._task: TaskID = self._bar.add_task(method, total=1.0, left="-")
+        self._stream = stream
+        self._handlers: list[logging.StreamHandler[Any]] = []
 
     def show(self, line: Metrics, seconds_left: float | None) -> None:
-        self._bar.update(self._task, completed=line["progress"], words=_words(line, seconds_left))
+        self._bar.update(self._task, completed=line["progress"], left=_left(seconds_left))
+        self._start()
+        console = self._bar.console
+        text = _fitting(_fields(line, seconds_left), console.width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _start(self) -> None:
+        """Draw the bar, with the first line: what is said before it must not be glued to it."""
+        if self._bar.live.is_started:
+            return
+        self._bar.start()
+        self._handlers = [
+            handler
+            for handler in logging.getLogger().handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream
+        ]
+        for handler in self._handlers:  # rich puts above the bar what goes to the sys.stderr of now
+            handler.setStream(sys.stderr)
 
     def close(self) -> None:
         self._bar.stop()
+        for handler in self._handlers:
+            handler.setStream(self._stream)
+        self._handlers = []
+
+
+def _whole() -> "Column":
+    """Return a column of the bar that is never broken."""
+    from rich.table import Column
+
+    return Column(no_wrap=True)

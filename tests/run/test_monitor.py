@@ -11,6 +11,7 @@ import pytest
 from pretrain import monitor
 from pretrain.errors import UserError
 from pretrain.monitor import Monitor, read_metrics, speeds
+from tests.support.terminal import on_terminal
 
 
 def totals(step, productive=None, total=None):
@@ -32,11 +33,6 @@ def totals(step, productive=None, total=None):
             "total": productive if total is None else total,
         },
     }
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 class Clock:
@@ -205,8 +201,8 @@ def test_a_log_file_gets_the_first_line_one_every_20_seconds_and_the_last(tmp_pa
     lines = stream.getvalue().splitlines()
     assert [line.split()[2] for line in lines] == ["1", "5", "9", "11"]
     assert lines[-1] == (
-        "3ml-self  step 11  loss 1.3750  1.02k slots/s  1.01k tokens/s  152 predicted/s"
-        "  55.0% of budget  left 0:00:45"
+        "3ml-self  step 11  loss 1.3750  55.0% of budget  left 0:00:45"
+        "  1.02k slots/s  1.01k tokens/s  152 predicted/s"
     )
 
 
@@ -216,19 +212,41 @@ def test_nothing_is_shown_twice_in_a_log_file(tmp_path):
         writer.log(0.5, totals(1))
     assert (
         stream.getvalue()
-        == "3ml-self  step 1  1.02k slots/s  1.01k tokens/s  152 predicted/s  50.0% of budget  left -\n"
+        == "3ml-self  step 1  50.0% of budget  left -  1.02k slots/s  1.01k tokens/s  152 predicted/s\n"
     )
 
 
-def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    with opened(tmp_path, stream=stream, peak=1e4) as writer:
-        writer.log(0.5, totals(10), loss=6.25, held_out_loss=6.5)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).splitlines()[-1]
-    for words in ("3ml-self", "step 10", "loss 6.2500", "held-out 6.5000", "MFU 36.9%", "50.0% of budget"):
-        assert words in shown
+TRAINING = """
+import logging, sys
+from pretrain.monitor import Monitor
+from tests.run.test_monitor import totals
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+logging.info("method      the plan")
+with Monitor(sys.argv[1], "3ml-self", totals(0), ranks=2, peak=1e4) as writer:
+    for step in range(10, 60, 10):
+        writer.log(step / 100, totals(step), loss=step / 8, data_wait_seconds=0.05)
+        if step == 30:
+            logging.info("a word in between")
+    writer.log(0.5, totals(50), held_out_loss=6.5)
+logging.info("the end")
+"""
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120])
+def test_a_terminal_keeps_the_lines_and_drops_the_bar(tmp_path, width):
+    screen = on_terminal([sys.executable, "-c", TRAINING, str(tmp_path)], width)
+    first, *logged, last = screen.lines
+    assert (first, last) == ("method      the plan", "the end")
+    assert logged.pop(3) == "a word in between"
+    assert [line.split()[1] for line in logged] == ["10", "20", "30", "40", "50", "50"]
+    assert all(len(line) <= width for line in screen.lines)
+    if width >= 80:
+        left = r"step \d+  (loss|held-out) [\d.]+  \d+\.0% of budget  left (-|[\d:]+)"
+        assert all(re.match(left, line) for line in logged)
+        assert re.search(r"3ml-self\S* .*━.* 50\.0% of budget  left ", screen.raw)
+    known = r"  ((loss|held-out) [\d.]{6}|\S+ (slots|tokens|predicted)/s|MFU \S+%|data wait \S+%|"
+    known += r"\S+% of budget|left \S+)$"
+    assert all(re.search(known, line) for line in logged)  # the last field is a whole one
 
 
 @pytest.mark.parametrize(

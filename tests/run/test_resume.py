@@ -138,6 +138,7 @@ def test_signal_saves_and_exits_75(number: Signals, words: Words, tmp_path: Path
     stopped = attempt(words("cut"), strike=Strike(number, 5))
     assert stopped.codes == [75], stopped.text
     assert "Traceback" not in stopped.text
+    assert f"cut: stopped by {number.name}; the same command goes on with it" in stopped.text
     expected = {"state": "stopped", "exit_code": 75, "step": 5, "reason": f"stopped by {number.name}"}
     assert status(tmp_path / "cut").items() >= expected.items()
     assert checkpoint.find(tmp_path / "cut").name == "step-00000005"
