@@ -55,11 +55,16 @@ class ChunkedCrossEntropy(nn.Module):
         self.scale: Tensor | None = None
         """By what the loss's mean is multiplied before the backward pass, where float16 needs it."""
 
+    def real(self, rows: int) -> int:
+        """How many of this part's rows of the table are pieces and no padding."""
+        return max(0, min(rows, self.vocab_size - self.first_id))
+
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [N, D], weight [W, D], bias [W], target [N] -> (sum of losses, rows predicted right).
 
         Both are scalars, float32 (float64 for float64 inputs); only the first has a gradient. A row is
-        right when no piece has a larger logit than its target.
+        right when its target is the argmax: of equal logits, which are common in 16 bits, the first counts.
+        In training nobody asks for that: not a number.
         """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -85,7 +90,7 @@ class _Function(torch.autograd.Function):
         h_ND, w_WD = hidden.to(dtype), weight.to(dtype)
         factor = None if table.scale is None else table.scale / len(hidden)
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        right = torch.zeros((), dtype=exact, device=hidden.device)
+        right = torch.full_like(total, float("nan") if train else 0.0)
         if train:
             grad_h = torch.empty_like(h_ND)
             grad_w = torch.empty_like(w_WD, dtype=exact)
@@ -93,9 +98,12 @@ class _Function(torch.autograd.Function):
         size = CHUNK_ROWS[hidden.device.type]
         for start in range(0, len(h_ND), size):
             rows = slice(start, start + size)
-            loss, hit, residual = _chunk(h_ND[rows], w_WD, bias, target[rows], table, exact)
+            logits = _logits(h_ND[rows], w_WD, bias, table)
+            if not train:
+                right += _right(logits, target[rows], table, exact)
+            loss, residual = _chunk(logits, target[rows], table, exact)
+            del logits
             total += loss
-            right += hit
             if train:
                 if factor is not None:
                     residual *= factor
@@ -135,18 +143,29 @@ def _add_product(sum_WD: Tensor, a_Wn: Tensor, b_nD: Tensor, first: bool) -> Non
         sum_WD += a_Wn @ b_nD
 
 
-def _chunk(
-    h_nD: Tensor,
-    w_WD: Tensor,
-    b_W: Tensor,
-    target: Tensor,
-    table: ChunkedCrossEntropy,
-    exact: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, number right, and softmax minus one-hot [n, W] of a few rows."""
+def _logits(h_nD: Tensor, w_WD: Tensor, b_W: Tensor, table: ChunkedCrossEntropy) -> Tensor:
+    """Logits [n, W] of a few rows, the padding's as low as can be."""
     logits = torch.addmm(b_W.to(h_nD.dtype), h_nD, w_WD.t())
-    real = max(0, min(len(w_WD), table.vocab_size - table.first_id))
-    logits[:, real:] = torch.finfo(logits.dtype).min
+    logits[:, table.real(len(w_WD)) :] = torch.finfo(logits.dtype).min
+    return logits
+
+
+def _right(logits: Tensor, target: Tensor, table: ChunkedCrossEntropy, exact: torch.dtype) -> Tensor:
+    """How many rows have their target for argmax."""
+    best = logits.argmax(-1)
+    if table.reduce is not whole:
+        top = logits.amax(-1).to(exact)
+        mine = top == table.reduce(top.clone(), "max")
+        last = torch.finfo(exact).max
+        best = -table.reduce((-(best + table.first_id)).to(exact).masked_fill(~mine, -last), "max")
+    return (best == target).sum().to(exact)
+
+
+def _chunk(
+    logits: Tensor, target: Tensor, table: ChunkedCrossEntropy, exact: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss sum, and softmax minus one-hot [n, W], of a few rows' logits, which may be overwritten."""
+    real = table.real(logits.shape[1])
     top = logits.amax(-1).to(exact)
     local = target - table.first_id
     here = (local >= 0) & (local < real)
@@ -164,7 +183,7 @@ def _chunk(
     if table.reduce is not whole:
         odds *= ((part - top).exp() / mass).unsqueeze(-1)
     residual = odds.scatter_add_(-1, local, -here.to(exact).unsqueeze(-1))
-    return (mass.log() + top - aimed).sum(), (aimed >= top).sum().to(exact), residual
+    return (mass.log() + top - aimed).sum(), residual
 
 
 # ---- other people's kernels ----------------------------------------------------------------------

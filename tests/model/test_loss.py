@@ -1,5 +1,7 @@
 """The chunked cross-entropy against torch's own on full logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -47,8 +49,10 @@ def test_value_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     expected, expected_right = full(*tensors)
     assert total.dtype == dtype
     assert total.item() == pytest.approx(expected.item(), rel=tolerance)
-    assert right.item() == expected_right.item() >= N // 3
-    assert not right.requires_grad
+    assert right.isnan() and not right.requires_grad  # nobody asks for it in training
+    with torch.no_grad():
+        scored, right = ChunkedCrossEntropy(REAL)(*tensors)
+    assert torch.equal(scored, total) and right.item() == expected_right.item() >= N // 3
     # A factor on the loss (accumulation, loss scaling) must reach the gradients.
     ours = torch.autograd.grad(3.0 * total, tensors[:3])
     theirs = torch.autograd.grad(3.0 * expected, tensors[:3])
@@ -84,11 +88,12 @@ def test_a_second_backward_pass_says_why_not() -> None:
 def test_padded_rows_take_no_part() -> None:
     hidden, weight, bias, target = inputs(torch.float64)
     table = ChunkedCrossEntropy(REAL)
-    before, right = table(hidden, weight, bias, target)
     with torch.no_grad():
+        before, right = table(hidden, weight, bias, target)
         weight[REAL:] = 50.0
         bias[REAL:] = 50.0
-    after, right_after = table(hidden, weight, bias, target)
+        right_after = table(hidden, weight, bias, target)[1]
+    after, _ = table(hidden, weight, bias, target)
     assert torch.equal(before, after) and torch.equal(right, right_after)
     grads = torch.autograd.grad(after, (weight, bias))
     assert all(not gradient[REAL:].any() for gradient in grads)
@@ -109,26 +114,19 @@ def test_large_logits_do_not_overflow() -> None:
     assert torch.autograd.grad(total, big)[0].isfinite().all()
 
 
-def test_ties_count_as_right() -> None:
-    """All logits equal: nothing is larger than the target."""
+def test_of_equal_logits_only_the_first_is_the_answer() -> None:
+    """All logits equal: a target is right where argmax names it, not wherever nothing is larger."""
     zeros = torch.zeros(N, D), torch.zeros(W, D), torch.zeros(W)
     total, right = ChunkedCrossEntropy(REAL)(*zeros, torch.arange(N))
-    assert right.item() == N
+    assert right.item() == 1
     assert total.item() == pytest.approx(N * torch.log(torch.tensor(float(REAL))).item(), rel=1e-6)
 
 
-def test_parts_of_a_split_vocabulary_add_up() -> None:
-    """Two ranks' halves of the table, their reductions played by hand (all threads of one process)."""
-    from threading import Barrier, Thread
-
-    tensors = inputs(torch.float64)
-    hidden, weight, bias, target = (t.detach() for t in tensors)
-    total, right = full(*tensors)
-    expected = torch.autograd.grad(total, tensors[:3])
+def on_two_ranks(act: Any) -> list[Any]:
+    """What ``act(me, reduce)`` returns for two ranks, their reductions played by hand in two threads."""
     barrier, posted = Barrier(2), [torch.empty(0)] * 2
-    found: list[Any] = [None, None]
 
-    def rank(me: int) -> None:
+    def rank(me: int) -> Any:
         def reduce(tensor: Tensor, operation: str) -> Tensor:
             posted[me] = tensor.clone()
             barrier.wait()
@@ -136,18 +134,33 @@ def test_parts_of_a_split_vocabulary_add_up() -> None:
             barrier.wait()
             return tensor.copy_(both.amax(0) if operation == "max" else both.sum(0))
 
-        table = ChunkedCrossEntropy(REAL)
-        table.first_id, table.reduce = me * W // 2, reduce
-        rows = slice(me * W // 2, (me + 1) * W // 2)
-        parts = [t.clone().requires_grad_() for t in (hidden, weight[rows], bias[rows])]
-        loss_sum, hits = table(*parts, target)
-        found[me] = (loss_sum.detach(), hits, torch.autograd.grad(loss_sum, parts))
+        return act(me, reduce)
 
-    threads = [Thread(target=rank, args=(me,)) for me in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(rank, range(2)))
+
+
+def half(me: int, reduce: Any, pieces: int) -> tuple[ChunkedCrossEntropy, slice]:
+    """Rank `me`'s half of a vocabulary of so many pieces, and its rows of the table."""
+    table = ChunkedCrossEntropy(pieces)
+    table.first_id, table.reduce = me * W // 2, reduce
+    return table, slice(me * W // 2, (me + 1) * W // 2)
+
+
+def test_parts_of_a_split_vocabulary_add_up() -> None:
+    tensors = inputs(torch.float64)
+    hidden, weight, bias, target = (t.detach() for t in tensors)
+    total, right = full(*tensors)
+    expected = torch.autograd.grad(total, tensors[:3])
+
+    def act(me: int, reduce: Any) -> Any:
+        table, rows = half(me, reduce, REAL)
+        parts = [t.clone().requires_grad_() for t in (hidden, weight[rows], bias[rows])]
+        loss_sum, _ = table(*parts, target)
+        hits = table(*(part.detach() for part in parts), target)[1]
+        return loss_sum.detach(), hits, torch.autograd.grad(loss_sum, parts)
+
+    found = on_two_ranks(act)
     for loss_sum, hits, (grad_hidden, _, _) in found:
         assert loss_sum.item() == pytest.approx(total.item(), rel=1e-12)
         assert hits.item() == right.item()
@@ -155,6 +168,29 @@ def test_parts_of_a_split_vocabulary_add_up() -> None:
     for k in (1, 2):
         joined = torch.cat([grads[k] for _, _, grads in found])
         torch.testing.assert_close(joined, expected[k], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("pieces", [REAL, W // 2 - 3])
+def test_ties_in_bf16_are_no_right_answers(pieces: int) -> None:
+    """As many rows are right as argmax of the same logits says, on one rank and over a split vocabulary,
+    of which a part may be all padding."""
+    generator = torch.Generator().manual_seed(3)
+    rows = 600
+    hidden = torch.randint(-2, 3, (rows, D), generator=generator).bfloat16()  # whole numbers: many ties
+    weight = torch.randint(-1, 2, (W, D), generator=generator).bfloat16()
+    bias = torch.zeros(W, dtype=torch.bfloat16)
+    logits = (hidden @ weight.T)[:, :pieces]
+    target = logits.shape[1] - 1 - logits.flip(1).argmax(-1)  # the last of equal ones
+    target[: rows // 3] = logits[: rows // 3].argmax(-1)
+    right = int((logits.argmax(-1) == target).sum())
+    assert rows // 3 < right < 0.9 * rows
+    assert ChunkedCrossEntropy(pieces)(hidden, weight, bias, target)[1] == right
+
+    def act(me: int, reduce: Any) -> Tensor:
+        table, part = half(me, reduce, pieces)
+        return table(hidden, weight[part], bias[part], target)[1]
+
+    assert on_two_ranks(act) == [right, right]
 
 
 def test_bf16_autocast_is_near() -> None:
