@@ -138,14 +138,22 @@ def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recomp
 def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
     """Forward FLOPs that a backward pass with block recomputation repeats.
 
-    Recomputation stops when nothing more is needed. A pre-LN layer without dropout ends in a sum, which
-    needs neither of its terms, so the last product (F x D) of each layer is not repeated.
+    The last product (F x D) of a layer that `recomputes_all` says no of is not repeated.
     """
-    last = 2 * model.ffn_size * model.hidden_size if model.norm == "pre" else 0
+    last = 2 * model.ffn_size * model.hidden_size
     asking = rows.predicted if model.decoder == "query" else rows.length
-    encoder = 0 if model.dropout else last * sum(encoder_rows(rows, model))
-    decoder = 0 if model.decoder_dropout else last * model.decoder_layers * asking
-    return once.encoder + once.decoder - encoder - decoder
+    encoder = 0 if recomputes_all(model, model.dropout) else sum(encoder_rows(rows, model))
+    decoder = 0 if recomputes_all(model, model.decoder_dropout) else model.decoder_layers * asking
+    return once.encoder + once.decoder - last * (encoder + decoder)
+
+
+def recomputes_all(model: Model, dropout: float | None) -> bool:
+    """Return whether block recomputation repeats a layer to its end.
+
+    It stops when nothing more is needed, and a pre-LN layer without dropout ends in a sum, which needs
+    neither of its terms.
+    """
+    return model.norm != "pre" or bool(dropout)
 
 
 def token_layers(model: Model, rows: Rows) -> float:

@@ -45,6 +45,7 @@ def case(world, micro, accumulation, method="mlm", block="post", **sections):
     train = {"seq_length": 64, "batch_size": data * micro * accumulation, **sections.pop("train", {})}
     if parallel.get("zero"):
         train["engine"] = "deepspeed"
+    shape |= sections.pop("model", {})
     return small(method, block, model=shape, train=train, **sections), micro, accumulation
 
 
@@ -62,6 +63,18 @@ TENSOR = {
     "bf16": case(2, 16, 1, "3ml-self", parallel=TWO, train={"precision": "bf16"}),
     "cross": case(2, 16, 1, "3ml-cross", "pre", parallel=TWO),
     "tied": case(2, 16, 1, "mae-lm", parallel=TWO),
+    **{
+        f"{method}, {block}, recomputed": case(
+            2, 8, 1, method, block, parallel=TWO, train={"recompute": "block"}, model={"dropout": dropout}
+        )
+        for method, block, dropout in (
+            ("mlm", "pre", 0.0),
+            ("3ml-self", "modern", 0.0),
+            ("3ml-cross", "pre", 0.0),
+            ("3ml-query", "modern", 0.0),
+            ("mlm", "modern", 0.1),
+        )
+    },
 }
 BOTH = {"query": case(4, 8, 1, "3ml-query", "modern", parallel={"tensor": 2, "zero": 1})}
 GROUPS = {"data": (2, DATA), "tensor": (2, TENSOR), "both": (4, BOTH)}

@@ -88,17 +88,22 @@ def _tensor(model: Model, rows: Rows, layout: Layout) -> Iterator[tuple[int, int
     """(bytes, calls) of the sums of a micro-batch.
 
     Each row layer sums its output on the way forward, each column layer the gradient of its input on the
-    way back, both as wide as the products; gradients of looked-up words and the loss are float32.
+    way back, both as wide as the products; gradients of looked-up words and the loss are float32. What is
+    recomputed is summed again, but for the last sum of a layer that `flops.recomputes_all` says no of.
     """
     D, B = model.hidden_size, layout.micro_batch
-    forward = 2 if layout.recompute == "block" else 1
     row = layout.width * B * D
+
+    def sums(one_way: int, dropout: float | None) -> int:
+        again = one_way - (not flops.recomputes_all(model, dropout)) if layout.recompute == "block" else 0
+        return 2 * one_way + again
+
     for n, layers in Counter(flops.encoder_rows(rows, model)).items():
-        yield row * n, 2 * (forward + 1) * layers
+        yield row * n, sums(2, model.dropout) * layers
     L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
         asking = P if model.decoder == "query" else L
-        yield row * asking, (3 if model.decoder == "cross" else 2) * (forward + 1)
+        yield row * asking, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
         if model.decoder != "self":
             yield row * (V if model.decoder == "cross" else L), 1
     looked_up = flops.encoder_rows(rows, model)[0]
