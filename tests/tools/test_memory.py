@@ -44,6 +44,23 @@ ALONE = {
     "one sequence": case(micro=1),
     "several chunks of logits": case("3ml-self", micro=48),
 }
+LONG = {"max_positions": 1024}
+SCORES = {
+    f"{method} {block}, dropout {dropout}, recompute {recompute}": case(
+        method,
+        block,
+        2,
+        model={**LONG, "dropout": dropout},
+        train={"seq_length": 1024, "precision": "bf16", "recompute": recompute},
+    )
+    for method, block, dropout, recompute in (
+        ("mlm", "post", 0.0, "none"),
+        ("mlm", "post", 0.1, "block"),
+        ("3ml-cross", "pre", 0.1, "none"),
+        ("3ml-query", "modern", 0.0, "none"),
+    )
+}
+"""So long that the attention's scores are most of what is held."""
 DEEPSPEED = {"engine": "deepspeed"}
 DATA = {
     "data": case(data=2),
@@ -69,7 +86,9 @@ def held(cases):
 
 
 @pytest.mark.parametrize(
-    ("world", "cases"), [(1, ALONE), (2, DATA), (2, TENSOR)], ids=["1", "data", "tensor"]
+    ("world", "cases"),
+    [(1, ALONE), (1, SCORES), (2, DATA), (2, TENSOR)],
+    ids=["1", "scores", "data", "tensor"],
 )
 def test_planned_bytes_are_the_allocators(world, cases):
     counted = ranks.run(world, held, cases)[0]

@@ -222,16 +222,14 @@ def _decoder_layer(rows: Rows, model: Model, layout: Layout) -> int:
 def _attention(n: int, m: int, projected: int, model: Model, layout: Layout, dropout: float) -> int:
     """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
     D, T, b = model.hidden_size, layout.tensor, layout.width
-    scores = n * m * model.num_heads // T
-    by_products = b < FULL and not layout.gpu  # see model.attend: the probabilities in float32 and in bf16
-    rotated = n + m if model.block == "modern" and not by_products else 0
+    written = _by_products(layout, dropout)
+    rotated = n + m if model.block == "modern" and not (written and b < FULL) else 0
     saved = n * D * (b + FULL) + b * (projected + rotated + n) * D // T
-    saved += (b + FULL) * scores if by_products else FULL * n * model.num_heads // T
-    if dropout:
-        saved += _mask_bytes(layout) * n * D
-        # Softmax, mask and the product of both; from bf16 also in float32.
-        saved += 0 if layout.gpu else 3 * (b + (FULL if b < FULL else 0)) * scores
-    return saved
+    saved += _mask_bytes(layout) * n * D if dropout else 0
+    if not written:
+        return saved + FULL * n * model.num_heads // T
+    # Probabilities, as wide as the products; with dropout its mask, and the product of both.
+    return saved + (3 if dropout else 1) * b * n * m * model.num_heads // T
 
 
 def _inner(n: int, model: Model, layout: Layout, dropout: float) -> int:
@@ -247,10 +245,22 @@ def _mask_bytes(layout: Layout) -> int:
 
 
 def _working(model: Model, rows: Rows, layout: Layout) -> int:
-    """Gradients of activations that the backward pass of a layer holds at once."""
-    n = layout.micro_batch * (rows.predicted if model.decoder == "query" else rows.length)
+    """Gradients of activations that the backward pass of the last layer holds at once: those of the
+    feed-forward layer, or those of scores in memory, when what that one saved is gone."""
+    n, m = rows.predicted if model.decoder == "query" else rows.length, rows.length
+    m = flops.encoded(rows, model) if model.decoder == "cross" else m
     inner = (2 if model.block == "modern" else 1) * model.ffn_size
-    return n * (FULL * model.hidden_size + layout.width * inner // layout.tensor)
+    dropout = (model.decoder_dropout if model.decoder_layers else model.dropout) or 0.0
+    forward = n * (FULL * model.hidden_size + layout.width * inner // layout.tensor)
+    # With dropout another matrix of that size goes when each comes.
+    gradients = (1 if dropout else 2) if _by_products(layout, dropout) else 0
+    scores = gradients * layout.width * n * m * model.num_heads // layout.tensor
+    return layout.micro_batch * max(forward, scores - _inner(n, model, layout, dropout))
+
+
+def _by_products(layout: Layout, dropout: float) -> bool:
+    """Return whether scores are in memory: see `attention.attend`; so does torch with dropout on a CPU."""
+    return not layout.gpu and (layout.width < FULL or dropout > 0)
 
 
 def _casts(model: Model, vocab_size: int, layout: Layout) -> int:
@@ -268,4 +278,6 @@ def _head(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> int:
     product = mixed + (FULL if mixed and not layout.gpu else 0)
     chunk = min(CHUNK_ROWS["cuda" if layout.gpu else "cpu"], N)
     made = (FULL + mixed) * table * chunk + product * table * D
+    if mixed and not layout.gpu:  # where a softmax of mixed width begins with a copy
+        made = max(made, (2 * FULL + mixed) * table * chunk)
     return 6 * b * N * D + (FULL + mixed) * table * D + made
