@@ -12,6 +12,7 @@ only once its folder is synced too.
 Importing this does not import torch, so that programs that only read a run start at once.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -20,9 +21,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -208,8 +210,19 @@ def pointed(run: str | Path, pointer: str) -> Path | None:
     return path.with_name(name) if re.fullmatch(r"step-\d{8,}", name) else None
 
 
+Stamps = dict[str, list[int]]
+"""Name of a checkpoint's file -> what tells the file that was verified from one that took its place or was
+written to since: inode, size, time of the last change. No device number: another node has another one."""
+
+
 def find(run: str | Path, which: str | int = "latest") -> Path:
-    """The folder of a checkpoint, every byte of it verified; `which` is latest, best or a step.
+    """The folder of a checkpoint, every byte of it verified; see `find_verified`."""
+    return find_verified(run, which)[0]
+
+
+def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, Stamps]:
+    """The folder of a checkpoint, every byte of it verified, and the stamps of its files, by which those who
+    read them know that they read what was verified; `which` is latest, best or a step.
 
     For `latest` a bad checkpoint is named in a warning and the newest good other one is taken; a
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
@@ -225,24 +238,25 @@ def find(run: str | Path, which: str | int = "latest") -> Path:
     if path is None or not path.is_dir():
         have = ", ".join(map(str, known))
         raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or a step of {have}")
-    if bad := problem(path):
-        raise UserError(f"{path}: {bad}; take another (--checkpoint latest, or a step)")
-    return path
+    found = verify(path)
+    if isinstance(found, str):
+        raise UserError(f"{path}: {found}; take another (--checkpoint latest, or a step)")
+    return path, found
 
 
 def _explicit(run: Path, which: str | int) -> Path | None:
     return run / "checkpoints" / _name(int(which)) if str(which).isdecimal() else None
 
 
-def _newest_good(run: Path, known: list[int]) -> Path:
+def _newest_good(run: Path, known: list[int]) -> tuple[Path, Stamps]:
     candidates = [run / "checkpoints" / _name(step) for step in reversed(known)]
     latest = pointed(run, "latest")
     candidates.sort(key=lambda path: path != latest)  # stable: the pointed one, then the newest
     for path in candidates:
-        bad = problem(path)
-        if bad is None:
-            return path
-        log.warning("%s: %s; refused, looking for an older one", path, bad)
+        found = verify(path)
+        if not isinstance(found, str):
+            return path, found
+        log.warning("%s: %s; refused, looking for an older one", path, found)
     raise UserError(
         f"{run}: none of its {len(known)} checkpoints is whole; restore one,"
         " or move checkpoints/ away to start over"
@@ -251,49 +265,91 @@ def _newest_good(run: Path, known: list[int]) -> Path:
 
 def problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
+    found = verify(path)
+    return found if isinstance(found, str) else None
+
+
+def verify(path: Path) -> Stamps | str:
+    """Stamps of a checkpoint's files, every byte of which was read; else what is wrong, as in `problem`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = [(path / name, manifest["files"][name]) for name in (STATE, *FILES.values())]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     with ThreadPoolExecutor(len(expected)) as pool:
-        return next(filter(None, pool.map(lambda pair: _file_problem(*pair), expected)), None)
+        found = list(pool.map(lambda pair: _verify_file(*pair), expected))
+    bad = next((one for one in found if isinstance(one, str)), None)
+    return bad or {
+        file.name: one for (file, _), one in zip(expected, found, strict=True) if isinstance(one, list)
+    }
 
 
-def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
+def _verify_file(path: Path, expected: dict[str, Any]) -> list[int] | str:
+    """Stamp of a file that is as `expected`; else what is wrong with it."""
     try:
-        if path.stat().st_size != expected["size"]:  # cheap, and says more than a wrong hash
-            return f"{path.name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        return None if digest(path) == expected else f"{path.name} is corrupt (wrong sha256)"
+        with open(path, "rb") as file:
+            stamp = _stamp(file)
+            if stamp[1] != expected["size"]:  # cheap, and says more than a wrong hash
+                return f"{path.name} has {stamp[1]} bytes instead of {expected['size']}"
+            same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+            return stamp if same else f"{path.name} is corrupt (wrong sha256)"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     except (KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
 
 
-def read_state(path: Path) -> State:
-    """The state of a checkpoint; UserError if another version of this program wrote it."""
+def _stamp(file: IO[bytes]) -> list[int]:
+    about = os.fstat(file.fileno())
+    return [about.st_ino, about.st_size, about.st_mtime_ns]
+
+
+@contextmanager
+def _opened(path: Path, stamps: Stamps | None) -> Iterator[IO[bytes]]:
+    """The file, open; with `stamps` UserError if it is not the one verified, before it is read or after."""
+    with open(path, "rb") as file:
+        for moment in range(2):
+            if stamps is not None and _stamp(file) != stamps[path.name]:
+                raise UserError(f"{path}: changed since it was verified; start again")
+            if moment == 0:
+                yield file
+
+
+@contextmanager
+def _tensors(path: Path, stamps: Stamps | None) -> Iterator[Any]:
+    """The tensors of a file, opened again under the name of its descriptor, whatever is at `path` now."""
+    with (
+        _opened(path, stamps) as file,
+        safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors,
+    ):
+        yield tensors
+
+
+def read_state(path: Path, stamps: Stamps | None = None) -> State:
+    """The state of a checkpoint; UserError if another version of this program wrote it, or it is not the
+    file that was verified."""
     try:
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        with _opened(path / STATE, stamps) as file:
+            values = json.loads(file.read())
         if values["format"] != FORMAT:
             raise UserError(f"{path}: format {values['format']}, this program reads {FORMAT}; update it")
         if values.get("rules", 1) > RULES:
             raise UserError(f"{path}: rules {values['rules']}, this program knows {RULES}; update it")
         return State(**values)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / STATE}: unreadable ({error}); take another checkpoint") from None
 
 
-def load(path: Path, engine: Engine) -> None:
-    """Gives the engine its tensors, on every rank; `path` comes from `find`, which verified it."""
+def load(path: Path, engine: Engine, stamps: Stamps | None = None) -> None:
+    """Gives the engine its tensors, on every rank; both come from `find_verified`, on one of them."""
     for kind, name in FILES.items():
-        with safe_open(path / name, framework="pt") as file:
+        with _tensors(path / name, stamps) as file:
             engine.load_tensors(kind, file.get_tensor)
 
 
-def read_tensors(path: Path, kind: str = "param") -> dict[str, "Tensor"]:
+def read_tensors(path: Path, kind: str = "param", stamps: Stamps | None = None) -> dict[str, "Tensor"]:
     """Name -> full fp32 CPU tensor, for programs that want the weights without an engine."""
-    with safe_open(path / FILES[kind], framework="pt") as file:
+    with _tensors(path / FILES[kind], stamps) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 

@@ -1,9 +1,9 @@
 """The folder of one run: claimed by one process, with a status that a queue reads."""
 
+import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -97,17 +97,21 @@ class RunFolder:
             return {}
         return status
 
-    def keep_tokenizer(self, file: Path) -> None:
+    def keep_tokenizer(self, file: Path, sha256: str = "") -> None:
         """Copies the file of the vocabulary, once: a run can be used where its corpus is gone.
 
-        By the name that is looked for in a folder, whatever it was called.
+        By the name that is looked for in a folder, whatever it was called. UserError if its content is not
+        that of `sha256` any more, by which the run knows it.
         """
         kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
         if kept.exists():
             return
         kept.parent.mkdir(exist_ok=True)
         temporary = self.path / (TEMPORARY + file.name)
-        shutil.copyfile(file, temporary)
+        content = file.read_bytes()
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{file}: changed since it was read; start again")
+        temporary.write_bytes(content)
         os.replace(temporary, kept)
 
 

@@ -237,6 +237,8 @@ def test_a_tokenizer_is_named_by_its_file_too(trained: Path, tmp_path: Path) -> 
     assert load_tokenizer(tmp_path / "mine.json").hash == ours.hash
     run = RunFolder(tmp_path / "run")
     run.path.mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="mine.json: changed since it was read"):
+        run.keep_tokenizer(tmp_path / "mine.json", "0" * 64)
     run.keep_tokenizer(tmp_path / "mine.json")
     assert load_tokenizer(tmp_path / "run" / "tokenizer").hash == ours.hash
 

@@ -221,6 +221,48 @@ def test_without_a_usable_pointer_the_newest_is_taken(folder, pointer):
     assert_holds(checkpoint.find(folder.path), 2)
 
 
+def swapped(path):
+    """Another file of the same size in its place, with its times."""
+    about, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    other = path.with_name("other")
+    other.write_bytes(data)
+    os.utime(other, ns=(about.st_atime_ns, about.st_mtime_ns))
+    os.replace(other, path)
+
+
+def rewritten(path):
+    """Another byte in the same file."""
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+
+
+@pytest.mark.parametrize("change", [swapped, rewritten])
+@pytest.mark.parametrize("name", [*FILES.values(), "state.json"])
+def test_what_is_read_is_what_was_verified(folder, name, change):
+    save(folder, 1)
+    path, stamps = checkpoint.find_verified(folder.path)
+    assert checkpoint.read_state(path, stamps).step == 1
+    change(path / name)
+    with pytest.raises(UserError, match=f"{name}: changed since it was verified; start again"):
+        checkpoint.read_state(path, stamps)
+        checkpoint.load(path, TinyEngine(), stamps)
+
+
+def test_what_changes_while_it_is_read_is_refused(folder):
+    save(folder, 1)
+    path, stamps = checkpoint.find_verified(folder.path)
+
+    class Slow(TinyEngine):
+        def load_tensors(self, kind, get):
+            super().load_tensors(kind, get)
+            rewritten(path / FILES[kind])
+
+    with pytest.raises(UserError, match="model.safetensors: changed since it was verified"):
+        checkpoint.load(path, Slow(), stamps)
+
+
 def test_what_is_not_there_is_a_users_error(folder):
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find(folder.path)

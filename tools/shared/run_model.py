@@ -28,8 +28,8 @@ class RunModel(NamedTuple):
 
 def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
     """The model of a run's checkpoint (latest, best or a step), every byte of it verified."""
-    path = checkpoint.find(run, which)
-    state = checkpoint.read_state(path)
+    path, stamps = checkpoint.find_verified(run, which)
+    state = checkpoint.read_state(path, stamps)
     options = run_config(run)
     tokenizer = load_tokenizer(tokenizer_folder(options.corpus))
     if state.fingerprints.get("tokenizer", tokenizer.hash) != tokenizer.hash:
@@ -38,7 +38,7 @@ def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
             " back"
         )
     model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
-    model.load_state_dict(checkpoint.read_tensors(path))
+    model.load_state_dict(checkpoint.read_tensors(path, stamps=stamps))
     return RunModel(model.eval(), options, tokenizer, state)
 
 
