@@ -1,6 +1,7 @@
 """Makes a run that can step from a config and the ranks: reads, checks, restores."""
 
 import ctypes
+import json
 import logging
 import os
 import time
@@ -180,7 +181,9 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
         ]
         check_sensors(options, topology.device, meter.parts)
     start = on_main(topology, lambda: _starting_point(folder, options, data))
-    state = checkpoint.read_state(Path(start)) if start else None
+    path, stamps = json.loads(start) if start else ("", None)
+    with together(topology):
+        state = checkpoint.read_state(Path(path), stamps) if path else None
     if state:
         data = replace(data, rules=state.rules)
     ledger = _open_ledger(options, topology, folder, state, meter)
@@ -202,14 +205,15 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             meter,
         )
         if state:
-            checkpoint.load(Path(start), run.engine)
+            with together(topology):
+                checkpoint.load(Path(path), run.engine, stamps)
             run.engine.optimizer_step = state.optimizer_step
             if run.engine.loss_scale and state.loss_scale:
                 run.engine.loss_scale.load(state.loss_scale)
             run.step, run.samples, run.saved = state.step, state.samples, state.step
             run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
     if ledger and state:
-        _note_changes(ledger, options, state, segments)
+        _note_changes(ledger, options, state, segments, layout(options, topology))
     return run
 
 
@@ -381,15 +385,16 @@ def together(topology: Topology) -> Iterator[None]:
 
 
 def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
-    """The checkpoint to go on from, "" for none; the config becomes that of the folder."""
+    """The checkpoint to go on from and the stamps of its files, as JSON, "" for none; the config becomes that
+    of the folder."""
     start = ""
     if checkpoint.steps(folder.path):
-        path = checkpoint.find(folder.path)
-        state = checkpoint.read_state(path)
+        path, stamps = checkpoint.find_verified(folder.path)
+        state = checkpoint.read_state(path, stamps)
         _check_continues(state, options, data)
-        start = str(path)
+        start = json.dumps([str(path), stamps])
     folder.write_config(options)
-    folder.keep_tokenizer(data.tokenizer.path)
+    folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.hash)
     return start
 
 
@@ -434,7 +439,7 @@ def _open_ledger(
 
 
 def layout(options: Config, topology: Topology) -> dict[str, Any]:
-    """How the model is spread, for people: nothing depends on it."""
+    """How the model is spread and computed, which may differ between attempts."""
     t, p = options.train, options.parallel
     return {
         "engine": t.engine,
@@ -442,6 +447,11 @@ def layout(options: Config, topology: Topology) -> dict[str, Any]:
         "tensor": p.tensor,
         "zero": p.zero,
         "device": device_name(topology.device),
+        "micro_batch": micro_batch(config.phases(options)[0], topology.data_size),
+        "recompute": t.recompute,
+        "deterministic": t.deterministic,
+        "compile": t.compile,
+        "cross_entropy": t.cross_entropy,
     }
 
 
@@ -452,8 +462,15 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in given.items() if value} if given["job_id"] else {}
 
 
-def _note_changes(ledger: Ledger, options: Config, state: State, segments: list[Segment]) -> None:
-    """Says and records what is other than in the attempt before."""
+def _note_changes(
+    ledger: Ledger, options: Config, state: State, segments: list[Segment], now_laid: dict[str, Any]
+) -> None:
+    """Says and records what is other than in the attempt before; the ledger has noted another layout."""
+    before_laid = {**now_laid, **(state.layout or {})}
+    moved = [name for name in ("ranks", "tensor", "micro_batch") if before_laid[name] != now_laid[name]]
+    if moved and (options.model.dropout or options.model.decoder_dropout):
+        changes = ", ".join(f"{name} {before_laid[name]} -> {now_laid[name]}" for name in moved)
+        logging.info("dropout     other elements are dropped from here on than would have been: %s", changes)
     before = config.build(state.config, "config of the checkpoint").budget.amount
     now = options.budget.amount
     if before != now:

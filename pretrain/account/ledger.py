@@ -49,7 +49,7 @@ EVENTS = (
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
     "crash-detected",  # the attempt before ended without a word, or in an error
     "repaired",  # a torn last line was cut off; `torn` is what it held
-    "layout-change",  # other devices, ranks or degrees of parallelism than in the attempt before
+    "layout-change",  # other devices, ranks, parallelism or recomputation than in the attempt before
     "budget-change",
     "blend-change",  # another blend of corpora from here on
     "phase-change",  # another length or batch size from here on
@@ -335,7 +335,8 @@ class Ledger:
             spent = self._account["device_seconds"]
             self._steps.append(spent["productive"] / step / 3600)
         self.note("resume", head=head, lost_steps=lost_steps, **details)
-        if layouts and (before := layouts[-1]) != (now := details.get("layout", before)):
+        before, now = layouts[-1] if layouts else {}, details.get("layout", {})
+        if any(now.get(name, value) != value for name, value in before.items()):
             self.note("layout-change", before=before, now=now)
 
     def _go_back(self, branch: Line) -> None:

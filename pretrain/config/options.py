@@ -153,7 +153,8 @@ class Model(Section):
     """Share of the [MASK] rows that the encoder sees all the same, as the word table's [MASK] (MAE-LM's
     transition): at 1 there are no late masks, and without a decoder that is `mlm`."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout of hidden states and attention weights (RoBERTa: 0.1)."""
+    """Dropout of hidden states and attention weights (RoBERTa: 0.1). It is drawn for each micro-batch of each
+    data-parallel rank: another layout or micro-batch drops other elements."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the decoder; default: `dropout`."""
     init_from: Place | None = None

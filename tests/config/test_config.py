@@ -263,7 +263,9 @@ def test_method_names(method, name):
 def test_what_may_change_when_a_run_continues():
     old = small()
     free = {"budget": {"steps": 9}, "parallel": {"tensor": 2}, "checkpoint": {"keep_last": 9}}
-    assert config.changed_keys(old, small(**free, train={"micro_batch_size": 1})) == []
+    computed = {"micro_batch_size": 1, "recompute": "block", "deterministic": False, "compile": "default"}
+    assert config.changed_keys(old, small(**free, train=computed)) == []
+    assert config.changed_keys(old, small(train={"cross_entropy": "torch"})) == []
     assert config.changed_keys(old, small(optimizer={"lr": 1.0}, masking={"rate": 0.25})) == [
         "masking.rate: 0.5 -> 0.25",
         "optimizer.lr: 0.0005 -> 1.0",

@@ -187,6 +187,20 @@ def test_finished_run_goes_on_with_a_larger_budget(words: Words, tmp_path: Path)
     assert (status(tmp_path / "a")["state"], status(tmp_path / "a")["step"]) == ("finished", 10)
 
 
+def test_run_goes_on_recomputing(words: Words, tmp_path: Path, whole: Whole) -> None:
+    """As the plan may propose when the memory is less; counted by its own cost from there on."""
+    options = ("model.dropout=0.1", "train.batch_size=8")
+    assert attempt(words("cut", *options), strike=Strike(SIGTERM, 5)).codes == [75]
+    more = ("train.recompute=block", "train.deterministic=false", "train.micro_batch_size=4")
+    said = finish(words("cut", *options, *more))
+    assert "dropout     other elements are dropped from here on" in said.text
+    assert "micro_batch 8 -> 4" in said.text
+    (change,) = [line for line in ledger.read(tmp_path / "cut") if line["event"] == "layout-change"]
+    assert (change["before"]["recompute"], change["now"]["recompute"]) == ("none", "block")
+    assert (change["before"]["deterministic"], change["now"]["deterministic"]) == (True, False)
+    check_ledger(tmp_path / "cut")
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -111,18 +111,32 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     path = run / "config.yaml"
     if not path.exists():
         return
-    costs = [step_cost(phase) for phase in config.phases(config.load(str(path)))]
-    before, phase, phases = ledger.nothing(), 0, {"": 0}
+    options = config.load(str(path))
+    costs = {way: _costs(options, way) for way in ("none", "block")}
+    # A program that did not say whether it recomputed could not change that either.
+    before, phase, phases, ways = ledger.nothing(), 0, {"": 0}, list(costs)
     for number, (head, line) in enumerate(lines.items(), 1):
         if line["event"] == "resume":
             before, phase = lines.get(line["head"], ledger.nothing()), phases[line["head"]]
-        if wrong := _miscounted(before, line, costs[phase]):
+        if way := line.get("layout", {}).get("recompute"):
+            ways = [way]
+        wrongs = [_miscounted(before, line, costs[way][phase]) for way in ways]
+        if all(wrongs):
+            wrong = wrongs[0]
             raise UserError(
                 f"{run / 'ledger.jsonl'}:{number}: its {wrong} are not those of"
                 f" {line['step'] - before['step']:,} updates of {path}; restore the files"
             )
         before, phase = line, line.get("phase", phase)
         phases[head] = phase
+
+
+def _costs(options: config.Config, recompute: str) -> list[StepCost]:
+    """Cost of an update of each phase, with recomputation or without."""
+    return [
+        step_cost(phase.model_copy(update={"train": phase.train.model_copy(update={"recompute": recompute})}))
+        for phase in config.phases(options)
+    ]
 
 
 def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str | None:
