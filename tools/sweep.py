@@ -139,14 +139,18 @@ def run(variant: Variant, output: Path) -> int:
 def queue(possible: Sequence[Variant], args: argparse.Namespace) -> int:
     """Hand the variants that are not done to `slurm.submit`, as an array; its exit code."""
     command = [sys.executable, "-m", "slurm.submit", f"--output={args.output}", *job_words(args)]
-    with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing
-        folder = Path(scratch) if args.dry_run else args.output
-        files = [str(file) for variant in possible if (file := prepare(variant, args.output, folder))]
+    with tempfile.TemporaryDirectory() as scratch:  # what is refused leaves nothing
+        files = [str(file) for each in possible if (file := prepare(each, args.output, Path(scratch)))]
         if not files:
             print("all runs are done", file=sys.stderr)
             return 0
-        command += ["--dry-run"] if args.dry_run else []
-        return start([*command, "--runs", *files], None if args.dry_run and not args.json else sys.__stderr__)
+        if args.dry_run:
+            return start([*command, "--dry-run", "--runs", *files], sys.__stderr__ if args.json else None)
+        code = start([*command, "--runs", *files])
+    if code == 0:
+        for each in possible:
+            prepare(each, args.output)
+    return code
 
 
 def start(command: list[str], stdout: IO[str] | None = sys.__stderr__) -> int:

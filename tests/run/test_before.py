@@ -1,6 +1,6 @@
 """What an earlier version wrote still loads, and a run of it goes on as it would have gone on there.
 
-tests/fixtures/before was written by version 0.1.0: a tokenizer, a corpus, and a run of four updates that ended
+Version 0.1.0 wrote tests/fixtures/before: a tokenizer, a corpus, and a run of four updates that ended
 with its budget (spans, two views, a late decoder). The figures are those of 0.1.0 going on to update 8.
 """
 
