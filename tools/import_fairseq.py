@@ -76,8 +76,7 @@ def documents(
     An item is a document where no item is empty, else a sequence of the document between blank lines.
     """
     starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-    closed = sizes > 0
-    closed[closed] = tokens[starts[1:][closed] - 1] == _EOS
+    closed = _ends_in_eos(tokens, sizes)
     lengths = sizes - closed
     blank = lengths == 0
     cuts = np.flatnonzero(blank) + 1 if blank.any() else np.arange(1, len(sizes) + 1)
@@ -95,6 +94,14 @@ def documents(
         renamed = _renamed(tokens[starts[first] : starts[last]][kept], ids, name)
         yield renamed, lengths[some][~blank[some]], ends[ends > 0]
         first, at = last, after
+
+
+def _ends_in_eos(tokens: npt.NDArray[Any], sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Return of each item whether </s> ends it."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    closed: npt.NDArray[np.bool_] = sizes > 0
+    closed[closed] = tokens[ends[closed] - 1] == _EOS
+    return closed
 
 
 def _renamed(tokens: npt.NDArray[Any], ids: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.int64]:
@@ -129,6 +136,12 @@ def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: 
         for some, sequences, ends in documents(tokens, sizes, ids, str(path)):
             writer.append(some, sequences, ends)
             advance(len(some) * dtype.itemsize)
+        ends = int(np.count_nonzero(_ends_in_eos(tokens, sizes)))
+        if writer.tokens + ends != len(tokens):
+            raise UserError(
+                f"{path}: {writer.tokens} tokens and {ends} ends of the {len(tokens)} that it holds; a"
+                " defect, please report it"
+            )
         return writer.finish(origin)
 
 

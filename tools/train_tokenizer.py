@@ -32,7 +32,7 @@ from pretrain.data.tokenizer import (
 )
 from pretrain.errors import UserError
 from pretrain.files import check_folder
-from tools.encode_corpus.parts import held_out
+from tools.encode_corpus.parts import file_state, held_out, refuse_changed
 from tools.shared import console
 from tools.text.files import find_files, spool_stdin
 from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader
@@ -76,10 +76,12 @@ class Text:
         args = self.args
         with console.progress("read", sum(file.stat().st_size for file in self.files)) as advance:
             for file in self.files:
+                state = file_state(file)
                 with open_reader(file, args.txt_document, args.text_key, args.max_document_bytes) as reader:
                     for batch in reader.read(None):
                         yield from filter(None, map(self._checked, batch.items))
                         advance(batch.disk_bytes)
+                refuse_changed(file, state)
 
     def _checked(self, item: Document | Rejected) -> Document | None:
         if isinstance(item, Document):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +20,13 @@ from pretrain.data.indexed import (
     HEADER,
     MAGIC,
     NO_SOURCE,
-    OLD_MAGIC,
     IndexedReader,
     Int64Array,
     Progress,
     TokenArray,
     corpus_file,
+    map_file,
+    read_header,
 )
 from pretrain.data.manifest import (
     APPENDED_END,
@@ -236,12 +238,20 @@ def refuse_foreign(prefix: str | Path) -> None:
     has_manifest = _looks_like_manifest(path)
     if path.exists() and not has_manifest:
         raise UserError(f"{path}: exists and is no manifest of a corpus; choose another --output")
-    path = corpus_file(prefix, "idx")
-    has_index = path.is_file() and path.open("rb").read(len(MAGIC)).startswith((MAGIC, OLD_MAGIC))
+    has_index = _looks_like_index(corpus_file(prefix, "idx"))
     for extension in ("idx", "bin", "src"):
         path = corpus_file(prefix, extension)
         if path.exists() and not has_manifest and not has_index:
             raise UserError(f"{path}: exists and belongs to no corpus; choose another --output")
+
+
+def _looks_like_index(path: Path) -> bool:
+    """Return whether this is an index of Megatron's; fairseq's begins alike."""
+    try:
+        read_header(path, map_file(path))
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def _looks_like_manifest(path: Path) -> bool:
@@ -384,12 +394,41 @@ def merge(
                 "encode both alike"
             )
         origin = _joined(origin, prefix, manifest)
+    origin.history.update(_joined_counts([load_manifest(prefix) for prefix in prefixes]))
     inputs = [corpus_file(prefix, extension) for prefix in prefixes for extension in EXTENSIONS]
     refuse_inputs([corpus_file(output, extension) for extension in EXTENSIONS], inputs)
     with CorpusWriter(output, np.dtype(first.dtype), overwrite) as writer:
         for prefix in prefixes:
             writer.append_corpus(prefix, progress=progress)
         return writer.finish(origin)
+
+
+def _joined_counts(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What the histories of all say of what was read and left out, together; only what all of them say.
+
+    Of literals nothing where they were treated in different ways.
+    """
+    histories = [manifest.history for manifest in manifests]
+
+    def all_have(name: str) -> bool:
+        return all(name in history for history in histories)
+
+    def total(name: str) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for history in histories:
+            counts.update(history.get(name, {}))
+        return dict(sorted(counts.items()))
+
+    joined: dict[str, Any] = {}
+    if all_have("coverage") and all_have("kept"):
+        joined["coverage"] = [entry for history in histories for entry in history["coverage"]]
+        joined["kept"] = {"here": 0, "elsewhere": 0} | total("kept")
+        for name in ("rejected", "duplicates"):
+            joined[name] = sum(history.get(name, 0) for history in histories)
+    mapped = [history.get("map_literal", []) for history in histories]
+    if any("literals" in history for history in histories) and all(each == mapped[0] for each in mapped):
+        joined |= {"literals": total("literals"), "map_literal": mapped[0]}
+    return joined
 
 
 def _hash_of(manifest: Manifest) -> str | None:

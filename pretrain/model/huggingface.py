@@ -230,16 +230,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        files = [WEIGHTS]
-        if (folder / SHARDS).is_file():
-            shards = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({Path(name).name for name in shards})
-        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        if not (folder / SHARDS).is_file():
+            return load_file(folder / WEIGHTS)
+        shards = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({Path(name).name for name in shards.values()})
+        theirs = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"model.init_from = {folder}: no readable {WEIGHTS} there ({error}); save the model with"
             " save_pretrained of transformers"
         ) from None
+    if other := sorted(shards.keys() ^ theirs.keys()):
+        raise UserError(
+            f"model.init_from = {folder}: {other[0]} is in only one of {SHARDS} and its files; they are of"
+            " different models: save it again"
+        )
+    return theirs
 
 
 def _other_settings(m: Model, theirs: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,13 @@ def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert load_folder(model, options.model, tokenizer) == []
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    name, _ = listed["weight_map"].popitem()
+    index.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=f"{re.escape(name)} is in only one of"):
+        load_folder(model, options.model, tokenizer)
+    index.write_text("{}")
     with pytest.raises(UserError, match="no readable model.safetensors there"):
         load_folder(model, options.model, tokenizer)
 

@@ -20,7 +20,7 @@ import pytest
 
 from pretrain.data import indexed as corpus
 from pretrain.data.indexed import IndexedReader
-from pretrain.data.manifest import Tally, load_manifest, read_sources
+from pretrain.data.manifest import Tally, load_manifest, read_sources, seal_of
 from pretrain.data.tokenizer import load_tokenizer, train_sentencepiece
 from pretrain.data.verify import verify
 from pretrain.data.writer import merge
@@ -29,6 +29,7 @@ from tests.support.ranks import PATIENCE
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.encode_corpus import duplicates
 from tools.encode_corpus import parts as encode_parts
+from tools.verify_corpus import __main__ as verify_corpus
 
 ROOT = Path(__file__).parents[2]
 VALID = ROOT / "tools" / "sample" / "valid.jsonl.gz"
@@ -694,3 +695,75 @@ def test_a_join_that_lost_a_document_writes_no_manifest(
     with pytest.raises(UserError, match="4 documents, not the 5 read"):
         encode_corpus.main(words(folder, tmp_path / "c", source, options="--workers 1"))
     assert not (tmp_path / "c.json").exists()
+
+
+# ---- the proof, again ----------------------------------------------------------------------------
+
+
+def verified(capsys: pytest.CaptureFixture[str], *prefixes: Path) -> list[dict]:
+    capsys.readouterr()
+    assert verify_corpus.main([*map(str, prefixes), "--json"]) == 0
+    reports: list[dict] = json.loads(capsys.readouterr().out)
+    return reports
+
+
+def test_verification_repeats_the_proof(
+    texts: list[dict], folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write(tmp_path / "a.jsonl", [*texts[:9], texts[0], {}])
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(write(tmp_path / "b", texts[9:20]).read_bytes()))
+    options = "--workers 1 --holdout 0.3 --dedup --keep-going"
+    encode_corpus.main(words(folder, tmp_path / "c", plain, packed, options=options))
+    both = tmp_path / "c", tmp_path / "c-valid"
+    for report in verified(capsys, *both):
+        assert report["inputs"] == {"covered": 2, "changed": [], "gone": []}
+    os.utime(plain, (1, 1))
+    packed.unlink()
+    for report in verified(capsys, *both):
+        assert report["inputs"] == {"covered": 0, "changed": [str(plain)], "gone": [str(packed)]}
+    verify_corpus.main([str(tmp_path / "c")])
+    told = capsys.readouterr().out
+    assert f"changed since: {plain}" in told and f"no longer there: {packed}" in told
+
+
+@pytest.mark.parametrize("harm", ["end", "read", "kept", "input"])
+def test_verification_refuses_a_manifest_that_covers_less(
+    texts: list[dict], folder: str, tmp_path: Path, harm: str
+) -> None:
+    """As a program with the defect that this is about would have written it: sealed, and wrong."""
+    encode_corpus.main(words(folder, tmp_path / "c", write(tmp_path / "a.jsonl", texts[:4])))
+    manifest = load_manifest(tmp_path / "c")
+    entry = manifest.history["coverage"][0]
+    if harm in entry:
+        entry[harm] -= 1
+    elif harm == "kept":
+        manifest.history["kept"]["here"] += 1
+    else:
+        manifest.history["coverage"].clear()
+    manifest = manifest.model_copy(update={"seal": seal_of(manifest)})
+    (tmp_path / "c.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+    verify(tmp_path / "c")
+    with pytest.raises(UserError, match=r"c\.json: .*encode again"):
+        verify_corpus.main([str(tmp_path / "c")])
+
+
+def test_a_merge_carries_the_proof_and_the_literals(
+    texts: list[dict], folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = [{"text": "a <unk> and <mask>"}, {}]
+    options = "--workers 1 --keep-going --dedup --map-literal <unk>"
+    for name, some in (("a", texts[:3]), ("b", [*texts[3:5], texts[3], *odd]), ("d", texts[5:6])):
+        more = options if name != "d" else "--workers 1"
+        encode_corpus.main(
+            words(folder, tmp_path / name, write(tmp_path / f"{name}.jsonl", some), options=more)
+        )
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    history = load_manifest(tmp_path / "ab").history
+    assert [entry["read"] for entry in history["coverage"]] == [3, 5]
+    assert (history["rejected"], history["duplicates"], history["kept"]["here"]) == (1, 1, 6)
+    assert history["map_literal"] == ["<unk>"] and history["literals"]["<mask>"] >= 1
+    merge([tmp_path / "ab", tmp_path / "d"], tmp_path / "all")
+    assert "literals" not in load_manifest(tmp_path / "all").history  # treated in two ways
+    for report, covered in zip(verified(capsys, tmp_path / "ab", tmp_path / "all"), (2, 3), strict=True):
+        assert report["inputs"] == {"covered": covered, "changed": [], "gone": []}

@@ -153,6 +153,21 @@ def test_bad_data_bins_are_named(folder: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("c.*"))
 
 
+@pytest.mark.parametrize("output", ["train", "valid"])
+def test_a_data_bin_is_never_replaced(folder: str, tmp_path: Path, output: str) -> None:
+    """Neither the one that is read nor another, though its index begins as Megatron's does."""
+    tokenizer = load_tokenizer(folder)
+    symbols = [tokenizer.piece(i) for i in tokenizer.random_ids]
+    prefix = write_data_bin(tmp_path / "d", [[5, 6, 2], [7, 2]], symbols, 8, "<u2")
+    for end in ("bin", "idx"):
+        (tmp_path / "d" / f"valid.{end}").write_bytes((tmp_path / "d" / f"train.{end}").read_bytes())
+    before = {path: path.read_bytes() for path in (tmp_path / "d").iterdir()}
+    words = [prefix, "--tokenizer", folder, "--output", str(tmp_path / "d" / output), "--overwrite"]
+    with pytest.raises(UserError, match="choose another --output"):
+        import_fairseq.main(words)
+    assert {path: path.read_bytes() for path in (tmp_path / "d").iterdir()} == before
+
+
 # ---- datatrove -----------------------------------------------------------------------------------
 
 

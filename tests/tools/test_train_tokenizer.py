@@ -1,6 +1,7 @@
 """Training a vocabulary: sizes it cannot have, and signals while SentencePiece works."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -72,6 +73,23 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
     source.write_text("{bad\n")
     with pytest.raises(UserError, match="no text to train on, but 1 rejected line passed over"):
         train_tokenizer.main(words)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(TEXT)
+    found = train_tokenizer.held_out
+
+    def touched(utf8: bytes, share: float) -> bool:
+        os.utime(source, (1, 1))
+        return found(utf8, share)
+
+    monkeypatch.setattr(train_tokenizer, "held_out", touched)
+    with pytest.raises(UserError, match=r"a\.txt: was changed or removed while it was read"):
+        train_tokenizer.main(["--input", str(source), "--output", str(tmp_path / "t"), "--vocab-size", "280"])
+    assert not (tmp_path / "t").exists()
 
 
 def test_reserved_characters_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,7 +149,7 @@ def refuse_changed(path: str | Path, state: tuple[int, int]) -> None:
     """Raise UserError where an input is no longer the file that the work was dealt out for."""
     if not os.path.exists(path) or file_state(path) != state:
         raise UserError(
-            f"{path}: was changed or removed while it was encoded; give the same command again when it rests"
+            f"{path}: was changed or removed while it was read; give the same command again when it rests"
         )
 
 

@@ -18,6 +18,7 @@ from tools.encode_corpus.parts import tokenizer_record
 from tools.inspect_corpus.__main__ import frequencies, specials_inside
 from tools.shared import console
 from tools.shared.corpus import summary
+from tools.verify_corpus.coverage import check_coverage, describe_coverage
 from tools.verify_corpus.overlap import overlap
 
 
@@ -116,10 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             manifests.append(
                 adopt(prefix, origin, advance) if args.write_manifest else verify(prefix, advance)
             )
-    reports = [
+    reports: list[dict[str, Any]] = [
         {"prefix": prefix, "good": True, "sealed": bool(manifest.seal)} | summary(manifest)
         for prefix, manifest in zip(args.prefixes, manifests, strict=True)
     ]
+    if not args.write_manifest:
+        for report, manifest in zip(reports, manifests, strict=True):
+            report |= {"inputs": check_coverage(report["prefix"], manifest)}
     if args.write_manifest:
         for report in reports:
             report |= specials_of(report["prefix"], tokenizer)
@@ -131,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{report['prefix']}: good, {report['documents']:,} documents, "
             f"{report['tokens']:,} tokens, fingerprint {report['fingerprint'][:16]}"
         )
-        for line in describe_specials(report):
+        for line in [*describe_specials(report), *describe_coverage(report.get("inputs"))]:
             print(f"  {line}")
         if not report["sealed"]:
             print(
