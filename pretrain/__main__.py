@@ -139,13 +139,16 @@ def _dry_run(options: Config) -> int:
     import torch
 
     from pretrain.build import check_start, resolve
+    from pretrain.continuing import refuse_changes
     from pretrain.data.corpora import open_blend, open_data
     from pretrain.evaluate import HeldOut
 
     for warning in config.warnings(options):
         logging.warning("warning: %s", warning)
     data = open_data(options.corpus)
+    given = options
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
+    refuse_changes(given.model_copy(update={"model": options.model}), data)
     phases = config.phases(options)
     budget.check(options)
     check_start(options, data)
@@ -209,7 +212,7 @@ def _run(options: Config, local_rank: int | None) -> int:
             _say(UserError(reason))
     if topology.is_main and folder.claimed:
         state = "stopped" if code == STOPPED else "failed"
-        folder.write_status(state, folder.status().get("step", 0), reason, code)
+        folder.write_failure(state, reason, code)
     if topology.world_size == 1:
         return code
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from pretrain import checkpoint, config
 from pretrain.account import budget, energy, flops
-from pretrain.account.budget import Budget, step_cost
+from pretrain.account.budget import Budget, Course, step_cost
 from pretrain.account.ledger import Ledger, process_start
 from pretrain.checkpoint import State
 from pretrain.config import Config
+from pretrain.continuing import carried, check_continues, rates, run_segments
 from pretrain.data.corpora import Data, open_blend, open_data
 from pretrain.data.masking import masker
-from pretrain.data.sampler import Blend, Segment, continue_segments
+from pretrain.data.sampler import Blend, Segment
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut
@@ -65,18 +66,6 @@ def build_engine(options: Config, model: LateMaskModel, topology: Topology, micr
 
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
-
-
-def run_segments(options: Config, data: Data, state: State | None) -> list[Segment]:
-    """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
-    length = config.phases(options)[0].train.seq_length
-    if state is None:
-        return continue_segments([], options.corpus.segment, data.blend, 0, length)
-    past = [
-        Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
-        for number, first, blend, *rest in state.segments
-    ]
-    return continue_segments(past, options.corpus.segment, data.blend, state.samples, length)
 
 
 def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
@@ -134,6 +123,8 @@ class Run:
     folder: RunFolder
     data: Data
     budget: Budget
+    course: Course
+    """Followed on rank 0."""
     phases: list[Phase]
     engine: engine.Engine
     heldout: HeldOut | None
@@ -159,6 +150,8 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     scored: tuple[int, float | None] = (-1, None)
     """(step, loss) of the last evaluation."""
+    rate: float = 0.0
+    """Learning rate of the last update."""
     grad_norm: Tensor | None = None
     """Of the last update, before clipping; None where the engine does not tell."""
 
@@ -180,6 +173,14 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             for phase in config.phases(options)
         ]
         check_sensors(options, topology.device, meter.parts)
+        budget.check(options)
+        for phase in phases:
+            open_blend(phase.config, data)  # refuses a corpus that is too small for its length
+        if options.train.engine == "deepspeed":
+            for phase in phases:
+                deepspeed_config(phase.config, topology.data_size, phase.micro, pin=False)
+        heldout = _open_heldout(options, data)
+    # Up to here nothing is touched: what is refused leaves the run as it was.
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     path, stamps = json.loads(start) if start else ("", None)
     with together(topology):
@@ -201,10 +202,12 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             segments,
             ledger,
             module,
+            heldout,
             signals,
             meter,
         )
         if state:
+            run.course = Course(run.budget, carried(state, options))
             with together(topology):
                 checkpoint.load(Path(path), run.engine, stamps)
             run.engine.optimizer_step = state.optimizer_step
@@ -213,8 +216,17 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             run.step, run.samples, run.saved = state.step, state.samples, state.step
             run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
     if ledger and state:
-        _note_changes(ledger, options, state, segments, layout(options, topology))
+        _note_changes(ledger, run, state, layout(options, topology))
     return run
+
+
+def _open_heldout(options: Config, data: Data) -> HeldOut | None:
+    """The held-out windows, if the config names a corpus of them."""
+    if not options.corpus.valid:
+        return None
+    length = options.evaluate.seq_length or options.train.seq_length
+    bounded = options.corpus.documents == "bounded"
+    return HeldOut(options.corpus.valid, data.tokenizer, length, options.evaluate.samples, bounded)
 
 
 def open_meter(topology: Topology) -> energy.Meter:
@@ -248,34 +260,27 @@ def _assemble(
     segments: list[Segment],
     ledger: Ledger | None,
     module: model.LateMaskModel,
+    heldout: HeldOut | None,
     signals: Signals,
     meter: energy.Meter,
 ) -> Run:
     """The parts of a run that has not started."""
-    t, tokenizer = options.train, data.tokenizer
-    prepare_torch(bool(t.deterministic))
+    prepare_torch(bool(options.train.deterministic))
     if topology.device.type == "cpu":
         keep_freed_memory()
-    heldout = None
-    with together(topology):
-        for phase in phases:
-            open_blend(phase.config, data)  # refuses a corpus that is too small for its length
-        bounded = options.corpus.documents == "bounded"
-        if options.corpus.valid:
-            length = options.evaluate.seq_length or t.seq_length
-            heldout = HeldOut(options.corpus.valid, tokenizer, length, options.evaluate.samples, bounded)
-        budget.check(options)
     phase = phases[number]
     built = build_engine(phase.config, module, topology, phase.micro)
     if built.deepspeed_json and topology.is_main:
         write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
     blend, feed = read_phase(phase, topology, data, segments)
+    limit = Budget(options)
     return Run(
         config=options,
         topology=topology,
         folder=folder,
         data=data,
-        budget=Budget(options),
+        budget=limit,
+        course=Course(limit),
         phases=phases,
         engine=built,
         heldout=heldout,
@@ -391,26 +396,11 @@ def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
     if checkpoint.steps(folder.path):
         path, stamps = checkpoint.find_verified(folder.path)
         state = checkpoint.read_state(path, stamps)
-        _check_continues(state, options, data)
+        check_continues(state, options, data)
         start = json.dumps([str(path), stamps])
     folder.write_config(options)
     folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.hash)
     return start
-
-
-def _check_continues(state: State, options: Config, data: Data) -> None:
-    """UserError with all reasons, one a line, why the checkpoint cannot go on."""
-    reasons = []
-    try:
-        run_segments(options, data, state)
-    except UserError as error:
-        reasons.append(str(error))
-    try:
-        checkpoint.check_continues(state, options, {"tokenizer": data.tokenizer.hash})
-    except UserError as error:
-        reasons.append(str(error))
-    if reasons:
-        raise UserError("\n".join(reasons))
 
 
 def _open_ledger(
@@ -462,10 +452,9 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in given.items() if value} if given["job_id"] else {}
 
 
-def _note_changes(
-    ledger: Ledger, options: Config, state: State, segments: list[Segment], now_laid: dict[str, Any]
-) -> None:
+def _note_changes(ledger: Ledger, run: Run, state: State, now_laid: dict[str, Any]) -> None:
     """Says and records what is other than in the attempt before; the ledger has noted another layout."""
+    options, segments = run.config, run.segments
     before_laid = {**now_laid, **(state.layout or {})}
     moved = [name for name in ("ranks", "tensor", "micro_batch") if before_laid[name] != now_laid[name]]
     if moved and (options.model.dropout or options.model.decoder_dropout):
@@ -475,8 +464,19 @@ def _note_changes(
     now = options.budget.amount
     if before != now:
         old, new = (f"{amount:g} {unit}" for unit, amount in (before, now))
-        logging.info("budget      changed: %s -> %s", old, new)
-        ledger.note("budget-change", before=old, now=new)
+        totals = ledger.totals()
+        progress = run.course.follow(totals)
+        run.course.pause()
+        rate, next_rate = rates(state, options, progress, totals)
+        logging.info("budget      changed: %s -> %s, of which %.1f%% is spent", old, new, 100 * progress)
+        if rate != next_rate:
+            logging.warning(
+                "warning: with the budget the learning rate changes, from %.3g to %.3g; schedule.kind and"
+                " schedule.floor of a new run.dir would not let it",
+                rate,
+                next_rate,
+            )
+        ledger.note("budget-change", before=old, now=new, lr_before=rate, lr_now=next_rate)
     if segments[-1].number > state.segments[-1][0]:
         blend = segments[-1]
         ledger.note(

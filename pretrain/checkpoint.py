@@ -86,6 +86,8 @@ class State:
     """`LossScale.state` of a run in fp16."""
     rules: int = 1
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
+    progress: float | None = None
+    """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
 
 
 # ---- saving --------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the file that defines its vocabulary."""
+FOLLOW_SECONDS = 5.0
+"""Between two rewritings of status.json while a run goes on."""
 
 
 class RunFolder:
@@ -32,6 +34,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None
+        self._told: float | None = None  # when this process wrote status.json
 
     def claim(self) -> None:
         """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
@@ -88,6 +91,29 @@ class RunFolder:
             "ledger_head": ledger_head or self.status().get("ledger_head", ""),
         }
         write_atomic(self.path / "status.json", json_text(status))
+        self._told = time.monotonic()
+
+    def follow(self, step: int) -> None:
+        """Tells a queue the step of a run that goes on, every few seconds at most."""
+        if self._told is None or time.monotonic() - self._told >= FOLLOW_SECONDS:
+            self.write_status("running", step)
+
+    def write_failure(self, state: str, reason: str, exit_code: int) -> None:
+        """Tells a queue how this attempt ended early. One that was refused before it began leaves all as it
+        was, but for a word of itself (`attempt`)."""
+        status = self.status()
+        if self._told is not None or not status:
+            self.write_status(state, status.get("step", 0), reason, exit_code)
+            return
+        attempt = {"time": time.time(), "exit_code": exit_code, "reason": reason}
+        write_atomic(self.path / "status.json", json_text({**status, "attempt": attempt}))
+
+    def last_attempt(self) -> dict[str, Any]:
+        """`time`, `exit_code` and `reason` of the newest attempt, of one that never began too; {} if none
+        has said anything."""
+        status = self.status()
+        known: dict[str, Any] = status.get("attempt") or status
+        return known
 
     def status(self) -> dict[str, Any]:
         """What `write_status` wrote last; {} if nothing yet, or nothing that can be read."""

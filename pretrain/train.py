@@ -19,7 +19,6 @@ from pretrain.account import energy, schedule
 from pretrain.account.ledger import peak_resident
 from pretrain.build import Run, layout, read_phase, timed, together
 from pretrain.checkpoint import State
-from pretrain.config import Config
 from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
 from pretrain.model.loss_scale import LEAST, hopeless
@@ -35,6 +34,8 @@ class Turn(NamedTuple):
     step_fits: bool
     save_due: bool
     progress: float
+    middle: float
+    """Progress that the rate of the next update belongs to."""
     phase: int
     """Of the next update."""
     late: bool
@@ -78,11 +79,15 @@ def train(run: Run) -> int:
         for number, batch in enumerate(batches):
             seed_dropout(run, number)
             loss_sum += run.engine.backward(batch, 1 / len(batches)) / len(batches)
-        run.grad_norm = run.engine.step(learning_rate(o, turn.progress))
+        run.rate = schedule.rate(o, turn.middle)
+        run.grad_norm = run.engine.step(run.rate)
         run.step += 1
         run.samples += run.cost.samples
+        first = run.phase not in run.seen
         if run.ledger:
-            run.ledger.step(run.cost, first=run.phase not in run.seen)
+            run.ledger.step(run.cost, first)
+        if first:
+            run.course.pause()
         run.seen.add(run.phase)
 
 
@@ -107,24 +112,29 @@ def agree(run: Run) -> Turn:
         run.signals.received = run.signals.received or _TIME_LIMIT
     late = int(run.signals.received == _TIME_LIMIT)
     stop = int(run.signals.received is not None)
-    fits, progress, due, phase = 0, 0, 0, 0
+    fits, progress, middle, due, phase = 0, 0, 0, 0, 0
     if run.ledger:
         totals = run.ledger.totals()
-        fits = int(run.budget.allows_step(totals, held_back(run, totals)))
-        progress = int(run.budget.progress(totals) * _PROGRESS_UNITS)
-        due, phase = int(save_due(run)), run.budget.phase(totals)
+        update, end = held_back(run, totals)
+        fits = int(run.budget.allows_step(totals, update + end))
+        share = run.course.follow(totals, end)
+        progress = int(share * _PROGRESS_UNITS)
+        # Runs that began by the first rules take the rate at the update's start.
+        middle = int((share if run.data.rules < 2 else run.course.middle(totals)) * _PROGRESS_UNITS)
+        due, phase = int(save_due(run)), run.budget.phase_at(share)
     joules = run.meter.joules()
     mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
-    stop, late, fits, progress, due, phase, *millijoules = run.topology.add_up(
-        [stop, late, fits, progress, due, phase, *mine]
+    stop, late, fits, progress, middle, due, phase, *millijoules = run.topology.add_up(
+        [stop, late, fits, progress, middle, due, phase, *mine]
     )
     if run.ledger:
         run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
-    return Turn(bool(stop), bool(fits), bool(due), progress / _PROGRESS_UNITS, phase, bool(late))
+    shares = progress / _PROGRESS_UNITS, middle / _PROGRESS_UNITS
+    return Turn(bool(stop), bool(fits), bool(due), *shares, phase, bool(late))
 
 
-def held_back(run: Run, totals: dict[str, Any]) -> float:
-    """What the next update and the end of the run will take of a budget of hours or kWh.
+def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
+    """What the next update, and what the end of the run will take of a budget of hours or kWh.
 
     The end is an evaluation and a save; an evaluation that has not been timed yet takes at most as long as
     training on its samples. Joules: at the mean power so far, and for the time by which their count is late.
@@ -132,19 +142,13 @@ def held_back(run: Run, totals: dict[str, Any]) -> float:
     assert run.ledger
     step = run.ledger.step_hours
     untimed = step * run.heldout.samples / run.cost.samples if run.heldout else 0.0
-    hours = step + (run.ledger.block_hours("evaluate") or untimed) + run.ledger.block_hours("checkpoint")
+    end = (run.ledger.block_hours("evaluate") or untimed) + run.ledger.block_hours("checkpoint")
     if run.budget.unit != "kwh":
-        return hours
+        return step, end
     late = step + run.topology.world_size * 2 * energy.PERIOD / 3600
     metered = totals["metered_device_seconds"]
     watts = (totals["joules"] or 0.0) / metered if metered else 0.0  # of one device
-    return (hours + late) * watts / 1e3
-
-
-def learning_rate(o: Config, progress: float) -> float:
-    """Rate of the update that starts when `progress` of the budget is spent."""
-    s = o.schedule
-    return o.optimizer.lr * schedule.scale(s.kind, progress, s.warmup, s.floor)
+    return step * watts / 1e3, (end + late) * watts / 1e3
 
 
 def seed_dropout(run: Run, number: int) -> None:
@@ -177,18 +181,18 @@ def write_log(run: Run, turn: Turn, loss: float) -> None:
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
     scaling = check_scale(run)
     if run.monitor and run.ledger:
-        lr = learning_rate(run.config, turn.progress)
         run.ledger.peak(peak)
-        run.ledger.log(loss=loss, lr=lr, **scaling)
+        run.ledger.log(loss=loss, lr=run.rate, **scaling)
         run.monitor.log(
             turn.progress,
             run.ledger.totals(),
             loss=loss,
-            lr=lr,
+            lr=run.rate,
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
             data_wait_seconds=run.feed.waited,
             **scaling,
         )
+        run.folder.follow(run.step)
     run.feed.waited = 0.0
 
 
@@ -278,6 +282,7 @@ def save(run: Run) -> None:
         phase=run.phase,
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
         rules=run.data.rules,
+        progress=run.course.progress,
     )
     with timed(run.ledger, "checkpoint"), together(t):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
@@ -291,8 +296,10 @@ def finish(run: Run, turn: Turn) -> int:
     # A signal that comes with the last step leaves no more than the evaluation for the next start.
     complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)
     code = DONE if complete else STOPPED
-    reason = "the budget is spent" if code == DONE else f"stopped by {run.signals.received or 'another rank'}"
+    reason = f"stopped by {run.signals.received or 'another rank'}"
     if run.ledger:
+        if code == DONE:
+            reason = f"the budget is spent{unused(run, run.ledger.totals())}"
         if turn.stop:
             run.ledger.note("signal", reason=reason)
         epochs = run.blend.epochs(run.samples)
@@ -300,6 +307,15 @@ def finish(run: Run, turn: Turn) -> int:
         state = "finished" if code == DONE else "stopped"
         run.folder.write_status(state, run.step, reason, code, head)
     return code
+
+
+def unused(run: Run, totals: dict[str, Any]) -> str:
+    """What of a budget that only a run can tell was held back for the end and then not needed, in words."""
+    left = run.budget.total - run.budget.spent(totals)
+    if not run.budget.measured or left <= 0:
+        return ""
+    of = f"{left:.2g} of {run.budget.total:g} {run.budget.unit}"
+    return f"; {of} was held back for evaluation and save and not needed"
 
 
 def close(run: Run) -> None:

@@ -74,8 +74,8 @@ def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
 
 def judge(run: Path, stage: str, code: int, began: float) -> tuple[str, str]:
     """Verdict and reason of an attempt that started at Unix time `began` and ended with `code`."""
-    status = RunFolder(run).status() if stage == "train" else {}
-    if status and status["time"] >= began and status["state"] != "running":
+    status = RunFolder(run).last_attempt() if stage == "train" else {}
+    if status and status["time"] >= began and status.get("state") != "running":
         code, reason = status["exit_code"], status["reason"]
     else:
         reason = f"ended with code {code} without a word of its own; see the log"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint, config, continuing
 from pretrain.account import budget
 from pretrain.config import Config
-from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.corpora import open_data, tokenizer_folder
 from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
@@ -151,22 +151,12 @@ def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
 
 
 def refuse_changes(options: Config) -> None:
-    """UserError where the run has a checkpoint that cannot go on with this config, as its job would say.
-
-    What only a job knows, such as the precision of its device, is taken to be as it was.
-    """
-    run = Path(options.run.dir)
-    newest = checkpoint.pointed(run, "latest")
-    if newest is None or not newest.is_dir():
-        return
-    state = checkpoint.read_state(newest)
-    before = config.build(state.config, f"{newest}: config").train
-    train = options.train
-    known = {
-        name: getattr(before, name) for name in ("precision", "deterministic") if getattr(train, name) is None
-    }
-    filled = options.model_copy(update={"train": train.model_copy(update=known)})
-    checkpoint.check_continues(state, plan_estimate.with_vocabulary(filled)[0], {})
+    """UserError where the run has a checkpoint that cannot go on with this config, as its job would say."""
+    try:
+        data = open_data(options.corpus)
+    except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
+        data = None
+    continuing.refuse_changes(plan_estimate.with_vocabulary(options)[0], data)
 
 
 def tokenizer_of(options: Config) -> Path | None:

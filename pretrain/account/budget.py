@@ -10,6 +10,7 @@ last evaluation, the last save) fit.
 Imports no torch.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from pretrain.errors import UserError
 JOULES_PER_KWH = 3.6e6
 MEASURED = ("device_hours", "kwh")
 """Units that only a run can tell."""
+TOLERANCE = 1e-9
+"""Share of the budget within which amounts are equal: sums of floats depend on the order of their terms."""
+UNTIMED = 1e-3
+"""Share of the budget that an update is taken for until one was timed."""
 
 Totals = dict[str, Any]  # of Ledger.totals
 
@@ -61,7 +66,7 @@ def check(options: Config) -> None:
     """UserError if the budget of a resolved config does not pay for a single update."""
     unit, total = options.budget.amount
     one = price(step_cost(config.phases(options)[0]), unit)
-    if one is not None and total < one:
+    if one is not None and total * (1 + TOLERANCE) < one:
         raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
 
 
@@ -87,9 +92,12 @@ class Budget:
         return min(1.0, self.spent(totals) / self.total)
 
     def phase(self, totals: Totals) -> int:
-        """Number of the phase that the next update belongs to."""
-        progress = self.progress(totals)
-        return sum(until <= progress for until in self._untils)
+        """Number of the phase that the next update belongs to, by the spent share."""
+        return self.phase_at(self.progress(totals))
+
+    def phase_at(self, progress: float) -> int:
+        """Number of the phase of an update that starts at `progress`."""
+        return sum(until - TOLERANCE <= progress for until in self._untils)
 
     def allows_step(self, totals: Totals, held_back: float = 0.0) -> bool:
         """Whether one more update stays within the budget.
@@ -97,7 +105,7 @@ class Budget:
         held_back: device-hours or kWh, whatever the unit is, that it and the end of the run will take.
         """
         each = price(self.costs[self.phase(totals)], self.unit)
-        return self.spent(totals) + (held_back if each is None else each) <= self.total
+        return self.spent(totals) + (held_back if each is None else each) <= self.total * (1 + TOLERANCE)
 
     def updates(self) -> list[int]:
         """How many updates each phase has; UserError if only a run can tell."""
@@ -105,15 +113,64 @@ class Budget:
         if None in prices:
             raise UserError(f"budget.{self.unit}: how many updates it pays for is known only once it has run")
         made, paid = [], 0.0
-        for each, until in zip(prices, [*self._untils, 1.0], strict=True):
+        for each, until in zip(prices, [*self._untils, None], strict=True):
             assert each
-            number = int(max(0.0, until * self.total - paid) // each)
-            while until < 1 and (paid + number * each) / self.total < until:
-                number += 1
-            number = min(number, int((self.total - paid) // each))
-            made.append(number)
-            paid += number * each
+            number = math.floor((self.total * (1 + TOLERANCE) - paid) / each)
+            if until is not None:
+                number = min(number, math.ceil(((until - TOLERANCE) * self.total - paid) / each))
+            made.append(max(0, number))
+            paid += made[-1] * each
         return made
+
+
+class Course:
+    """How far a run is, in [0, 1]: what drives its learning rate and its phases.
+
+    Where the unit can be counted that is the spent share of the budget. Hours and kWh are spent by start-ups
+    too, and some are held back for the end: there it grows, from where the checkpoint left it, as what is
+    left for updates goes down. So an attempt begins where the one before ended, and the last update ends at
+    1.
+    """
+
+    def __init__(self, budget: Budget, progress: float | None = None) -> None:
+        """progress: that of the checkpoint; None where it does not say, or there is none."""
+        self.progress = progress
+        self._budget = budget
+        self._mark: float | None = None  # spent at the statement before, if what came since counts
+        self._begin: tuple[int, float] | None = None  # (step, progress) of this attempt's first statement
+
+    def follow(self, totals: Totals, end: float = 0.0) -> float:
+        """Takes a statement of the ledger; returns the progress now.
+
+        end: device-hours or kWh, whatever the unit is, that are held back for the end of the run.
+        """
+        budget, spent = self._budget, self._budget.spent(totals)
+        if not budget.measured or (self.progress is None and totals["steps"]):
+            self.progress = budget.progress(totals)
+        self.progress = self.progress or 0.0
+        self._begin = self._begin or (totals["steps"], self.progress)
+        if budget.measured and self._mark is not None:
+            left = budget.total - end - self._mark
+            share = (spent - self._mark) / left if spent < budget.total - end else 1.0
+            self.progress += (1.0 - self.progress) * share
+        self._mark = spent
+        return self.progress
+
+    def pause(self) -> None:
+        """Leaves out what is spent up to the next statement: an update that compiled is a start-up."""
+        self._mark = None
+
+    def middle(self, totals: Totals) -> float:
+        """Progress in the middle of the next update, to which the learning rate belongs."""
+        assert self.progress is not None and self._begin
+        if not self._budget.measured:
+            each = price(self._budget.costs[self._budget.phase_at(self.progress)], self._budget.unit)
+            assert each
+            share = each / self._budget.total
+        else:
+            steps, progress = totals["steps"] - self._begin[0], self.progress - self._begin[1]
+            share = progress / steps if steps and progress else UNTIMED
+        return min(1.0, self.progress + share / 2)
 
 
 # ---- a share of another recipe -------------------------------------------------------------------

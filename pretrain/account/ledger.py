@@ -363,6 +363,8 @@ class Ledger:
                 usual = min(self._warming, took)
                 self._seconds["startup"] -= usual
                 self._seconds["productive"] += usual
+                if self._warming:
+                    self._steps[-1] = self._ranks * usual / 3600
             self._warming = took if first else 0.0
             self._steps.append(self._ranks * took / 3600)
         self.beat()

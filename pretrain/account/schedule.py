@@ -6,6 +6,8 @@ time-based schedule, Izsak et al. 2021, arXiv 2104.07705).
 
 import math
 
+from pretrain.config import Config
+
 # Share of the budget over which a trapezoid comes down (Hagele et al. 2024, arXiv 2405.18392: 10-20 %).
 _DESCENT = 0.2
 
@@ -25,3 +27,9 @@ def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
         if kind == "cosine":
             rest = 0.5 * (1.0 - math.cos(math.pi * rest))
     return floor + (1.0 - floor) * max(0.0, rest)
+
+
+def rate(options: Config, progress: float) -> float:
+    """The learning rate at `progress`."""
+    s = options.schedule
+    return options.optimizer.lr * scale(s.kind, progress, s.warmup, s.floor)

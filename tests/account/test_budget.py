@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pretrain import config
-from pretrain.account import budget
-from pretrain.account.budget import Budget
+from pretrain.account import budget, ledger
+from pretrain.account.budget import Budget, Course
 from pretrain.account.ledger import Ledger
 from pretrain.errors import UserError
 from tests.account.test_ledger import Clock, opened
@@ -131,6 +131,100 @@ def test_a_budget_of_energy_is_of_measured_joules(tmp_path):
     assert Budget(options).progress(account.totals()) == 0.5
     assert Budget(options).allows_step(account.totals(), 0.0005)
     assert not Budget(options).allows_step(account.totals(), 0.00051)
+
+
+def made_one_by_one(options):
+    """Updates of each phase by the loop's own decisions, with costs added up as the ledger does."""
+    limit = Budget(options)
+    totals, made = ledger.total([]), [0] * len(limit.costs)
+    while limit.allows_step(totals):
+        phase = limit.phase(totals)
+        made[phase] += 1
+        totals["steps"] += 1
+        totals["flops"]["total"] += limit.costs[phase].flops.total
+        totals["token_layers"] += limit.costs[phase].token_layers
+    return made
+
+
+@pytest.mark.parametrize("phases", [[], [{"until": 0.3, "seq_length": 12}, {"until": 0.5, "batch_size": 4}]])
+@pytest.mark.parametrize("unit", ["token_layers", "flops"])
+def test_all_of_another_recipe_is_as_many_updates(unit, phases):
+    """Closed form and loop agree, and with fraction 1 they are those of the recipe itself."""
+    for number in range(200):
+        layers = 2 + number % 5
+        model = {"num_layers": layers, "mask_from": layers, "decoder_layers": 1 + number % 3}
+        model |= {"decoder": ("self", "cross", "query")[number % 3]}
+        train, masking = {"phases": phases}, {"rate": 0.15 + number % 7 / 20}
+        theirs = recipe(model=model, train=train, masking=masking, budget={"steps": 40 + 3 * number})
+        amount = budget.planned(theirs, unit)
+        options = with_budget(unit, amount, model=model, train=train, masking=masking)
+        made = made_one_by_one(options)
+        assert Budget(options).updates() == made
+        if not phases:
+            assert made == [40 + 3 * number]
+
+
+# ---- the course of a measured budget -------------------------------------------------------------
+
+
+def follow(course, account, clock, updates, seconds=2.0):
+    """Progress before each of so many updates, of which the first one compiles for a minute."""
+    seen = []
+    for number in range(updates):
+        seen.append(course.follow(account.totals(), 0.01))
+        clock.now += seconds + 60 * (number == 0)
+        account.step(ONE, number == 0)
+        if number == 0:
+            course.pause()
+    return seen
+
+
+def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
+    """Neither start-up nor compilation is progress, of any attempt; what is held back is none to wait for."""
+    options, clock = with_budget("device_hours", 1.0), Clock()
+    account = opened(tmp_path, clock)
+    clock.now += 500
+    account.begin()
+    course = Course(Budget(options))
+    first = follow(course, account, clock, 100)
+    assert first[:2] == [0.0, 0.0] and first == sorted(first)
+    left = 1.0 - 0.01 - 2 * 562 / 3600
+    assert first[-1] == pytest.approx(98 * 4 / 3600 / left)
+    carried = course.follow(account.totals(), 0.01)
+    head = account.save()
+    account.note("stop")
+
+    again = opened(tmp_path, clock)
+    clock.now += 200
+    again.begin(100, head)
+    course = Course(Budget(options), carried)
+    second = follow(course, again, clock, 2)
+    assert second == [carried, carried] and carried < Budget(options).progress(again.totals()) - 0.1
+    while Budget(options).allows_step(again.totals(), 4 / 3600 + 0.01):
+        last, middle = course.follow(again.totals(), 0.01), course.middle(again.totals())
+        clock.work(again, 1)
+    assert 0.98 < last < middle < course.follow(again.totals(), 0.01) <= 1.0
+    clock.now += 60
+    assert course.follow(again.totals(), 0.01) == 1.0
+
+
+def test_an_update_has_the_rate_of_its_middle(tmp_path):
+    account = begun(tmp_path, Clock())
+    course = Course(Budget(recipe()))
+    for number in range(7):
+        assert course.follow(account.totals()) == pytest.approx(number / 7)
+        assert course.middle(account.totals()) == pytest.approx((number + 0.5) / 7)
+        account.step(ONE)
+    course = Course(Budget(with_budget("device_hours", 9.0)))
+    assert course.follow({**account.totals(), "steps": 0}) == 0.0
+    assert course.middle({**account.totals(), "steps": 0}) > 0.0
+
+
+def test_progress_of_an_older_checkpoint_is_what_was_spent(tmp_path):
+    clock = Clock()
+    account = begun(tmp_path, clock)
+    clock.work(account, 9, 100)
+    assert Course(Budget(with_budget("device_hours", 1.0))).follow(account.totals()) == 0.5
 
 
 # ---- phases --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ LAW = [
     ("model",),
     ("parallel",),
     ("checkpoint", "run_folder", "evaluate", "monitor", "feed"),
+    ("continuing",),
     ("build",),
     ("train",),
     ("__main__",),

@@ -97,6 +97,9 @@ def test_a_changed_budget_is_said_and_recorded(words: Words, tmp_path: Path) -> 
     assert "budget      changed: 8 steps -> 2000 tokens" in outcome.text
     (note,) = [line for line in ledger.read(tmp_path / "a") if line["event"] == "budget-change"]
     assert (note["before"], note["now"]) == ("8 steps", "2000 tokens")
+    assert 0 <= note["lr_before"] < note["lr_now"]
+    rates = f"changes, from {note['lr_before']:.3g} to {note['lr_now']:.3g};"
+    assert f"warning: with the budget the learning rate {rates}" in outcome.text
     assert "budget      changed" not in finish(words("a", "budget.steps=null", "budget.tokens=2000")).text
 
 

@@ -1,5 +1,7 @@
 """Budgets, rates, layouts and refusals of whole runs."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,18 +16,20 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain import __main__, checkpoint, config, train
+from pretrain import __main__, checkpoint, config, run_folder, train
 from pretrain import build as build_module
 from pretrain.account import ledger, schedule
 from pretrain.account.budget import step_cost
 from pretrain.build import Run, build, together
 from pretrain.errors import UserError
+from pretrain.files import digest
 from pretrain.monitor import read_metrics
 from pretrain.parallel.topology import Topology, connect
 from pretrain.run_folder import RunFolder
+from slurm.attempts import judge
 from tests.conftest import encode
 from tests.support.ranks import run as on_ranks
-from tests.support.runs import Outcome, Strike, attempt, finish, losses
+from tests.support.runs import NEVER, Outcome, Paced, Strike, attempt, finish, losses
 from tools.shared.run_model import load_model
 
 Words = Callable[..., list[str]]
@@ -82,22 +86,110 @@ def test_budget_is_spent_and_never_exceeded(unit: str, updates: float, words: Wo
 
 
 def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
-    """Every second counts on each rank, in all attempts."""
-    endless = attempt(words("a", "budget.steps=null", "budget.device_hours=9"), 2, Strike(SIGTERM, 20))
-    assert endless.codes == [75, 75]
-    first = ledger.total([tmp_path / "a"])
-    budget = (first["device_seconds"]["total"] + 6) / 3600
-    finish(words("a", "budget.steps=null", f"budget.device_hours={budget}"), 2)
-    lines = read_metrics(tmp_path / "a")[20:]
-    # An update is let in by the time the one before it took, and itself may take longer; the line of the
-    # one before is written a moment after that decision.
-    assert all(line["device_hours"] <= budget for line in lines[:-2])
-    for before, line in pairwise(lines):
-        assert min(before["device_hours"], budget) <= line["progress"] * budget * 1.000001
-        assert line["progress"] * budget <= line["device_hours"] * 1.000001
-    spent = ledger.total([tmp_path / "a"])
+    """Every second counts on each rank, in all attempts; progress goes on where it was, to the end."""
+    hours = ("budget.steps=null", f"budget.device_hours={20 / 3600}")
+    stopped = attempt(words("a", *hours), 2, Paced(SIGTERM, 40))
+    assert stopped.codes == [75, 75], stopped.text
+    first = read_metrics(tmp_path / "a")
+    again = attempt(words("a", *hours), 2, Paced(SIGTERM, NEVER))
+    assert again.codes == [0, 0], again.text
+    spent, budget = ledger.total([tmp_path / "a"]), 20 / 3600
     assert spent["attempts"] == 2 and spent["lost_flops"] == 0
-    assert spent["device_seconds"]["total"] > first["device_seconds"]["total"]
+    assert spent["device_seconds"]["total"] / 3600 <= budget
+    lines = read_metrics(tmp_path / "a")
+    shares = [line["progress"] for line in lines]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] > 0.97
+    steps = max(after - before for before, after in pairwise(shares))
+    assert shares[len(first)] - shares[len(first) - 1] < 0.1 and steps < 0.1
+
+
+def test_hours_warm_up_and_end_as_they_should(words: Words, tmp_path: Path) -> None:
+    """Whatever the start-up took; what was held back and not needed is said."""
+    options = ("budget.steps=null", f"budget.device_hours={6 / 3600}", "schedule.warmup=0.3")
+    ended = attempt(words("a", *options), strike=Paced(SIGTERM, NEVER))
+    assert ended.codes == [0], ended.text
+    rates = [line["lr"] / 3e-3 for line in read_metrics(tmp_path / "a") if "lr" in line]
+    assert 0 < rates[0] < 0.1 and max(rates) > 0.9 and 0 < rates[-1] < 0.1
+    reason = RunFolder(tmp_path / "a").status()["reason"]
+    assert re.fullmatch(
+        r"the budget is spent; [\d.e-]+ of 0\.00166667 device_hours was held back for evaluation and save"
+        " and not needed",
+        reason,
+    )
+    assert reason in ended.text
+
+
+def test_a_first_update_moves_the_weights(words: Words, tmp_path: Path) -> None:
+    finish(words("a", "budget.steps=1"))
+    (line,) = read_metrics(tmp_path / "a")
+    assert line["lr"] > 0
+
+
+def test_a_run_goes_on_by_the_rates_that_it_began_with(words: Words, tmp_path: Path) -> None:
+    """Of an older program's: the rate at the start of an update; no progress in its checkpoint."""
+    stopped = attempt(words("a", "budget.steps=8"), strike=Strike(SIGTERM, 4))
+    assert stopped.codes == [75], stopped.text
+    path = checkpoint.find(tmp_path / "a")
+    state = json.loads((path / "state.json").read_text())
+    del state["rules"], state["progress"]
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = digest(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    step = state["step"]
+    finish(words("a", "budget.steps=8"))
+    options = config.load(words("a")[0], words("a")[1:])
+    after = [line for line in read_metrics(tmp_path / "a") if line["step"] > step and "lr" in line]
+    wanted = [schedule.rate(options, (line["step"] - 1) / 8) for line in after]
+    assert after and [line["lr"] for line in after] == pytest.approx(wanted)
+
+
+# ---- what is refused leaves the run as it was ----------------------------------------------------
+
+CHANGES = {
+    "model.hidden_size=64": "model.hidden_size",
+    "optimizer.lr=0.5": "optimizer.lr",
+    "corpus.segment=7": "corpus.segment = 7",
+    "train.batch_size=7": "train.batch_size",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_refused_change_is_foreseen_and_leaves_the_status(
+    change: str, words: Words, tmp_path: Path
+) -> None:
+    run = tmp_path / "a"
+    finish(words("a"))
+    before, config_before = RunFolder(run).status(), (run / "config.yaml").read_bytes()
+    foreseen = attempt(words("a", "--dry-run", change))
+    assert foreseen.codes == [2] and CHANGES[change] in foreseen.text
+    assert RunFolder(run).status() == before
+    assert attempt(words("a", change)).codes == [2]
+    after = RunFolder(run).status()
+    said = after.pop("attempt")
+    assert after == before and (run / "config.yaml").read_bytes() == config_before
+    assert said["exit_code"] == 2 and CHANGES[change] in said["reason"] and said["time"] > before["time"]
+    verdict, reason = judge(run, "train", 1, before["time"] + 1e-6)
+    assert verdict == "stop" and CHANGES[change] in reason
+    finish(words("a", "budget.steps=9"))
+    assert "attempt" not in RunFolder(run).status()
+
+
+def test_the_status_follows_the_run(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "FOLLOW_SECONDS", 0.0)
+    run = build_here(words("a", "monitor.log_every=1", "checkpoint.every_minutes=null"), tmp_path / "a")
+    assert run.heldout
+    score, seen = run.heldout.score, []
+
+    def look(*args: Any) -> Any:
+        status = run.folder.status()
+        seen.append((status["state"], status["step"], run.step))
+        return score(*args)
+
+    monkeypatch.setattr(run.heldout, "score", look)
+    assert train.train(run) == 0
+    train.close(run)
+    assert seen and all(state == "running" and step == now for state, step, now in seen if now)
 
 
 def build_here(command: list[str], run: Path) -> Run:
@@ -141,12 +233,10 @@ def test_rate_follows_the_spent_share(
     monkeypatch.setattr(run.engine, "step", lambda lr: rates.append(lr) or step(lr))
     assert train.train(run) == 0
     train.close(run)
-    spent = [n * each / amount for n in range(amount // each + 1)]
-    scales = [schedule.scale(kind, progress, 0.3, 0.1) for progress in spent]
-    assert rates == pytest.approx([3e-3 * scale for scale in scales[:-1]], rel=1e-14)
-    # A line tells the rate of the update that follows it.
-    logged = [line["lr"] for line in read_metrics(tmp_path / "a")]
-    assert logged == pytest.approx([3e-3 * scale for scale in scales[1:]], rel=1e-14)
+    middles = [(n + 0.5) * each / amount for n in range(amount // each)]
+    scales = [schedule.scale(kind, progress, 0.3, 0.1) for progress in middles]
+    assert rates == pytest.approx([3e-3 * scale for scale in scales], rel=1e-14)
+    assert [line["lr"] for line in read_metrics(tmp_path / "a")] == rates  # what was used
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])
