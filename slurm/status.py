@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
+from pretrain.terminal import wrapped
 from slurm import scheduler
 from slurm.scheduler import Seen
 from tools.shared import journal
@@ -185,7 +186,7 @@ def text(table: list[Row]) -> str:
         for row in table
         if (said := "; ".join(words for words in (_tasks(row), row["message"]) if words))
     ]
-    return "\n".join([aligned(lines), *messages])
+    return "\n".join([aligned(lines, names=2), *map(wrapped, messages)])
 
 
 def _tasks(row: Row) -> str:

@@ -24,6 +24,7 @@ from pretrain import config
 from pretrain.data.tokenizer import SMALLEST
 from pretrain.errors import UserError
 from pretrain.files import write_atomic
+from pretrain.terminal import wrapped
 from slurm import scheduler, status
 from slurm.cluster import Cluster
 from slurm.freeze import freeze
@@ -110,7 +111,7 @@ def submit_run(args: argparse.Namespace) -> int:
         warn(str(error))
     sizing = size_line(form, [estimate]) + (epochs_of(planned) if "train" in stages else "")
     if args.dry_run:
-        print(sizing, file=sys.stderr)
+        print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show(files, args.json)
     run = Path(options.run.dir)
     refuse_live(run)
@@ -122,7 +123,7 @@ def submit_run(args: argparse.Namespace) -> int:
     if args.json:
         console.print_json(submitted)
         return 0
-    print(sizing)
+    print(wrapped(sizing))
     print(f"config, code, packages and sbatch files are frozen in {run / 'slurm'}")
     for before, job in zip([None, *submitted], submitted, strict=False):
         print(f"job {job['job']}: {job['stage']}" + (f", after job {before['job']}" if before else ""))
@@ -170,7 +171,7 @@ def submit_runs(args: argparse.Namespace) -> int:
     form, estimates = shape_of_all(runs, site, args)
     sizing = size_line(form, estimates)
     if args.dry_run:
-        print(sizing, file=sys.stderr)
+        print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show({"array": array_script(len(runs), args.output, site, form, args)}, args.json)
     if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
         print(f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table")
@@ -182,7 +183,7 @@ def submit_runs(args: argparse.Namespace) -> int:
         write_atomic(file, config.dump(settled(options)))
         commands.append(f'"$PYTHON" -m pretrain {shlex.quote(str(file))}')
     job = start_array(commands, args.output, site, form, args)
-    print(f"{sizing}\njob {job}: {len(runs)} runs; start the same again for the table, and to go on")
+    print(f"{wrapped(sizing)}\njob {job}: {len(runs)} runs; start the same again for the table, and to go on")
     return 0
 
 

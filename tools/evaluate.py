@@ -19,6 +19,7 @@ from pretrain.data.manifest import load_manifest, read_sources
 from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, Score
 from pretrain.model.late_mask import Batch, LateMaskModel
+from pretrain.terminal import wrapped
 from tools.shared import console
 from tools.shared.run_model import add_checkpoint_argument, load_model
 
@@ -147,15 +148,16 @@ def report(
         console.print_json(document)
         return
     bits = _bits(score.bits_per_byte)
-    print(
+    lines = [
         f"{name}: loss {score.loss:.4f} nats a token{bits}, accuracy {score.accuracy:.2%},"
         f" {score.predicted_tokens:,} tokens of {prefix} predicted ({score.mask_rate:.0%} masked)"
-    )
-    for source, each in sources.items():
-        print(
-            f"  {source}: loss {each['loss']:.4f}{_bits(each['bits_per_byte'])},"
-            f" accuracy {each['accuracy']:.2%}, {each['predicted_tokens']:,} tokens"
-        )
+    ]
+    lines += [
+        f"  {source}: loss {each['loss']:.4f}{_bits(each['bits_per_byte'])},"
+        f" accuracy {each['accuracy']:.2%}, {each['predicted_tokens']:,} tokens"
+        for source, each in sources.items()
+    ]
+    print(wrapped("\n".join(lines), indent=4))
 
 
 def _bits(bits: float | None) -> str:

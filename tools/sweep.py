@@ -30,6 +30,7 @@ from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
+from pretrain.terminal import wrapped
 from tools.shared import console
 from tools.shared.job_options import add_job_options, job_words
 from tools.shared.tables import aligned, write_table
@@ -210,7 +211,7 @@ def text(rows: list[dict[str, Any]]) -> str:
         shown = ["-" if value is None else format(value, how) for value, how in figures]
         lines.append([row["name"], row["method"] or "-", row["state"], *shown])
     refused = [f"{row['name']} was left out: {row['reason']}" for row in rows if row["state"] == "refused"]
-    return "\n".join([aligned(lines), *refused])
+    return "\n".join([aligned(lines), *map(wrapped, refused)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

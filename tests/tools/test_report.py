@@ -32,6 +32,7 @@ from pretrain.evaluate import HeldOut
 from pretrain.monitor import Monitor
 from pretrain.run_folder import RunFolder
 from tests.support.methods import METHODS, small
+from tests.support.terminal import on_terminal
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.report import __main__ as report
 from tools.report import pages as report_pages
@@ -624,6 +625,15 @@ def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> 
 )
 def test_large_numbers(value: float, text: str) -> None:
     assert report_pages._scientific(value) == text
+
+
+def test_tables_keep_to_a_narrow_terminal(pair: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tools.report", *pair, "--output", str(tmp_path / "out")]
+    screen = on_terminal(words, 80)
+    assert screen.code == 0, screen.raw
+    assert max(len(line) for line in screen.lines if not line.startswith(str(tmp_path))) <= 80
+    titles = " ".join(line for line in screen.lines if line.startswith("run "))
+    assert all(column.title in titles for table in report_pages.TABLES for column in table.columns)
 
 
 def test_a_terminal_shows_every_figure_within_its_width(pair: list[str]) -> None:

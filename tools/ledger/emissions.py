@@ -22,6 +22,7 @@ from pretrain.account import ledger
 from pretrain.account.budget import JOULES_PER_KWH
 from pretrain.account.energy import PARTS
 from pretrain.errors import UserError
+from pretrain.terminal import wrapped
 from tools.shared import console
 from tools.shared.tables import aligned
 
@@ -137,7 +138,7 @@ def _text(document: dict[str, Any]) -> str:
             f"\ncarbon: {document['kg_co2e']:.6f} kg CO2e at {place['grams_per_kwh']:g} g/kWh"
             f" ({place['country']}, {place['year']}; {place['source']})"
         )
-    return text
+    return wrapped(text)
 
 
 def _csv(found: list[dict[str, Any]], place: dict[str, Any] | None) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from pretrain.account import ledger
 from pretrain.errors import UserError
+from pretrain.terminal import wrapped
 from tools.shared import journal
 from tools.shared.tables import aligned
 
@@ -331,7 +332,7 @@ def _text(document: dict[str, Any], found: Sequence[Account]) -> str:
         )
     if missing := document["missing_jobs"]:
         notes.append(f"Slurm has no record that job {', '.join(missing)} began.")
-    return "\n".join([aligned(rows), *notes])
+    return "\n".join([aligned(rows, names=2), *map(wrapped, notes)])
 
 
 def _sums(found: Sequence[Account]) -> list[list[str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from pretrain.terminal import wrapped
 from tools.shared.tables import aligned
 
 Plan = dict[str, Any]
@@ -27,7 +28,7 @@ def text(plans: Sequence[Plan]) -> str:
     parts += _cautions(plans)
     if any(plan["vocab_size_from"] == "assumed" for plan in plans):
         parts.append(f"Vocabulary: {plans[0]['vocab_size']:,} pieces, assumed; model.vocab_size=N sets it.")
-    return "\n\n".join(parts)
+    return wrapped("\n\n".join(parts))
 
 
 def _cautions(plans: Sequence[Plan]) -> list[str]:
@@ -123,7 +124,7 @@ def scaling_text(plan: Plan) -> str:
         )
     title = f"{_name(plan)} on {plan['layout']['device']}, the fastest layout for each count."
     missing = _missing(plan["scaling_missing"])
-    return f"{title}\n\n{aligned(table)}\n{missing}\n{verdict(rows)}"
+    return wrapped(f"{title}\n\n{aligned(table)}\n{missing}\n{verdict(rows)}")
 
 
 def _missing(counts: Sequence[Plan]) -> str:
@@ -163,7 +164,7 @@ def methods_text(rows: Sequence[Plan], device: str | None) -> str:
         costs = [f"{row['relative'][name]:.3f}" for row in line for name in measures]
         table.append([f"{first['method']} {100 * first['rate']:.0f} %{masks}", *costs])
     where = f", time on one {device} estimated" if device else ""
-    return (
+    return wrapped(
         f"Cost of a sequence of {rows[0]['seq_length']} tokens against mlm at 15 %: token-layers, FLOPs\n"
         f"without and with the head{where};\n"
         f"first for {', then for '.join(sizes)}. * all [MASK], else 80/10/10.\n\n{aligned(table)}"

@@ -31,6 +31,7 @@ from pretrain.errors import UserError
 from pretrain.files import check_folder
 from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder
+from pretrain.terminal import wrapped
 from tools.report import pages as report_pages
 from tools.shared import console
 
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print_json(document)
     else:
         report_pages.show(document, sys.stdout)
-        print("\n".join([*(f"warning: {warning}" for warning in document["warnings"]), *map(str, written)]))
+        said = [*(f"warning: {warning}" for warning in document["warnings"]), *map(str, written)]
+        print(wrapped("\n".join(said)))
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import IO, Any, NamedTuple
 
+from pretrain import terminal
 from tools.shared import plots
 from tools.shared.tables import aligned
 
@@ -515,31 +516,13 @@ def show(document: dict[str, Any], stream: IO[str]) -> None:
 
 
 def _text_table(table: Table, runs: Sequence[Described]) -> str:
-    """In as many parts, one below the other, as it takes to keep within a terminal."""
-    names = ["run", *(plots.short(run["name"]) for run in runs)]
-    parts = [[names]]
-    for group in _groups(table):
-        cells = [[column.title, *(column.cell(run) for run in runs)] for column in group]
-        if len(parts[-1]) > 1 and _width([*parts[-1], *cells]) > TERMINAL:
-            parts.append([names])
-        parts[-1] += cells
-    return "\n\n".join(aligned(list(zip(*part, strict=True))) for part in parts)
-
-
-def _groups(table: Table) -> list[list[Column]]:
-    """Columns that are not torn apart: a cost and its ratio."""
-    groups: list[list[Column]] = []
-    for column in table.columns:
-        if column.title == VERSUS:
-            groups[-1].append(column)
-        else:
-            groups.append([column])
-    return groups
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    """Of columns as `aligned` writes them."""
-    return sum(max(map(len, cells)) + 2 for cells in columns) - 2
+    """In as many parts, one below the other, as it takes to keep within a terminal; a cost and its ratio
+    are not torn apart."""
+    columns = [["run", *(plots.short(run["name"]) for run in runs)]]
+    columns += [[column.title, *(column.cell(run) for run in runs)] for column in table.columns]
+    bound = [number for number, (title, *_) in enumerate(columns) if title == VERSUS]
+    width = min(TERMINAL, terminal.columns() or TERMINAL)
+    return aligned(list(zip(*columns, strict=True)), bound=bound, width=width)
 
 
 # ---- Markdown ------------------------------------------------------------------------------------

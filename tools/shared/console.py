@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pretrain import __version__
 from pretrain.errors import UserError
 from pretrain.files import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -251,6 +254,15 @@ def write(path: Path, content: str | bytes) -> None:
     write_whole(path, content.encode() if isinstance(content, str) else content)
 
 
+def _below(console: "Console") -> dict[str, Any]:
+    """Return how a bar behaves: below what is printed meanwhile, as wide as the terminal, gone when it ends.
+
+    In a log, which no bar has moved in, its last state stays. What goes into a pipe goes there at once.
+    """
+    shared = {"transient": console.is_terminal, "expand": console.is_terminal}
+    return {"console": console, **shared, "redirect_stdout": sys.stdout.isatty()}
+
+
 @contextmanager
 def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on standard error; yields the function that takes bytes
@@ -267,8 +279,8 @@ def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Call
         TransferSpeedColumn,
     )
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, **_below(Console(stderr=True))) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done: bar.advance(task, done)
 
@@ -295,9 +307,9 @@ def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]
                 f"{task.speed:.1f} {unit}/s" if task.speed >= 1 else f"{60 * task.speed:.1f} {unit}/min"
             )
 
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (BarColumn(None), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     # Things may take minutes each: without a few of them in view there would be no time left to show.
-    bar = Progress("{task.description}", *columns, console=Console(stderr=True), speed_estimate_period=600)
+    bar = Progress("{task.description}", *columns, **_below(Console(stderr=True)), speed_estimate_period=600)
     with bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
