@@ -10,18 +10,19 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from pretrain import __version__, config
+from pretrain import __version__, config, streams
 from pretrain.account import budget, flops
 from pretrain.config import Config
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
+from pretrain.files import check_name
 from pretrain.signals import Signals
 from pretrain.terminal import wrapped
 
@@ -123,10 +124,17 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        for word in (args.config, *args.overrides):
+            check_name(word)
         options = config.load(args.config, args.overrides)
         return _dry_run(options) if args.dry_run else _run(options, args.local_rank)
     except UserError as error:
         return _say(error)
+    except OSError as error:
+        code, reason = _verdict(error, None)
+        if code == DEFECT:
+            raise
+        return _say(UserError(reason))
 
 
 def _say(error: UserError) -> int:
@@ -225,10 +233,7 @@ def leave(code: int) -> NoReturn:
     All that a run has is closed by then; threads of the libraries (gloo's, OpenMP's, TensorBoard's) can hang
     or abort an interpreter that is being taken apart.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
+    os._exit(streams.finish(code))
 
 
 def _say_end(path: Path, reason: str, code: int) -> None:
@@ -251,4 +256,5 @@ def _verdict(error: BaseException, signal: str | None) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     leave(main())

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,17 @@ def mend(path: Path) -> bytes:
     if whole < len(data):
         os.truncate(path, whole)
     return data[whole:]
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name whose bytes are no characters here: no manifest or config could hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{ascii(name)}: not {sys.getfilesystemencoding()}; rename it, or set LC_ALL to the locale it"
+            " was named in"
+        ) from error
 
 
 def check_folder(folder: str | Path) -> None:

@@ -108,7 +108,7 @@ def _source(path: Path, text: str) -> dict[str, str]:
         'set -e; . /dev/stdin; LAUNCH="${SRUN[*]} ${WRAP[*]}"; for name; do printf "%s\\0" "${!name}"; done'
     )
     command = ["bash", "-c", script, str(path.absolute()), *names, "LAUNCH"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
     return dict(zip([*names, "LAUNCH"], done.stdout.split("\0"), strict=False))

@@ -96,6 +96,6 @@ def _why(done: "subprocess.CompletedProcess[str]") -> str:
 
 def _run(command: list[str], environ: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, env=environ)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environ)
     except FileNotFoundError:
         raise UserError(f"{command[0]}: no such command; run this where Slurm is, or use --dry-run") from None

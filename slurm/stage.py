@@ -7,6 +7,7 @@ Copies are named by the corpus's fingerprint. The manifest is written last, afte
 and compared with its checksums. A copy that is there is compared again, and replaced where it differs.
 """
 
+import glob
 import os
 import shutil
 import sys
@@ -42,7 +43,7 @@ def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
             if (file := corpus_file(partial, extension)).exists():
                 os.replace(file, corpus_file(target, extension))
     finally:
-        for file in folder.glob(f"{partial.name}.*"):
+        for file in folder.glob(f"{glob.escape(partial.name)}.*"):
             file.unlink()
     return target, True
 

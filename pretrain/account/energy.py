@@ -108,11 +108,11 @@ class RaplZone:
 
     def __init__(self, folder: Path, part: str) -> None:
         self._folder, self.part = folder, part
-        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._range = int((folder / "max_energy_range_uj").read_text(encoding="utf-8"))
         self._joules, self._last = 0.0, self._count()
 
     def _count(self) -> int:
-        return int((self._folder / "energy_uj").read_text())
+        return int((self._folder / "energy_uj").read_text(encoding="utf-8"))
 
     def read(self) -> float:
         count = self._count()
@@ -126,7 +126,7 @@ def open_host(powercap: Path) -> list[Sensor]:
     found: list[Sensor] = []
     for folder in sorted(powercap.glob("intel-rapl:*")):  # AMD's too
         try:
-            name = (folder / "name").read_text().strip()
+            name = (folder / "name").read_text(encoding="utf-8").strip()
             if name.startswith("package") or name == "dram":
                 found.append(RaplZone(folder, "ram" if name == "dram" else "cpu"))
         except (OSError, ValueError):
@@ -147,7 +147,7 @@ def host_share(environ: Mapping[str, str] = os.environ) -> float:
 def host_name() -> str:
     """What tells this host from all others."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return os.uname().nodename
 

@@ -82,7 +82,8 @@ _IMPORTED = now()
 def process_start() -> float:
     """Unix time at which this process started; without /proc, at which this module was imported."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")  # the name is any bytes
+        fields = text.rpartition(")")[2].split()
         ticks = int(fields[19])  # field 22 of proc(5): clock ticks after boot
         return now() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
     except OSError:

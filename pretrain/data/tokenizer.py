@@ -400,7 +400,7 @@ def _train(lines: Iterator[str], kind: str, vocab_size: int) -> bytes:
     }
     for i, name in enumerate(("bos", "pad", "eos", "unk")):
         options |= {f"{name}_id": i, f"{name}_piece": SPECIALS[i]}
-    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as rules:
         rules.writelines(f"{point:X}\t20\n" for point in SPACES)
         rules.flush()
         options["normalization_rule_tsv"] = rules.name

@@ -148,7 +148,9 @@ def job_end(environ: Mapping[str, str]) -> float | None:
     command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--format=%e"]
     environ = {**environ, "SLURM_TIME_FORMAT": "standard"}
     try:  # before 23.02 Slurm did not set the variable
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environ).stdout
+        found = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, env=environ
+        ).stdout
         return datetime.fromisoformat(found.strip()).timestamp()
     except (OSError, subprocess.TimeoutExpired, ValueError):  # in a container; no answer; no limit
         return None

@@ -85,7 +85,7 @@ class Topology:
         """The text of every rank, on every rank."""
         if self.flags is None:
             return [text]
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")
         (size,) = self.agree([len(data)])
         padded = torch.tensor(list(data.ljust(size, b"\0")), dtype=torch.uint8)
         texts = [torch.empty_like(padded) for _ in range(self.world_size)]
@@ -96,7 +96,7 @@ class Topology:
         """The text of rank `source`, on every rank."""
         if self.flags is None:
             return text
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        data = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8)
         (size,) = self.agree([len(data) if self.rank == source else 0])
         if self.rank != source:
             data = torch.empty(size, dtype=torch.uint8)

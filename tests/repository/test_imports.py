@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 LAW = [
     ("errors", "terminal"),
     ("files",),
+    ("streams",),
     ("signals",),
     ("provenance",),
     ("config",),

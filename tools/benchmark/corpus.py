@@ -337,7 +337,9 @@ class Bench:
         if plain:
             hidden = self.folder / "hidden"
             hidden.mkdir(exist_ok=True)
-            (hidden / "fastokens.py").write_text("raise ImportError('hidden, to measure without')\n")
+            (hidden / "fastokens.py").write_text(
+                "raise ImportError('hidden, to measure without')\n", encoding="utf-8"
+            )
             environ["PYTHONPATH"] = os.pathsep.join([str(hidden), *filter(None, [environ.get("PYTHONPATH")])])
         done = self._python(_LARGEST, *map(str, [*words, "--workers", 2]), environ=environ)
         packages = ["sentencepiece", "tokenizers", *([] if plain else ["fastokens"])]
@@ -350,7 +352,8 @@ class Bench:
             [sys.executable, "-W", "ignore", "-c", code, *arguments],
             check=True,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environ,
         )
 

@@ -161,12 +161,12 @@ def _peak_on_cpu(name: str, shape: tuple[int, int, int], precision: str, threads
 
 def growth(work: Callable[[], object]) -> float:
     """MB by which this process's resident memory grows at its worst while `work` runs (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6

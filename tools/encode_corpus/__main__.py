@@ -261,7 +261,7 @@ def collect_rejected(parts: Sequence[Part], output: str, replace: bool) -> int:
     """
     path, partial = _rejected_files(output)
     try:
-        with named(path), partial.open("w", encoding="utf-8") as target:
+        with named(path), partial.open("w", encoding="utf-8", errors="backslashreplace") as target:
             total = _copy_rejected(parts, target)
         refuse_foreign_rejected(output)
         if path.exists() and not replace and not filecmp.cmp(path, partial, shallow=False):
@@ -438,7 +438,7 @@ def _claim(folder: Path, args: Namespace) -> TextIO:
     """Make the folder and lock it for as long as this process lives; the open lock."""
     _refuse_existing(args, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open("w")
+    lock = (folder / LOCK).open("w", encoding="utf-8")
     if not try_lock(lock, folder):
         raise UserError(f"{folder}: another encode_corpus is at work there; wait for it")
     if not _was_joining(args, folder):

@@ -225,7 +225,8 @@ class Encoder:
         self.text.counts.clear()
         with ExitStack() as stack:
             sides = [_Side(part + side, self, stack) for side in self.job.sides]
-            rejected = stack.enter_context(open(f"{part}.rejected", "w", encoding="utf-8"))
+            lines = Path(f"{part}.rejected")
+            rejected = stack.enter_context(lines.open("w", encoding="utf-8", errors="backslashreplace"))
             for batch in reader.read((piece + 1) * task.step):
                 groups: list[list[Document]] = [[] for _ in sides]
                 for item in batch.items:

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
 
+from pretrain import streams
 from pretrain.errors import UserError
 from tools.encode_corpus.parts import Encoder, Job, Task, stop_file
 
@@ -62,6 +63,7 @@ _done: Any
 
 def _start_worker(job: Job, done: Any) -> None:
     global _encoder, _done
+    streams.prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent cleans up
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _encoder, _done = Encoder(job), done

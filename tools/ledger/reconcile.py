@@ -151,7 +151,9 @@ def allocations(jobs: Sequence[str]) -> tuple[str, list[Allocation]]:
 def _ask(command: Sequence[str], environ: dict[str, str]) -> tuple[str, str]:
     """Output and the last line of complaint."""
     try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=environ, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except FileNotFoundError:
         return "", f"{command[0]}: no such command"
     except subprocess.TimeoutExpired:

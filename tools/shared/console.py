@@ -5,6 +5,8 @@ Standard output carries the result and nothing else; progress and errors go to s
 """
 
 import argparse
+import codecs
+import itertools
 import json
 import math
 import os
@@ -16,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pretrain import __version__
+from pretrain import __version__, streams
 from pretrain.errors import UserError
-from pretrain.files import write_whole
+from pretrain.files import check_name, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,20 +35,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A Ctrl-C or SIGTERM unwinds the stack, so that half-written files are removed on the way out.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    streams.prepare()
     try:
         code = main() or 0
-        sys.stdout.flush()
+    except SystemExit as end:  # --help, or SIGTERM
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         code = fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:  # a full disk, a missing permission
         code = fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
-    sys.exit(code)
+    sys.exit(streams.finish(code))
 
 
 @contextmanager
@@ -69,9 +70,24 @@ def fail(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([at_home(word) for word in words], namespace)
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        """Return the words, with those of @FILEs; a file whose own name begins with an @ is no list.
+
+        The bytes of a line are those that a command would have: argparse reads them by the locale.
+        """
+        words = list[str]()
+        for word in map(at_home, arg_strings):
+            check_name(word)
+            if not word.startswith("@") or os.path.exists(word):
+                words.append(word)
+                continue
+            try:
+                text = os.fsdecode(Path(word[1:]).read_bytes().removeprefix(codecs.BOM_UTF8))
+            except OSError as error:
+                self.error(f"{word}: {error.strerror}")
+            found = [self.convert_arg_line_to_args(line) for line in re.split("\r\n|\n|\r", text)]
+            words += self._read_args_from_files(list(itertools.chain(*found)))
+        return words
 
     def error(self, message: str) -> NoReturn:
         """One line, as for any other mistake; argparse would print its usage before it."""
@@ -79,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """A blank line of an @FILE says nothing."""
-        return [at_home(arg_line)] if arg_line.strip() else []
+        return [arg_line] if arg_line.strip() else []
 
 
 def at_home(word: str) -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pretrain.errors import UserError
-from pretrain.files import named
+from pretrain.files import check_name, named
 from tools.shared import console
 
 Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
@@ -30,22 +31,34 @@ _DATASET_SPLITS = "dataset_dict.json"
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files named by `patterns`: files, folders (all they hold), Hugging Face datasets, globs.
 
-    In the order given; what one of them names is sorted. Files of other kinds in a folder are left
-    out, named directly they are an error. Left out too: hidden files, .json, and what a job writes.
+    In the order given; what one of them names is sorted. A name that exists is that file or folder, also
+    where it could be a pattern. Files of other kinds in a folder are left out, named directly they are an
+    error. Left out too: hidden files, .json, and what a job writes.
     """
     files: list[Path] = []
     for pattern in patterns:
         if not pattern.strip():
             raise UserError("--input: an empty name; it takes files, folders, patterns and @lists")
-        for match in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+        for match in _matches(pattern):
             path = Path(match)
             files += _folder_files(path) if path.is_dir() else [path]
     for file in files:
         if not file.exists() or file.is_dir():
             raise UserError(f"{file}: no such file; --input takes files, folders, patterns and @lists")
         file_unit(file, "line")
+        check_name(str(file.resolve()))
     console.refuse_twice(map(str, files), "file")
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what a pattern finds, sorted, or itself; as much of it as exists is a name and no pattern."""
+    path = Path(pattern)
+    exists = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    rest = str(path.relative_to(exists))
+    if exists == path:
+        return [pattern]
+    return sorted(glob.glob(os.path.join(glob.escape(str(exists)), rest), recursive=True)) or [pattern]
 
 
 def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
