@@ -14,6 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from pretrain.errors import UserError
+from tools.shared import console
 from tools.text import readers as text_files
 from tools.text.files import Unit, find_files
 from tools.text.readers import Document, Rejected, cut, open_reader
@@ -273,3 +274,111 @@ def test_an_empty_name_is_not_the_current_folder(
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="an empty name"):
         find_files(["a.txt", name])
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wiki[1].jsonl", "wiki1.jsonl", "g[1]/a.jsonl", "g1/a.jsonl", "@a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for base in ("", f"{tmp_path}/"):
+        for name in ("wiki[1].jsonl", "g[1]", "g[1]/*.jsonl", "g[1]/**/a.jsonl"):
+            found = find_files([base + name])
+            assert [str(file).partition("[")[1] for file in found] == ["["]
+        assert len(find_files([f"{base}wiki*.jsonl"])) == 2
+        assert find_files([f"{base}wiki[12].jsonl"]) == [Path(f"{base}wiki1.jsonl")]
+    parser = console.parser("test", "")
+    parser.add_argument("names", nargs="+")
+    assert parser.parse_args(["@a.txt", f"@{tmp_path}/@a.txt"]).names == ["@a.txt"]
+
+
+def write_table(table: pyarrow.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=70)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+
+
+def unchecked(values: list[bytes | None]) -> pyarrow.Array:
+    """Strings that may be no UTF-8, as another writer leaves them."""
+    return pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_bad_rows_are_told_like_bad_lines(name: str, tmp_path: Path) -> None:
+    texts: list[bytes | None] = [b"good"] * 200
+    sources: list[bytes | None] = [b"a/b"] * 200
+    texts[3], texts[100], sources[101] = b"caf\xe9", None, b"\xff/x"
+    table = pyarrow.table({"text": unchecked(texts), "source": unchecked(sources)})
+    write_table(table, tmp_path / name)
+    items = whole(tmp_path / name)
+    bad = [item for item in items if isinstance(item, Rejected)]
+    assert len(items) == 200
+    assert [str(item).removeprefix(f"{tmp_path}/{name}") for item in bad] == [
+        ":4: 'text' is not UTF-8 (byte 3)",
+        ":101: 'text' is not a string but NoneType",
+        ":102: 'source' is not UTF-8 (byte 0)",
+    ]
+    assert [item.content for item in bad] == [r"caf\xe9", "None", "good"]
+    assert [item for piece in by_pieces(tmp_path / name, "row", 1) for item in piece] == items
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+@pytest.mark.parametrize("column", [pyarrow.array([5, None]), pyarrow.array([b"x", b"y"]), pyarrow.nulls(2)])
+def test_a_column_of_another_type(name: str, column: pyarrow.Array, tmp_path: Path) -> None:
+    write_table(pyarrow.table({"text": column}), tmp_path / name)
+    assert [item.line for item in whole(tmp_path / name) if isinstance(item, Rejected)] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), "dictionary"])
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_all_kinds_of_strings(name: str, kind, tmp_path: Path) -> None:
+    column = pyarrow.array(["a", "b", "a"])
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    write_table(pyarrow.table({"text": column}), tmp_path / name)
+    assert [item.text for item in whole(tmp_path / name)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_damaged_page_names_its_file(checked: bool, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"row {i} " * 50 for i in range(300)]})
+    path = tmp_path / "t.parquet"
+    compression = "none" if checked else "snappy"
+    parquet.write_table(
+        table, path, compression=compression, write_page_checksum=checked, use_dictionary=False
+    )
+    data = bytearray(path.read_bytes())
+    for i in range(2000, 2040):
+        data[i] ^= 0x55
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"t.parquet: damaged or truncated .*; copy it again"):
+        whole(path)
+
+
+def test_an_arrow_stream_must_end(tmp_path: Path) -> None:
+    """And nothing may come after it, for that would not be read."""
+    path = tmp_path / "t.arrow"
+    write_arrow_stream(path)
+    data = path.read_bytes()
+    for bad in (data[:-8], data + data):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"t.arrow: damaged or truncated .*stream"):
+            whole(path)
+
+
+def test_offsets_beyond_the_text_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "t.arrow"
+    write_table(pyarrow.table({"text": ["some", "words", "here"]}), path)
+    data = path.read_bytes()
+    offsets = b"".join(n.to_bytes(4, "little") for n in (0, 4, 9, 13))
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, offsets[:4] + (1 << 30).to_bytes(4, "little") + offsets[8:]))
+    with pytest.raises(UserError, match=r"t.arrow: damaged or truncated"):
+        whole(path)
+
+
+def test_half_of_a_pair_in_the_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good", "source": "\\ud800"}\n')
+    (bad,) = whole(tmp_path / "a.jsonl")
+    assert isinstance(bad, Rejected) and bad.reason == "half of a surrogate pair in 'source'"

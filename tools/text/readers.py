@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pretrain.errors import UserError
-from tools.text.arrow import ArrowTable, ParquetTable
+from tools.text.arrow import ArrowTable, ParquetTable, Unreadable, values
 from tools.text.compression import decompressed
 from tools.text.files import Unit, file_unit, is_compressed
 
@@ -106,16 +106,22 @@ class Reader(ABC):
 
     def _document(self, line: int, text: Any, source: Any) -> Document | Rejected:
         """A text of a JSON line or of a row."""
+        for key, value in ((self.text_key, text), ("source", source)):
+            if isinstance(value, Unreadable):
+                content = value.content if value is text else str(text)
+                return Rejected(str(self.path), line, f"{key!r} is {value.reason}", content[:_EXCERPT])
         if not isinstance(text, str):
             reason = f"{self.text_key!r} is not a string but {type(text).__name__}"
             return Rejected(str(self.path), line, reason, str(text)[:_EXCERPT])
         try:
-            utf8 = text.encode()
-        except UnicodeEncodeError:
-            return Rejected(str(self.path), line, "half of a surrogate pair in the text", ascii(text))
+            utf8, source = text.encode(), source if isinstance(source, str) else None
+            (source or "").encode()
+        except UnicodeEncodeError as error:
+            place = "the text" if error.object == text else "'source'"
+            return Rejected(str(self.path), line, f"half of a surrogate pair in {place}", ascii(text))
         if len(utf8) > self.max_bytes:
             return self._too_long(line, utf8)
-        return Document(text, utf8, source if isinstance(source, str) else None)
+        return Document(text, utf8, source)
 
     def _too_long(self, line: int, data: bytes) -> Rejected:
         content = data[:_EXCERPT].decode(errors="backslashreplace")
@@ -311,10 +317,8 @@ class _TableReader(Reader):
         number = 1
         for group in range(self._at, min(self.groups, self.groups if stop is None else stop)):
             for rows in self._table.read(group, self._columns):
-                texts = rows.column(self.text_key).to_pylist()
-                sources = (
-                    rows.column("source").to_pylist() if "source" in self._columns else [None] * len(texts)
-                )
+                texts = values(rows.column(self.text_key))
+                sources = values(rows.column("source")) if "source" in self._columns else [None] * len(texts)
                 pairs = zip(texts, sources, strict=True)
                 items = [self._document(number + i, *pair) for i, pair in enumerate(pairs)]
                 yield Batch(items, len(items), 0)
