@@ -627,6 +627,15 @@ def test_large_numbers(value: float, text: str) -> None:
     assert report_pages._scientific(value) == text
 
 
+def test_a_budget_names_the_other_run_without_its_path(pair: list[str]) -> None:
+    document = report.gather(pair)
+    document["runs"][0]["name"] = "<b>&"
+    document["runs"][0]["budget"]["relative_to"] = f"0.5 of {'deep/' * 30}<i>query"
+    page = report_pages.html(document)
+    assert "(0.5 of &lt;i&gt;query)</td>" in page and "deep/" not in page
+    assert '<td class="long">' in page and "<b>&" not in page
+
+
 def test_tables_keep_to_a_narrow_terminal(pair: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tools.report", *pair, "--output", str(tmp_path / "out")]
     screen = on_terminal(words, 80)

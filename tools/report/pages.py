@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 
 from pretrain import terminal
@@ -38,6 +39,8 @@ class Table(NamedTuple):
 NONE = "-"
 VERSUS = "vs mlm"
 """Title of the columns with the ratio of the cost before."""
+LONG = 16
+"""Letters from which on a cell of a page is broken between words."""
 TERMINAL = 100
 """Letters of a line that a table for a terminal keeps to."""
 
@@ -91,7 +94,9 @@ def _devices(run: Described) -> str:
 def _budget(run: Described) -> str:
     budget = run["budget"]
     words = f"{_scientific(budget['total'])} {_UNITS[budget['unit']]}"
-    return f"{words} ({budget['relative_to']})" if budget["relative_to"] else words
+    share, _, other = (budget["relative_to"] or "").partition(" of ")
+    # The name alone: a whole path would push other columns off the page.
+    return f"{words} ({share} of {plots.short(PurePath(other).name)})" if other else words
 
 
 def _left(run: Described) -> str:
@@ -575,6 +580,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th { font-weight: 600; }
+td.long { white-space: normal; min-width: 8rem; }
 thead th { font-size: .875rem; color: var(--faint); vertical-align: bottom; }
 th:first-child { position: sticky; left: 0; background: var(--page); padding-left: 0; text-align: left; }
 th span { display: inline-block; width: max-content; max-width: 9rem; white-space: normal;
@@ -619,7 +625,7 @@ def _html_table(table: Table, runs: Sequence[Described]) -> str:
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in table.columns)
     rows = [
         f'<tr><th scope="row"><span>{escape(run["name"])}</span></th>'
-        + "".join(f"<td>{escape(column.cell(run))}</td>" for column in table.columns)
+        + "".join(map(_html_cell, (column.cell(run) for column in table.columns)))
         + "</tr>"
         for run in runs
     ]
@@ -630,6 +636,12 @@ def _html_table(table: Table, runs: Sequence[Described]) -> str:
             "</tbody>\n</table>\n</div>",
         ]
     )
+
+
+def _html_cell(text: str) -> str:
+    """A cell; a long one may go on in a second line."""
+    kind = ' class="long"' if len(text) > LONG else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _html_figures(runs: Sequence[Described], measures: Sequence[Measure], axes: Sequence[Axis]) -> str:
