@@ -35,7 +35,7 @@ from pretrain.files import check_folder
 from tools.encode_corpus.parts import file_state, held_out, refuse_changed
 from tools.shared import console
 from tools.text.files import find_files, spool_stdin
-from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader
+from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader, suspicions
 
 _HELD_OUT = 0.01
 """Share of the documents that measure; those of `encode_corpus --holdout 0.01` too."""
@@ -81,6 +81,8 @@ class Text:
                     for batch in reader.read(None):
                         yield from filter(None, map(self._checked, batch.items))
                         advance(batch.disk_bytes)
+                    for text in suspicions(reader.seen):
+                        print(f"warning: {file}: {text}", file=sys.stderr)
                 refuse_changed(file, state)
 
     def _checked(self, item: Document | Rejected) -> Document | None:
@@ -190,7 +192,7 @@ def _train(args: Namespace) -> dict[str, Any]:
     used = sum(len(text.encode()) for text in texts)
     about = {"version": __version__, "documents": len(texts), "bytes_used": used, "bytes": total}
     with console.signals_kill():
-        print(f"training on {len(texts):,} documents, {used / 1e6:,.1f} MB: shows no bar", file=sys.stderr)
+        print(f"training on {len(texts):,} documents, {used / 1e6:,.1f} MB of text", file=sys.stderr)
         reserved: Counter[str] = Counter()
         tokenizer = train_sentencepiece(texts, args.output, args.kind, args.vocab_size, about, reserved)
     report = _about(args.output, tokenizer) | about | {"reserved": dict(reserved)}

@@ -87,3 +87,10 @@ def test_a_demo_tells_mistakes_before_its_first_step(words: list[str], tmp_path:
     with pytest.raises(UserError):
         demo.main(["--home", str(tmp_path), *words])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_of_finished_work_is_full(capfd: pytest.CaptureFixture[str]) -> None:
+    with console.progress("read", 2000) as advance:
+        advance(1200)
+    told = capfd.readouterr().err
+    assert "2.0/2.0 kB" in told and "?" not in told

@@ -11,6 +11,7 @@ import pytest
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.files import check_name
+from tools.encode_corpus import __main__ as encode_corpus
 from tools.shared import console
 from tools.text.files import find_files
 
@@ -174,3 +175,36 @@ def test_a_key_that_no_file_can_hold(tiny: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     (line,) = (tmp_path / "c.rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert "no key 'text'" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("data", "suspicion"),
+    [
+        ("some words\n\nand others\n".encode("utf-16-le"), "NUL: UTF-16 without a byte order mark?"),
+        (
+            "\u0441\u043b\u043e\u0432\u043e \u0435\u0449\u0451 \u043e\u0434\u043d\u043e".encode("utf-16-le"),
+            "NUL: UTF-16 without",
+        ),
+        (b"one line\rand another\r\ra third\r", "4 carriage returns without a line feed"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_text_that_is_another_kind_is_told(
+    data: bytes, suspicion: str, workers: str, tiny: Path, tmp_path: Path, capfd
+):
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.txt").write_bytes(b"good\r\n\r\ntext\n")
+    words = [
+        "--input",
+        str(tmp_path),
+        "--tokenizer",
+        str(tiny / "tokenizer"),
+        "--output",
+        str(tmp_path / "c"),
+    ]
+    encode_corpus.main([*words, "--workers", workers])
+    told = capfd.readouterr().err
+    assert told.count("warning: ") == 1 and suspicion in told
+    (kept,) = load_manifest(tmp_path / "c").history["suspicions"]
+    assert kept.startswith(f"{tmp_path}/a.txt: ") and suspicion in kept
+    assert "? 0:00:00" not in told

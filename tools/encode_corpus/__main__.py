@@ -67,7 +67,7 @@ from tools.encode_corpus.workers import run_tasks
 from tools.shared import console
 from tools.shared.corpus import summary
 from tools.text.files import STDIN, find_files, is_compressed, spool_stdin
-from tools.text.readers import MAX_DOCUMENT_BYTES, Rejected, cut
+from tools.text.readers import MAX_DOCUMENT_BYTES, Rejected, cut, suspicions
 from tools.text.special import literal_ids
 
 _PIECES = 256
@@ -330,6 +330,14 @@ def refuse_lost(output: str, kept: int, duplicates: int, rejected: int, read: in
         )
 
 
+def find_suspicions(parts: Sequence[Part], names: Sequence[str]) -> list[str]:
+    """Return what inputs may be instead of what they were read as, one line for each."""
+    seen = [Counter[str]() for _ in names]
+    for part in parts:
+        seen[part.file].update(load_manifest(part.prefix).history.get("seen", {}))
+    return [f"{name}: {text}" for name, each in zip(names, seen, strict=True) for text in suspicions(each)]
+
+
 def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
     """Parts -> corpora; the report."""
     parts = list_parts(tasks, job)
@@ -361,6 +369,10 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
     literals = count_literals(parts)
     history |= {"literals": literals, "map_literal": job.map_literal} if literals or job.map_literal else {}
     names = [input_name(job, file) for file in files]
+    if doubts := find_suspicions(parts, names):
+        history["suspicions"] = doubts
+        for text in doubts:
+            print(f"warning: {text}", file=sys.stderr)
     inputs = [
         InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
         for name, file in zip(names, files, strict=True)

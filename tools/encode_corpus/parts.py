@@ -223,6 +223,7 @@ class Encoder:
         counts = {"lines": 0, "read": 0, "rejected": 0, "disk_bytes": 0}
         began = reader.at
         self.text.counts.clear()
+        reader.seen.clear()
         with ExitStack() as stack:
             sides = [_Side(part + side, self, stack) for side in self.job.sides]
             lines = Path(f"{part}.rejected")
@@ -248,7 +249,7 @@ class Encoder:
             refuse_changed(task.path, task.state)
             for side in reversed(sides):  # the training part last: it says that all is there
                 about = {"identity": identity(self.job, task, piece), "literals": dict(self.text.counts)}
-                side.finish(about | counts | span)
+                side.finish(about | counts | span | {"seen": dict(reader.seen)})
 
     def _reject(self, item: Rejected, reader: Reader, file: TextIO) -> None:
         item = item._replace(path=input_name(self.job, reader.path))

@@ -291,14 +291,21 @@ def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Call
         BarColumn,
         DownloadColumn,
         Progress,
+        Task,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, **_below(Console(stderr=True))) as bar:
+    class Rate(TransferSpeedColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.finished_speed or task.speed else Text("")
+
+    columns = (BarColumn(), DownloadColumn(), Rate(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done: bar.advance(task, done)
+        bar.update(task, completed=total_bytes)  # what readers ahead of themselves have not told
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import json
 import lzma
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -56,6 +57,18 @@ class Rejected(NamedTuple):
         return f"{self.path}:{self.line}: {self.reason}"
 
 
+def suspicions(seen: Mapping[str, int]) -> list[str]:
+    """Return what a file's text may be instead, from `Reader.seen` of all of it."""
+    found = []
+    if seen.get("nul", 0) * 50 > seen.get("bytes", 0):
+        found.append(
+            f"{seen['nul'] / seen['bytes']:.0%} of its bytes are NUL: UTF-16 without a byte order mark?"
+        )
+    if seen.get("cr", 0) > seen.get("lf", 0):
+        found.append(f"{seen['cr']:,} carriage returns without a line feed, which end no line: old Mac text?")
+    return found
+
+
 class Batch(NamedTuple):
     """Consecutive documents of one piece."""
 
@@ -76,6 +89,8 @@ class Reader(ABC):
     def __init__(self, path: Path, text_key: str, max_bytes: int) -> None:
         self.path, self.text_key, self.max_bytes = path, text_key, max_bytes
         self._at = 0
+        self.seen: Counter[str] = Counter()
+        """Of the text read so far: its bytes, and those that make one suspicious."""
 
     @property
     def at(self) -> int:
@@ -179,6 +194,7 @@ class _TextReader(Reader):
             data, lines, cut = self._block(size)
             if not data:
                 return
+            self._look_at(data)
             items = list(self._parse(data.removeprefix(_BOM) if first else data, number, cut))
             yield Batch(items, lines, self._raw.tell() - disk)
             number += lines
@@ -186,6 +202,10 @@ class _TextReader(Reader):
     def lines_before(self) -> int:
         with _TextReader(self.path, self.unit, self.text_key, self.max_bytes) as other:
             return other._skip(self._began)
+
+    def _look_at(self, data: bytes) -> None:
+        alone = data.count(b"\r") - data.count(b"\r\n")
+        self.seen.update(bytes=len(data), nul=data.count(0), cr=alone, lf=data.count(b"\n"))
 
     def _block(self, size: int) -> tuple[bytes, int, bool]:
         """`size` bytes and what is missing to the end of a document, at most max_bytes of it; lines
