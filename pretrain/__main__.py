@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 
 from pretrain import __version__, config, streams
-from pretrain.account import budget, flops
+from pretrain.account import budget, epochs, flops
 from pretrain.config import Config
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
@@ -143,6 +143,11 @@ def _say(error: UserError) -> int:
     return USER
 
 
+def _warn_of_epochs(options: Config) -> None:
+    if text := epochs.warning(epochs.epochs(options)):
+        logging.warning("warning: %s", text)
+
+
 def _dry_run(options: Config) -> int:
     import torch
 
@@ -157,6 +162,7 @@ def _dry_run(options: Config) -> int:
     given = options
     options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
     refuse_changes(given.model_copy(update={"model": options.model}), data)
+    _warn_of_epochs(options)
     phases = config.phases(options)
     budget.check(options)
     check_start(options, data)
@@ -199,6 +205,7 @@ def _run(options: Config, local_rank: int | None) -> int:
         run = build(options, topology, folder, signals)
         if topology.is_main:
             logging.info(wrapped(plan(run.config, topology.data_size, run.blend), sys.stderr, indent=12))
+            _warn_of_epochs(run.config)
             if run.step:
                 logging.info("continues   from step %d", run.step)
         with run.monitor or nullcontext():  # whatever happens, its bar is gone before anything is said of it

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import checkpoint, config, continuing
-from pretrain.account import budget
+from pretrain.account import epochs
+from pretrain.account.budget import MEASURED
 from pretrain.config import Config
 from pretrain.data.corpora import open_data, tokenizer_folder
 from pretrain.data.indexed import corpus_file
@@ -189,20 +190,14 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
     return words
 
 
-def epochs_of(options: Config) -> str:
-    """How often a run reads its corpora, as far as they are there and the budget tells."""
-    options = plan_estimate.with_vocabulary(options)[0]
-    spent = budget.Budget(options)
-    try:
-        tokens = sum(load_manifest(prefix).tokens for _, prefix in options.corpus.blend)
-    except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
-        return ""
-    if spent.measured or not tokens:
-        return ""
-    k = options.masking
-    once = k.views if k.views_mode == "batch" else 1  # samples of one text
-    read = sum(
-        updates * phase.train.batch_size // once * (phase.train.seq_length - 2)
-        for updates, phase in zip(spent.updates(), config.phases(options), strict=True)
-    )
-    return f", {read / tokens:,.2f} epochs"
+def epochs_of(options: Config, estimate: Mapping[str, Any]) -> str:
+    """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
+    warns if that is absurd."""
+    options, words, updates = plan_estimate.with_vocabulary(options)[0], "", None
+    if options.budget.amount[0] in MEASURED and estimate["steps"]:
+        words = f", about {estimate['steps']:,} updates"
+        updates = [estimate["steps"]] if not options.train.phases else None
+    read = epochs.epochs(options, updates)
+    if text := epochs.warning(read):
+        warn(text)
+    return words if read is None else f"{words}, {read:,.2f} epochs"

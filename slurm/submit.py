@@ -109,7 +109,7 @@ def submit_run(args: argparse.Namespace) -> int:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
         warn(str(error))
-    sizing = size_line(form, [estimate]) + (epochs_of(planned) if "train" in stages else "")
+    sizing = size_line(form, [estimate]) + (epochs_of(planned, estimate) if "train" in stages else "")
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show(files, args.json)

@@ -144,6 +144,14 @@ def test_a_run_goes_on_by_the_rates_that_it_began_with(words: Words, tmp_path: P
     assert after and [line["lr"] for line in after] == pytest.approx(wanted)
 
 
+def test_an_absurd_number_of_epochs_is_warned_of(words: Words) -> None:
+    dry = attempt(words("a", "--dry-run", "budget.steps=900000"))
+    assert dry.codes == [0] and "warning: the budget reads the corpus 4," in dry.text
+    started = attempt(words("a", "budget.steps=900000"), strike=Strike(SIGTERM, 2))
+    assert started.codes == [75] and "times (epochs); lower the budget" in started.text
+    assert "(epochs)" not in attempt(words("a", "--dry-run")).text
+
+
 # ---- what is refused leaves the run as it was ----------------------------------------------------
 
 CHANGES = {

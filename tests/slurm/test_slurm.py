@@ -377,6 +377,22 @@ def test_the_size_says_the_epochs(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"nodes x ranks: 1 x 1, {1000 * 8 * 22 / tokens:,.2f} epochs\n" in capsys.readouterr().err
 
 
+def test_an_absurd_plan_is_warned_of(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tiny / "tiny.yaml"), "budget.steps=900000", "--dry-run", "--cluster", str(site(tmp_path))]
+    assert submit.main(words) == 0
+    read = 900_000 * 8 * 22 / json.loads((tiny / "train.json").read_text())["tokens"]
+    assert f"warning: the budget reads the corpus {read:,.0f} times (epochs)" in capsys.readouterr().err
+
+
+def test_the_size_says_what_hours_buy(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tiny / "tiny.yaml"), "budget.steps=null", "budget.device_hours=3", "--dry-run"]
+    gpus = site(tmp_path, "GPUS_PER_NODE=1\nDEVICE=H100\n")
+    assert submit.main([*words, "--cluster", str(gpus)]) == 0
+    assert re.search(
+        r"about 3\.0 hours of training, about [\d,]+ updates, [\d,.]+ epochs\n", capsys.readouterr().err
+    )
+
+
 # ---- images --------------------------------------------------------------------------------------
 
 

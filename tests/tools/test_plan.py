@@ -114,6 +114,16 @@ def test_what_does_not_divide_is_not_said_not_to_fit(gpus, near):
         plan.main([LARGE, "--device", "H100", "--gpus", str(gpus), "--fastest"])
 
 
+def test_the_page_says_what_it_assumes(capsys):
+    one, two = (planned(capsys, LARGE, "--device", "H100", *words)[0] for words in ((), ("--price", "2")))
+    assert (one["price"], one["watts"], two["price"]) == (3.0, 700.0, 2.0)
+    assert plan.main([LARGE, "--device", "H100", "--gpus", "8", "--fastest"]) == 0
+    assert "kWh at 700 W a device without hosts; $ at 3 a device-hour" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    assert "H100 3," in " ".join(capsys.readouterr().out.split())
+
+
 def test_counts_that_scaling_leaves_out_are_named(capsys):
     words = [LARGE, "--device", "RTX 4090", "--scaling", "train.batch_size=6", "train.micro_batch_size=6"]
     (one,) = planned(capsys, *words, "model.hidden_size=4096", "model.ffn_size=16384")

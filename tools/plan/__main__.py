@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import config
-from pretrain.account.devices import Device
+from pretrain.account.devices import DEVICES, Device
 from pretrain.config import Config
 from pretrain.errors import UserError
 from tools.plan import layouts
@@ -48,8 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="LENGTH",
         help="instead: all methods x rates x sizes at this length",
     )
-    parser.add_argument("--price", type=console.positive, help="of a device-hour (a round figure of rental)")
-    parser.add_argument("--watts", type=console.positive, help="drawn by a device (its largest board power)")
+    parser.add_argument(
+        "--price",
+        type=console.positive,
+        metavar="DOLLARS",
+        help=f"of a device-hour (a round figure of rental: {_listed('price')})",
+    )
+    parser.add_argument(
+        "--watts",
+        type=console.positive,
+        help=f"drawn by a device (its largest board power: {_listed('watts')})",
+    )
     parser.add_argument(
         "--achieved",
         type=console.part,
@@ -78,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "scaling" in one:
             print(f"\n{plan_pages.scaling_text(one)}")
     return 0
+
+
+def _listed(name: str) -> str:
+    """A figure of every device of the table that has it."""
+    return ", ".join(f"{device.name} {figure:g}" for device in DEVICES if (figure := getattr(device, name)))
 
 
 def _refuse_idle_words(args: argparse.Namespace) -> None:

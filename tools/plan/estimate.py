@@ -267,6 +267,7 @@ class Run:
 
     def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> dict[str, Any]:
         names = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "achieved", "achieved_from")
+        names += ("price", "watts")
         if self.device is None:
             return dict.fromkeys(names)
         seconds, ranks = self._seconds(self.phases, chosen), chosen[-1].ranks
@@ -285,6 +286,8 @@ class Run:
             "mfu": work / step / ranks / self.device.peak[self._jobs[-1].precision],
             "achieved": share,
             "achieved_from": source,
+            "price": self.tariff.dollars(self.device, 1.0),
+            "watts": self.tariff.watts or self.device.watts or None,
         }
 
 

@@ -100,9 +100,12 @@ def _time(plans: Sequence[Plan]) -> str:
             ]
         )
     bound = f"{plans[0]['achieved']:.2f} of its peak in products ({plans[0]['achieved_from']})"
+    price, watts = plans[0]["price"], plans[0]["watts"]
+    dollars = f"$ at {price:g} a device-hour" if price else "no $ without --price"
+    energy = f"kWh at {watts:g} W a device without hosts" if watts else "no kWh without --watts"
     return (
         f"Time on {layout['gpus']} x {layout['device']}, at {bound};\n"
-        f"kWh at full board power without hosts; $ at a round rent (--watts, --price).\n\n"
+        f"{energy}; {dollars} (--watts, --price).\n\n"
         f"{aligned(rows)}"
     )
 

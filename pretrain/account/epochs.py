@@ -1,0 +1,43 @@
+"""How often a run reads its corpora, by their manifests alone.
+
+Imports no torch.
+"""
+
+from collections.abc import Sequence
+
+from pretrain import config
+from pretrain.account.budget import Budget
+from pretrain.config import Config
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+
+ABSURD = 100
+"""Epochs from which a plan is more likely a slip than a wish."""
+
+
+def epochs(options: Config, updates: Sequence[int] | None = None) -> float | None:
+    """How often a run whose vocabulary is known reads its corpora, on average; None where that is not known.
+
+    updates: of each phase, where the budget does not tell.
+    """
+    budget = Budget(options)
+    if updates is None and budget.measured:
+        return None
+    try:
+        tokens = sum(load_manifest(prefix).tokens for _, prefix in options.corpus.blend)
+    except UserError:  # what is not there yet, or not good, is for others to say
+        return None
+    k = options.masking
+    once = k.views if k.views_mode == "batch" else 1  # samples of one text
+    read = sum(
+        number * phase.train.batch_size // once * (phase.train.seq_length - 2)
+        for number, phase in zip(updates or budget.updates(), config.phases(options), strict=True)
+    )
+    return read / tokens if tokens else None
+
+
+def warning(read: float | None) -> str:
+    """A line about a plan that reads its text absurdly often; "" for any other."""
+    if read is None or read <= ABSURD:
+        return ""
+    return f"the budget reads the corpus {read:,.0f} times (epochs); lower the budget, or take more text"
