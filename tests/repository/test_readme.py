@@ -1,4 +1,4 @@
-"""What the README tells people to type, typed: in order, on the sample corpus, at reduced width."""
+"""What the pages tell people to type, typed: in order, on the sample corpus, at reduced width."""
 
 import os
 import re
@@ -30,9 +30,18 @@ SMALL = [
 ]
 
 
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(page for room in ("*", "tools/*") for page in ROOT.glob(f"{room}/README.md"))]
+)
+
+
 def commands(section):
-    """The indented or fenced command lines of a section of the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The fenced command lines of a section of whichever page has it."""
+    (text,) = [
+        text
+        for page in PAGES
+        if re.search(rf"^## {section}$", text := page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ]
     body = re.split(rf"^## {section}$", text, flags=re.MULTILINE)[1]
     body = re.split(r"^## ", body, flags=re.MULTILINE)[0]
     blocks = re.findall(r"^```\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)
@@ -102,17 +111,19 @@ def test_the_demo_in_a_short_form_twice(tmp_path):
     assert (tmp_path / "analysis" / "variance.png").exists()
 
 
-@pytest.mark.parametrize(
-    "path", re.findall(r"\]\(((?!https?:)[^)#]+)\)", (ROOT / "README.md").read_text("utf-8"))
-)
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    paths = re.findall(r"\]\(((?!https?:)[^)#\s]+)[)#]", page.read_text(encoding="utf-8"))
+    assert [path for path in paths if not (page.parent / path).exists()] == []
 
 
-def test_the_map_names_every_module_and_program():
+def test_the_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_the_map_names_every_room_and_program():
     text = re.split(r"^## Map$", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)[1]
-    for path in sorted((ROOT / "pretrain").glob("[!_]*.py")):
-        assert re.search(rf"\b{path.stem}\b", text), path.stem
-    for path in sorted((ROOT / "tools").glob("*.py")):
-        if "    console.run(main)" in path.read_text("utf-8"):
-            assert re.search(rf"\b{path.stem}\b", text), path.stem
+    rooms = [path for package in ("pretrain", "tools") for path in (ROOT / package).glob("[!_]*")]
+    for path in rooms:
+        if path.suffix == ".py" or (path / "__init__.py").exists():
+            assert re.search(rf"\b{path.stem}\b", text), path

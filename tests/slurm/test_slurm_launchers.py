@@ -1,4 +1,4 @@
-"""Every launcher on a real Slurm, as in the README's table: the same run, the same losses.
+"""Every launcher on a real Slurm, as in the table of slurm/README.md: the same run, the same losses.
 
 Each line is what stands in a batch script on two nodes with a task each, or on one node. Those marked slow
 are special cases of others, or run without Slurm in test_launch.py.
@@ -118,6 +118,6 @@ def test_the_same_losses(name: str, tiny: Path, tmp_path: Path, expected: list[d
 
 
 def test_the_readme_has_this_table() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "slurm" / "README.md").read_text("utf-8")
     for name in ("python", *LAUNCHERS):
         assert f"| {name} |" in text, name

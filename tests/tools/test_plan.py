@@ -396,7 +396,7 @@ def test_long_names_are_told_apart():
 def test_the_readmes_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    lines = [line for line in commands("What a run may spend, and what it has spent") if "tools.plan" in line]
+    lines = [line for line in commands("Before a run: the plan") if "tools.plan" in line]
     assert len(lines) == 3
     for line in lines:
         assert plan.main(shlex.split(line)[3:]) == 0
@@ -434,7 +434,7 @@ def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
 
 
 def test_the_readmes_plans_of_large_are_those_of_the_plan():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "tools" / "plan" / "README.md").read_text(encoding="utf-8")
     row = r"^\| `([\w-]+)` \| (\d+) \| [^|]+ \| (\d+) ms \| ([\d.]+) \|.* ([\d.]+) GiB \|$"
     rows = re.findall(row, readme, re.MULTILINE)
     assert len(rows) == 9
