@@ -1,6 +1,6 @@
 """The plan against this machine: real steps of several configs beside what `tools.plan` says of them.
 
-    python -m tools.calibrate --output tools/results/plan-cpu.json
+    python -m tools.calibrate --output tools/plan/plan-cpu.json
 
 One config, the first, gives the one number that a plan cannot know: the share of the device's peak that
 products reach. The others are predicted with it. What is measured: seconds of a step (median of several,
