@@ -147,14 +147,19 @@ class IndexedReader:
 
     def token_offsets(self, sequences: Int64Array) -> Int64Array:
         """First token of each of these sequences; T for S. Needs no table of its own."""
-        offsets = np.full(len(sequences), self.num_tokens, dtype=np.int64)
-        inside = sequences < self.num_sequences
-        offsets[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        if self.num_sequences == 0:
+            return np.zeros(len(sequences), dtype=np.int64)
+        # Not by `take`, which first copies a table that is not aligned.
+        offsets: Int64Array = (
+            self._pointers[np.minimum(sequences, self.num_sequences - 1)] // self.dtype.itemsize
+        )
+        offsets[sequences == self.num_sequences] = self.num_tokens
         return offsets
 
     def document(self, i: int) -> TokenArray:
         """Tokens of document i, a view."""
-        return self.tokens[self.document_bounds[i] : self.document_bounds[i + 1]]
+        start, end = self.token_offsets(self.document_table[[i, i + 1]]).tolist()
+        return self.tokens[start:end]
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:

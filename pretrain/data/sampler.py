@@ -30,6 +30,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain import config
 from pretrain.data import rng
+from pretrain.data.documents import Documents, Order
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
 
@@ -87,10 +88,8 @@ class Sampler:
         self.seed = rng.name_seed(seed, name) if name and rules > 1 else seed
         self.per_text = masking.views if masking.views_mode == "batch" else 1
         self.per_partition = masking.views if masking.views_mode == "epoch" else 1
-        self.filled = np.flatnonzero(corpus.document_lengths)
-        self.lengths = corpus.document_lengths[self.filled]
-        self.offsets = corpus.document_offsets[self.filled]
-        self.stream_tokens = int(self.lengths.sum()) + max(0, len(self.filled) - 1)
+        self.filled = Documents(corpus)
+        self.stream_tokens = corpus.num_tokens + max(0, self.filled.count - 1)
         self.windows_per_epoch = self.windows_at(length)
         if self.windows_per_epoch == 0:
             raise UserError(
@@ -101,7 +100,7 @@ class Sampler:
         if missing > 0:  # the joining </s> may make up for a few
             tokens = np.pad(tokens, (0, missing))
         self._runs = sliding_window_view(tokens, length)  # [T - L + 1, L]
-        self._orders: dict[int, tuple[Int64, Int64]] = {}
+        self._orders: dict[int, Order] = {}
 
     def windows_at(self, length: int) -> int:
         """Windows of an epoch if they had this length."""
@@ -148,7 +147,7 @@ class Sampler:
             mine, place = found[rows], np.arange(self.length)
             for part in self._stretches(partition, windows[rows]):
                 inside = (place >= part.columns[:, None]) & (place < (part.columns + part.takes)[:, None])
-                documents = self.filled[part.documents][:, None]
+                documents = self.filled.numbers(part.documents)[:, None]
                 mine[part.rows] = np.where(inside, documents, mine[part.rows])
             found[rows] = mine
         return found
@@ -183,32 +182,27 @@ class Sampler:
 
     def _stretches(self, partition: int, windows: Int64) -> Iterator[_Stretches]:
         """The first document of each window, then the second of those that have one, and so on."""
-        order, ends = self._order(partition)
-        width = self.length - 2
+        order, width = self._order(partition), self.length - 2
         starts = windows * width
-        rows, columns, ranks = (
-            np.arange(len(windows)),
-            np.ones_like(windows),
-            np.searchsorted(ends, starts, side="right"),
-        )
+        ranks, ends = order.locate(starts)
+        rows, columns, skips = np.arange(len(windows)), np.ones_like(windows), None
         while len(rows):
-            documents = order[ranks]
-            lengths = self.lengths[documents]
-            skips = starts + columns - (ends[ranks] - lengths)
+            documents = order.documents(ranks)
+            firsts, lengths = self.filled.places(documents)
+            # Of the first document some may have gone by; a later one begins where the one before ends.
+            skips = starts + columns - (ends - lengths) if skips is None else np.zeros_like(rows)
             takes = np.minimum(lengths - skips, width + 1 - columns)
-            yield _Stretches(rows, columns, documents, self.offsets[documents] + skips, takes)
+            yield _Stretches(rows, columns, documents, firsts + skips, takes)
             columns = columns + takes + 1  # a </s> between two documents
             more = np.flatnonzero(columns <= width)
-            rows, columns, ranks, starts = rows[more], columns[more], ranks[more] + 1, starts[more]
+            rows, columns, ranks = rows[more], columns[more], ranks[more] + 1
 
-    def _order(self, partition: int) -> tuple[Int64, Int64]:
-        """Documents in stream order, and where each ends in the stream (its </s> included)."""
+    def _order(self, partition: int) -> Order:
+        """Of the documents in the stream."""
         if partition not in self._orders:
-            count = len(self.lengths)
-            order = rng.permute(np.arange(count), count, (self.seed, _DOCUMENTS, partition), self.rules)
             # Two at most: the current one and, around an epoch's end, the next.
             self._orders = dict(list(self._orders.items())[-1:])
-            self._orders[partition] = order, np.cumsum(self.lengths[order] + 1)
+            self._orders[partition] = Order(self.filled, (self.seed, _DOCUMENTS, partition), self.rules)
         return self._orders[partition]
 
 
