@@ -527,6 +527,18 @@ def test_a_plateau_is_flat_and_the_name_of_a_level_inside_its_panel(drop: float)
         assert (box.y1 < axes.transData.transform((0, level))[1]) == (drop < 0)
 
 
+def test_a_first_point_far_off_does_not_press_the_others_flat() -> None:
+    with plots.theme("light"):
+        figure, panels = plots.figure(2)
+        for axes in panels:
+            plots.draw(axes, [plots.Line("a", [0, 1, 2, 3], [10.4, 5.0, 4.5, 4.25])], [], "x", "y")
+        plots.encode(figure, "png")
+    for axes in panels:
+        low, high = axes.get_ylim()
+        assert 4 < low < 4.25 and 5 < high < 5.2
+        assert max(axes.get_lines()[0].get_ydata()) == 10.4  # it is drawn all the same
+
+
 def test_axes_have_fitting_units() -> None:
     flops, _, hours, energy = report_pages.AXES
     assert report_pages._scaled(flops, [[2.5e19], [5e18]]) == (

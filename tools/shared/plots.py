@@ -185,15 +185,27 @@ def _make_room(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], below
 
     By the limits of the data: those of the axes are for all panels of the row to find.
     """
-    values = [y for line in lines for y in line.y if math.isfinite(y)] + [level.y for level in levels]
+    values = [y for line in lines for y in _settled(line.y)] + [level.y for level in levels]
     low, high = min(values, default=0.0), max(values, default=0.0)
     more = max(0.0, _LEAST * max(abs(low), abs(high)) - (high - low)) / 2
     name = _NAME * (high - low + 2 * more)
     names = [level.y - name if under else level.y + name for level, under in zip(levels, below, strict=True)]
     edges = [low - more, high + more, *names]
-    axes.update_datalim([(0, min(edges)), (0, max(edges))], updatex=False)
+    axes.dataLim.intervaly = (min(edges), max(edges))
     axes.autoscale_view(scalex=False)
     axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _settled(values: Sequence[float]) -> list[float]:
+    """Return the numbers that the limits of a panel come from: a first one that lies further from the others
+    than they reach would press them flat, so the line comes in from outside."""
+    numbers = [value for value in values if math.isfinite(value)]
+    first, rest = numbers[:1], numbers[1:]
+    if len(rest) < 2:
+        return numbers
+    span = max(rest) - min(rest)
+    far = max(first[0] - max(rest), min(rest) - first[0]) > span > 0
+    return rest if far else numbers
 
 
 def _draw_level(axes: Axes, level: Level, below: bool) -> None:
