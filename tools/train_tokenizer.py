@@ -25,6 +25,7 @@ from pretrain import __version__
 from pretrain.data.tokenizer import (
     JSON_FILE,
     MODEL_FILE,
+    PROVENANCE_FILE,
     SMALLEST,
     Tokenizer,
     load_tokenizer,
@@ -166,11 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if bool(args.source) == bool(args.input):
         raise UserError("give either --input to train on, or --import of an existing vocabulary")
-    for name in (MODEL_FILE, JSON_FILE):
-        if (Path(args.output) / name).exists() and not args.overwrite:
-            raise UserError(
-                f"{Path(args.output) / name}: exists already; choose another --output or add --overwrite"
-            )
+    _refuse_existing(Path(args.output), args)
     check_folder(args.output)  # before minutes of training
     report = _import(args) if args.source else _train(args)
     if args.json:
@@ -178,6 +175,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _show(report)
     return 0
+
+
+def _refuse_existing(output: Path, args: Namespace) -> None:
+    """Raise UserError where a tokenizer is there and is not to be replaced, or is none that was made here."""
+    there = [output / name for name in (MODEL_FILE, JSON_FILE) if (output / name).exists()]
+    if args.source and (output.resolve() == Path(args.source).resolve() or _same(args.source, there)):
+        raise UserError(f"{output}: is also what --import reads; choose another --output")
+    if there and not args.overwrite:
+        raise UserError(f"{there[0]}: exists already; choose another --output or add --overwrite")
+    if there and not _is_ours(output):
+        raise UserError(
+            f"{there[0]}: not made by this program, or changed since (see {PROVENANCE_FILE} beside it); move"
+            " it away, or choose another --output"
+        )
+
+
+def _same(source: str, files: Sequence[Path]) -> bool:
+    return Path(source).exists() and any(file.samefile(source) for file in files)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether the provenance beside a tokenizer is of this very one."""
+    try:
+        told = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        return bool(told["sha256"] == load_tokenizer(folder, need_specials=False).hash)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
 
 
 def _train(args: Namespace) -> dict[str, Any]:
@@ -214,6 +238,9 @@ def _import(args: Namespace) -> dict[str, Any]:
     Path(args.output, MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
     tokenizer = load_tokenizer(args.output, need_specials=False)
     about = {"missing": tokenizer.missing, "switched_off": switched_off}
+    made = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.hash}
+    made |= {"version": __version__, "imported": str(Path(args.source).resolve())}
+    console.write(Path(args.output, PROVENANCE_FILE), json.dumps(made, indent=1) + "\n")
     return _about(args.output, tokenizer) | about
 
 

@@ -527,6 +527,35 @@ def test_an_unrelated_config_is_no_export(tmp_path: Path, tokenizer_dir: Path) -
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
 
 
+def test_another_model_of_the_same_kind_is_no_export(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Such as one that was fine-tuned from an export and saved under its name."""
+    import transformers
+
+    _, output, _ = exported(tmp_path, tokenizer_dir)
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(output)
+    shutil.rmtree(output)
+    tuned.save_pretrained(output)
+    before = (output / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="exists and is no exported model"):
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_of_before_the_mark_can_be_replaced(tmp_path: Path, tokenizer_dir: Path) -> None:
+    _, output, _ = exported(tmp_path, tokenizer_dir)
+    for _ in range(2):
+        settings = json.loads((output / "config.json").read_text())
+        del settings[export.MARK]
+        (output / "config.json").write_text(json.dumps(settings))
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+    settings = json.loads((output / "config.json").read_text())
+    del settings[export.MARK]
+    (output / "config.json").write_text(json.dumps(settings))
+    (output / "README.md").unlink()
+    with pytest.raises(UserError, match="exists and is no exported model"):
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+
+
 def test_a_link_is_followed(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "scratch" / "real").mkdir(parents=True)
     (tmp_path / "model").symlink_to(tmp_path / "scratch" / "real")

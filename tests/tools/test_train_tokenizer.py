@@ -92,6 +92,35 @@ def test_a_text_that_changes_while_it_is_read_is_refused(
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_only_a_tokenizer_of_ours_is_replaced(tmp_path: Path, name: str) -> None:
+    source, output = tmp_path / "a.txt", tmp_path / "t"
+    source.write_text(TEXT)
+    words = ["--input", str(source), "--output", str(output), "--vocab-size", "276", "--overwrite"]
+    for _ in range(2):
+        train_tokenizer.main(words)
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / name).write_text("of a model")
+    (other / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not made by this program"):
+        train_tokenizer.main([*words, "--output", str(other)])
+    assert (other / name).read_text() == "of a model"
+
+
+def test_an_import_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    source = tmp_path / "t"
+    source.mkdir()
+    byte_level(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for folder in (str(source), f"{source}/../t"):
+        with pytest.raises(UserError, match="is also what --import reads"):
+            train_tokenizer.main(["--import", str(source), "--output", folder, "--overwrite"])
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    for _ in range(2):
+        train_tokenizer.main(["--import", str(source), "--output", str(tmp_path / "u"), "--overwrite"])
+
+
 def test_reserved_characters_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text(f"{TEXT}\u2585 {TEXT}\u2585", encoding="utf-8")
     words = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t"), "--vocab-size", "278"]

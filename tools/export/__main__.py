@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
-from pretrain.files import check_folder
+from pretrain.files import check_folder, digest
 from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
@@ -110,6 +111,8 @@ WRITTEN = frozenset(
     {SETTINGS, WEIGHTS, MODELING.name, "README.md", "tokenizer.json", "tokenizer_config.json"}
 )
 """All names that an export may write: nothing else is ever replaced."""
+MARK = "latemask_export"
+"""Key of config.json with the sha256 of the weights beside it, which another program's are not."""
 MODEL_TYPES = ("roberta", "roberta-prelayernorm", "modernbert", "latemask")
 
 
@@ -130,12 +133,18 @@ def _refuse(output: Path, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether its settings are of a kind of model that is exported here, with weights beside them."""
+    """Whether an export wrote it: with the mark of its weights, or before there was one.
+
+    Such a folder has the names of an export, no other and none less, and settings of a kind exported here.
+    """
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        return settings["model_type"] in MODEL_TYPES and (folder / WEIGHTS).is_file()
+        known = settings["model_type"] in MODEL_TYPES
+        if MARK in settings:
+            return settings[MARK] == digest(folder / WEIGHTS)["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return known and {each.name for each in folder.iterdir()} | {MODELING.name} == WRITTEN
 
 
 def _foreign(folder: Path) -> list[str]:
@@ -150,9 +159,13 @@ def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Token
         shutil.copyfile(MODELING, folder / MODELING.name)
     else:
         state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm", tokenizer.pad)
-    settings = json.dumps(hugging_face_config(options, tokenizer, form), indent=2)
-    (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
-    save_file({name: tensor.float() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    tensors = {name: tensor.float() for name, tensor in state.items()}
+    try:
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # a full disk above all
+        raise UserError(f"{folder / WEIGHTS}: cannot be written ({error})") from error
+    settings = hugging_face_config(options, tokenizer, form) | {MARK: digest(folder / WEIGHTS)["sha256"]}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors creates 0600, whatever the umask
     return sum(tensor.numel() for tensor in state.values())
 
@@ -169,7 +182,7 @@ def _mend(output: Path) -> None:
         return
     if not output.exists():
         old.rename(output)
-    elif not _foreign(old):
+    elif _is_export(old) and not _foreign(old):
         shutil.rmtree(old)
     else:
         raise UserError(f"{old}: in the way, and has files that no export writes; move it away")
