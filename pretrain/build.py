@@ -33,7 +33,7 @@ from pretrain.files import check_folder, write_atomic
 from pretrain.model import float8, huggingface
 from pretrain.model import late_mask as model
 from pretrain.model.late_mask import LateMaskModel
-from pretrain.model.loss import BorrowedCrossEntropy
+from pretrain.model.loss import ExternalCrossEntropy
 from pretrain.monitor import Monitor
 from pretrain.parallel import engine, tensor_parallel
 from pretrain.parallel.deepspeed_engine import DeepSpeedEngine, deepspeed_config
@@ -52,7 +52,7 @@ def build_engine(options: Config, model: LateMaskModel, topology: Topology, micr
     """
     t, known = options.train, model.cross_entropy.vocab_size
     if t.cross_entropy != "own":
-        model.cross_entropy = BorrowedCrossEntropy(known, t.cross_entropy, topology.device)
+        model.cross_entropy = ExternalCrossEntropy(known, t.cross_entropy, topology.device)
     tensor_parallel.shard(model, topology)
     model.to(topology.device)
     if t.float8:
@@ -165,7 +165,7 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
     """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
     on_main(topology, folder.claim)
     meter = open_meter(topology)
-    with together(topology):
+    with raise_on_all_ranks(topology):
         data = open_data(options.corpus)
         options = resolve(options, data.tokenizer.vocab_size, topology.device)
         phases = [
@@ -183,14 +183,14 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
     # Up to here nothing is touched: what is refused leaves the run as it was.
     start = on_main(topology, lambda: _starting_point(folder, options, data))
     path, stamps = json.loads(start) if start else ("", None)
-    with together(topology):
+    with raise_on_all_ranks(topology):
         state = checkpoint.read_state(Path(path), stamps) if path else None
     if state:
         data = replace(data, rules=state.rules)
     ledger = _open_ledger(options, topology, folder, state, meter)
     with timed(ledger, "startup"):
         segments = run_segments(options, data, state)
-        with together(topology):
+        with raise_on_all_ranks(topology):
             module = _module(options, data.tokenizer, fresh=state is None)
         run = _assemble(
             options,
@@ -208,7 +208,7 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
         )
         if state:
             run.course = Course(run.budget, carried(state, options))
-            with together(topology):
+            with raise_on_all_ranks(topology):
                 checkpoint.load(Path(path), run.engine, stamps)
             run.engine.optimizer_step = state.optimizer_step
             if run.engine.loss_scale and state.loss_scale:
@@ -371,14 +371,14 @@ def check_start(options: Config, data: Data) -> None:
 def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
     """Runs `action` on rank 0 and gives its result to all; its UserError is raised everywhere."""
     result = ""
-    with together(topology):
+    with raise_on_all_ranks(topology):
         if topology.is_main:
             result = action() or ""
     return topology.broadcast_text(result)
 
 
 @contextmanager
-def together(topology: Topology) -> Iterator[None]:
+def raise_on_all_ranks(topology: Topology) -> Iterator[None]:
     """A user's error of one rank is raised on all, which would wait for that rank for ever."""
     problem = ""
     try:
@@ -423,7 +423,7 @@ def _open_ledger(
     step, head = (state.step, state.ledger_head) if state else (0, "")
     ledger.begin(step, head, folder.status().get("ledger_head", ""), **about)
     ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
-    ledger.keep_beating()
+    ledger.start_heartbeat()
     folder.write_status("running", ledger.totals()["steps"])
     return ledger
 

@@ -65,7 +65,7 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def mend(path: Path) -> bytes:
+def truncate_torn_line(path: Path) -> bytes:
     """Cuts a line without an end (killed while writing) off an append-only file and returns it."""
     if not path.exists():
         return b""

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from pretrain.errors import UserError
-from pretrain.files import mend
+from pretrain.files import truncate_torn_line
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -118,7 +118,7 @@ class Monitor:
         self._path = Path(run) / "metrics.jsonl"
         self._ranks, self._peak, self._clock = ranks, peak, clock
         self._before = totals
-        mend(self._path)
+        truncate_torn_line(self._path)
         self._boards = _tensorboard(Path(run), totals["steps"]) if tensorboard else None
         stream = stream or sys.stderr
         self._face = _Bar(method, stream) if stream.isatty() else _Plain(method, stream, clock)

@@ -17,17 +17,17 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.account import energy, schedule
 from pretrain.account.ledger import peak_resident
-from pretrain.build import Run, layout, read_phase, timed, together
+from pretrain.build import Run, layout, raise_on_all_ranks, read_phase, timed
 from pretrain.checkpoint import State
 from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
-from pretrain.model.loss_scale import LEAST, hopeless
+from pretrain.model.loss_scale import LEAST, scale_exhausted
 
 _TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
 
 
-class Turn(NamedTuple):
+class StepDecision(NamedTuple):
     """What all ranks agreed on at a step's boundary."""
 
     stop: bool
@@ -50,7 +50,7 @@ def train(run: Run) -> int:
     o = run.config
     loss_sum, logged = torch.zeros((), device=run.topology.device), run.step
     while True:
-        turn = agree(run)
+        turn = decide_step(run)
         if not (turn.step_fits or turn.stop or run.step):
             unit, total = o.budget.amount
             raise UserError(f"budget.{unit} = {total:g} is spent before the first update; raise it")
@@ -74,7 +74,7 @@ def train(run: Run) -> int:
             return finish(run, turn)
 
         if turn.phase != run.phase:
-            enter(run, turn.phase)
+            start_phase(run, turn.phase)
         batches = run.feed.take(run.samples)
         for number, batch in enumerate(batches):
             seed_dropout(run, number)
@@ -91,7 +91,7 @@ def train(run: Run) -> int:
         run.seen.add(run.phase)
 
 
-def enter(run: Run, number: int) -> None:
+def start_phase(run: Run, number: int) -> None:
     """Makes updates of phase `number` from here on; another length begins another segment."""
     phase = run.phases[number]
     length, batch_size = phase.config.train.seq_length, phase.config.train.batch_size
@@ -106,7 +106,7 @@ def enter(run: Run, number: int) -> None:
         run.ledger.note("phase-change", phase=number, seq_length=length, batch_size=batch_size)
 
 
-def agree(run: Run) -> Turn:
+def decide_step(run: Run) -> StepDecision:
     """One all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
     if run.deadline and time.time() >= run.deadline:
         run.signals.received = run.signals.received or _TIME_LIMIT
@@ -130,7 +130,7 @@ def agree(run: Run) -> Turn:
     if run.ledger:
         run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
     shares = progress / _PROGRESS_UNITS, middle / _PROGRESS_UNITS
-    return Turn(bool(stop), bool(fits), bool(due), *shares, phase, bool(late))
+    return StepDecision(bool(stop), bool(fits), bool(due), *shares, phase, bool(late))
 
 
 def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def mean_loss(run: Run, loss: Tensor) -> float:
     return mean
 
 
-def write_log(run: Run, turn: Turn, loss: float) -> None:
+def write_log(run: Run, turn: StepDecision, loss: float) -> None:
     """Loss of the updates since the last log, and the speeds; all ranks take part."""
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
     scaling = check_scale(run)
@@ -201,7 +201,7 @@ def check_scale(run: Run) -> dict[str, float]:
     if run.engine.loss_scale is None:
         return {}
     state = run.engine.loss_scale.state()
-    if hopeless(state):
+    if scale_exhausted(state):
         raise UserError(
             f"train.precision = fp16: gradients overflow at step {run.step} although the loss scale is down"
             f" to {LEAST:g}; take bf16 or fp32, or lower optimizer.lr, in a new run.dir"
@@ -216,7 +216,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak_resident()
 
 
-def evaluation_due(run: Run, turn: Turn) -> bool:
+def evaluation_due(run: Run, turn: StepDecision) -> bool:
     """Every so many steps, and at the end of the budget; never twice at one step."""
     if run.heldout is None or run.scored[0] == run.step or turn.stop:
         return False
@@ -224,7 +224,7 @@ def evaluation_due(run: Run, turn: Turn) -> bool:
     return not turn.step_fits or bool(every and run.step and run.step % every == 0)
 
 
-def evaluate(run: Run, turn: Turn) -> None:
+def evaluate(run: Run, turn: StepDecision) -> None:
     """Held-out loss under the fixed mask; all ranks take part."""
     assert run.heldout
     begin = time.monotonic()
@@ -284,14 +284,14 @@ def save(run: Run) -> None:
         rules=run.data.rules,
         progress=run.course.progress,
     )
-    with timed(run.ledger, "checkpoint"), together(t):
+    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(t):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
     run.saved, run.saved_at = run.step, time.monotonic()
     if t.is_main:
         run.folder.write_status("running", run.step)
 
 
-def finish(run: Run, turn: Turn) -> int:
+def finish(run: Run, turn: StepDecision) -> int:
     """Says how it ended, in the ledger and in status.json."""
     # A signal that comes with the last step leaves no more than the evaluation for the next start.
     complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)

@@ -9,7 +9,7 @@ seconds of work since then move to `lost`: counters are of surviving work only, 
 all there ever were.
 
 The trap: nobody is told of a kill -9. A heartbeat every 10 s, also in the middle of a long stretch
-(`keep_beating`), bounds what it hides.
+(`start_heartbeat`), bounds what it hides.
 
 Only rank 0 keeps the ledger. Imports no torch.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
-from pretrain.files import mend, sync
+from pretrain.files import sync, truncate_torn_line
 
 CATEGORIES = ("productive", "evaluate", "checkpoint", "startup", "idle")
 COUNTERS = (
@@ -146,7 +146,7 @@ def read(run: str | Path) -> list[Line]:
 def check(run: str | Path) -> int:
     """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
     lines = chain(run)
-    before = nothing()
+    before = empty_statement()
     for number, line in enumerate(lines.values(), 1):
         if wrong := _disagreement(before, line, lines):
             raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
@@ -156,7 +156,9 @@ def check(run: str | Path) -> int:
 
 def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
     """What in a line contradicts itself or the lines before it."""
-    if missing := [name for name in (*nothing(), "event", "seconds", "ranks", "device") if name not in line]:
+    if missing := [
+        name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
+    ]:
         return f"it has no {missing[0]}"
     if before.get("event") in LAST_WORDS and line["attempt"] == before["attempt"]:
         return "it follows the last word of its attempt"
@@ -170,7 +172,7 @@ def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | Non
     if abs(spent["total"] - before["device_seconds"]["total"] - line["ranks"] * elapsed) > tolerance:
         return "device_seconds are not ranks x elapsed seconds"
     if line["event"] == "resume":
-        branch = lines.get(line["head"]) if line["head"] else nothing()
+        branch = lines.get(line["head"]) if line["head"] else empty_statement()
         if branch is None or any(line[name] != branch[name] for name in COUNTERS):
             return "the counters are not those of the line that it resumes from"
         lost = before["flops"]["total"] - branch["flops"]["total"]
@@ -209,10 +211,10 @@ def _totals(line: Line) -> dict[str, Any]:
 
 def total(runs: Iterable[str | Path]) -> dict[str, Any]:
     """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest."""
-    spent = _totals(nothing())
+    spent = _totals(empty_statement())
     for run in runs:
         lines = read(run)
-        more = _totals({**nothing(), **lines[-1]} if lines else nothing())
+        more = _totals({**empty_statement(), **lines[-1]} if lines else empty_statement())
         peak = max(spent["peak_bytes"], more["peak_bytes"])
         spent = {**_add(spent, more), "peak_bytes": peak}
     return spent
@@ -230,7 +232,7 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def nothing() -> Line:
+def empty_statement() -> Line:
     """The statement before the first line: its keys are those of every line."""
     return {
         "attempt": 0,
@@ -266,11 +268,11 @@ class Ledger:
     ) -> None:
         self._path, self._ranks, self._device = _path(run), ranks, device
         self._clock, self._started = clock, started
-        self._torn = mend(self._path)
+        self._torn = truncate_torn_line(self._path)
         self._lines = chain(run)
         self._last = next(reversed(self._lines.values()), None)
-        known = {**nothing(), **(self._last or {})}
-        self._account = {name: copy.copy(known[name]) for name in nothing()}
+        known = {**empty_statement(), **(self._last or {})}
+        self._account = {name: copy.copy(known[name]) for name in empty_statement()}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
         self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
         self._joules: dict[str, float] = {}  # of this attempt
@@ -313,7 +315,7 @@ class Ledger:
                 f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last;"
                 " restore the ledger, or choose another run.dir"
             )
-        branch = self._lines.get(head) if head else nothing()
+        branch = self._lines.get(head) if head else empty_statement()
         if branch is None or branch["step"] != step:
             raise UserError(
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
@@ -331,7 +333,7 @@ class Ledger:
         lost_steps = self._account["step"] - step
         if self._last["event"] not in LAST_WORDS:
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
-        self._go_back({**nothing(), **branch})
+        self._go_back({**empty_statement(), **branch})
         if step:
             spent = self._account["device_seconds"]
             self._steps.append(spent["productive"] / step / 3600)
@@ -467,11 +469,11 @@ class Ledger:
             if not self._over.is_set() and self._clock() - self._written >= HEARTBEAT:
                 self.note("heartbeat")
 
-    def keep_beating(self) -> None:
+    def start_heartbeat(self) -> None:
         """Heartbeats from a thread of its own, until the attempt's last word or the end of the process."""
-        threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._heartbeats, name="heartbeat", daemon=True).start()
 
-    def _keep_beating(self) -> None:
+    def _heartbeats(self) -> None:
         while not self._over.wait(PULSE):
             with suppress(OSError):  # a full disk is for the main thread to tell
                 self.beat()

@@ -16,11 +16,11 @@ Rotation = tuple[Tensor, Tensor] | None
 class Bounds(NamedTuple):
     """Which rows attend to which where documents are kept apart. Both sides are sorted by document."""
 
-    same_B1ST: Tensor | None
+    mask_B1ST: Tensor | None
     """True where the two rows are of one document; None where a kernel takes stretches of rows instead."""
-    asking: Tensor
+    query_starts: Tensor
     """[B * K + 1] int32: where each document begins among the B * S rows that ask."""
-    asked: Tensor
+    key_starts: Tensor
     """[B * K + 1] int32: the same of the B * T rows that answer."""
 
 
@@ -52,14 +52,16 @@ class Order(NamedTuple):
         rows = meeting.gather(1, join)
         return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, stretches)
 
-    def bounds(self, asking_BS: Tensor, asked_BT: Tensor) -> Bounds:
+    def bounds(self, queries_BS: Tensor, keys_BT: Tensor) -> Bounds:
         """Between rows of the batch, given by their numbers."""
-        asking, asked = self.documents.gather(1, asking_BS), self.documents.gather(1, asked_BT)
-        same = None if self.stretches else (asking[:, :, None] == asked[:, None, :])[:, None]
-        return Bounds(same, _begins(asking, self.most_documents), _begins(asked, self.most_documents))
+        queries, keys = self.documents.gather(1, queries_BS), self.documents.gather(1, keys_BT)
+        same = None if self.stretches else (queries[:, :, None] == keys[:, None, :])[:, None]
+        return Bounds(
+            same, _document_starts(queries, self.most_documents), _document_starts(keys, self.most_documents)
+        )
 
 
-def _begins(documents_BS: Tensor, K: int) -> Tensor:
+def _document_starts(documents_BS: Tensor, K: int) -> Tensor:
     """[B * K + 1]: where document k of sequence b begins among all rows; empty ones begin where the next
     does, so that the shape does not depend on the text."""
     B, device = len(documents_BS), documents_BS.device
@@ -115,29 +117,29 @@ def attend(
     q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, dropout: float, bounds: Bounds | None = None
 ) -> Tensor:
     """Softmax attention -> [B, S, H * E]; every query row to every key row, or to those within `bounds`."""
-    if bounds is not None and bounds.same_B1ST is None:
+    if bounds is not None and bounds.mask_B1ST is None:
         (B, S), T = q_BSHE.shape[:2], k_BTHE.shape[1]
         q, k, v = q_BSHE.flatten(0, 1), k_BTHE.flatten(0, 1), v_BTHE.flatten(0, 1)
-        mixed = varlen_attn(q, k, v, bounds.asking, bounds.asked, S, T)
+        mixed = varlen_attn(q, k, v, bounds.query_starts, bounds.key_starts, S, T)
         assert isinstance(mixed, Tensor)
         return mixed.reshape(B, S, -1)
     q, k, v = q_BSHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
     if bounds is None and q.device.type == "cpu" and q.dtype.itemsize == 2:
-        mixed_BHSE = _by_products(q, k, v, dropout)
+        mixed_BHSE = _unfused_attention(q, k, v, dropout)
     else:
-        mask = None if bounds is None else bounds.same_B1ST
+        mask = None if bounds is None else bounds.mask_B1ST
         mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return mixed_BHSE.transpose(1, 2).flatten(-2)
 
 
-def _by_products(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: float) -> Tensor:
+def _unfused_attention(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: float) -> Tensor:
     """Attention with its scores in memory: the CPU's fused kernel (torch 2.13) takes twice as long in 16
     bits, and more backwards."""
     scores_BHST = (q_BHSE * q_BHSE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
     return F.dropout(scores_BHST.softmax(-1), dropout) @ v_BHTE
 
 
-def takes_stretches(device: torch.device) -> bool:
+def supports_varlen(device: torch.device) -> bool:
     """Whether torch's kernel for rows of varying length runs here. It takes 16 bits and drops nothing."""
     return device.type == "cuda" and torch.is_autocast_enabled("cuda")
 

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain import config
 from pretrain.account.flops import late_masks, padded_vocab
 from pretrain.data import rng
-from pretrain.model.attention import Attention, Bounds, CrossAttention, Order, Rotation, takes_stretches
+from pretrain.model.attention import Attention, Bounds, CrossAttention, Order, Rotation, supports_varlen
 from pretrain.model.loss import ChunkedCrossEntropy
 
 Array = npt.NDArray[np.int64]
@@ -281,7 +281,7 @@ class LateMaskModel(nn.Module):
             return None
         m, V = self.m, self._visible(batch.ids.shape[1], batch.num_masked)
         drops = self.training and bool(m.dropout or m.decoder_dropout)
-        stretches = takes_stretches(batch.documents.device) and not drops
+        stretches = supports_varlen(batch.documents.device) and not drops
         return Order.of(batch.documents, V, batch.targets.shape[1], batch.most_documents, stretches)
 
     def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:

@@ -12,7 +12,7 @@ is walked through: torch's softmax does in one pass what exponentials, sums and 
 The trap: the gradients are scaled in place by the backward pass, which can be run once only. In float16
 that would be too late for what has vanished by then, so they are formed with the loss scale in them.
 
-Other people's kernels for the same sum can take its place (`BorrowedCrossEntropy`).
+Other people's kernels for the same sum can take its place (`ExternalCrossEntropy`).
 
 Letters: N predicted rows, n of a chunk, D width, W rows of the (local, padded) word table.
 """
@@ -219,7 +219,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 """Value of `train.cross_entropy` -> hidden [N, D], weight [W, D], bias [W], target [N] -> sum of losses."""
 
 
-class BorrowedCrossEntropy(ChunkedCrossEntropy):
+class ExternalCrossEntropy(ChunkedCrossEntropy):
     """The same with somebody else's kernel in training; scoring, which none of them does, stays ours.
 
     UserError if this machine has not got the kernel.

@@ -53,6 +53,6 @@ class LossScale:
             getattr(self, name).fill_(number)
 
 
-def hopeless(state: dict[str, float]) -> bool:
+def scale_exhausted(state: dict[str, float]) -> bool:
     """Whether gradients overflow although the factor cannot become smaller."""
     return bool(state["stuck"])

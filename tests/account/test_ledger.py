@@ -350,7 +350,7 @@ def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
     clock = Clock()
     account = opened(tmp_path, clock)
     account.begin()
-    account.keep_beating()
+    account.start_heartbeat()
     with account.time("startup"):
         for beats in range(1, 4):
             clock.now += 10

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.errors import UserError
 from pretrain.model import loss
-from pretrain.model.loss import BorrowedCrossEntropy, ChunkedCrossEntropy
+from pretrain.model.loss import ChunkedCrossEntropy, ExternalCrossEntropy
 from tests.support.methods import small
 
 N, D, W, REAL = 37, 12, 48, 41
@@ -261,7 +261,7 @@ has_stock = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="t
 def test_torchs_kernel_gives_the_same(dtype: torch.dtype, tolerance: float) -> None:
     """Loss and gradients, those of weight and bias and of padding among them; and the same scores."""
     tensors = inputs(dtype)
-    ours, theirs = ChunkedCrossEntropy(REAL), BorrowedCrossEntropy(REAL, "torch", CPU)
+    ours, theirs = ChunkedCrossEntropy(REAL), ExternalCrossEntropy(REAL, "torch", CPU)
     (total, _), (their_total, nobody_counted) = ours(*tensors), theirs(*tensors)
     assert their_total.item() == pytest.approx(total.item(), rel=tolerance)
     assert nobody_counted.isnan()
@@ -282,7 +282,7 @@ def test_torchs_kernel_under_autocast_is_no_worse_than_ours() -> None:
     expected, _ = full(*tensors)
     slopes = torch.autograd.grad(expected, tensors[:3])
     errors = []
-    for table in (ChunkedCrossEntropy(REAL), BorrowedCrossEntropy(REAL, "torch", CPU)):
+    for table in (ChunkedCrossEntropy(REAL), ExternalCrossEntropy(REAL, "torch", CPU)):
         with torch.autocast("cpu", torch.bfloat16):
             total, _ = table(tensors[0].bfloat16(), *tensors[1:])
         assert total.dtype == torch.float32
@@ -293,13 +293,13 @@ def test_torchs_kernel_under_autocast_is_no_worse_than_ours() -> None:
 
 def test_a_kernel_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="liger: its kernel needs a GPU; run on one, or take own"):
-        BorrowedCrossEntropy(REAL, "liger", CPU)
+        ExternalCrossEntropy(REAL, "liger", CPU)
     monkeypatch.setattr(loss, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="liger-kernel is not installed; pip install"):
-        BorrowedCrossEntropy(REAL, "liger", torch.device("cuda"))
+        ExternalCrossEntropy(REAL, "liger", torch.device("cuda"))
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     with pytest.raises(UserError, match="has no linear_cross_entropy; install 2.13, or take own"):
-        BorrowedCrossEntropy(REAL, "torch", CPU)
+        ExternalCrossEntropy(REAL, "torch", CPU)
 
 
 @pytest.mark.parametrize(

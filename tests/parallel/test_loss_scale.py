@@ -81,11 +81,11 @@ def test_it_has_a_bottom_and_says_so() -> None:
     scale = LossScale(CPU)
     while scale.value.item() > LEAST:
         scale.update(torch.tensor(math.inf))
-        assert not loss_scale.hopeless(scale.state())
+        assert not loss_scale.scale_exhausted(scale.state())
     scale.update(torch.tensor(math.inf))
-    assert loss_scale.hopeless(scale.state())
+    assert loss_scale.scale_exhausted(scale.state())
     scale.update(torch.tensor(1.0))
-    assert not loss_scale.hopeless(scale.state())
+    assert not loss_scale.scale_exhausted(scale.state())
 
 
 # ---- gradients of the head -----------------------------------------------------------------------

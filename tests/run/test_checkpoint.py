@@ -26,7 +26,7 @@ from pretrain.account import ledger
 from pretrain.account.flops import Flops, StepCost
 from pretrain.checkpoint import FILES, State
 from pretrain.errors import UserError
-from pretrain.files import TEMPORARY, mend
+from pretrain.files import TEMPORARY, truncate_torn_line
 from pretrain.provenance import code_revision
 from pretrain.run_folder import RunFolder
 
@@ -418,10 +418,10 @@ def test_the_commit_is_that_of_this_code():
 
 def test_mending_cuts_only_a_line_without_an_end(tmp_path):
     path = tmp_path / "lines"
-    assert mend(path) == b"" and not path.exists()
+    assert truncate_torn_line(path) == b"" and not path.exists()
     for data, kept, torn in ((b"a\nb\n", b"a\nb\n", b""), (b"a\nb", b"a\n", b"b"), (b"ab", b"", b"ab")):
         path.write_bytes(data)
-        assert mend(path) == torn and path.read_bytes() == kept
+        assert truncate_torn_line(path) == torn and path.read_bytes() == kept
 
 
 # ---- kills and power cuts ------------------------------------------------------------------------

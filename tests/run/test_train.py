@@ -20,7 +20,7 @@ from pretrain import __main__, checkpoint, config, run_folder, train
 from pretrain import build as build_module
 from pretrain.account import ledger, schedule
 from pretrain.account.budget import step_cost
-from pretrain.build import Run, build, together
+from pretrain.build import Run, build, raise_on_all_ranks
 from pretrain.errors import UserError
 from pretrain.files import digest
 from pretrain.monitor import read_metrics
@@ -46,7 +46,7 @@ def cost(words: list[str]) -> Any:
 def complain() -> str:
     """What each of two ranks raises where only the second has a problem."""
     place = connect()
-    with pytest.raises(UserError) as caught, together(place):
+    with pytest.raises(UserError) as caught, raise_on_all_ranks(place):
         if place.rank == 1:
             raise UserError("only here")
     place.close()

@@ -223,7 +223,7 @@ def test_the_error_of_one_rank_is_said_by_the_first(tmp_path: Path) -> None:
         "    ranks = Ranks()\n"
         "    def fail():\n"
         "        if ranks.rank == 1: raise UserError('of one rank alone')\n"
-        "    ranks.together(fail)\n"
+        "    ranks.raise_on_all_ranks(fail)\n"
         "console.run(main)\n"
     )
     done = subprocess.run(

@@ -301,7 +301,7 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
                     )
                     if layouts.needs(layouts.memory_of(job, one)) <= device.memory:
                         best = min(best, layouts.doubted(job, one, device, share))
-    assert layouts.doubted(job, chosen, device, share) <= best * (1 + layouts.NEARLY)
+    assert layouts.doubted(job, chosen, device, share) <= best * (1 + layouts.TOLERANCE)
     assert layouts.needs(layouts.memory_of(job, chosen)) <= device.memory
 
 
@@ -337,7 +337,7 @@ def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
     calls = traffic.step(job.model, job.rows, job.vocab_size, layout)
     lasting = sum(traffic.seconds(call, layout, device) for call in calls)
     whole = layouts.step_seconds(job, layout, device, 0.4) - layouts.update_seconds(job, layout, device)
-    assert whole == pytest.approx(computing * (1 - layouts.HIDING) + lasting)
+    assert whole == pytest.approx(computing * (1 - layouts.OVERLAP_SHARE) + lasting)
 
 
 def test_overrides_make_the_layout():

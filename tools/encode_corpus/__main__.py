@@ -102,7 +102,7 @@ class Ranks:
                 f"srun started {tasks} tasks that do not see each other; use srun --mpi=pmi2 (or pmix)"
             )
 
-    def together(self, action: Callable[[], Any]) -> list[Any]:
+    def raise_on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere.
 
         Only rank 0 has the words of it: all would print the same line. The others leave no sooner, for
@@ -127,7 +127,7 @@ class Ranks:
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Rank 0's result of `action`, on all ranks."""
-        return self.together(action if self.rank == 0 else lambda: None)[0]
+        return self.raise_on_all_ranks(action if self.rank == 0 else lambda: None)[0]
 
 
 def _is_help(error: BaseException) -> bool:
@@ -418,7 +418,7 @@ def encode(args: Namespace, ranks: Ranks) -> dict[str, Any]:
             with console.progress("encode", share, quiet=ranks.rank > 0) as advance:
                 run_tasks(mine, job, workers, advance)
 
-        ranks.together(work)
+        ranks.raise_on_all_ranks(work)
         report = ranks.on_first(lambda: assemble(tasks, job, args, files))
     seconds = time.monotonic() - started
     text_bytes = sum(corpus["text_bytes"] for corpus in report["corpora"])
@@ -572,7 +572,7 @@ def arguments(words: Sequence[str] | None = None) -> Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     ranks = Ranks()
-    args = ranks.together(lambda: arguments(words))[ranks.rank]
+    args = ranks.raise_on_all_ranks(lambda: arguments(words))[ranks.rank]
     report = encode(args, ranks)
     if report and args.json:
         console.print_json(report)

@@ -114,10 +114,10 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     options = config.load(str(path))
     costs = {way: _costs(options, way) for way in ("none", "block")}
     # A program that did not say whether it recomputed could not change that either.
-    before, phase, phases, ways = ledger.nothing(), 0, {"": 0}, list(costs)
+    before, phase, phases, ways = ledger.empty_statement(), 0, {"": 0}, list(costs)
     for number, (head, line) in enumerate(lines.items(), 1):
         if line["event"] == "resume":
-            before, phase = lines.get(line["head"], ledger.nothing()), phases[line["head"]]
+            before, phase = lines.get(line["head"], ledger.empty_statement()), phases[line["head"]]
         if way := line.get("layout", {}).get("recompute"):
             ways = [way]
         wrongs = [_miscounted(before, line, costs[way][phase]) for way in ways]

@@ -44,7 +44,7 @@ LAUNCH, KERNELS = 5e-6, 90
 """Seconds to start a kernel on a GPU, and kernels of a layer's forward and backward pass."""
 HOOKS = 1e-3
 """Seconds a layer in which ZeRO-3 gathers and releases its parameters, in Python."""
-HIDING = 0.5
+OVERLAP_SHARE = 0.5
 """Share of a pass behind which its collectives can hide, an assumption: they take kernels' multiprocessors
 and bandwidth, and the word table, needed first and reduced last, has nothing to hide behind."""
 HOST_BANDWIDTH = 40e9
@@ -53,7 +53,7 @@ RESERVE = 1.5 * 2**30
 """Bytes of a device that tensors do not get: context, kernels, communicators."""
 FRAGMENTS = 0.05
 """Of the tensors' bytes, lost between them."""
-NEARLY = 0.1
+TOLERANCE = 0.1
 """By so much a simpler layout may be slower than the fastest: on one rank the plan's errors reach as far."""
 MARGIN = {0: 0.0, 1: 0.1, 2: 0.15, 3: 0.4}
 """By so much a ZeRO stage must be faster than plain data parallelism to be preferred. It is what the plan was
@@ -151,7 +151,7 @@ def step_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> f
     computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
     waiting = 0.0
     for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
-        hiding = HIDING * call.beside * computing if device.gpu else 0.0
+        hiding = OVERLAP_SHARE * call.beside * computing if device.gpu else 0.0
         waiting += max(0.0, traffic.seconds(call, layout, device) - hiding)
     return computing + waiting + update_seconds(job, layout, device)
 
@@ -310,7 +310,7 @@ def fastest(jobs: Sequence[Job], gpus: int, device: Device, achieved: float) -> 
     by the margins above; of each phase. None: nothing fits."""
     found = [(doubted(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)]
     best = min((seconds for seconds, _ in found), default=0.0)
-    return next((one for seconds, one in found if seconds <= best * (1 + NEARLY)), None)
+    return next((one for seconds, one in found if seconds <= best * (1 + TOLERANCE)), None)
 
 
 def doubted(job: Job, layout: Layout, device: Device, achieved: float) -> float:

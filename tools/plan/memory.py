@@ -222,7 +222,7 @@ def _decoder_layer(rows: Rows, model: Model, layout: Layout) -> int:
 def _attention(n: int, m: int, projected: int, model: Model, layout: Layout, dropout: float) -> int:
     """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
     D, T, b = model.hidden_size, layout.tensor, layout.width
-    written = _by_products(layout, dropout)
+    written = _unfused_attention(layout, dropout)
     rotated = n + m if model.block == "modern" and not (written and b < FULL) else 0
     saved = n * D * (b + FULL) + b * (projected + rotated + n) * D // T
     saved += _mask_bytes(layout) * n * D if dropout else 0
@@ -253,12 +253,12 @@ def _working(model: Model, rows: Rows, layout: Layout) -> int:
     dropout = (model.decoder_dropout if model.decoder_layers else model.dropout) or 0.0
     forward = n * (FULL * model.hidden_size + layout.width * inner // layout.tensor)
     # With dropout another matrix of that size goes when each comes.
-    gradients = (1 if dropout else 2) if _by_products(layout, dropout) else 0
+    gradients = (1 if dropout else 2) if _unfused_attention(layout, dropout) else 0
     scores = gradients * layout.width * n * m * model.num_heads // layout.tensor
     return layout.micro_batch * max(forward, scores - _inner(n, model, layout, dropout))
 
 
-def _by_products(layout: Layout, dropout: float) -> bool:
+def _unfused_attention(layout: Layout, dropout: float) -> bool:
     """Return whether scores are in memory: see `attention.attend`; so does torch with dropout on a CPU."""
     return not layout.gpu and (layout.width < FULL or dropout > 0)
 
