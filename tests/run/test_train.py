@@ -97,7 +97,7 @@ def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
     assert spent["attempts"] == 2 and spent["lost_flops"] == 0
     assert spent["device_seconds"]["total"] / 3600 <= budget
     lines = read_metrics(tmp_path / "a")
-    shares = [line["progress"] for line in lines]
+    shares = [round(line["progress"], 12) for line in lines]  # a restart may round the last bit
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] > 0.97
     steps = max(after - before for before, after in pairwise(shares))
     assert shares[len(first)] - shares[len(first) - 1] < 0.1 and steps < 0.1

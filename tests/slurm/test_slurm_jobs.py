@@ -436,7 +436,7 @@ def test_the_jobs_end_is_found() -> None:
     """SLURM_JOB_END_TIME is not set by this Slurm: the queue is asked."""
     job = command("sbatch", "--parsable", "--time", "7", "-o", "/dev/null", "--wrap", FOREVER).strip()
     jobs.until(lambda: jobs.state(job) == "RUNNING", "the job")
-    end = job_end({"SLURM_JOB_ID": job})
+    end = job_end({**os.environ, "SLURM_JOB_ID": job})
     (known,) = re.findall(r" EndTime=(\S+)", command("scontrol", "-o", "show", "job", job))
     command("scancel", job)
     assert end == datetime.fromisoformat(known).timestamp()

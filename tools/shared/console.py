@@ -301,8 +301,8 @@ def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Call
         def render(self, task: Task) -> Text:
             return super().render(task) if task.finished_speed or task.speed else Text("")
 
-    columns = (BarColumn(), DownloadColumn(), Rate(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+    columns = (BarColumn(None), DownloadColumn(), Rate(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress("{task.description}", *columns, **_below(Console(stderr=True))) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done: bar.advance(task, done)
         bar.update(task, completed=total_bytes)  # what readers ahead of themselves have not told
