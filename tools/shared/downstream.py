@@ -1,0 +1,89 @@
+"""downstream.jsonl of a folder: what its checkpoints score on tasks.
+
+One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol"}. The one idea: a line is known
+by all that is no result, so a command that is repeated replaces its lines and nothing counts twice.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain.errors import UserError
+from pretrain.files import write_atomic
+
+FILE = "downstream.jsonl"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model scored once."""
+
+    step: int | None
+    """Of the checkpoint; None for a folder that is no run."""
+    task: str
+    metric: str
+    score: float
+    """As the metric is defined: a share in [0, 1], a correlation in [-1, 1]."""
+    seed: int | None = None
+    """None where nothing is drawn."""
+    n: int | None = None
+    """Examples that were scored."""
+    protocol: str = ""
+    """How it was had, such as `probe`; scores of different protocols do not compare."""
+
+    @property
+    def key(self) -> tuple[int | None, str, str, int | None, str]:
+        """What a later score replaces this one by."""
+        return self.step, self.task, self.metric, self.seed, self.protocol
+
+
+def read(folder: str | Path) -> list[Score]:
+    """Return the scores of a folder, oldest first; UserError names a line that is none."""
+    return [score for _, score in _lines(Path(folder) / FILE)]
+
+
+def record(folder: str | Path, scores: Iterable[Score]) -> None:
+    """Write scores to a folder, which is made; those that are there under the same key are replaced.
+
+    After a kill at any instant the file has all of them or none. Processes may record at the same time.
+    """
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        lines = {score.key: text for text, score in _lines(path)}
+        lines |= {score.key: json.dumps(asdict(score), allow_nan=False) for score in scores}
+        write_atomic(path, "".join(f"{text}\n" for text in lines.values()))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Score]]:
+    """Yield each line with its score; keys that are not known here stay in the line."""
+    if not path.exists():
+        return
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            step, seed, n = (
+                None if line.get(key) is None else int(line[key]) for key in ("step", "seed", "n")
+            )
+            words = (str(line["task"]), str(line.get("metric", "")), float(line["score"]))
+            yield text, Score(step, *words, seed, n, str(line.get("protocol", "")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that record; network file systems may have no such locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
