@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.evaluate import HeldOut
 from pretrain.model.late_mask import Batch, LateMaskModel
 from tools.shared import console, plots
-from tools.shared.run_model import RunModel
+from tools.shared.run_model import RunModel, listen
 
 MEASURES = tuple(
     f"{kind}{centred}"
@@ -125,16 +125,10 @@ class Collector:
         self.clean = True
         for part, stack in (("encoder", model), ("decoder", model.decoder)):
             if stack is not None:
-                self._listen(part, list(stack.layers), stack.final_norm)
+                listen(stack, self._from(part))
 
-    def _listen(self, part: str, layers: list[nn.Module], final_norm: nn.Module) -> None:
-        layers[0].register_forward_pre_hook(lambda _, inputs: self._see(Site(part, 0), inputs[0]))
-        for i, layer in enumerate(layers[:-1], 1):
-            layer.register_forward_hook(self._output(Site(part, i)))
-        final_norm.register_forward_hook(self._output(Site(part, len(layers))))
-
-    def _output(self, site: Site) -> Callable[..., None]:
-        return lambda _module, _inputs, out: self._see(site, out)
+    def _from(self, part: str) -> Callable[[int, Tensor], None]:
+        return lambda layer, rows_BSD: self._see(Site(part, layer), rows_BSD)
 
     def _see(self, site: Site, rows_BSD: Tensor) -> None:
         # A layer of the encoder has the first rows of a sequence, one of the decoder the last.

@@ -1,10 +1,12 @@
-"""The model of a run, for the programs that use one: export, evaluate, fill_mask, analyze."""
+"""The model of a run, for the programs that use one: export, evaluate, fill_mask, analyze and others."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from pretrain import checkpoint, config
 from pretrain.checkpoint import State
@@ -12,7 +14,7 @@ from pretrain.config import Config
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
-from pretrain.model.late_mask import Batch, LateMaskModel
+from pretrain.model.late_mask import Batch, Decoder, LateMaskModel
 from pretrain.run_folder import TOKENIZER
 
 
@@ -58,12 +60,36 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mask_logits(model: LateMaskModel, ids: torch.Tensor) -> torch.Tensor:
-    """ids [1, n] of a text -> logits [1, M, W] of its masks, which join where they joined in training."""
-    masked = ids[0] == model.mask_id
-    order = torch.cat(((~masked).nonzero(), masked.nonzero())).flatten()[None]
-    M = int(masked.sum())
-    batch = Batch(ids[:, order[0]], order, torch.zeros(1, M, dtype=torch.int64), M)
+def masked_batch(model: LateMaskModel, ids_BL: torch.Tensor) -> Batch:
+    """Return texts [B, L] with M [MASK]s each as the model takes them: these last, and all predicted."""
+    masked_BL = ids_BL == model.mask_id
+    order_BL = masked_BL.long().argsort(dim=1, stable=True)
+    M = int(masked_BL[0].sum())
+    assert (masked_BL.sum(1) == M).all()
+    return Batch(ids_BL.gather(1, order_BL), order_BL, torch.zeros_like(ids_BL[:, :M]), M)
+
+
+def mask_logits(model: LateMaskModel, ids_BL: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, M, W] of the masks of texts, which join where they joined in training."""
+    return vocabulary_logits(model, model.predicted_rows(masked_batch(model, ids_BL)))
+
+
+def vocabulary_logits(model: LateMaskModel, rows: torch.Tensor) -> torch.Tensor:
+    """Return the logits [..., W] of predicted rows [..., D], without the padding of the word table."""
     vocab_size = model.cross_entropy.vocab_size
-    hidden = model.head(model.predicted_rows(batch))
-    return hidden @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
+    return model.head(rows) @ model.tok.weight[:vocab_size].T + model.head.bias[:vocab_size]
+
+
+def listen(stack: LateMaskModel | Decoder, see: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
+    """Have `see` called with each layer's number and output: 0 is what the first layer reads, and the last
+    is taken after the final norm. Returns the hooks."""
+    first, *rest = stack.layers
+
+    def output(layer: int) -> Callable[..., None]:
+        return lambda _module, _inputs, rows: see(layer, rows)
+
+    return [
+        first.register_forward_pre_hook(lambda _module, inputs: see(0, inputs[0])),
+        *(layer.register_forward_hook(output(i)) for i, layer in enumerate([first, *rest][:-1], 1)),
+        stack.final_norm.register_forward_hook(output(len(stack.layers))),
+    ]

@@ -1,0 +1,105 @@
+"""Encoders of runs against the folders exported from them, and folders that are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.errors import UserError
+from tests.support.runs import finish
+from tools.export import __main__ as export
+from tools.shared.encoders import Encoder, by_shape, open_encoder
+
+MODELS = {
+    "mlm": (),
+    "modern": ("model.block=modern",),
+    "late": ("model.mask_from=2", "model.decoder_layers=2", "model.norm=pre"),
+    "query": ("model.mask_from=2", "model.decoder_layers=1", "model.decoder=query"),
+}
+TEXT = "It was a dark and stormy night; <mask>, </s> and so on."
+PLAIN = "the people of the state had not seen it, and they went to the house."
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, words in MODELS.items():
+        finish([str(tiny / "tiny.yaml"), f"run.dir={folder / name}", "budget.steps=3", *words])
+        export.main([str(folder / name), "--output", str(folder / name / "export")])
+    return {name: folder / name for name in MODELS}
+
+
+def rows(encoder: Encoder, text: str = TEXT) -> torch.Tensor:
+    return torch.tensor([encoder.tokens(text).ids])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_states_are_those_of_the_exported_encoder(runs: dict[str, Path], name: str) -> None:
+    ours, theirs = open_encoder(str(runs[name])), open_encoder(str(runs[name] / "export"))
+    assert ours.tokens(TEXT).ids == theirs.tokens(TEXT).ids
+    assert ours.tokens(PLAIN) == theirs.tokens(PLAIN)
+    assert (ours.step, theirs.step, ours.max_length, theirs.max_length) == (3, None, 24, 24)
+    ids = rows(ours).expand(2, -1)[:, :24]
+    for found, expected in zip(ours.states(ids), theirs.states(ids), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(ours.states(ids)) == 3
+
+
+@pytest.mark.parametrize("name", ["mlm", "modern"])
+def test_masks_are_answered_as_by_the_exported_model(runs: dict[str, Path], name: str) -> None:
+    ours = open_encoder(str(runs[name]), head=True)
+    theirs = open_encoder(str(runs[name] / "export"), head=True)
+    ids = rows(ours).repeat(2, 1)[:, :24]
+    ids[0, [3, 4]] = ids[1, [2, 5]] = ours.mask_id
+    torch.testing.assert_close(ours.mask_logits(ids), theirs.mask_logits(ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["mlm", "mlm/export", "query"])
+def test_random_weights_are_drawn_by_their_seed(runs: dict[str, Path], which: str) -> None:
+    encoder = open_encoder(str(runs["mlm"].parent / which))
+    ids = rows(encoder)[:, :24]
+    first, again, other = (encoder.untrained(seed).states(ids)[-1] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.allclose(first, encoder.states(ids)[-1])
+
+
+def test_texts_are_cut_before_their_end(runs: dict[str, Path]) -> None:
+    encoder = open_encoder(str(runs["mlm"]))
+    tokens = encoder.tokens(" ".join([TEXT] * 3))
+    cut = encoder.cut(tokens)
+    assert cut.ids == [*tokens.ids[:23], tokens.ids[-1]] and len(cut.words) == 24
+    assert encoder.cut(cut) == cut
+
+
+def test_batches_hold_items_of_one_shape() -> None:
+    shapes = [(3, 1), (5, 1), (3, 1), (3, 2), (3, 1), (9, 1)]
+    assert list(by_shape(shapes, 6)) == [[5], [1], [3], [0, 2], [4]]
+
+
+def test_what_is_no_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a run .* nor a Hugging Face folder"):
+        open_encoder(str(tmp_path))
+    with pytest.raises(UserError, match="late/export: no masked LM, it has no weights for"):
+        open_encoder(str(runs["late"] / "export"), head=True)
+    with pytest.raises(UserError, match="leave out --checkpoint best"):
+        open_encoder(str(runs["mlm"] / "export"), "best")
+    for name, cause in (("config.json", "{}"), ("tokenizer.json", "{"), ("model.safetensors", "")):
+        broken = tmp_path / name
+        shutil.copytree(runs["mlm"] / "export", broken)
+        (broken / name).write_text(cause, encoding="utf-8")
+        with pytest.raises(UserError, match="transformers cannot load it"):
+            open_encoder(str(broken))
+
+
+def test_code_of_a_folder_is_not_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    shutil.copytree(runs["mlm"] / "export", folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        open_encoder(str(folder))
+    assert not (tmp_path / "ran").exists()
