@@ -16,9 +16,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from pretrain import __version__, config, streams
+from pretrain import __version__, streams
 from pretrain.account import budget, epochs, flops
-from pretrain.config import Config
+from pretrain.config import Config, config_warnings, dump_config, load_config, method_of, phase_configs
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
@@ -52,23 +52,23 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def plan(options: Config, data_size: int, blend: Blend) -> str:
+def plan(config: Config, data_size: int, blend: Blend) -> str:
     """What the run will do and the arithmetic behind it, for the reader of a log."""
     from pretrain.build import micro_batch
     from pretrain.data.masking import counts
 
-    m = options.model
+    m = config.model
     assert m.vocab_size
     size = flops.parameters(m, m.vocab_size)
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
     lines = [
-        f"method      {config.method(options)}: {m.num_layers} + {m.decoder_layers} layers x {m.hidden_size},"
+        f"method      {method_of(config)}: {m.num_layers} + {m.decoder_layers} layers x {m.hidden_size},"
         f" {m.block} {m.norm}-LN, {m.vocab_size} pieces",
         f"parameters  {parts}",
     ]
-    untils = [phase.until for phase in options.train.phases]
-    for phase, begin in zip(config.phases(options), [0.0, *untils], strict=True):
-        t, c = phase.train, counts(options.masking, phase.train.seq_length)
+    untils = [phase.until for phase in config.train.phases]
+    for phase, begin in zip(phase_configs(config), [0.0, *untils], strict=True):
+        t, c = phase.train, counts(config.masking, phase.train.seq_length)
         update, micro = budget.step_cost(phase).flops, micro_batch(phase, data_size)
         shares = "  ".join(
             f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
@@ -82,8 +82,8 @@ def plan(options: Config, data_size: int, blend: Blend) -> str:
             f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
             f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
         ]
-    lines.append(f"documents   {options.corpus.documents}; {_documents(blend)}")
-    return "\n".join([*lines, f"budget      {_budget(options, blend)}"])
+    lines.append(f"documents   {config.corpus.documents}; {_documents(blend)}")
+    return "\n".join([*lines, f"budget      {_budget(config, blend)}"])
 
 
 def _documents(blend: Blend) -> str:
@@ -96,19 +96,19 @@ def _documents(blend: Blend) -> str:
     return f"{numbers[:, -2].mean() + 1:.2f} a window, {pairs:.0%} of the pairs of rows are within one"
 
 
-def _budget(options: Config, blend: Blend) -> str:
+def _budget(config: Config, blend: Blend) -> str:
     from pretrain.account.budget import Budget, planned
 
-    unit, total = options.budget.amount
+    unit, total = config.budget.amount
     given = f"{total:.7g} {unit}"
-    if options.budget.relative_to:
-        given += f" ({options.budget.fraction:g} of {options.budget.relative_to}'s)"
-    budget = Budget(options)
+    if config.budget.relative_to:
+        given += f" ({config.budget.fraction:g} of {config.budget.relative_to}'s)"
+    budget = Budget(config)
     if budget.measured:
         return given
     steps = budget.updates()
     text = f"{given} = {' + '.join(f'{number:,}' for number in steps)} updates"
-    text += f" = {planned(options, 'flops'):.3g} FLOPs = {planned(options, 'tokens'):.3g} rows"
+    text += f" = {planned(config, 'flops'):.3g} FLOPs = {planned(config, 'tokens'):.3g} rows"
     if len(steps) > 1:
         return text
     windows = {sampler.corpus.prefix: sampler.samples_per_epoch for sampler in blend.samplers}
@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for word in (args.config, *args.overrides):
             check_name(word)
-        options = config.load(args.config, args.overrides)
-        return _dry_run(options) if args.dry_run else _run(options, args.local_rank)
+        config = load_config(args.config, args.overrides)
+        return _dry_run(config) if args.dry_run else _run(config, args.local_rank)
     except UserError as error:
         return _say(error)
     except OSError as error:
@@ -143,12 +143,12 @@ def _say(error: UserError) -> int:
     return USER
 
 
-def _warn_of_epochs(options: Config) -> None:
-    if text := epochs.warning(epochs.epochs(options)):
+def _warn_of_epochs(config: Config) -> None:
+    if text := epochs.warning(epochs.epochs(config)):
         logging.warning("warning: %s", text)
 
 
-def _dry_run(options: Config) -> int:
+def _dry_run(config: Config) -> int:
     import torch
 
     from pretrain.build import check_start, resolve
@@ -156,53 +156,53 @@ def _dry_run(options: Config) -> int:
     from pretrain.data.corpora import open_blend, open_data
     from pretrain.evaluate import HeldOut
 
-    for warning in config.warnings(options):
+    for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
-    data = open_data(options.corpus)
-    given = options
-    options = resolve(options, data.tokenizer.vocab_size, torch.device("cpu"))
-    refuse_changes(given.model_copy(update={"model": options.model}), data)
-    _warn_of_epochs(options)
-    phases = config.phases(options)
-    budget.check(options)
-    check_start(options, data)
+    data = open_data(config.corpus)
+    given = config
+    config = resolve(config, data.tokenizer.vocab_size, torch.device("cpu"))
+    refuse_changes(given.model_copy(update={"model": config.model}), data)
+    _warn_of_epochs(config)
+    phases = phase_configs(config)
+    budget.check(config)
+    check_start(config, data)
     blend = [open_blend(phase, data) for phase in phases][-1]
-    if options.corpus.valid:
-        length = options.evaluate.seq_length or options.train.seq_length
-        HeldOut(options.corpus.valid, data.tokenizer, length, options.evaluate.samples)
-    print(config.dump(options))
-    masks = f"masks       {_masks(options, blend, data.tokenizer)}"
-    print(wrapped(f"{plan(options, 1, blend)}\n{masks}", indent=12))
+    if config.corpus.valid:
+        length = config.evaluate.seq_length or config.train.seq_length
+        HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples)
+    print(dump_config(config))
+    masks = f"masks       {_masks(config, blend, data.tokenizer)}"
+    print(wrapped(f"{plan(config, 1, blend)}\n{masks}", indent=12))
     return 0
 
 
-def _masks(options: Config, blend: Blend, tokenizer: Tokenizer) -> str:
+def _masks(config: Config, blend: Blend, tokenizer: Tokenizer) -> str:
     """What exact counts ask of the first windows: specials predicted, words and spans cut."""
     from pretrain.data.masking import masker
 
     first = np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))
     sample = blend.read(first)
-    mask = masker(options.masking, options.train.seq_length, tokenizer)
+    mask = masker(config.masking, config.train.seq_length, tokenizer)
     masked = mask(sample.tokens, sample.keys, sample.views)
     return (
-        f"{options.masking.scheme}; of the {masked.targets.size:,} predicted rows of {len(first)} windows"
+        f"{config.masking.scheme}; of the {masked.targets.size:,} predicted rows of {len(first)} windows"
         f" {masked.specials_chosen} are sequence specials; words or spans cut: {masked.units_cut}"
     )
 
 
-def _run(options: Config, local_rank: int | None) -> int:
+def _run(config: Config, local_rank: int | None) -> int:
     signals = Signals()
     from pretrain.build import build
     from pretrain.parallel.topology import Topology, connect
     from pretrain.run_folder import RunFolder
     from pretrain.train import close, train
 
-    for warning in config.warnings(options):
+    for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
-    folder, topology = RunFolder(options.run.dir), Topology()
+    folder, topology = RunFolder(config.run.dir), Topology()
     try:
-        topology = connect(options.parallel.tensor, options.train.engine == "deepspeed", local_rank)
-        run = build(options, topology, folder, signals)
+        topology = connect(config.parallel.tensor, config.train.engine == "deepspeed", local_rank)
+        run = build(config, topology, folder, signals)
         if topology.is_main:
             logging.info(wrapped(plan(run.config, topology.data_size, run.blend), sys.stderr, indent=12))
             _warn_of_epochs(run.config)

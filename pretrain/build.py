@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import budget, energy, flops
 from pretrain.account.budget import Budget, Course, step_cost
 from pretrain.account.ledger import Ledger, process_start
 from pretrain.checkpoint import State
-from pretrain.config import Config
+from pretrain.config import Config, build_config, method_of, phase_configs
 from pretrain.continuing import carried, check_continues, rates, run_segments
 from pretrain.data.corpora import Data, open_blend, open_data
 from pretrain.data.masking import masker
@@ -44,13 +44,13 @@ from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 
 
-def build_engine(options: Config, model: LateMaskModel, topology: Topology, micro: int) -> "Engine":
+def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro: int) -> "Engine":
     """Divides an initialised model over the ranks and gives it an optimizer.
 
     micro: sequences of a micro-batch. UserError if keys of `deepspeed` contradict others, or a kernel is
     not here.
     """
-    t, known = options.train, model.cross_entropy.vocab_size
+    t, known = config.train, model.cross_entropy.vocab_size
     if t.cross_entropy != "own":
         model.cross_entropy = ExternalCrossEntropy(known, t.cross_entropy, topology.device)
     tensor_parallel.shard(model, topology)
@@ -59,28 +59,28 @@ def build_engine(options: Config, model: LateMaskModel, topology: Topology, micr
         float8.convert(model, topology.device)
     if t.compile != "none":
         for layer in model.all_layers():
-            layer.compile(mode=compile_mode(options), dynamic=False)
+            layer.compile(mode=compile_mode(config), dynamic=False)
     if t.engine == "deepspeed":
-        return DeepSpeedEngine(options, model, topology, micro)
-    return TorchEngine(options, model, topology)
+        return DeepSpeedEngine(config, model, topology, micro)
+    return TorchEngine(config, model, topology)
 
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 
-def resolve(options: Config, vocab_size: int, device: torch.device) -> Config:
+def resolve(config: Config, vocab_size: int, device: torch.device) -> Config:
     """The config with the defaults that depend on the vocabulary and the device filled in."""
-    if options.model.vocab_size not in (None, vocab_size):
+    if config.model.vocab_size not in (None, vocab_size):
         raise UserError(
-            f"model.vocab_size = {options.model.vocab_size}, but the tokenizer has {vocab_size} pieces; leave"
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {vocab_size} pieces; leave"
             " it out"
         )
-    train = options.train
+    train = config.train
     precision = train.precision or ("bf16" if _has_bf16(device) else "fp32")
     deterministic = device.type == "cpu" if train.deterministic is None else train.deterministic
-    sized = options.model_copy(
+    sized = config.model_copy(
         update={
-            "model": options.model.model_copy(update={"vocab_size": vocab_size}),
+            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
             "train": train.model_copy(update={"precision": precision, "deterministic": deterministic}),
         }
     )
@@ -93,9 +93,9 @@ def _has_bf16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def micro_batch(options: Config, data_size: int) -> int:
+def micro_batch(config: Config, data_size: int) -> int:
     """Sequences per forward pass of one data-parallel rank; UserError if the batch does not divide."""
-    batch, micro = options.train.batch_size, options.train.micro_batch_size
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
     if batch % (data_size * (micro or 1)):
         raise UserError(
             f"train.batch_size = {batch} is no multiple of data-parallel ranks x micro_batch_size ="
@@ -161,39 +161,39 @@ class Run:
         return self.phases[self.phase].cost
 
 
-def build(options: Config, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
+def build(config: Config, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
     """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
     on_main(topology, folder.claim)
     meter = open_meter(topology)
     with raise_on_all_ranks(topology):
-        data = open_data(options.corpus)
-        options = resolve(options, data.tokenizer.vocab_size, topology.device)
+        data = open_data(config.corpus)
+        config = resolve(config, data.tokenizer.vocab_size, topology.device)
         phases = [
             Phase(phase, step_cost(phase), micro_batch(phase, topology.data_size))
-            for phase in config.phases(options)
+            for phase in phase_configs(config)
         ]
-        check_sensors(options, topology.device, meter.parts)
-        budget.check(options)
+        check_sensors(config, topology.device, meter.parts)
+        budget.check(config)
         for phase in phases:
             open_blend(phase.config, data)  # refuses a corpus that is too small for its length
-        if options.train.engine == "deepspeed":
+        if config.train.engine == "deepspeed":
             for phase in phases:
                 deepspeed_config(phase.config, topology.data_size, phase.micro, pin=False)
-        heldout = _open_heldout(options, data)
+        heldout = _open_heldout(config, data)
     # Up to here nothing is touched: what is refused leaves the run as it was.
-    start = on_main(topology, lambda: _starting_point(folder, options, data))
+    start = on_main(topology, lambda: _starting_point(folder, config, data))
     path, stamps = json.loads(start) if start else ("", None)
     with raise_on_all_ranks(topology):
         state = checkpoint.read_state(Path(path), stamps) if path else None
     if state:
         data = replace(data, rules=state.rules)
-    ledger = _open_ledger(options, topology, folder, state, meter)
+    ledger = _open_ledger(config, topology, folder, state, meter)
     with timed(ledger, "startup"):
-        segments = run_segments(options, data, state)
+        segments = run_segments(config, data, state)
         with raise_on_all_ranks(topology):
-            module = _module(options, data.tokenizer, fresh=state is None)
+            module = _module(config, data.tokenizer, fresh=state is None)
         run = _assemble(
-            options,
+            config,
             topology,
             folder,
             data,
@@ -207,7 +207,7 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             meter,
         )
         if state:
-            run.course = Course(run.budget, carried(state, options))
+            run.course = Course(run.budget, carried(state, config))
             with raise_on_all_ranks(topology):
                 checkpoint.load(Path(path), run.engine, stamps)
             run.engine.optimizer_step = state.optimizer_step
@@ -216,17 +216,17 @@ def build(options: Config, topology: Topology, folder: RunFolder, signals: Signa
             run.step, run.samples, run.saved = state.step, state.samples, state.step
             run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
     if ledger and state:
-        _note_changes(ledger, run, state, layout(options, topology))
+        _note_changes(ledger, run, state, layout(config, topology))
     return run
 
 
-def _open_heldout(options: Config, data: Data) -> HeldOut | None:
+def _open_heldout(config: Config, data: Data) -> HeldOut | None:
     """The held-out windows, if the config names a corpus of them."""
-    if not options.corpus.valid:
+    if not config.corpus.valid:
         return None
-    length = options.evaluate.seq_length or options.train.seq_length
-    bounded = options.corpus.documents == "bounded"
-    return HeldOut(options.corpus.valid, data.tokenizer, length, options.evaluate.samples, bounded)
+    length = config.evaluate.seq_length or config.train.seq_length
+    bounded = config.corpus.documents == "bounded"
+    return HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples, bounded)
 
 
 def open_meter(topology: Topology) -> energy.Meter:
@@ -240,10 +240,10 @@ def open_meter(topology: Topology) -> energy.Meter:
     return meter
 
 
-def check_sensors(options: Config, device: torch.device, parts: Sequence[str]) -> None:
+def check_sensors(config: Config, device: torch.device, parts: Sequence[str]) -> None:
     """UserError if the budget is of energy that nobody measures."""
     needed, sensor = ("gpu", "NVML") if device.type == "cuda" else ("cpu", "RAPL")
-    if options.budget.amount[0] == "kwh" and needed not in parts:
+    if config.budget.amount[0] == "kwh" and needed not in parts:
         raise UserError(
             f"budget.kwh: no energy sensor can be read here on every node ({sensor}); have it made readable,"
             " or take another unit"
@@ -251,7 +251,7 @@ def check_sensors(options: Config, device: torch.device, parts: Sequence[str]) -
 
 
 def _assemble(
-    options: Config,
+    config: Config,
     topology: Topology,
     folder: RunFolder,
     data: Data,
@@ -265,7 +265,7 @@ def _assemble(
     meter: energy.Meter,
 ) -> Run:
     """The parts of a run that has not started."""
-    prepare_torch(bool(options.train.deterministic))
+    prepare_torch(bool(config.train.deterministic))
     if topology.device.type == "cpu":
         keep_freed_memory()
     phase = phases[number]
@@ -273,9 +273,9 @@ def _assemble(
     if built.deepspeed_json and topology.is_main:
         write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
     blend, feed = read_phase(phase, topology, data, segments)
-    limit = Budget(options)
+    limit = Budget(config)
     return Run(
-        config=options,
+        config=config,
         topology=topology,
         folder=folder,
         data=data,
@@ -285,10 +285,10 @@ def _assemble(
         engine=built,
         heldout=heldout,
         ledger=ledger,
-        monitor=_open_monitor(options, topology, ledger),
+        monitor=_open_monitor(config, topology, ledger),
         meter=meter,
         signals=signals,
-        deadline=_deadline(options) if topology.is_main else None,
+        deadline=_deadline(config) if topology.is_main else None,
         segments=segments,
         phase=number,
         blend=blend,
@@ -307,7 +307,7 @@ def read_phase(
     return blend, Feed(prepare(o, topology, blend, mask, phase.micro), o.train.batch_size)
 
 
-def _deadline(options: Config) -> float | None:
+def _deadline(config: Config) -> float | None:
     """So long before the job's end that there is time to save; in a short job at most a fifth of it.
 
     The trap: a shell (of tmux, of salloc) keeps the variables of a job that is over.
@@ -321,19 +321,19 @@ def _deadline(options: Config) -> float | None:
             " its time limit is ignored; unset them"
         )
         return None
-    return end - min(60 * options.checkpoint.end_margin_minutes, 0.2 * (end - now))
+    return end - min(60 * config.checkpoint.end_margin_minutes, 0.2 * (end - now))
 
 
-def _module(options: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
+def _module(config: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
     """The whole model; where a run is `fresh`, with the weights that `model.init_from` has."""
-    t = options.train
-    module = model.LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask, t.recompute == "block")
-    model.init_weights(module, options.run.seed)
-    if fresh and options.model.init_from:
-        new = huggingface.load_folder(module, options.model, tokenizer)
+    t = config.train
+    module = model.LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask, t.recompute == "block")
+    model.init_weights(module, config.run.seed)
+    if fresh and config.model.init_from:
+        new = huggingface.load_folder(module, config.model, tokenizer)
         parts = Counter(name.partition(".")[0] for name in new)
         said = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()) or "nothing"
-        logging.info("init_from   %s; new here: %s", options.model.init_from, said)
+        logging.info("init_from   %s; new here: %s", config.model.init_from, said)
     return module
 
 
@@ -357,15 +357,15 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, -1)
 
 
-def check_start(options: Config, data: Data) -> None:
+def check_start(config: Config, data: Data) -> None:
     """What a first start would refuse but `open_data` and the budget do not know of; leaves nothing."""
-    check_folder(options.run.dir)
-    for phase in config.phases(options):
+    check_folder(config.run.dir)
+    for phase in phase_configs(config):
         micro = micro_batch(phase, 1)
-        if options.train.engine == "deepspeed":
+        if config.train.engine == "deepspeed":
             deepspeed_config(phase, 1, micro, pin=False)
-    if options.model.init_from:
-        _module(options, data.tokenizer, fresh=True)
+    if config.model.init_from:
+        _module(config, data.tokenizer, fresh=True)
 
 
 def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
@@ -389,22 +389,22 @@ def raise_on_all_ranks(topology: Topology) -> Iterator[None]:
         raise UserError(problem)
 
 
-def _starting_point(folder: RunFolder, options: Config, data: Data) -> str:
+def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
     """The checkpoint to go on from and the stamps of its files, as JSON, "" for none; the config becomes that
     of the folder."""
     start = ""
     if checkpoint.steps(folder.path):
         path, stamps = checkpoint.find_verified(folder.path)
         state = checkpoint.read_state(path, stamps)
-        check_continues(state, options, data)
+        check_continues(state, config, data)
         start = json.dumps([str(path), stamps])
-    folder.write_config(options)
+    folder.write_config(config)
     folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.hash)
     return start
 
 
 def _open_ledger(
-    options: Config,
+    config: Config,
     topology: Topology,
     folder: RunFolder,
     state: State | None,
@@ -416,7 +416,7 @@ def _open_ledger(
     device, ranks = device_name(topology.device), topology.world_size
     folder.add_provenance(device=device, ranks=ranks, launcher=topology.launcher)
     ledger = Ledger.open(folder.path, ranks, device)
-    about: dict[str, Any] = {"layout": layout(options, topology), "job": slurm_job(os.environ)}
+    about: dict[str, Any] = {"layout": layout(config, topology), "job": slurm_job(os.environ)}
     about["sensors"] = {part: meter.methods[part] for part in meter.parts}  # rank 0 has one of each
     if "cpu" in meter.parts:
         about["host_share"] = round(meter.share, 4)
@@ -428,16 +428,16 @@ def _open_ledger(
     return ledger
 
 
-def layout(options: Config, topology: Topology) -> dict[str, Any]:
+def layout(config: Config, topology: Topology) -> dict[str, Any]:
     """How the model is spread and computed, which may differ between attempts."""
-    t, p = options.train, options.parallel
+    t, p = config.train, config.parallel
     return {
         "engine": t.engine,
         "ranks": topology.world_size,
         "tensor": p.tensor,
         "zero": p.zero,
         "device": device_name(topology.device),
-        "micro_batch": micro_batch(config.phases(options)[0], topology.data_size),
+        "micro_batch": micro_batch(phase_configs(config)[0], topology.data_size),
         "recompute": t.recompute,
         "deterministic": t.deterministic,
         "compile": t.compile,
@@ -454,20 +454,20 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _note_changes(ledger: Ledger, run: Run, state: State, now_laid: dict[str, Any]) -> None:
     """Says and records what is other than in the attempt before; the ledger has noted another layout."""
-    options, segments = run.config, run.segments
+    config, segments = run.config, run.segments
     before_laid = {**now_laid, **(state.layout or {})}
     moved = [name for name in ("ranks", "tensor", "micro_batch") if before_laid[name] != now_laid[name]]
-    if moved and (options.model.dropout or options.model.decoder_dropout):
+    if moved and (config.model.dropout or config.model.decoder_dropout):
         changes = ", ".join(f"{name} {before_laid[name]} -> {now_laid[name]}" for name in moved)
         logging.info("dropout     other elements are dropped from here on than would have been: %s", changes)
-    before = config.build(state.config, "config of the checkpoint").budget.amount
-    now = options.budget.amount
+    before = build_config(state.config, "config of the checkpoint").budget.amount
+    now = config.budget.amount
     if before != now:
         old, new = (f"{amount:g} {unit}" for unit, amount in (before, now))
         totals = ledger.totals()
         progress = run.course.follow(totals)
         run.course.pause()
-        rate, next_rate = rates(state, options, progress, totals)
+        rate, next_rate = rates(state, config, progress, totals)
         logging.info("budget      changed: %s -> %s, of which %.1f%% is spent", old, new, 100 * progress)
         if rate != next_rate:
             logging.warning(
@@ -479,20 +479,18 @@ def _note_changes(ledger: Ledger, run: Run, state: State, now_laid: dict[str, An
         ledger.note("budget-change", before=old, now=new, lr_before=rate, lr_now=next_rate)
     if segments[-1].number > state.segments[-1][0]:
         blend = segments[-1]
-        ledger.note(
-            "blend-change", segment=blend.number, first_sample=blend.first, blend=options.corpus.blend
-        )
+        ledger.note("blend-change", segment=blend.number, first_sample=blend.first, blend=config.corpus.blend)
 
 
-def _open_monitor(options: Config, topology: Topology, ledger: Ledger | None) -> Monitor | None:
+def _open_monitor(config: Config, topology: Topology, ledger: Ledger | None) -> Monitor | None:
     """What rank 0 shows."""
     if ledger is None:
         return None
-    assert options.train.precision
-    peak = flops.peak(device_name(topology.device), options.train.precision)
+    assert config.train.precision
+    peak = flops.peak(device_name(topology.device), config.train.precision)
     totals, ranks = ledger.totals(), topology.world_size
-    board = options.monitor.tensorboard
-    return Monitor(options.run.dir, config.method(options), totals, ranks, peak, board)
+    board = config.monitor.tensorboard
+    return Monitor(config.run.dir, method_of(config), totals, ranks, peak, board)
 
 
 def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:

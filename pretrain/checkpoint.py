@@ -28,8 +28,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from pretrain import config
-from pretrain.config import Config
+from pretrain.config import Config, build_config, changed_keys
 from pretrain.data.rng import RULES
 from pretrain.errors import UserError
 
@@ -357,7 +356,7 @@ def read_tensors(path: Path, kind: str = "param", stamps: Stamps | None = None) 
 
 def check_continues(old: State, new: Config, fingerprints: dict[str, str]) -> None:
     """UserError, one line per change, if the checkpoint cannot go on under this config and these data."""
-    changes = config.changed_keys(config.build(old.config, "config of the checkpoint"), new)
+    changes = changed_keys(build_config(old.config, "config of the checkpoint"), new)
     changes += [
         f"corpus: {name} has other content than at step {old.step} ({before[:12]} -> {now[:12]})"
         for name, before in old.fingerprints.items()

@@ -6,11 +6,11 @@ Imports no torch.
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import schedule
 from pretrain.account.budget import Budget, Totals
 from pretrain.checkpoint import State
-from pretrain.config import Config
+from pretrain.config import Config, build_config, phase_configs
 from pretrain.data.corpora import Data
 from pretrain.data.sampler import Segment, continue_segments
 from pretrain.errors import UserError
@@ -18,49 +18,49 @@ from pretrain.errors import UserError
 _WHOSE = "config of the checkpoint"
 
 
-def run_segments(options: Config, data: Data, state: State | None) -> list[Segment]:
+def run_segments(config: Config, data: Data, state: State | None) -> list[Segment]:
     """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
-    length = config.phases(options)[0].train.seq_length
+    length = phase_configs(config)[0].train.seq_length
     if state is None:
-        return continue_segments([], options.corpus.segment, data.blend, 0, length)
+        return continue_segments([], config.corpus.segment, data.blend, 0, length)
     past = [
         Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
         for number, first, blend, *rest in state.segments
     ]
-    return continue_segments(past, options.corpus.segment, data.blend, state.samples, length)
+    return continue_segments(past, config.corpus.segment, data.blend, state.samples, length)
 
 
-def check_continues(state: State, options: Config, data: Data | None) -> None:
+def check_continues(state: State, config: Config, data: Data | None) -> None:
     """UserError with all reasons, one a line, why the checkpoint cannot go on; data: None where it is not
     here."""
     reasons = []
     try:
         if data:
-            run_segments(options, data, state)
+            run_segments(config, data, state)
     except UserError as error:
         reasons.append(str(error))
     try:
-        checkpoint.check_continues(state, options, {"tokenizer": data.tokenizer.hash} if data else {})
+        checkpoint.check_continues(state, config, {"tokenizer": data.tokenizer.hash} if data else {})
     except UserError as error:
         reasons.append(str(error))
     if reasons:
         raise UserError("\n".join(reasons))
 
 
-def refuse_changes(options: Config, data: Data | None) -> None:
+def refuse_changes(config: Config, data: Data | None) -> None:
     """UserError where the run of a config, its vocabulary size known, has a checkpoint that cannot go on with
     it, as its start would say.
 
     What only a start knows, such as the precision of its device, is taken to be as it was.
     """
-    state = _newest(Path(options.run.dir))
+    state = _newest(Path(config.run.dir))
     if state is None:
         return
-    before, train = config.build(state.config, _WHOSE).train, options.train
+    before, train = build_config(state.config, _WHOSE).train, config.train
     kept = {
         name: getattr(before, name) for name in ("precision", "deterministic") if getattr(train, name) is None
     }
-    check_continues(state, options.model_copy(update={"train": train.model_copy(update=kept)}), data)
+    check_continues(state, config.model_copy(update={"train": train.model_copy(update=kept)}), data)
 
 
 def _newest(run: Path) -> State | None:
@@ -73,24 +73,24 @@ def _newest(run: Path) -> State | None:
     return None
 
 
-def carried(state: State, options: Config) -> float | None:
+def carried(state: State, config: Config) -> float | None:
     """Progress with which a run of hours or kWh goes on from a checkpoint; None: what it has spent says.
 
     Of another amount it is another share: else a finished run would go on at the rate of its end.
     """
-    (unit, before), (now, amount) = _budget_of(state), options.budget.amount
+    (unit, before), (now, amount) = _budget_of(state), config.budget.amount
     if state.progress is None or unit != now:
         return None
     return min(1.0, state.progress * before / amount)
 
 
-def rates(state: State, options: Config, progress: float, totals: Totals) -> tuple[float, float]:
+def rates(state: State, config: Config, progress: float, totals: Totals) -> tuple[float, float]:
     """The learning rate at the checkpoint by its own budget, and by that of `options`, now at `progress`."""
     before = state.progress
     if before is None:
-        before = Budget(config.build(state.config, _WHOSE)).progress(totals)
-    return schedule.rate(options, before), schedule.rate(options, progress)
+        before = Budget(build_config(state.config, _WHOSE)).progress(totals)
+    return schedule.rate(config, before), schedule.rate(config, progress)
 
 
 def _budget_of(state: State) -> tuple[str, float]:
-    return config.build(state.config, _WHOSE).budget.amount
+    return build_config(state.config, _WHOSE).budget.amount

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.masking import Masked, masker
@@ -24,7 +24,7 @@ from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch
 
 MASK_RATE = 0.15
-_FIXED = config.Masking(rate=MASK_RATE, corruption=(1.0, 0.0, 0.0))
+_FIXED = MaskingOptions(rate=MASK_RATE, corruption=(1.0, 0.0, 0.0))
 _SEED = 0
 _RULES = 1
 """Of `rng.RULES`: the questions stay those that earlier runs answered."""

@@ -38,10 +38,10 @@ class Feed:
 
 
 def prepare(
-    options: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
+    config: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
 ) -> Callable[[int], list[Batch]]:
     def prepare(first: int) -> list[Batch]:
-        batch_size, rank, ranks = options.train.batch_size, topology.data_rank, topology.data_size
+        batch_size, rank, ranks = config.train.batch_size, topology.data_rank, topology.data_size
         s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
         batches = []
         for start in range(0, len(s.keys), micro):

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pretrain import config
-from pretrain.config import Config
+from pretrain.config import Config, dump_config
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class RunFolder:
 
     def write_config(self, resolved: Config) -> None:
         """Keeps the config of this attempt as config.yaml."""
-        write_atomic(self.path / "config.yaml", config.dump(resolved))
+        write_atomic(self.path / "config.yaml", dump_config(resolved))
 
     def add_provenance(self, **details: Any) -> None:
         """Appends what produces this attempt (code, packages, host, command) to provenance.json."""

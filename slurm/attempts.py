@@ -14,8 +14,9 @@ place `limit` times stops and says so.
 import sys
 from pathlib import Path
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.__main__ import USER
+from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
 from tools.shared import console, journal
@@ -27,8 +28,8 @@ def progress(run: Path, stage: str) -> int:
     """A number that grows with the work that is safe on disk: the newest step, or the parts of a corpus."""
     if stage == "train":
         return max(checkpoint.steps(run), default=-1)
-    options = config.load(run / "slurm" / "config.yaml")
-    return sum(1 for _, prefix in options.corpus.blend for _ in Path(f"{prefix}.parts").glob("*.json"))
+    config = load_config(run / "slurm" / "config.yaml")
+    return sum(1 for _, prefix in config.corpus.blend for _ in Path(f"{prefix}.parts").glob("*.json"))
 
 
 def fruitless(lines: list[journal.Line], stage: str, reached: int) -> int:

@@ -26,9 +26,8 @@ from typing import Any
 
 import psutil
 
-from pretrain import config
 from pretrain.account import flops
-from pretrain.config import Config
+from pretrain.config import Config, load_config
 from pretrain.data import indexed as corpus
 from pretrain.data.corpora import copy_of, is_copy
 from pretrain.errors import UserError
@@ -47,9 +46,9 @@ MEMORY_BYTES = 1 << 30
 # ---- a rank looks round --------------------------------------------------------------------------
 
 
-def look(options: Config, copies: str, gpus: int) -> list[str]:
+def look(config: Config, copies: str, gpus: int) -> list[str]:
     """What this rank finds wrong without the others."""
-    return [*_device(gpus), *_corpus(options), *_space(options, copies)]
+    return [*_device(gpus), *_corpus(config), *_space(config, copies)]
 
 
 def _device(gpus: int) -> list[str]:
@@ -70,10 +69,10 @@ def _device(gpus: int) -> list[str]:
         return [f"the GPU fails: {str(error).splitlines()[0]}"]
 
 
-def _corpus(options: Config) -> list[str]:
+def _corpus(config: Config) -> list[str]:
     """Opens every corpus (which checks its index against its size) and reads its last token."""
-    prefixes = [prefix for _, prefix in options.corpus.blend]
-    prefixes += [options.corpus.valid] if options.corpus.valid else []
+    prefixes = [prefix for _, prefix in config.corpus.blend]
+    prefixes += [config.corpus.valid] if config.corpus.valid else []
     found = []
     for prefix in prefixes:
         try:
@@ -83,18 +82,18 @@ def _corpus(options: Config) -> list[str]:
     return found
 
 
-def _space(options: Config, copies: str) -> list[str]:
+def _space(config: Config, copies: str) -> list[str]:
     """Room for two checkpoints where the run lives, and for a copy of the corpus on the node's disk."""
-    m, run = options.model, Path(options.run.dir)
+    m, run = config.model, Path(config.run.dir)
     size = flops.parameters(m, m.vocab_size or 65536)
     found = _room(run, 2 * 12 * size["total"])
-    return found + (_room(Path(copies), _to_copy(options, Path(copies))) if copies else [])
+    return found + (_room(Path(copies), _to_copy(config, Path(copies))) if copies else [])
 
 
-def _to_copy(options: Config, copies: Path) -> int:
+def _to_copy(config: Config, copies: Path) -> int:
     """Bytes of the training corpora of which the node has no copy yet."""
     total = 0
-    for _, prefix in options.corpus.blend:
+    for _, prefix in config.corpus.blend:
         source = corpus.corpus_file(prefix, "bin")
         if source.exists() and not is_copy(prefix, copy_of(prefix, copies)):
             total += source.stat().st_size
@@ -117,14 +116,14 @@ def _room(folder: Path, wanted: int) -> list[str]:
     return [] if free >= wanted else [few]
 
 
-def meet(options: Config) -> list[str]:
+def meet(config: Config) -> list[str]:
     """What shows only together: an all-reduce with a known answer, and the clocks."""
     import torch
     import torch.distributed as dist
 
     from pretrain.parallel.topology import connect
 
-    topology = connect(options.parallel.tensor)
+    topology = connect(config.parallel.tensor)
     if topology.world_size == 1:
         return []
     found = []
@@ -150,13 +149,13 @@ def off(clocks: Mapping[str, float], node: str) -> float:
     return clocks[node] - statistics.median(clocks.values())
 
 
-def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
+def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
     """One rank's part; exit code 1 if any rank found something."""
     from pretrain.parallel.launchers import identify
 
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    _note(folder, me.rank, look(options, copies, gpus))
+    _note(folder, me.rank, look(config, copies, gpus))
     end = time.monotonic() + PATIENCE
     while len(_said(folder)) < me.world_size and time.monotonic() < end:
         time.sleep(0.2)
@@ -164,7 +163,7 @@ def report(options: Config, folder: Path, copies: str, gpus: int) -> int:
     if len(others) < me.world_size or any(note["problems"] for note in others):
         return 1
     with console.signals_kill():
-        problems = meet(options)
+        problems = meet(config)
     if problems:
         _note(folder, me.rank, problems)
     return 1 if problems else 0
@@ -233,11 +232,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.judge and not args.run:
         parser.error("--judge needs --run RUN")
-    options = config.load(args.config)  # also for the judge: what nobody can read is no node's fault
+    config = load_config(args.config)  # also for the judge: what nobody can read is no node's fault
     if args.judge:
         print(judge(args.run, args.job, args.judge.split(","), args.report, args.limit))
         return 0
-    return report(options, args.report, args.copies, args.gpus)
+    return report(config, args.report, args.copies, args.gpus)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,10 @@ def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.N
 
 
 def scripts(
-    options: Config, site: Cluster, form: Shape, stages: Sequence[str], args: argparse.Namespace
+    config: Config, site: Cluster, form: Shape, stages: Sequence[str], args: argparse.Namespace
 ) -> dict[str, str]:
     """Stage -> its sbatch file."""
-    run = Path(options.run.dir).absolute()
+    run = Path(config.run.dir).absolute()
     folder = run / "slurm"
     programs = {
         "evaluate": ["tools.evaluate", str(run)],
@@ -87,7 +87,7 @@ def scripts(
     for stage in stages:
         values = {"here": shlex.quote(str(folder))}
         if stage == "corpus":
-            values |= _corpus_values(options, args)
+            values |= _corpus_values(config, args)
         elif stage in programs:
             values["command"] = shlex.join(programs[stage])
         size = {"train": form, "corpus": Shape(args.corpus_nodes, args.corpus_tasks_per_node, 0)}
@@ -98,9 +98,9 @@ def scripts(
     return found
 
 
-def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
+def _corpus_values(config: Config, args: argparse.Namespace) -> dict[str, str]:
     """What the corpus job reads and writes: the one corpus that the config trains on."""
-    if not isinstance(options.corpus.train, str):
+    if not isinstance(config.corpus.train, str):
         raise UserError(
             "corpus.train: a blend is made of several corpora; encode each with tools.encode_corpus"
         )
@@ -108,10 +108,10 @@ def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
         raise UserError("--pipeline corpus needs raw text; name it with --input F...")
     if "-" in args.input:
         raise UserError("--input -: a job has no standard input; write the text to a file")
-    prefix, valid = Path(options.corpus.train).absolute(), options.corpus.valid
+    prefix, valid = Path(config.corpus.train).absolute(), config.corpus.valid
     if valid and Path(valid).absolute() == Path(f"{prefix}-valid") and not args.holdout:
         raise UserError(f"corpus.valid = {valid} is what --holdout SHARE sets aside; give it, such as 0.005")
-    tokenizer = str(tokenizer_of(options))
+    tokenizer = str(tokenizer_of(config))
     holdout = ["--holdout", str(args.holdout)] if args.holdout else []
     form = ["--text-key", args.text_key, "--txt-document", args.txt_document]
     given = ["--input", *args.input, *form, "--tokenizer", tokenizer, "--output", str(prefix), *holdout]
@@ -124,7 +124,7 @@ def _corpus_values(options: Config, args: argparse.Namespace) -> dict[str, str]:
         "tokenizer": shlex.quote(tokenizer),
         "prefix": shlex.quote(str(prefix)),
         "input": shlex.join([*args.input, *form]),
-        "vocab_size": str(vocabulary(options, args)),
+        "vocab_size": str(vocabulary(config, args)),
         "limits": shlex.join(_limits(encoding)),
         "options": shlex.join([*holdout, *choices]),
     }

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, config, continuing
+from pretrain import checkpoint, continuing
 from pretrain.account import epochs
 from pretrain.account.budget import MEASURED
-from pretrain.config import Config
+from pretrain.config import Config, CorpusOptions
 from pretrain.data.corpora import open_data, tokenizer_folder
 from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import load_manifest
@@ -63,9 +63,9 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def shape(options: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
+def shape(config: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
     """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does."""
-    form, (estimate,) = shape_of_all({args.config: options}, site, args)
+    form, (estimate,) = shape_of_all({args.config: config}, site, args)
     return form, estimate
 
 
@@ -94,33 +94,33 @@ def shape_of_all(
     raise refusal
 
 
-def with_vocabulary(options: Config, args: argparse.Namespace) -> Config:
+def with_vocabulary(config: Config, args: argparse.Namespace) -> Config:
     """The config with the size of the vocabulary that the corpus job finds, or is going to make."""
-    tokenizer = tokenizer_of(options)
-    if tokenizer is None or options.model.vocab_size:
-        return options
+    tokenizer = tokenizer_of(config)
+    if tokenizer is None or config.model.vocab_size:
+        return config
     found = any((tokenizer / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    size = load_tokenizer(tokenizer).vocab_size if found else vocabulary(options, args)
-    return options.model_copy(update={"model": options.model.model_copy(update={"vocab_size": size})})
+    size = load_tokenizer(tokenizer).vocab_size if found else vocabulary(config, args)
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def vocabulary(options: Config, args: argparse.Namespace) -> int:
+def vocabulary(config: Config, args: argparse.Namespace) -> int:
     """Pieces of a tokenizer that the corpus job makes."""
-    own: int | None = options.model.vocab_size
+    own: int | None = config.model.vocab_size
     if args.vocab_size and own not in (None, args.vocab_size):
         raise UserError(f"--vocab-size {args.vocab_size}: model.vocab_size is {own}; leave one of them out")
     return own or args.vocab_size or 32_000
 
 
-def settled(options: Config, planned: Config | None = None) -> Config:
+def settled(config: Config, planned: Config | None = None) -> Config:
     """The config with an amount for a budget that is relative to another recipe, which may be edited or
     go on before a job reads it. planned: the config with the vocabulary that it is going to have."""
-    return options.model_copy(update={"budget": plan_estimate.with_vocabulary(planned or options)[0].budget})
+    return config.model_copy(update={"budget": plan_estimate.with_vocabulary(planned or config)[0].budget})
 
 
-def check_files(options: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
+def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
     """UserError where a job would not find what it reads, unless an earlier one makes it."""
-    run, first, read = Path(options.run.dir), stages[0], options.corpus
+    run, first, read = Path(config.run.dir), stages[0], config.corpus
     made = set()
     if first == "corpus":
         if not Path(f"{read.train}.json").exists():  # else the job has nothing left to do
@@ -135,7 +135,7 @@ def check_files(options: Config, stages: Sequence[str], args: argparse.Namespace
         raise UserError("--pipeline evaluate: the config has no corpus.valid; name a held-out corpus")
 
 
-def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
+def check_data(read: CorpusOptions, made: Collection[Path] = ()) -> None:
     """UserError unless all that a run reads is there, or among what is `made` before it.
 
     What is in the files is the pre-flight's to check.
@@ -151,20 +151,20 @@ def check_data(read: config.Corpus, made: Collection[Path] = ()) -> None:
         load_tokenizer(tokenizer_folder(read))
 
 
-def refuse_changes(options: Config) -> None:
+def refuse_changes(config: Config) -> None:
     """UserError where the run has a checkpoint that cannot go on with this config, as its job would say."""
     try:
-        data = open_data(options.corpus)
+        data = open_data(config.corpus)
     except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
         data = None
-    continuing.refuse_changes(plan_estimate.with_vocabulary(options)[0], data)
+    continuing.refuse_changes(plan_estimate.with_vocabulary(config)[0], data)
 
 
-def tokenizer_of(options: Config) -> Path | None:
+def tokenizer_of(config: Config) -> Path | None:
     """Folder of the tokenizer that the corpus job uses, or makes; None for a blend."""
-    if not isinstance(options.corpus.train, str):
+    if not isinstance(config.corpus.train, str):
         return None
-    return Path(options.corpus.tokenizer or Path(options.corpus.train).parent / "tokenizer").absolute()
+    return Path(config.corpus.tokenizer or Path(config.corpus.train).parent / "tokenizer").absolute()
 
 
 def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
@@ -190,14 +190,14 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
     return words
 
 
-def epochs_of(options: Config, estimate: Mapping[str, Any]) -> str:
+def epochs_of(config: Config, estimate: Mapping[str, Any]) -> str:
     """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
     warns if that is absurd."""
-    options, words, updates = plan_estimate.with_vocabulary(options)[0], "", None
-    if options.budget.amount[0] in MEASURED and estimate["steps"]:
+    config, words, updates = plan_estimate.with_vocabulary(config)[0], "", None
+    if config.budget.amount[0] in MEASURED and estimate["steps"]:
         words = f", about {estimate['steps']:,} updates"
-        updates = [estimate["steps"]] if not options.train.phases else None
-    read = epochs.epochs(options, updates)
+        updates = [estimate["steps"]] if not config.train.phases else None
+    read = epochs.epochs(config, updates)
     if text := epochs.warning(read):
         warn(text)
     return words if read is None else f"{words}, {read:,.2f} epochs"

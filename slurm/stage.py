@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pretrain import config
+from pretrain.config import load_config
 from pretrain.data.corpora import copy_of, is_copy
 from pretrain.data.indexed import corpus_file
 from pretrain.data.verify import verify
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder on the node's own disk")
     args = parser.parse_args()
-    node, blend = os.uname().nodename, config.load(args.config).corpus.blend
+    node, blend = os.uname().nodename, load_config(args.config).corpus.blend
     try:
         for _, prefix in blend:
             target, new = copy(prefix, args.to)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pretrain import config
+from pretrain.config import dump_config, load_config
 from pretrain.data.tokenizer import SMALLEST
 from pretrain.errors import UserError
 from pretrain.files import write_atomic
@@ -92,19 +92,19 @@ def start_array(
 def submit_run(args: argparse.Namespace) -> int:
     """CONFIG -> jobs in the queue."""
     site = read_site(args)
-    options = config.load(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     stages = args.pipeline.split(",")
     if wrong := [stage for stage in stages if stage not in STAGES]:
         raise UserError(f"--pipeline: no stage {wrong[0]!r}; there are {','.join(STAGES)}")
     if stages != sorted(stages, key=STAGES.index) or len(set(stages)) < len(stages):
         raise UserError(f"--pipeline {args.pipeline}: name stages once, in the order of {','.join(STAGES)}")
-    planned = with_vocabulary(options, args) if "corpus" in stages else options
+    planned = with_vocabulary(config, args) if "corpus" in stages else config
     form, estimate = shape(planned, site, args)
-    files = scripts(options, site, form, stages, args)
+    files = scripts(config, site, form, stages, args)
     if "train" in stages:
         refuse_changes(planned)
     try:
-        check_files(options, stages, args)
+        check_files(config, stages, args)
     except UserError as error:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
@@ -113,12 +113,12 @@ def submit_run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show(files, args.json)
-    run = Path(options.run.dir)
+    run = Path(config.run.dir)
     refuse_live(run)
     folder = run.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     freeze(folder, site, form)
-    write_atomic(folder / "config.yaml", config.dump(settled(options, planned)))
+    write_atomic(folder / "config.yaml", dump_config(settled(config, planned)))
     submitted = submit(folder, files)
     if args.json:
         console.print_json(submitted)
@@ -158,11 +158,11 @@ def submit_runs(args: argparse.Namespace) -> int:
     """Put runs into the queue as an array, unless it is there; each is checked and frozen as one alone is."""
     if not args.output:
         raise UserError("--runs needs --output DIR, for the logs and the frozen code")
-    runs = {path.stem: config.load(path) for path in args.runs}
-    for options in runs.values():
-        refuse_changes(options)
+    runs = {path.stem: load_config(path) for path in args.runs}
+    for config in runs.values():
+        refuse_changes(config)
         try:
-            check_data(options.corpus)
+            check_data(config.corpus)
         except UserError as error:
             if not args.dry_run:
                 raise
@@ -177,10 +177,10 @@ def submit_runs(args: argparse.Namespace) -> int:
         print(f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table")
         return 0
     commands = []
-    for name, options in runs.items():
+    for name, config in runs.items():
         file = args.output.absolute() / "slurm" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, config.dump(settled(options)))
+        write_atomic(file, dump_config(settled(config)))
         commands.append(f'"$PYTHON" -m pretrain {shlex.quote(str(file))}')
     job = start_array(commands, args.output, site, form, args)
     print(f"{wrapped(sizing)}\njob {job}: {len(runs)} runs; start the same again for the table, and to go on")
@@ -215,7 +215,7 @@ def runs_of(words: Sequence[str]) -> list[Path]:
     if changes and not any(Path(word).is_file() for word in named):
         raise UserError(f"{changes[0]}: no such folder, and no CONFIG that it would change; name one of them")
     runs = [
-        Path(config.load(word, changes).run.dir) if Path(word).is_file() else Path(word) for word in named
+        Path(load_config(word, changes).run.dir) if Path(word).is_file() else Path(word) for word in named
     ]
     for run in runs:
         if not journal.path(run).exists():

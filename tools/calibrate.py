@@ -29,10 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import config
 from pretrain.account import costs
 from pretrain.account.devices import Device
-from pretrain.config import Config
+from pretrain.config import Config, load_config
 from pretrain.files import check_folder
 from tools.plan import layouts
 from tools.plan.estimate import with_vocabulary
@@ -85,20 +84,20 @@ CASES = (
 # ---- on the ranks --------------------------------------------------------------------------------
 
 
-def step_of(options: Config, micro: int, here: "Topology") -> Callable[[], None]:
+def step_of(config: Config, micro: int, here: "Topology") -> Callable[[], None]:
     """One update of a new engine in this process."""
     import torch
 
     from pretrain.build import build_engine
     from pretrain.model import late_mask as model
 
-    pieces = options.model.vocab_size
+    pieces = config.model.vocab_size
     assert pieces
-    built = model.LateMaskModel(options.model, pieces, pieces - 1, options.train.recompute == "block")
-    model.init_weights(built, options.run.seed)
-    made = build_engine(options, built, here, micro)
-    rows = costs.rows(options)
-    accumulation = options.train.batch_size // (micro * here.data_size)
+    built = model.LateMaskModel(config.model, pieces, pieces - 1, config.train.recompute == "block")
+    model.init_weights(built, config.run.seed)
+    made = build_engine(config, built, here, micro)
+    rows = costs.rows(config)
+    accumulation = config.train.batch_size // (micro * here.data_size)
 
     def batch() -> model.Batch:
         ids = torch.randint(4, pieces - 1, (micro, rows.length))
@@ -109,26 +108,26 @@ def step_of(options: Config, micro: int, here: "Topology") -> Callable[[], None]
     def step() -> None:
         for _ in range(accumulation):
             made.backward(batch(), 1 / accumulation)
-        made.step(options.optimizer.lr)
+        made.step(config.optimizer.lr)
 
     return step
 
 
-def measured(options: Config, micro: int, peak: float) -> tuple[float, float, int]:
+def measured(config: Config, micro: int, peak: float) -> tuple[float, float, int]:
     """(seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32 FLOP/s."""
     from pretrain.parallel import topology
 
-    here = topology.connect(options.parallel.tensor, needs_group=options.train.engine == "deepspeed")
-    seconds, pace = timed(options, micro, peak, here)
+    here = topology.connect(config.parallel.tensor, needs_group=config.train.engine == "deepspeed")
+    seconds, pace = timed(config, micro, peak, here)
     gc.collect()
-    return seconds, pace, held(options, micro, here)
+    return seconds, pace, held(config, micro, here)
 
 
-def timed(options: Config, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
+def timed(config: Config, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
     """(median seconds of a step at full pace, median pace), from when all ranks are ready until all are."""
     import torch
 
-    step = step_of(options, micro, here)
+    step = step_of(config, micro, here)
     matrix = torch.randn(SIZE, SIZE)
 
     def lasts(action: Callable[[], Any]) -> float:
@@ -149,12 +148,12 @@ def timed(options: Config, micro: int, peak: float, here: "Topology") -> tuple[f
     return statistics.median(full), statistics.median(paces)
 
 
-def held(options: Config, micro: int, here: "Topology") -> int:
+def held(config: Config, micro: int, here: "Topology") -> int:
     """Bytes of tensors at the fullest moment of a step."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step = step_of(options, micro, here)
+        step = step_of(config, micro, here)
         for number in range(STEPS):
             with record_function(f"step {number}"):
                 step()
@@ -260,13 +259,13 @@ def this_device() -> Device:
 
 def observed(case: Case, device: Device) -> dict[str, Any]:
     """A case's layout, its seconds and bytes, and the bytes that the plan says."""
-    options = config.load(CONFIGS / f"{case.config}.yaml", list(case.overrides))
-    options, _ = with_vocabulary(options)
-    assert options.model.vocab_size
-    job = layouts.job(options, options.model.vocab_size, device)
-    layout = layouts.configured(options, case.ranks, job.precision, gpu=False)
+    config = load_config(CONFIGS / f"{case.config}.yaml", list(case.overrides))
+    config, _ = with_vocabulary(config)
+    assert config.model.vocab_size
+    job = layouts.job(config, config.model.vocab_size, device)
+    layout = layouts.configured(config, case.ranks, job.precision, gpu=False)
     peak = device.peak["fp32"]  # of the products that tell the pace
-    seconds, pace, held_bytes = launch(case.ranks, measured, options, layout.micro_batch, peak)
+    seconds, pace, held_bytes = launch(case.ranks, measured, config, layout.micro_batch, peak)
     return {
         "name": case.name,
         "job": job,

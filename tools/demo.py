@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain import config
+from pretrain.config import load_config
 from pretrain.files import check_folder
 from tools.shared import console
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     for name in RUNS:  # a mistake is told before the first step
-        config.load(str(ROOT / CONFIGS / f"{name}.yaml"), args.overrides)
+        load_config(str(ROOT / CONFIGS / f"{name}.yaml"), args.overrides)
     check_folder(args.home)
     home = args.home.absolute() if Path.cwd() != ROOT else args.home
     begin = time.monotonic()

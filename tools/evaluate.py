@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="windows at a time (%(default)s)",
     )
     args = parser.parse_args(arguments)
-    model, options, tokenizer, state = load_model(args.run, args.checkpoint)
-    prefix = args.corpus or options.corpus.valid
+    model, config, tokenizer, state = load_model(args.run, args.checkpoint)
+    prefix = args.corpus or config.corpus.valid
     if not prefix:
         raise UserError(f"{args.run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
     if not corpus_file(prefix, "json").is_file() and not Path(prefix).is_absolute():
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{prefix}: no corpus there, seen from {Path.cwd()}; start this in the folder of the training, or"
             " name the corpus with --corpus PREFIX"
         )
-    samples = options.evaluate.samples if args.samples is None else args.samples
-    bounded = options.corpus.documents == "bounded"
-    length = options.evaluate.seq_length or options.train.seq_length
+    samples = config.evaluate.samples if args.samples is None else args.samples
+    bounded = config.corpus.documents == "bounded"
+    length = config.evaluate.seq_length or config.train.seq_length
     heldout = HeldOut(prefix, tokenizer, length, samples, bounded)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by_source = BySource(model.to(device), heldout, prefix)

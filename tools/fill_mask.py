@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_checkpoint_argument(parser)
     parser.add_argument("--top", type=console.whole(1), default=TOP, help="answers per mask (%(default)s)")
     args = parser.parse_args(arguments)
-    model, options, _, _ = load_model(args.run, args.checkpoint)
-    tokenizer = hugging_face_tokenizer(tokenizer_folder(options.corpus))
+    model, config, _, _ = load_model(args.run, args.checkpoint)
+    tokenizer = hugging_face_tokenizer(tokenizer_folder(config.corpus))
     answers = fill_mask(model, tokenizer, args.text, args.top)
     if args.json:
         console.print_json(answers)

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pretrain import config
 from pretrain.account import ledger
-from pretrain.config import Config
+from pretrain.config import Config, dump_config, load_config, method_of, parse_overrides
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
@@ -46,7 +45,7 @@ class Variant:
     name: str
     values: dict[str, Any]
     """By key, as swept."""
-    options: Config | None
+    config: Config | None
     """None if the config refuses the combination."""
     refusal: str = ""
 
@@ -94,7 +93,7 @@ def _slug(text: str) -> str:
 
 
 def _variant(path: str, overrides: list[str], words: list[str], name: str, output: Path) -> Variant:
-    tree = config.parse_overrides(words)
+    tree = parse_overrides(words)
     values = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     here = [*overrides, *words, f"run.dir={output / name}"]
     try:
@@ -110,10 +109,10 @@ def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
     """Reads a variant; see the trap above."""
     swept, mask_from = "model.mask_from" in values, values.get("model.mask_from")
     if not swept or "model.decoder_layers" in values:
-        return config.load(path, words)
-    plain = config.load(path, [*words, "model.mask_from=0", "model.decoder_layers=0"])
+        return load_config(path, words)
+    plain = load_config(path, [*words, "model.mask_from=0", "model.decoder_layers=0"])
     late = mask_from == plain.model.num_layers
-    return config.load(path, words if late else [*words, "model.decoder_layers=0"])
+    return load_config(path, words if late else [*words, "model.decoder_layers=0"])
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -121,8 +120,8 @@ def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
 
 def prepare(variant: Variant, output: Path, folder: Path | None = None) -> Path | None:
     """Write the config of a variant to `folder` (the output's); None if its run is done."""
-    assert variant.options
-    text, written = config.dump(variant.options), output / f"{variant.name}.yaml"
+    assert variant.config
+    text, written = dump_config(variant.config), output / f"{variant.name}.yaml"
     unchanged = written.exists() and written.read_text(encoding="utf-8") == text
     if unchanged and RunFolder(output / variant.name).status().get("state") == "finished":
         return None
@@ -178,9 +177,9 @@ def described(variant: Variant, output: Path) -> dict[str, Any]:
     folder = output / variant.name
     row: dict[str, Any] = {"name": variant.name, "values": variant.values, "run": str(folder)}
     outcome = dict.fromkeys(("method", "state", "reason", "steps", "flops", "device_hours", *_SCORES))
-    if variant.options is None:
+    if variant.config is None:
         return row | outcome | {"state": "refused", "reason": variant.refusal}
-    outcome |= {"method": config.method(variant.options), "state": "not started"}
+    outcome |= {"method": method_of(variant.config), "state": "not started"}
     status = RunFolder(folder).status()
     if status:
         outcome |= {"state": status["state"], "reason": status["reason"]}
@@ -237,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     args.output = args.output or Path("runs") / f"sweep-{Path(args.config).stem}"
     todo = variants(args.config, args.overrides, args.over, args.output)
-    possible = [variant for variant in todo if variant.options]
+    possible = [variant for variant in todo if variant.config]
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
     code = queue(possible, args) if args.slurm else 0

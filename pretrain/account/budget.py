@@ -14,10 +14,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
 from pretrain.account import costs, flops, ledger
 from pretrain.account.flops import StepCost
-from pretrain.config import Config
+from pretrain.config import Config, load_config, phase_configs
 from pretrain.errors import UserError
 
 JOULES_PER_KWH = 3.6e6
@@ -31,11 +30,11 @@ UNTIMED = 1e-3
 Totals = dict[str, Any]  # of Ledger.totals
 
 
-def step_cost(options: Config) -> StepCost:
+def step_cost(config: Config) -> StepCost:
     """What one update of a resolved config costs; of a phase, if it has some."""
-    assert options.model.vocab_size
-    t, rows = options.train, costs.rows(options)
-    return flops.step_cost(options.model, rows, options.model.vocab_size, t.batch_size, t.recompute)
+    assert config.model.vocab_size
+    t, rows = config.train, costs.rows(config)
+    return flops.step_cost(config.model, rows, config.model.vocab_size, t.batch_size, t.recompute)
 
 
 def spent(totals: Totals, unit: str) -> float:
@@ -62,10 +61,10 @@ def price(cost: StepCost, unit: str) -> float | None:
     }.get(unit)
 
 
-def check(options: Config) -> None:
+def check(config: Config) -> None:
     """UserError if the budget of a resolved config does not pay for a single update."""
-    unit, total = options.budget.amount
-    one = price(step_cost(config.phases(options)[0]), unit)
+    unit, total = config.budget.amount
+    one = price(step_cost(phase_configs(config)[0]), unit)
     if one is not None and total * (1 + TOLERANCE) < one:
         raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
 
@@ -77,10 +76,10 @@ class Budget:
     one does; hours and kWh charge everything, over all attempts.
     """
 
-    def __init__(self, options: Config) -> None:
-        self.unit, self.total = options.budget.amount
-        self.costs = [step_cost(phase) for phase in config.phases(options)]
-        self._untils = [phase.until for phase in options.train.phases]
+    def __init__(self, config: Config) -> None:
+        self.unit, self.total = config.budget.amount
+        self.costs = [step_cost(phase) for phase in phase_configs(config)]
+        self._untils = [phase.until for phase in config.train.phases]
         self.measured = self.unit in MEASURED
 
     def spent(self, totals: Totals) -> float:
@@ -176,27 +175,27 @@ class Course:
 # ---- a share of another recipe -------------------------------------------------------------------
 
 
-def resolve(options: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The config with `budget.relative_to` turned into an amount; the vocabulary size is known."""
-    b = options.budget
+    b = config.budget
     if b.relative_to is None or getattr(b, b.measured_unit) is not None:
-        return options
-    amount = b.fraction * _cost_of(b.relative_to, b.measured_unit, options)
-    return options.model_copy(update={"budget": b.model_copy(update={b.measured_unit: amount})})
+        return config
+    amount = b.fraction * _cost_of(b.relative_to, b.measured_unit, config)
+    return config.model_copy(update={"budget": b.model_copy(update={b.measured_unit: amount})})
 
 
-def _cost_of(reference: str, unit: str, options: Config) -> float:
+def _cost_of(reference: str, unit: str, config: Config) -> float:
     where = f"budget.relative_to = {reference}"
     if (Path(reference) / "ledger.jsonl").exists():
         return _spent_by(reference, unit, where)
     if not Path(reference).is_file():
         raise UserError(f"{where}: no such config, and no run that has begun; name its config, or wait")
-    other = config.load(reference)
+    other = load_config(reference)
     if other.budget.relative_to:
         raise UserError(f"{where}: its own budget is relative too; name what that is relative to")
     if other.budget.amount[0] == unit:
         return other.budget.amount[1]
-    vocab_size = other.model.vocab_size or options.model.vocab_size
+    vocab_size = other.model.vocab_size or config.model.vocab_size
     other = other.model_copy(update={"model": other.model.model_copy(update={"vocab_size": vocab_size})})
     if unit in MEASURED or other.budget.amount[0] in MEASURED:
         raise UserError(
@@ -222,8 +221,8 @@ def _spent_by(run: str, unit: str, where: str) -> float:
     return spent(totals, unit)
 
 
-def planned(options: Config, unit: str) -> float:
+def planned(config: Config, unit: str) -> float:
     """What a config, its vocabulary size known, will spend of another unit than time or energy."""
-    budget = Budget(options)
+    budget = Budget(config)
     prices = [price(cost, unit) or 0.0 for cost in budget.costs]
     return sum(number * each for number, each in zip(budget.updates(), prices, strict=True))

@@ -7,7 +7,7 @@ Three of the four costs are closed forms; the fourth, device time, is measured (
 from dataclasses import dataclass
 
 from pretrain.account import flops
-from pretrain.config import Config, Masking
+from pretrain.config import Config, MaskingOptions
 from pretrain.data.masking import counts
 
 BASELINE_RATE = 0.15
@@ -23,21 +23,21 @@ class Costs:
     flops_with_head: int
 
 
-def rows(options: Config) -> flops.Rows:
+def rows(config: Config) -> flops.Rows:
     """Rows of each kind in a sequence."""
-    c = counts(options.masking, options.train.seq_length)
+    c = counts(config.masking, config.train.seq_length)
     return flops.Rows(c.length, c.visible, c.predicted)
 
 
-def of_sequence(options: Config, vocab_size: int) -> Costs:
+def of_sequence(config: Config, vocab_size: int) -> Costs:
     """The three costs of a sequence."""
-    made = rows(options)
-    spent = flops.training(options.model, made, vocab_size)
-    layers = flops.token_layers(options.model, made)
+    made = rows(config)
+    spent = flops.training(config.model, made, vocab_size)
+    layers = flops.token_layers(config.model, made)
     return Costs(layers, spent.encoder + spent.decoder, spent.total)
 
 
-def baseline(options: Config) -> Config:
+def baseline(config: Config) -> Config:
     """Ordinary MLM at 15 % on an encoder of the same size and the same sequences."""
-    model = options.model.model_copy(update={"mask_from": 0, "decoder_layers": 0})
-    return options.model_copy(update={"model": model, "masking": Masking(rate=BASELINE_RATE)})
+    model = config.model.model_copy(update={"mask_from": 0, "decoder_layers": 0})
+    return config.model_copy(update={"model": model, "masking": MaskingOptions(rate=BASELINE_RATE)})

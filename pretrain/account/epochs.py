@@ -5,9 +5,8 @@ Imports no torch.
 
 from collections.abc import Sequence
 
-from pretrain import config
 from pretrain.account.budget import Budget
-from pretrain.config import Config
+from pretrain.config import Config, phase_configs
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 
@@ -15,23 +14,23 @@ ABSURD = 100
 """Epochs from which a plan is more likely a slip than a wish."""
 
 
-def epochs(options: Config, updates: Sequence[int] | None = None) -> float | None:
+def epochs(config: Config, updates: Sequence[int] | None = None) -> float | None:
     """How often a run whose vocabulary is known reads its corpora, on average; None where that is not known.
 
     updates: of each phase, where the budget does not tell.
     """
-    budget = Budget(options)
+    budget = Budget(config)
     if updates is None and budget.measured:
         return None
     try:
-        tokens = sum(load_manifest(prefix).tokens for _, prefix in options.corpus.blend)
+        tokens = sum(load_manifest(prefix).tokens for _, prefix in config.corpus.blend)
     except UserError:  # what is not there yet, or not good, is for others to say
         return None
-    k = options.masking
+    k = config.masking
     once = k.views if k.views_mode == "batch" else 1  # samples of one text
     read = sum(
         number * phase.train.batch_size // once * (phase.train.seq_length - 2)
-        for number, phase in zip(updates or budget.updates(), config.phases(options), strict=True)
+        for number, phase in zip(updates or budget.updates(), phase_configs(config), strict=True)
     )
     return read / tokens if tokens else None
 

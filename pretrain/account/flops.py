@@ -13,7 +13,7 @@ width, W rows of the padded word table.
 from dataclasses import dataclass
 
 from pretrain.account import devices
-from pretrain.config import Model
+from pretrain.config import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def late_masks(model: Model, masked: int) -> int:
+def late_masks(model: ModelOptions, masked: int) -> int:
     """How many of M [MASK] rows join late; the encoder sees the rest, `mask_leak` of them, halves up."""
     return masked - int(model.mask_leak * masked + 0.5 + 1e-9)
 
 
-def encoded(rows: Rows, model: Model) -> int:
+def encoded(rows: Rows, model: ModelOptions) -> int:
     """V, rows that the encoder's first layers see."""
     return rows.length - late_masks(model, rows.length - rows.visible)
 
@@ -78,17 +78,17 @@ def _attention(n: int, m: int, D: int) -> int:
     return 4 * n * m * D  # scores and mixing, 2 n m D each
 
 
-def _ffn(n: int, model: Model) -> int:
+def _ffn(n: int, model: ModelOptions) -> int:
     products = 3 if model.block == "modern" else 2  # GeGLU has two products in, one out
     return 2 * products * n * model.hidden_size * model.ffn_size
 
 
-def _self_layer(n: int, model: Model) -> int:
+def _self_layer(n: int, model: ModelOptions) -> int:
     D = model.hidden_size
     return 8 * n * D * D + _attention(n, n, D) + _ffn(n, model)
 
 
-def _decoder_layer(rows: Rows, model: Model) -> int:
+def _decoder_layer(rows: Rows, model: ModelOptions) -> int:
     D, L, V, P = model.hidden_size, rows.length, encoded(rows, model), rows.predicted
     if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
         return 4 * P * D * D + 4 * L * D * D + _attention(P, L, D) + _ffn(P, model)
@@ -98,13 +98,13 @@ def _decoder_layer(rows: Rows, model: Model) -> int:
     return layer
 
 
-def encoder_rows(rows: Rows, model: Model) -> list[int]:
+def encoder_rows(rows: Rows, model: ModelOptions) -> list[int]:
     """Rows that each encoder layer works on."""
     late = min(model.mask_from, model.num_layers)
     return [encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
 
 
-def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
+def forward(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
     """FLOPs of one sequence's forward pass."""
     D = model.hidden_size
     table = padded_vocab(vocab_size, model.vocab_multiple)
@@ -115,12 +115,12 @@ def forward(model: Model, rows: Rows, vocab_size: int) -> Flops:
     )
 
 
-def training(model: Model, rows: Rows, vocab_size: int) -> Flops:
+def training(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
     """FLOPs of one sequence's forward and backward pass."""
     return forward(model, rows, vocab_size) * 3
 
 
-def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recompute: str) -> StepCost:
+def step_cost(model: ModelOptions, rows: Rows, vocab_size: int, batch_size: int, recompute: str) -> StepCost:
     """Cost of one update of `batch_size` sequences."""
     once = forward(model, rows, vocab_size)
     again = _recomputed(model, rows, once) if recompute == "block" else 0
@@ -135,7 +135,7 @@ def step_cost(model: Model, rows: Rows, vocab_size: int, batch_size: int, recomp
     )
 
 
-def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
+def _recomputed(model: ModelOptions, rows: Rows, once: Flops) -> int:
     """Forward FLOPs that a backward pass with block recomputation repeats.
 
     The last product (F x D) of a layer that `recomputes_all` says no of is not repeated.
@@ -147,7 +147,7 @@ def _recomputed(model: Model, rows: Rows, once: Flops) -> int:
     return once.encoder + once.decoder - last * (encoder + decoder)
 
 
-def recomputes_all(model: Model, dropout: float | None) -> bool:
+def recomputes_all(model: ModelOptions, dropout: float | None) -> bool:
     """Return whether block recomputation repeats a layer to its end.
 
     It stops when nothing more is needed, and a pre-LN layer without dropout ends in a sum, which needs
@@ -156,7 +156,7 @@ def recomputes_all(model: Model, dropout: float | None) -> bool:
     return model.norm != "pre" or bool(dropout)
 
 
-def token_layers(model: Model, rows: Rows) -> float:
+def token_layers(model: ModelOptions, rows: Rows) -> float:
     """Linear FLOPs of all layers of one sequence, in units of one self-attention layer on one row."""
     D = model.hidden_size
     unit = 8 * D * D + _ffn(1, model)
@@ -172,7 +172,7 @@ def token_layers(model: Model, rows: Rows) -> float:
     return linear / unit
 
 
-def parameters(model: Model, vocab_size: int) -> dict[str, int]:
+def parameters(model: ModelOptions, vocab_size: int) -> dict[str, int]:
     """Numbers of parameters: encoder layers, decoder, head, embeddings (padded word table), total."""
     D, learned = model.hidden_size, model.block == "roberta"
     norm = 2 * D if learned else D
@@ -203,7 +203,7 @@ def _linear(inputs: int, outputs: int, bias: bool) -> int:
     return inputs * outputs + (outputs if bias else 0)
 
 
-def _layer_parameters(model: Model) -> int:
+def _layer_parameters(model: ModelOptions) -> int:
     D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
     up = _linear(D, F, True) if bias else _linear(D, 2 * F, False)
     norms = 2 * (2 * D if bias else D)

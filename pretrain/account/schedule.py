@@ -29,7 +29,7 @@ def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
     return floor + (1.0 - floor) * max(0.0, rest)
 
 
-def rate(options: Config, progress: float) -> float:
+def rate(config: Config, progress: float) -> float:
     """The learning rate at `progress`."""
-    s = options.schedule
-    return options.optimizer.lr * scale(s.kind, progress, s.warmup, s.floor)
+    s = config.schedule
+    return config.optimizer.lr * scale(s.kind, progress, s.warmup, s.floor)

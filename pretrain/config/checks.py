@@ -1,6 +1,13 @@
 """What options must not contradict, and what is worth a warning."""
 
-from pretrain.config.options import BUDGET_UNITS, SECTIONS, Budget, Config, phases, replays_graphs
+from pretrain.config.options import (
+    BUDGET_UNITS,
+    SECTIONS,
+    BudgetOptions,
+    Config,
+    phase_configs,
+    replays_graphs,
+)
 
 
 def contradictions(config: Config) -> list[str]:
@@ -9,7 +16,7 @@ def contradictions(config: Config) -> list[str]:
         for check in (_check_model, _check_phases, _check_budget, _check_parallel, _check_evaluate)
         for problem in check(config)
     ]
-    *early, last = phases(config)
+    *early, last = phase_configs(config)
     always = [*_check_masking(last), *_check_train(last)]
     for number, phase in enumerate(early):
         new = [problem for problem in (*_check_masking(phase), *_check_train(phase)) if problem not in always]
@@ -111,7 +118,7 @@ def _check_budget(config: Config) -> list[str]:
             units = f"{', '.join(BUDGET_UNITS[:-1])} or {BUDGET_UNITS[-1]}"
             return [f"budget is missing; give one of {units}, or relative_to"]
         alone = [name for name in ("fraction", "measure") if name in b.model_fields_set]
-        defaults = Budget()
+        defaults = BudgetOptions()
         if any(getattr(b, name) != getattr(defaults, name) for name in alone):
             return [f"budget.{alone[0]} needs budget.relative_to"]
     elif given not in ([], [b.measured_unit]):
@@ -156,7 +163,7 @@ def _check_parallel(config: Config) -> list[str]:
     return found
 
 
-def warnings(config: Config) -> list[str]:
+def config_warnings(config: Config) -> list[str]:
     """Settings that have no effect here, or another one than they say, one line each."""
     m, k, found = config.model, config.masking, []
     late, decoder = m.mask_from > 0, m.decoder_layers > 0

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from pretrain.config.checks import contradictions
-from pretrain.config.options import SECTIONS, Config, Phase, Section, kinds_of
+from pretrain.config.options import SECTIONS, Config, PhaseOptions, Section, kinds_of
 from pretrain.errors import UserError
 
 # What may differ when a run continues: layout, cadence and budget, nothing that changes the samples, the
@@ -143,14 +143,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads, overrides, checks and completes a config; UserError lists every problem, one a line."""
     overrides = overrides or []
     tree = _merge(read_yaml(path), parse_overrides(overrides))
-    return build(tree, str(path), [word.partition("=")[0] for word in overrides])
+    return build_config(tree, str(path), [word.partition("=")[0] for word in overrides])
 
 
-def build(tree: dict[str, Any], where: str = "config", overridden: Sequence[str] = ()) -> Config:
+def build_config(tree: dict[str, Any], where: str = "config", overridden: Sequence[str] = ()) -> Config:
     """A checked and completed Config from nested dicts; UserError lists every problem, one a line.
 
     A problem that names an `overridden` key is said to be of the command line, any other of `where`.
@@ -212,7 +212,9 @@ def _problem(name: str, kind: type[Section], item: Any) -> str:
     key = ".".join([name, *(str(part) for part in item["loc"])])
     inner = len(item["loc"]) > 1
     if item["type"] == "extra_forbidden":
-        known, prefix = (list(Phase.model_fields), "") if inner else (list(kind.model_fields), f"{name}.")
+        known, prefix = (
+            (list(PhaseOptions.model_fields), "") if inner else (list(kind.model_fields), f"{name}.")
+        )
         return f"unknown key {key}{_nearest(str(item['loc'][-1]), known, prefix)}"
     if item["type"] == "missing" and not inner:
         return f"{key} is missing; set it ({kind.model_fields[str(item['loc'][0])].description})"
@@ -241,7 +243,7 @@ def _complete(config: Config) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def dump(config: Config) -> str:
+def dump_config(config: Config) -> str:
     """The config as YAML that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

@@ -64,7 +64,7 @@ class Section(BaseModel):
         return value
 
 
-class Run(Section):
+class RunOptions(Section):
     """Where the run lives and what makes it random."""
 
     dir: Place
@@ -75,7 +75,7 @@ class Run(Section):
     """Seed of the order of documents and windows, and of the masks."""
 
 
-class Corpus(Section):
+class CorpusOptions(Section):
     """What is read."""
 
     train: str | list[tuple[float, str]]
@@ -121,7 +121,7 @@ class Corpus(Section):
         return [(1.0, self.train)] if isinstance(self.train, str) else self.train
 
 
-class Model(Section):
+class ModelOptions(Section):
     """The encoder, the place where the [MASK] rows join, and the decoder that is thrown away afterwards."""
 
     block: Literal["roberta", "modern"] = "roberta"
@@ -175,7 +175,7 @@ class Model(Section):
     """Base of the rotary frequencies (modern block)."""
 
 
-class Masking(Section):
+class MaskingOptions(Section):
     """Which tokens are predicted, and what stands in their place. Counts are exact, the same in every row."""
 
     rate: float = Field(0.15, gt=0, lt=1)
@@ -198,7 +198,7 @@ class Masking(Section):
     (from a random place on and round its end), drawn anew every K visits."""
 
 
-class Phase(Section):
+class PhaseOptions(Section):
     """What is other than in `train` until a share of the budget is spent."""
 
     until: float = Field(gt=0, lt=1)
@@ -211,7 +211,7 @@ class Phase(Section):
     """As in `train`, whose value it takes if not given."""
 
 
-class Train(Section):
+class TrainOptions(Section):
     """One update, and how it is computed."""
 
     batch_size: int = Field(256, ge=1)
@@ -220,7 +220,7 @@ class Train(Section):
     """Sequences per forward pass of one data-parallel rank; default: no accumulation."""
     seq_length: int = Field(128, ge=8)
     """Window length L in tokens, <s> and </s> included."""
-    phases: list[Phase] = []
+    phases: list[PhaseOptions] = []
     """Short sequences or small batches first: `[{until: 0.9, seq_length: 128}]` trains on 128 tokens until
     90 % of the budget is spent. After the last phase the values above hold. Shares ascend."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -247,7 +247,7 @@ class Train(Section):
     """Largest gradient norm; 0: no clipping."""
 
 
-class Optimizer(Section):
+class OptimizerOptions(Section):
     """AdamW. Biases, norms and vectors do not decay."""
 
     lr: float = Field(5e-4, gt=0)
@@ -260,7 +260,7 @@ class Optimizer(Section):
     """Decoupled weight decay of matrices and embeddings."""
 
 
-class Schedule(Section):
+class ScheduleOptions(Section):
     """Learning rate as a function of the spent share of the budget."""
 
     kind: Literal["linear", "cosine", "trapezoid"] = "linear"
@@ -271,7 +271,7 @@ class Schedule(Section):
     """Rate at the end, as a share of the peak."""
 
 
-class Budget(Section):
+class BudgetOptions(Section):
     """What the run may spend: exactly one unit, or a share of what another recipe costs. It is also the unit
     of progress."""
 
@@ -315,7 +315,7 @@ class Budget(Section):
 BUDGET_UNITS = ("steps", "tokens", "flops", "flops_without_head", "token_layers", "device_hours", "kwh")
 
 
-class Parallel(Section):
+class ParallelOptions(Section):
     """How one model is spread over ranks."""
 
     tensor: int = Field(1, ge=1)
@@ -326,7 +326,7 @@ class Parallel(Section):
     """What the deepspeed engine keeps in host memory: optimizer state, or parameters too."""
 
 
-class Checkpoint(Section):
+class CheckpointOptions(Section):
     """When the run is saved, and how many saves stay."""
 
     every_steps: int | None = Field(None, ge=1)
@@ -339,7 +339,7 @@ class Checkpoint(Section):
     """Newest checkpoints kept; the best by held-out loss is kept besides."""
 
 
-class Evaluate(Section):
+class EvaluateOptions(Section):
     """Held-out loss during training, under the same fixed 15 % mask for every method."""
 
     every_steps: int | None = Field(None, ge=1)
@@ -350,7 +350,7 @@ class Evaluate(Section):
     """Their length, the same in all phases; default: that of `train`."""
 
 
-class Monitor(Section):
+class MonitorOptions(Section):
     """What is written while training."""
 
     log_every: int = Field(10, ge=1)
@@ -362,18 +362,18 @@ class Monitor(Section):
 class Config(Section):
     """All options of a run."""
 
-    run: Run
-    corpus: Corpus
-    model: Model = Model()
-    masking: Masking = Masking()
-    train: Train = Train()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    budget: Budget = Budget()
-    parallel: Parallel = Parallel()
-    checkpoint: Checkpoint = Checkpoint()
-    evaluate: Evaluate = Evaluate()
-    monitor: Monitor = Monitor()
+    run: RunOptions
+    corpus: CorpusOptions
+    model: ModelOptions = ModelOptions()
+    masking: MaskingOptions = MaskingOptions()
+    train: TrainOptions = TrainOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    budget: BudgetOptions = BudgetOptions()
+    parallel: ParallelOptions = ParallelOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    evaluate: EvaluateOptions = EvaluateOptions()
+    monitor: MonitorOptions = MonitorOptions()
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed; a key that contradicts an option above is an error."""
 
@@ -385,7 +385,7 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def method(config: Config) -> str:
+def method_of(config: Config) -> str:
     """The name under which the literature knows this combination of settings; +leak: the encoder sees some
     of the [MASK]s all the same."""
     m = config.model
@@ -408,7 +408,7 @@ def replays_graphs(config: Config) -> bool:
     return graphs and t.engine == "torch" and config.parallel.tensor == 1 and t.recompute == "none"
 
 
-def phases(config: Config) -> list[Config]:
+def phase_configs(config: Config) -> list[Config]:
     """The config of each stretch of the run, in order: `train` has the values that hold there. The last one
     is what holds when all phases are over."""
     stretches = []

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain import config
-from pretrain.config import Config
+from pretrain.config import Config, CorpusOptions
 from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader, corpus_file
 from pretrain.data.manifest import load_manifest, refuse_appended_end
@@ -15,11 +14,11 @@ from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
 
 
-def tokenizer_folder(options: config.Corpus) -> str:
-    """The tokenizer of a config's corpus: the one it names, else the one that the manifest names."""
-    if options.tokenizer:
-        return options.tokenizer
-    prefix = options.blend[0][1]
+def tokenizer_folder(corpus: CorpusOptions) -> str:
+    """The tokenizer of a corpus's corpus: the one it names, else the one that the manifest names."""
+    if corpus.tokenizer:
+        return corpus.tokenizer
+    prefix = corpus.blend[0][1]
     record = load_manifest(prefix).tokenizer
     if record is None:
         raise UserError(f"{prefix}: its manifest names no tokenizer; set corpus.tokenizer")
@@ -64,11 +63,11 @@ class Data:
     """By which samples and masks are drawn: those that the run began with."""
 
 
-def open_data(options: config.Corpus) -> Data:
+def open_data(corpus: CorpusOptions) -> Data:
     """Opens what `options` names; UserError if something is missing or does not fit together."""
-    folder, blend = tokenizer_folder(options), []
+    folder, blend = tokenizer_folder(corpus), []
     tokenizer = load_tokenizer(folder)
-    for weight, prefix in options.blend:
+    for weight, prefix in corpus.blend:
         manifest = load_manifest(prefix)
         if manifest.tokenizer and manifest.tokenizer.hash != tokenizer.hash:
             raise UserError(
@@ -80,14 +79,14 @@ def open_data(options: config.Corpus) -> Data:
     fingerprints = {"tokenizer": tokenizer.hash}
     if len(blend) == 1:
         fingerprints["train"] = blend[0][1]
-    corpora = [open_nearest(prefix, options.copies) for _, prefix in options.blend]
+    corpora = [open_nearest(prefix, corpus.copies) for _, prefix in corpus.blend]
     return Data(tokenizer, corpora, blend, fingerprints)
 
 
-def open_blend(options: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
+def open_blend(config: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
     """What reads the samples of a run, in the last of its segments."""
-    k, length, tokenizer = options.masking, options.train.seq_length, data.tokenizer
-    seed, bos, eos = options.run.data_seed, tokenizer.bos, tokenizer.eos
+    k, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
+    seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.
     began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
     samplers = [

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data import rng
 from pretrain.data.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class Counts(NamedTuple):
         return self.length - self.masked
 
 
-def counts(masking: config.Masking, length: int) -> Counts:
+def counts(masking: MaskingOptions, length: int) -> Counts:
     """Rows of each kind for sequences of `length`; halves are rounded up.
 
     80/10/10 of P: M = round(0.8 P), of the rest the larger half is random where the shares are equal.
@@ -103,7 +103,7 @@ class Masker:
 
     def __init__(
         self,
-        masking: config.Masking,
+        masking: MaskingOptions,
         length: int,
         mask_id: int,
         random_ids: Tokens,
@@ -311,7 +311,7 @@ def _cut(unit_rows: Int64, predicted: int) -> int:
 
 
 def masker(
-    masking: config.Masking, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
+    masking: MaskingOptions, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
 ) -> Masker:
     """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)

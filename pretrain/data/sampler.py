@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data import rng
 from pretrain.data.documents import Documents, Order
 from pretrain.data.indexed import IndexedReader
@@ -76,7 +76,7 @@ class Sampler:
     def __init__(
         self,
         corpus: IndexedReader,
-        masking: config.Masking,
+        masking: MaskingOptions,
         length: int,
         seed: int,
         bos: int,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from pretrain import config
+from pretrain.config import ModelOptions
 
 Rotation = tuple[Tensor, Tensor] | None
 """cos and sin, each [B, S, 1, E], of the rows' positions; None where positions are learned."""
@@ -73,7 +73,7 @@ def _document_starts(documents_BS: Tensor, K: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over all given rows; the fused projection is laid out head by head."""
 
-    def __init__(self, m: config.Model, dropout: float) -> None:
+    def __init__(self, m: ModelOptions, dropout: float) -> None:
         super().__init__()
         bias = m.block == "roberta"
         self.head_size = m.hidden_size // m.num_heads
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of some rows (x) to others (memory)."""
 
-    def __init__(self, m: config.Model, dropout: float) -> None:
+    def __init__(self, m: ModelOptions, dropout: float) -> None:
         super().__init__()
         bias = m.block == "roberta"
         self.head_size = m.hidden_size // m.num_heads

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import Model
+from pretrain.config import ModelOptions
 from pretrain.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from pretrain.errors import UserError
 
@@ -44,14 +44,14 @@ _POSITIONS = "embeddings.position_embeddings.weight"
 _TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 
-def model_type(m: Model) -> str:
+def model_type(m: ModelOptions) -> str:
     """Hugging Face's name of this block."""
     if m.block == "modern":
         return "modernbert"
     return "roberta" if m.norm == "post" else "roberta-prelayernorm"
 
 
-def _modules(m: Model) -> dict[str, str]:
+def _modules(m: ModelOptions) -> dict[str, str]:
     """Our modules and theirs of the same content (queries, keys and values apart), head left out."""
     modern, pre = m.block == "modern", m.norm == "pre"
     modules = {"embedding_norm": "embeddings.norm" if modern else "embeddings.LayerNorm"}
@@ -79,7 +79,7 @@ def _modules(m: Model) -> dict[str, str]:
     return modules
 
 
-def _projections(m: Model) -> dict[str, list[str]]:
+def _projections(m: ModelOptions) -> dict[str, list[str]]:
     """Our fused projections and theirs, in the order queries, keys, values; one if they fuse them too."""
     if m.block == "modern":
         return {f"layers.{i}.attention.qkv": [f"layers.{i}.attn.Wqkv"] for i in range(m.num_layers)}
@@ -94,7 +94,7 @@ def _projections(m: Model) -> dict[str, list[str]]:
 
 
 def hugging_face_state(
-    m: Model, ours: Mapping[str, Tensor], vocab_size: int, head: bool, pad: int = 1
+    m: ModelOptions, ours: Mapping[str, Tensor], vocab_size: int, head: bool, pad: int = 1
 ) -> dict[str, Tensor]:
     """Our parameters (or their gradients) under Hugging Face's names, the decoder left out.
 
@@ -126,7 +126,7 @@ def first_position(pad: int) -> int:
     return pad + 1
 
 
-def _roberta_tables(m: Model, ours: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+def _roberta_tables(m: ModelOptions, ours: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
     """Positions with the rows of "no position" before them, of which only the last is ever looked up.
 
     The two last of them are kept where a run starts from a folder; any others are zero.
@@ -139,12 +139,12 @@ def _roberta_tables(m: Model, ours: Mapping[str, Tensor], pad: int) -> dict[str,
     return {_POSITIONS: torch.cat((padding, positions)), _TOKEN_TYPES: ours["token_type"][None]}
 
 
-def _by_part(m: Model, fused: Tensor) -> Tensor:
+def _by_part(m: ModelOptions, fused: Tensor) -> Tensor:
     """[H * 3 * E, ...] laid out head by head -> [queries; keys; values], each [H * E, ...]."""
     return fused.unflatten(0, (m.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _by_head(m: Model, parts: Tensor) -> Tensor:
+def _by_head(m: ModelOptions, parts: Tensor) -> Tensor:
     """The inverse of `_by_part`."""
     return parts.unflatten(0, (3, m.num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
@@ -167,7 +167,7 @@ def left_out(ours: Mapping[str, Tensor], head: bool) -> list[str]:
 # ---- from there to here --------------------------------------------------------------------------
 
 
-def our_state(m: Model, theirs: Mapping[str, Tensor], rows: int, pad: int = 1) -> dict[str, Tensor]:
+def our_state(m: ModelOptions, theirs: Mapping[str, Tensor], rows: int, pad: int = 1) -> dict[str, Tensor]:
     """Their parameters under our names: the inverse of `hugging_face_state`, with or without a head.
 
     rows: of our word table; those beyond theirs are zero. pad: id of the padding piece.
@@ -194,7 +194,7 @@ def our_state(m: Model, theirs: Mapping[str, Tensor], rows: int, pad: int = 1) -
     return ours
 
 
-def load_folder(model: torch.nn.Module, m: Model, tokenizer: Tokenizer) -> list[str]:
+def load_folder(model: torch.nn.Module, m: ModelOptions, tokenizer: Tokenizer) -> list[str]:
     """Puts what the folder `m.init_from` holds into our model; returns our parameters it has not.
 
     UserError, with every reason, if it does not fit.
@@ -248,7 +248,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return theirs
 
 
-def _other_settings(m: Model, theirs: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
+def _other_settings(m: ModelOptions, theirs: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
     """What our config says otherwise than theirs."""
     if theirs.get("model_type") != model_type(m):
         return [
@@ -295,7 +295,7 @@ _MODERN = _DECODER | {
 """Settings that change what is computed and have one value here, which is also the default of theirs."""
 
 
-def _other_rotation(m: Model, theirs: Mapping[str, Any]) -> list[str]:
+def _other_rotation(m: ModelOptions, theirs: Mapping[str, Any]) -> list[str]:
     """ModernBERT as released attends to the whole text in every third layer only."""
     every = theirs.get("global_attn_every_n_layers", 3)
     if any(
@@ -333,7 +333,7 @@ def _other_pieces(folder: Path, tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def _with_bias(m: Model, theirs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def _with_bias(m: ModelOptions, theirs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Theirs with the head's bias where it is stored under the decoder's name alone, or is none (zeros)."""
     _, dense, _, bias = _HEADS[model_type(m)]
     if bias in theirs or f"{dense}.weight" not in theirs:
@@ -345,14 +345,14 @@ def _with_bias(m: Model, theirs: dict[str, Tensor], settings: Mapping[str, Any])
     return theirs
 
 
-def _tasks(m: Model, theirs: Mapping[str, Tensor]) -> list[str]:
+def _tasks(m: ModelOptions, theirs: Mapping[str, Tensor]) -> list[str]:
     """Modules beside the encoder and the head of masked language modelling, such as a classifier."""
     prefix, dense, *_ = _HEADS[model_type(m)]
     ours = {prefix.split(".")[0], dense.split(".")[0], *(name.split(".")[0] for name in _modules(m).values())}
     return sorted({name.split(".")[0] for name in theirs} - ours - {"embeddings", "pooler", "decoder"})
 
 
-def _other_head(m: Model, theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[str]:
+def _other_head(m: ModelOptions, theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[str]:
     """Why the head of theirs is none of ours: of another task, or not tied to the word table."""
     _, dense, _, bias = _HEADS[model_type(m)]
     if tasks := _tasks(m, theirs):
@@ -373,7 +373,7 @@ def _other_head(m: Model, theirs: Mapping[str, Tensor], settings: Mapping[str, A
 
 
 def _other_tensors(
-    m: Model, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], tokenizer: Tokenizer
+    m: ModelOptions, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> list[str]:
     """Names and shapes that are not those our model would be exported with."""
     prefix, *_, bias = _HEADS[model_type(m)]

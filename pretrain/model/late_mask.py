@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain import config
 from pretrain.account.flops import late_masks, padded_vocab
+from pretrain.config import ModelOptions
 from pretrain.data import rng
 from pretrain.model.attention import Attention, Bounds, CrossAttention, Order, Rotation, supports_varlen
 from pretrain.model.loss import ChunkedCrossEntropy
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
 class FeedForward(nn.Module):
     """GELU layer of RoBERTa, or GeGLU (Shazeer 2020, arXiv 2002.05202) with [activated; linear] halves."""
 
-    def __init__(self, m: config.Model) -> None:
+    def __init__(self, m: ModelOptions) -> None:
         super().__init__()
         self.gated = m.block == "modern"
         if self.gated:
@@ -112,7 +112,7 @@ class Layer(nn.Module):
     Where documents are kept apart, the context of `query` is all rows; `places` [B, S] are x's among them.
     """
 
-    def __init__(self, m: config.Model, kind: str, dropout: float, normed_input: bool = False) -> None:
+    def __init__(self, m: ModelOptions, kind: str, dropout: float, normed_input: bool = False) -> None:
         super().__init__()
         self.kind = kind
         self.pre = m.norm == "pre"
@@ -162,7 +162,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The throw-away layers: all rows meet here, the head reads the last P of what comes out."""
 
-    def __init__(self, m: config.Model) -> None:
+    def __init__(self, m: ModelOptions) -> None:
         super().__init__()
         assert m.decoder_dropout is not None
         self.kind = m.decoder
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
 class Head(nn.Module):
     """dense, GELU, norm; then the word table (tied, so it belongs to the model) with this bias."""
 
-    def __init__(self, m: config.Model, rows: int) -> None:
+    def __init__(self, m: ModelOptions, rows: int) -> None:
         super().__init__()
         self.dense = nn.Linear(m.hidden_size, m.hidden_size, bias=m.block == "roberta")
         self.norm = norm(m)
@@ -188,7 +188,7 @@ class Head(nn.Module):
         return self.norm(F.gelu(self.dense(x_NPD)))
 
 
-def norm(m: config.Model) -> nn.LayerNorm:
+def norm(m: ModelOptions) -> nn.LayerNorm:
     """The LayerNorm of this block (the modern block has no biases)."""
     return nn.LayerNorm(m.hidden_size, eps=m.norm_eps, bias=m.block == "roberta")
 
@@ -199,7 +199,7 @@ class LateMaskModel(nn.Module):
     vocab_size: pieces of the tokenizer; mask_id: its [MASK]. recompute: keep only layer inputs.
     """
 
-    def __init__(self, m: config.Model, vocab_size: int, mask_id: int, recompute: bool = False) -> None:
+    def __init__(self, m: ModelOptions, vocab_size: int, mask_id: int, recompute: bool = False) -> None:
         super().__init__()
         self.m, self.mask_id, self.recompute = m, mask_id, recompute
         rows = padded_vocab(vocab_size, m.vocab_multiple)

@@ -6,10 +6,10 @@ Matrices and embedding tables decay; biases, norm gains and single vectors do no
 import torch
 from torch import nn
 
-from pretrain import config
+from pretrain.config import OptimizerOptions
 
 
-def build_optimizer(model: nn.Module, options: config.Optimizer) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, optimizer: OptimizerOptions) -> torch.optim.AdamW:
     """AdamW over all parameters of `model` in two groups (decayed, not decayed), fused kernel.
 
     The learning rate is set anew before every step by whoever steps.
@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, options: config.Optimizer) -> torch.optim.
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": matrices, "weight_decay": optimizer.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)

@@ -33,12 +33,12 @@ OWNED = {
 """DeepSpeed's key -> the option of ours that decides it."""
 
 
-def deepspeed_config(options: Config, data_size: int, micro: int, pin: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_size: int, micro: int, pin: bool) -> dict[str, Any]:
     """Our options in DeepSpeed's words, with the keys of `deepspeed` added or put over our defaults.
 
     pin: page-lock what is offloaded. UserError names every key that contradicts an option.
     """
-    t, p = options.train, options.parallel
+    t, p = config.train, config.parallel
     homes = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}[p.offload]
     ours = {
         "train_batch_size": t.batch_size,
@@ -67,7 +67,7 @@ def deepspeed_config(options: Config, data_size: int, micro: int, pin: bool) -> 
         "zero_force_ds_cpu_optimizer": False,
     }
     problems: list[str] = []
-    merged = _merge(ours, options.deepspeed, "", problems)
+    merged = _merge(ours, config.deepspeed, "", problems)
     if problems:
         raise UserError("\n".join(problems))
     return merged
@@ -95,13 +95,13 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, problems: li
 class DeepSpeedEngine(Engine):
     """DeepSpeed with ZeRO 0-3 over the same model and the same optimizer."""
 
-    def __init__(self, options: Config, model: LateMaskModel, topology: Topology, micro: int) -> None:
-        super().__init__(options, model, topology)
+    def __init__(self, config: Config, model: LateMaskModel, topology: Topology, micro: int) -> None:
+        super().__init__(config, model, topology)
         on_gpu = topology.device.type == "cuda"
-        settings = deepspeed_config(options, topology.data_size, micro, pin=on_gpu)
+        settings = deepspeed_config(config, topology.data_size, micro, pin=on_gpu)
         self.deepspeed_json = json.dumps(settings, indent=2)
         self.stage, self.accumulation = (
-            options.parallel.zero,
+            config.parallel.zero,
             settings["gradient_accumulation_steps"],
         )
         self.gathered = 0

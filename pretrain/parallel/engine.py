@@ -37,10 +37,10 @@ BUCKET = 25_000_000
 """Elements reduced at once (100 MB): enough for the full bandwidth, little for a buffer."""
 
 
-def compile_mode(options: Config) -> str:
+def compile_mode(config: Config) -> str:
     """torch.compile's word for ours, which names graphs also where there can be none."""
-    mode = options.train.compile
-    if replays_graphs(options):
+    mode = config.train.compile
+    if replays_graphs(config):
         return mode
     return {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
 
@@ -51,13 +51,13 @@ class Engine(ABC):
     deepspeed_json: str | None = None
     """DeepSpeed's configuration, where there is one."""
 
-    def __init__(self, options: Config, model: LateMaskModel, topology: Topology) -> None:
+    def __init__(self, config: Config, model: LateMaskModel, topology: Topology) -> None:
         self.module, self.topology = model, topology
-        self.clip = options.train.clip
-        self.optimizer = build_optimizer(model, options.optimizer)
+        self.clip = config.train.clip
+        self.optimizer = build_optimizer(model, config.optimizer)
         self.loss_scale: LossScale | None = None
         """What float16 gradients are multiplied by."""
-        if options.train.precision == "fp16":
+        if config.train.precision == "fp16":
             self.loss_scale = LossScale(self._place_of_scale())
             model.cross_entropy.scale = self.loss_scale.value
 
@@ -152,10 +152,10 @@ class TorchEngine(Engine):
     the next micro-batch, so under graphs `.grad` is memory of its own, to which gradients are added.
     """
 
-    def __init__(self, options: Config, model: LateMaskModel, topology: Topology) -> None:
-        super().__init__(options, model, topology)
-        self.dtype = AUTOCAST.get(options.train.precision or "")
-        self.graphs = replays_graphs(options)
+    def __init__(self, config: Config, model: LateMaskModel, topology: Topology) -> None:
+        super().__init__(config, model, topology)
+        self.dtype = AUTOCAST.get(config.train.precision or "")
+        self.graphs = replays_graphs(config)
         if self.graphs:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)

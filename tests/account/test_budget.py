@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain import config
 from pretrain.account import budget, ledger
 from pretrain.account.budget import Budget, Course
 from pretrain.account.ledger import Ledger
+from pretrain.config import BUDGET_UNITS, build_config, load_config, phase_configs
 from pretrain.errors import UserError
 from tests.account.test_ledger import Clock, opened
 
@@ -23,16 +23,16 @@ TREE = {
 
 
 def recipe(**sections):
-    return config.build({**TREE, **{name: {**TREE.get(name, {}), **keys} for name, keys in sections.items()}})
+    return build_config({**TREE, **{name: {**TREE.get(name, {}), **keys} for name, keys in sections.items()}})
 
 
 def with_budget(unit, amount, **sections):
     return recipe(budget={"steps": None, unit: amount}, **sections)
 
 
-def spend(options, account, clock, seconds=2.0):
+def spend(config, account, clock, seconds=2.0):
     """Takes every update that the budget allows; returns (phase, progress before it) of each."""
-    limit, made = Budget(options), []
+    limit, made = Budget(config), []
     while limit.allows_step(totals := account.totals(), account.step_hours):
         phase = limit.phase(totals)
         made.append((phase, limit.progress(totals)))
@@ -51,20 +51,20 @@ def begun(run: Path, clock: Clock, step=0, head="") -> Ledger:
 
 
 ONE = budget.step_cost(recipe())
-EACH = {unit: budget.price(ONE, unit) for unit in config.BUDGET_UNITS[:5]}
+EACH = {unit: budget.price(ONE, unit) for unit in BUDGET_UNITS[:5]}
 
 
 @pytest.mark.parametrize("unit", EACH)
 @pytest.mark.parametrize("updates", [7, 7.99])
 def test_a_step_that_would_exceed_the_budget_is_not_taken(tmp_path, unit, updates):
     amount = int(updates * EACH[unit]) if unit != "token_layers" else updates * EACH[unit]
-    options, clock = with_budget(unit, amount), Clock()
+    config, clock = with_budget(unit, amount), Clock()
     account = begun(tmp_path, clock)
-    made = spend(options, account, clock)
+    made = spend(config, account, clock)
     assert [share for _, share in made] == pytest.approx(
         [n * EACH[unit] / amount for n in range(7)], rel=1e-9
     )
-    assert Budget(options).updates() == [7]
+    assert Budget(config).updates() == [7]
     assert budget.spent(account.totals(), unit) == pytest.approx(7 * EACH[unit], rel=1e-12)
 
 
@@ -72,16 +72,16 @@ def test_a_step_that_would_exceed_the_budget_is_not_taken(tmp_path, unit, update
 def test_hours_hold_back_the_next_step(tmp_path, hours, updates):
     clock = Clock()
     account = begun(tmp_path, clock)
-    options = with_budget("device_hours", 2 * hours / 3600)  # 2 ranks, 2 s a step
-    assert len(spend(options, account, clock)) == updates
-    assert Budget(options).spent(account.totals()) <= 2 * hours / 3600
+    config = with_budget("device_hours", 2 * hours / 3600)  # 2 ranks, 2 s a step
+    assert len(spend(config, account, clock)) == updates
+    assert Budget(config).spent(account.totals()) <= 2 * hours / 3600
     with pytest.raises(UserError, match="known only once it has run"):
-        Budget(options).updates()
+        Budget(config).updates()
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
 def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, unit):
-    options, clock = with_budget(unit, 9 * EACH[unit]), Clock()
+    config, clock = with_budget(unit, 9 * EACH[unit]), Clock()
     account = begun(tmp_path, clock)
     clock.work(account, 0)
     for _ in range(4):
@@ -90,13 +90,13 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, unit):
     for _ in range(3):
         account.step(ONE)
     again = begun(tmp_path, clock, 4, head)
-    assert Budget(options).progress(again.totals()) == 4 / 9
-    assert len(spend(options, again, clock)) == 5
+    assert Budget(config).progress(again.totals()) == 4 / 9
+    assert len(spend(config, again, clock)) == 5
 
 
 def test_device_hours_charge_lost_work_and_restarts(tmp_path):
-    options, clock = with_budget("device_hours", 1.0), Clock()
-    limit = Budget(options)
+    config, clock = with_budget("device_hours", 1.0), Clock()
+    limit = Budget(config)
     account = begun(tmp_path, clock)
     head = account.save()
     clock.work(account, 1, 900)
@@ -111,31 +111,31 @@ def test_device_hours_charge_lost_work_and_restarts(tmp_path):
 
 def test_hours_of_another_number_of_ranks_are_counted_by_theirs(tmp_path):
     """Half of the budget on two ranks, the rest on eight: progress goes on from where it was."""
-    options, clock = with_budget("device_hours", 1.0), Clock()
+    config, clock = with_budget("device_hours", 1.0), Clock()
     account = begun(tmp_path, clock)
     clock.work(account, 9, 100)
-    assert Budget(options).progress(account.totals()) == 0.5
+    assert Budget(config).progress(account.totals()) == 0.5
     head = account.save()
     wide = opened(tmp_path, clock, ranks=8)
     wide.begin(9, head)
     assert wide.step_hours == 2 * 100 / 3600  # of an update, whatever the number of ranks
-    shares = [share for _, share in spend(options, wide, clock, 25)]
+    shares = [share for _, share in spend(config, wide, clock, 25)]
     assert shares == pytest.approx([0.5 + n * 8 * 25 / 3600 for n in range(9)])
 
 
 def test_a_budget_of_energy_is_of_measured_joules(tmp_path):
-    options, clock = with_budget("kwh", 0.001), Clock()
+    config, clock = with_budget("kwh", 0.001), Clock()
     account = begun(tmp_path, clock)
-    assert Budget(options).progress(account.totals()) == 0.0
+    assert Budget(config).progress(account.totals()) == 0.0
     account.meter({"gpu": 1800.0})
-    assert Budget(options).progress(account.totals()) == 0.5
-    assert Budget(options).allows_step(account.totals(), 0.0005)
-    assert not Budget(options).allows_step(account.totals(), 0.00051)
+    assert Budget(config).progress(account.totals()) == 0.5
+    assert Budget(config).allows_step(account.totals(), 0.0005)
+    assert not Budget(config).allows_step(account.totals(), 0.00051)
 
 
-def made_one_by_one(options):
+def made_one_by_one(config):
     """Updates of each phase by the loop's own decisions, with costs added up as the ledger does."""
-    limit = Budget(options)
+    limit = Budget(config)
     totals, made = ledger.total([]), [0] * len(limit.costs)
     while limit.allows_step(totals):
         phase = limit.phase(totals)
@@ -157,9 +157,9 @@ def test_all_of_another_recipe_is_as_many_updates(unit, phases):
         train, masking = {"phases": phases}, {"rate": 0.15 + number % 7 / 20}
         theirs = recipe(model=model, train=train, masking=masking, budget={"steps": 40 + 3 * number})
         amount = budget.planned(theirs, unit)
-        options = with_budget(unit, amount, model=model, train=train, masking=masking)
-        made = made_one_by_one(options)
-        assert Budget(options).updates() == made
+        config = with_budget(unit, amount, model=model, train=train, masking=masking)
+        made = made_one_by_one(config)
+        assert Budget(config).updates() == made
         if not phases:
             assert made == [40 + 3 * number]
 
@@ -181,11 +181,11 @@ def follow(course, account, clock, updates, seconds=2.0):
 
 def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
     """Neither start-up nor compilation is progress, of any attempt; what is held back is none to wait for."""
-    options, clock = with_budget("device_hours", 1.0), Clock()
+    config, clock = with_budget("device_hours", 1.0), Clock()
     account = opened(tmp_path, clock)
     clock.now += 500
     account.begin()
-    course = Course(Budget(options))
+    course = Course(Budget(config))
     first = follow(course, account, clock, 100)
     assert first[:2] == [0.0, 0.0] and first == sorted(first)
     left = 1.0 - 0.01 - 2 * 562 / 3600
@@ -197,10 +197,10 @@ def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
     again = opened(tmp_path, clock)
     clock.now += 200
     again.begin(100, head)
-    course = Course(Budget(options), carried)
+    course = Course(Budget(config), carried)
     second = follow(course, again, clock, 2)
-    assert second == [carried, carried] and carried < Budget(options).progress(again.totals()) - 0.1
-    while Budget(options).allows_step(again.totals(), 4 / 3600 + 0.01):
+    assert second == [carried, carried] and carried < Budget(config).progress(again.totals()) - 0.1
+    while Budget(config).allows_step(again.totals(), 4 / 3600 + 0.01):
         last, middle = course.follow(again.totals(), 0.01), course.middle(again.totals())
         clock.work(again, 1)
     assert 0.98 < last < middle < course.follow(again.totals(), 0.01) <= 1.0
@@ -236,21 +236,21 @@ PHASES = [{"until": 0.3, "batch_size": 4, "seq_length": 12}, {"until": 0.71, "se
 @pytest.mark.parametrize("amount", [1.0, 3.7, 20.0, 61.3])
 def test_updates_of_each_phase_are_known_before_and_right(tmp_path, unit, amount):
     total = int(amount * EACH[unit])
-    options, clock = with_budget(unit, total, train={"phases": PHASES}), Clock()
+    config, clock = with_budget(unit, total, train={"phases": PHASES}), Clock()
     account = begun(tmp_path, clock)
-    made = spend(options, account, clock)
-    updates = Budget(options).updates()
+    made = spend(config, account, clock)
+    updates = Budget(config).updates()
     assert updates == [sum(phase == n for phase, _ in made) for n in range(3)]
     assert [phase for phase, _ in made] == sorted(phase for phase, _ in made)
     for phase, share in made:
         assert [0.0, 0.3, 0.71][phase] <= share < [0.3, 0.71, 1.0][phase]
-    costs = Budget(options).costs
+    costs = Budget(config).costs
     assert [(cost.samples, cost.tokens_seen) for cost in costs] == [(4, 48), (8, 96), (8, 192)]
     for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops"):
         counted = sum(n * getattr(cost, name) for n, cost in zip(updates, costs, strict=True))
         assert account.totals()[name] == counted
-    assert account.totals()["flops"]["total"] == budget.planned(options, "flops")
-    last = costs[Budget(options).phase(account.totals())]
+    assert account.totals()["flops"]["total"] == budget.planned(config, "flops")
+    last = costs[Budget(config).phase(account.totals())]
     left = total - budget.spent(account.totals(), unit)
     assert 0 <= left < budget.price(last, unit)
 
@@ -299,17 +299,17 @@ def relative(reference, **keys):
 
 @pytest.mark.parametrize("measure", ["flops_with_head", "flops_without_head", "token_layers", "tokens"])
 def test_a_share_of_another_recipe_is_spent(other, measure):
-    options = budget.resolve(relative(other, fraction=0.68, measure=measure))
-    unit, amount = options.budget.amount
-    theirs = config.load(other, ["model.vocab_size=400"])
-    halves = [budget.price(budget.step_cost(phase), unit) for phase in config.phases(theirs)]
+    config = budget.resolve(relative(other, fraction=0.68, measure=measure))
+    unit, amount = config.budget.amount
+    theirs = load_config(other, ["model.vocab_size=400"])
+    halves = [budget.price(budget.step_cost(phase), unit) for phase in phase_configs(theirs)]
     assert unit == ("flops" if measure == "flops_with_head" else measure)
     assert amount == pytest.approx(0.68 * 5 * sum(halves), rel=1e-12)
-    made = budget.planned(options, unit)
-    assert amount - budget.price(budget.step_cost(options), unit) < made <= amount
-    kept = config.build(json.loads(json.dumps(options.model_dump(mode="json"))))
+    made = budget.planned(config, unit)
+    assert amount - budget.price(budget.step_cost(config), unit) < made <= amount
+    kept = build_config(json.loads(json.dumps(config.model_dump(mode="json"))))
     other.unlink()
-    assert budget.resolve(kept).budget == options.budget  # a resolved config stands alone
+    assert budget.resolve(kept).budget == config.budget  # a resolved config stands alone
 
 
 def test_a_share_of_what_a_run_has_spent(tmp_path):
@@ -319,8 +319,8 @@ def test_a_share_of_what_a_run_has_spent(tmp_path):
     account.meter({"gpu": 7.2e6})
     account.note("finish")
     for measure, amount in (("device_hours", 0.5), ("kwh", 1.0)):
-        options = budget.resolve(relative(tmp_path, fraction=0.5, measure=measure))
-        assert options.budget.amount == (measure, amount)
+        config = budget.resolve(relative(tmp_path, fraction=0.5, measure=measure))
+        assert config.budget.amount == (measure, amount)
     with pytest.raises(UserError, match="this run has spent nothing"):
         budget.resolve(relative(tmp_path))
 

@@ -3,7 +3,16 @@
 import pytest
 import yaml
 
-from pretrain import config
+from pretrain.config import (
+    SECTIONS,
+    build_config,
+    changed_keys,
+    config_warnings,
+    dump_config,
+    load_config,
+    method_of,
+    parse_overrides,
+)
 from pretrain.errors import UserError
 from tests.support.methods import METHODS, small
 
@@ -12,7 +21,7 @@ MINIMAL = {"run": {"dir": "r"}, "corpus": {"train": "c"}, "budget": {"steps": 1}
 
 def problems(**sections):
     with pytest.raises(UserError) as caught:
-        config.build({**MINIMAL, **sections})
+        build_config({**MINIMAL, **sections})
     return str(caught.value).splitlines()
 
 
@@ -73,25 +82,25 @@ def test_one_problem(sections, words):
 
 
 def test_views_that_cut_the_rate_are_told():
-    options = config.build({**MINIMAL, "masking": {"rate": 0.5, "views": 4}})
-    assert config.warnings(options) == [
+    config = build_config({**MINIMAL, "masking": {"rate": 0.5, "views": 4}})
+    assert config_warnings(config) == [
         "masking.rate = 0.5 is 0.25 here: masking.views = 4 masks of a text have no token in common"
     ]
 
 
 def test_a_leak_is_in_the_name_of_a_method():
     late = {"mask_from": 12, "decoder_layers": 2, "mask_leak": 0.5}
-    assert config.method(config.build({**MINIMAL, "model": late})) == "3ml-self+leak"
-    assert config.method(config.build({**MINIMAL, "model": {"mask_leak": 0.5}})) == "mlm"
+    assert method_of(build_config({**MINIMAL, "model": late})) == "3ml-self+leak"
+    assert method_of(build_config({**MINIMAL, "model": {"mask_leak": 0.5}})) == "mlm"
 
 
 def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {lr: 1e-4}\nmodel:\n")
-    loaded = config.load(path, ["optimizer.eps=1e-8", "budget.steps=7", "masking.corruption=[1,0,0]"])
+    loaded = load_config(path, ["optimizer.eps=1e-8", "budget.steps=7", "masking.corruption=[1,0,0]"])
     assert loaded.optimizer.lr == 1e-4 and loaded.optimizer.eps == 1e-8
     assert loaded.budget.steps == 7 and loaded.masking.corruption == (1.0, 0.0, 0.0)
-    switched = config.load(path, ["budget.steps=null", "budget.flops=1e15"])
+    switched = load_config(path, ["budget.steps=null", "budget.flops=1e15"])
     assert switched.budget.flops == 1e15
 
 
@@ -107,7 +116,7 @@ def test_bad_files(tmp_path, text, words):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=words) as caught:
-        config.load(path)
+        load_config(path)
     assert str(path) in str(caught.value)
 
 
@@ -118,8 +127,8 @@ NUMBERS = {"010": 10, "1_000": 1000, "+7": 7, "1e3": 1000, "20.": 20, "2.0e+01":
 def test_whole_numbers_are_decimal(tmp_path, text):
     path = tmp_path / "c.yaml"
     path.write_text(f"run: {{dir: r}}\ncorpus: {{train: c}}\nbudget: {{steps: {text}}}\n")
-    assert config.load(path).budget.steps == NUMBERS[text]
-    assert config.load(path, [f"train.batch_size={text}"]).train.batch_size == NUMBERS[text]
+    assert load_config(path).budget.steps == NUMBERS[text]
+    assert load_config(path, [f"train.batch_size={text}"]).train.batch_size == NUMBERS[text]
 
 
 @pytest.mark.parametrize("text", ["1:30", "yes", "on", "true", "0x10", "0b1", "1__0", ".nan", "-.inf", "inf"])
@@ -134,7 +143,7 @@ def test_what_is_no_number_is_refused(tmp_path, key, text):
     broken.write_text(f"{path.read_text()}{section}: {{{name}: {text}}}\n")
     for file, words in ((broken, []), (path, [f"{key}={text}"])):
         with pytest.raises(UserError, match=rf"{key} = .*: should be "):
-            config.load(file, words)
+            load_config(file, words)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_a_value_of_another_kind_is_refused(word, message, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(UserError, match=message):
-        config.load(path, ["train.engine=deepspeed", word])
+        load_config(path, ["train.engine=deepspeed", word])
 
 
 def test_a_number_that_is_a_name_is_to_be_quoted(tmp_path):
@@ -166,24 +175,24 @@ def test_a_number_that_is_a_name_is_to_be_quoted(tmp_path):
     for name in ("2026", "1e5", "true"):
         path.write_text(text.replace("DIR", name))
         with pytest.raises(UserError, match="run.dir = .*: put it in quotes if it is a name"):
-            config.load(path)
+            load_config(path)
         path.write_text(text.replace("DIR", f'"{name}"'))
-        assert config.load(path).run.dir == config.load(path, [f"run.dir={name}"]).run.dir == name
+        assert load_config(path).run.dir == load_config(path, [f"run.dir={name}"]).run.dir == name
     path.write_text(text.replace("DIR", "2026-11-30"))  # for YAML 1.1 a date
-    assert config.load(path).run.dir == "2026-11-30"
+    assert load_config(path).run.dir == "2026-11-30"
 
 
 @pytest.mark.parametrize("name", ["runs/try #2", "a: b", "- a", "&a", "!a", "x ", "2026", "010", "yes", "%d"])
 def test_the_text_of_an_override_is_its_value(name):
-    assert config.parse_overrides([f"run.dir={name}"]) == {"run": {"dir": name}}
-    assert config.parse_overrides([f"run.dir='{name}'"]) == {"run": {"dir": name}}
+    assert parse_overrides([f"run.dir={name}"]) == {"run": {"dir": name}}
+    assert parse_overrides([f"run.dir='{name}'"]) == {"run": {"dir": name}}
 
 
 def test_merge_keys_are_merged(tmp_path):
     path = tmp_path / "c.yaml"
     phases = "[&early {until: 0.2, seq_length: 32}, {<<: *early, until: 0.5}]"
     path.write_text(yaml.safe_dump(MINIMAL) + f"train: {{phases: {phases}}}\n")
-    assert [(each.until, each.seq_length) for each in config.load(path).train.phases] == [
+    assert [(each.until, each.seq_length) for each in load_config(path).train.phases] == [
         (0.2, 32),
         (0.5, 32),
     ]
@@ -193,7 +202,7 @@ def test_merge_keys_are_merged(tmp_path):
     ):
         path.write_text(yaml.safe_dump(MINIMAL) + f"train: {{phases: {twice}}}\n")
         with pytest.raises(UserError, match="is given twice"):
-            config.load(path)
+            load_config(path)
 
 
 PLACES = [
@@ -213,14 +222,14 @@ def test_paths_are_expanded_as_by_a_shell(key, tmp_path, monkeypatch):
     more = ["budget.steps=null"] if section == "budget" else []
 
     def read(text):
-        return getattr(getattr(config.load(path, [*more, f"{key}={text}"]), section), name)
+        return getattr(getattr(load_config(path, [*more, f"{key}={text}"]), section), name)
 
     assert [read("~/x"), read("$SCRATCH/x"), read("${SCRATCH}x")] == ["/home/me/x", "/scratch/x", "/scratchx"]
     assert read("a~/$1") == "a~/$1" and read("a $run") == "a $run"
     for text in ("$NOWHERE/x", "a-$NOWHERE", "${NOWHERE}", "${nowhere}", "a/$nowhere", "~nobody-at-all/x"):
         with pytest.raises(UserError, match=rf"{key} = .*(is not set|is nobody's home)"):
             read(text)
-    assert config.load(path, ["corpus.train=[[1, ~/a], [2, $SCRATCH/b]]"]).corpus.train == [
+    assert load_config(path, ["corpus.train=[[1, ~/a], [2, $SCRATCH/b]]"]).corpus.train == [
         (1, "/home/me/a"),
         (2, "/scratch/b"),
     ]
@@ -230,54 +239,54 @@ def test_a_problem_names_the_place_it_comes_from(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {lr: fast}\n")
     with pytest.raises(UserError) as caught:
-        config.load(path, ["foo.bar=1", "train.phases=[{until: 0.5, seq_length: 9999}]"])
+        load_config(path, ["foo.bar=1", "train.phases=[{until: 0.5, seq_length: 9999}]"])
     assert sorted(line.partition(": ")[0] for line in str(caught.value).splitlines()) == [
         str(path),
         "command line",
         "command line",
     ]
     with pytest.raises(UserError, match="command line: unknown key train.batch_siz"):
-        config.load(path, ["train.batch_siz=3", "train.phases=[{until: 0.5}]"])
+        load_config(path, ["train.batch_siz=3", "train.phases=[{until: 0.5}]"])
 
 
 def test_missing_file_and_bad_override(tmp_path):
     with pytest.raises(UserError, match="cannot read the config"):
-        config.load(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="section.key=value"):
-        config.parse_overrides(["steps"])
+        parse_overrides(["steps"])
 
 
 def test_dump_reads_back_equal():
     for method in METHODS:
         whole = small(method)
-        assert config.build(yaml.safe_load(config.dump(whole))) == whole
+        assert build_config(yaml.safe_load(dump_config(whole))) == whole
 
 
 @pytest.mark.parametrize(
     ("method", "name"), [(m, m) for m in ("mlm", "3ml-self", "3ml-cross", "3ml-query", "mae-lm")]
 )
 def test_method_names(method, name):
-    assert config.method(small(method)) == name
+    assert method_of(small(method)) == name
 
 
 def test_what_may_change_when_a_run_continues():
     old = small()
     free = {"budget": {"steps": 9}, "parallel": {"tensor": 2}, "checkpoint": {"keep_last": 9}}
     computed = {"micro_batch_size": 1, "recompute": "block", "deterministic": False, "compile": "default"}
-    assert config.changed_keys(old, small(**free, train=computed)) == []
-    assert config.changed_keys(old, small(train={"cross_entropy": "torch"})) == []
-    assert config.changed_keys(old, small(optimizer={"lr": 1.0}, masking={"rate": 0.25})) == [
+    assert changed_keys(old, small(**free, train=computed)) == []
+    assert changed_keys(old, small(train={"cross_entropy": "torch"})) == []
+    assert changed_keys(old, small(optimizer={"lr": 1.0}, masking={"rate": 0.25})) == [
         "masking.rate: 0.5 -> 0.25",
         "optimizer.lr: 0.0005 -> 1.0",
     ]
 
 
 def test_every_key_has_a_description():
-    for name, section in config.SECTIONS.items():
+    for name, section in SECTIONS.items():
         for key, field in section.model_fields.items():
             assert field.description, f"{name}.{key}"
 
 
 def test_a_setting_without_effect_is_named():
-    assert config.warnings(small("3ml-self")) == []
-    assert "model.mask_vector has no effect" in config.warnings(small(model={"mask_vector": "tied"}))[0]
+    assert config_warnings(small("3ml-self")) == []
+    assert "model.mask_vector has no effect" in config_warnings(small(model={"mask_vector": "tied"}))[0]

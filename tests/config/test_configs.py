@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
+from pretrain.config import BudgetOptions, config_warnings, load_config, method_of
 from pretrain.data.masking import counts
 from tests.support.runs import finish
 
@@ -17,17 +18,17 @@ SMALL = {"hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40,
 
 def reduced(path: Path, tiny: Path) -> list[str]:
     """Overrides under which a config fits a test; what makes its method stays."""
-    options = config.load(path)
-    m, micro = options.model, 2 if options.train.micro_batch_size else "null"
+    config = load_config(path)
+    m, micro = config.model, 2 if config.train.micro_batch_size else "null"
     sections: dict[str, dict[str, Any]] = {
         "model": {**SMALL, "mask_from": 2 * m.mask_from // m.num_layers},
         "train": {"seq_length": 24, "batch_size": 4, "micro_batch_size": micro, "phases": "null"},
         "corpus": {name: tiny / name for name in ("train", "valid")},
-        "budget": {**dict.fromkeys(config.Budget.model_fields, "null"), "steps": 2},
+        "budget": {**dict.fromkeys(BudgetOptions.model_fields, "null"), "steps": 2},
         "evaluate": {"every_steps": 1, "samples": 4},
         "monitor": {"tensorboard": "false"},
     }
-    if options.train.phases:
+    if config.train.phases:
         sections["train"]["phases"] = "[{until: 0.5, seq_length: 16}]"
     if path.stem not in THROUGH_DEEPSPEED:
         sections["train"]["engine"] = "torch"
@@ -37,9 +38,9 @@ def reduced(path: Path, tiny: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
-    options = config.load(path)
-    assert config.warnings(options) == []
-    method = config.method(options)
+    config = load_config(path)
+    assert config_warnings(config) == []
+    method = method_of(config)
     assert path.stem.startswith((method, "demo-"))
     outcome = finish([str(path), f"run.dir={tmp_path}", *reduced(path, tiny)])
     assert f"method      {method}" in outcome.text
@@ -48,7 +49,7 @@ def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_configs_name_a_folder_each() -> None:
-    folders = [config.load(path).run.dir for path in CONFIGS]
+    folders = [load_config(path).run.dir for path in CONFIGS]
     assert folders == [f"runs/{path.stem}" for path in CONFIGS]
 
 
@@ -61,5 +62,5 @@ def test_every_method_has_a_config() -> None:
 def test_fully_explored_recipes_leave_no_token_out() -> None:
     for path in CONFIGS:
         if path.stem.endswith("-views"):
-            k, length = config.load(path).masking, config.load(path).train.seq_length
+            k, length = load_config(path).masking, load_config(path).train.seq_length
             assert k.views * counts(k, length).predicted >= 0.97 * (length - 2), path

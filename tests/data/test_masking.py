@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pretrain import config
 from pretrain.__main__ import main
+from pretrain.config import MaskingOptions
 from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.masking import Masker, counts, document_numbers
@@ -23,7 +23,7 @@ UNITS = ("whole_word", "span")
 
 
 def make(length=64, word_starts=WORD_STARTS, **options):
-    return Masker(config.Masking(**options), length, MASK, RANDOM_IDS, SPECIALS, word_starts)
+    return Masker(MaskingOptions(**options), length, MASK, RANDOM_IDS, SPECIALS, word_starts)
 
 
 def windows(batch, length, seed=0):
@@ -50,7 +50,7 @@ def run(masker, batch=256, seed=0, view=0):
     ],
 )
 def test_counts(rate, corruption, expected):
-    c = counts(config.Masking(rate=rate, corruption=corruption), 128)
+    c = counts(MaskingOptions(rate=rate, corruption=corruption), 128)
     assert (c.predicted, c.masked, c.random) == expected
     assert c.visible == 128 - c.masked
 
@@ -58,7 +58,7 @@ def test_counts(rate, corruption, expected):
 def test_documents_are_those_of_the_corpus(tiny):
     """Oracle: the sampler's own account, which knows the corpus and not the pieces."""
     corpus = IndexedReader(str(tiny / "train"))
-    sampler = Sampler(corpus, config.Masking(), 64, seed=1, bos=0, eos=2)
+    sampler = Sampler(corpus, MaskingOptions(), 64, seed=1, bos=0, eos=2)
     samples = np.arange(sampler.samples_per_epoch)
     known = sampler.documents(samples)
     numbers = document_numbers(sampler.read(samples).tokens, 2)
@@ -72,7 +72,7 @@ def test_documents_are_those_of_the_corpus(tiny):
         assert (number[ends] >= number[ends - 1]).all() and number[0] == number[1] == 0
         assert (number[ends[row[ends - 1] >= 0]] == number[ends[row[ends - 1] >= 0] - 1]).all()
     assert several > 20
-    masker = Masker(config.Masking(), 64, MASK, RANDOM_IDS, SPECIALS, document_end=2)
+    masker = Masker(MaskingOptions(), 64, MASK, RANDOM_IDS, SPECIALS, document_end=2)
     tokens = np.minimum(sampler.read(samples).tokens, 198)
     m = masker(tokens, rng.key(samples), np.zeros_like(samples))
     assert np.array_equal(m.documents, np.take_along_axis(document_numbers(tokens, 2), m.positions, 1))
@@ -289,7 +289,7 @@ def test_a_run_of_earlier_rules_keeps_its_masks():
         {"views": 3, "scheme": "span"},
         {"views": 3, "views_partition": "contiguous"},
     ):
-        masker = Masker(config.Masking(**options), 64, 299, random_ids, specials, starts, rules=1)
+        masker = Masker(MaskingOptions(**options), 64, 299, random_ids, specials, starts, rules=1)
         m = masker(tokens, rng.key(7, np.arange(50)), np.arange(50) % options.get("views", 1))
         digest.update(m.ids.tobytes() + m.positions.tobytes())
     digest.update(rng.permute(np.arange(100), 100, (1, 2), rules=1).tobytes())

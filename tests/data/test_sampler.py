@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data import documents as place
 from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader
@@ -48,7 +48,7 @@ def write(prefix, lengths):
 
 
 def make(corpus, seed=0, **masking):
-    return Sampler(corpus, config.Masking(**masking), LENGTH, seed, BOS, EOS)
+    return Sampler(corpus, MaskingOptions(**masking), LENGTH, seed, BOS, EOS)
 
 
 def epoch(sampler, number):
@@ -130,7 +130,7 @@ def test_batch_views_are_consecutive_samples(corpus):
 
 def test_too_small_a_corpus_is_refused(corpus):
     with pytest.raises(UserError, match="do not fill one window"):
-        Sampler(corpus, config.Masking(), 10000, 0, BOS, EOS)
+        Sampler(corpus, MaskingOptions(), 10000, 0, BOS, EOS)
 
 
 # ---- blends --------------------------------------------------------------------------------------
@@ -230,13 +230,13 @@ def test_one_corpus_is_a_blend_of_itself(corpus):
 
 
 def test_corpora_of_a_blend_have_keys_and_an_order_of_their_own(corpus):
-    first, second = (Sampler(corpus, config.Masking(), LENGTH, 5, BOS, EOS, name) for name in ("one", "two"))
+    first, second = (Sampler(corpus, MaskingOptions(), LENGTH, 5, BOS, EOS, name) for name in ("one", "two"))
     blend = Blend([first, second], [0.5, 0.5])
     samples = blend.read(np.arange(2 * first.samples_per_epoch))
     assert len(set(samples.keys.tolist())) == len(samples.keys)
     own = [sampler.read(np.arange(first.samples_per_epoch)).tokens for sampler in (first, second)]
     assert (own[0] != own[1]).any()
-    old = [Sampler(corpus, config.Masking(), LENGTH, 5, BOS, EOS, name, rules=1) for name in ("one", "two")]
+    old = [Sampler(corpus, MaskingOptions(), LENGTH, 5, BOS, EOS, name, rules=1) for name in ("one", "two")]
     assert (old[0].read(np.arange(4)).keys == old[1].read(np.arange(4)).keys).all()
 
 
@@ -291,7 +291,7 @@ def test_many_documents_are_read_as_few_are(documents, rules, tmp_path, monkeypa
     monkeypatch.setattr(place, "CHUNK", 64)  # an epoch's order is added up in several stretches
 
     def read():
-        sampler = Sampler(corpus, config.Masking(), 12, 3, 1, 2, rules=rules)
+        sampler = Sampler(corpus, MaskingOptions(), 12, 3, 1, 2, rules=rules)
         samples = np.arange(2 * sampler.samples_per_epoch)
         return sampler.read(samples), sampler.documents(samples)
 
@@ -305,7 +305,7 @@ def test_many_documents_are_read_as_few_are(documents, rules, tmp_path, monkeypa
 def private_bytes(prefix):
     """Of this process alone, more once a window has been read than before the corpus was opened."""
     before = _dirty()
-    sampler = Sampler(IndexedReader(prefix), config.Masking(), 128, 0, 1, 2)
+    sampler = Sampler(IndexedReader(prefix), MaskingOptions(), 128, 0, 1, 2)
     sampler.read(np.arange(8))
     sampler.read(np.arange(8) + sampler.samples_per_epoch)  # two epochs' orders at once
     return _dirty() - before

@@ -44,8 +44,8 @@ def test_the_layers_products_are_converted_and_nothing_else(block: str) -> None:
 
 @torchao
 def test_widths_that_do_not_fit_are_left_alone() -> None:
-    options = small("3ml-self", model={"ffn_size": 40})
-    model = LateMaskModel(options.model, VOCAB, MASK)
+    config = small("3ml-self", model={"ffn_size": 40})
+    model = LateMaskModel(config.model, VOCAB, MASK)
     float8.swap(model, emulate=True)
     assert {name.rpartition(".")[2] for name in converted(model)} == {"qkv", "out"}
 
@@ -63,8 +63,8 @@ def test_an_update_is_near_that_of_float32_and_saved_alike() -> None:
     """What the engine saves, one without float8 loads; losses differ by rounding, as they must."""
     losses, states = {}, {}
     for on in (False, True):
-        options = small("3ml-cross", train={"float8": on, "precision": None})
-        built = build_engine(options, make_model(), topology.Topology(), 3)
+        config = small("3ml-cross", train={"float8": on, "precision": None})
+        built = build_engine(config, make_model(), topology.Topology(), 3)
         seen = []
         for _ in range(3):
             seen.append(built.backward(make_batch(0), 1.0).item())

@@ -49,8 +49,8 @@ def save(folder: Path, block: str, tokenizer: Tokenizer, head: bool = True, **se
     model.save_pretrained(folder)
 
 
-def make(options: Config, tokenizer: Tokenizer) -> LateMaskModel:
-    model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
+def make(config: Config, tokenizer: Tokenizer) -> LateMaskModel:
+    model = LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask)
     init_weights(model, 0)
     return model
 
@@ -61,11 +61,11 @@ def test_in_and_out_is_the_same_to_the_bit(
     method: str, block: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     save(tmp_path, block, tokenizer)
-    options = options_of(method, block, tmp_path)
-    model = make(options, tokenizer)
-    fresh = make(options, tokenizer).state_dict()
-    new = load_folder(model, options.model, tokenizer)
-    out = hugging_face_state(options.model, model.state_dict(), tokenizer.vocab_size, head=True)
+    config = options_of(method, block, tmp_path)
+    model = make(config, tokenizer)
+    fresh = make(config, tokenizer).state_dict()
+    new = load_folder(model, config.model, tokenizer)
+    out = hugging_face_state(config.model, model.state_dict(), tokenizer.vocab_size, head=True)
     stored = load_file(tmp_path / "model.safetensors")
     assert out.keys() == stored.keys()
     for name, tensor in stored.items():
@@ -82,9 +82,9 @@ def test_it_computes_what_transformers_computes(block: str, tokenizer: Tokenizer
     import transformers
 
     save(tmp_path, block, tokenizer, head=False)
-    options = options_of("3ml-self", block, tmp_path)
-    model = make(options, tokenizer).eval()
-    assert "head.bias" in load_folder(model, options.model, tokenizer)
+    config = options_of("3ml-self", block, tmp_path)
+    model = make(config, tokenizer).eval()
+    assert "head.bias" in load_folder(model, config.model, tokenizer)
     theirs = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.randint(4, 300, (2, 24))
     with torch.no_grad():
@@ -126,10 +126,10 @@ def test_a_run_starts_from_it_and_goes_on_without_it(
 def test_export_of_what_was_imported(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The program's own check (transformers against the training model) passes with a token type."""
     save(tmp_path / "in", "pre", tokenizer)
-    options = options_of("mlm", "pre", tmp_path / "in")
-    model = make(options, tokenizer)
-    load_folder(model, options.model, tokenizer)
-    export.export_folder(model, options, tiny / "tokenizer", tmp_path / "out", "card")
+    config = options_of("mlm", "pre", tmp_path / "in")
+    model = make(config, tokenizer)
+    load_folder(model, config.model, tokenizer)
+    export.export_folder(model, config, tiny / "tokenizer", tmp_path / "out", "card")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -146,9 +146,9 @@ def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     states = []
     for name in ("whole", "shards"):
-        options = options_of("mlm", "post", tmp_path / name)
-        model = make(options, tokenizer)
-        assert load_folder(model, options.model, tokenizer) == []
+        config = options_of("mlm", "post", tmp_path / name)
+        model = make(config, tokenizer)
+        assert load_folder(model, config.model, tokenizer) == []
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     index = tmp_path / "shards" / "model.safetensors.index.json"
@@ -156,10 +156,10 @@ def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
     name, _ = listed["weight_map"].popitem()
     index.write_text(json.dumps(listed))
     with pytest.raises(UserError, match=f"{re.escape(name)} is in only one of"):
-        load_folder(model, options.model, tokenizer)
+        load_folder(model, config.model, tokenizer)
     index.write_text("{}")
     with pytest.raises(UserError, match="no readable model.safetensors there"):
-        load_folder(model, options.model, tokenizer)
+        load_folder(model, config.model, tokenizer)
 
 
 def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -172,8 +172,8 @@ def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
         "lm_head.decoder.bias": stored["lm_head.bias"].clone(),
     }
     save_file(stored | extra, tmp_path / "model.safetensors")
-    options = options_of("mlm", "post", tmp_path)
-    assert load_folder(make(options, tokenizer), options.model, tokenizer) == []
+    config = options_of("mlm", "post", tmp_path)
+    assert load_folder(make(config, tokenizer), config.model, tokenizer) == []
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ def test_what_does_not_fit_is_named(
     save(tmp_path, block, tokenizer)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    options = options_of("mlm", block, tmp_path)
+    config = options_of("mlm", block, tmp_path)
     with pytest.raises(UserError, match=words):
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
 
 
 def test_wrong_tensors_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save(tmp_path, "post", tokenizer)
-    options, path = options_of("mlm", "post", tmp_path), tmp_path / "model.safetensors"
+    config, path = options_of("mlm", "post", tmp_path), tmp_path / "model.safetensors"
     stored = load_file(path)
     gone = "roberta.encoder.layer.1.output.dense.bias"
     others = {name: tensor for name, tensor in stored.items() if name != gone}
@@ -229,14 +229,14 @@ def test_wrong_tensors_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     others["lm_head.dense.weight"] = torch.zeros(3, 4)
     save_file(others, path)
     with pytest.raises(UserError) as caught:
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     for line, words in zip(lines, (f"no tensor {gone}", "shape [3, 4]", "layer.2"), strict=True):
         assert words in line
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="no readable model.safetensors"):
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
 
 
 def test_other_pieces_are_refused(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -246,19 +246,19 @@ def test_other_pieces_are_refused(tiny: Path, tokenizer: Tokenizer, tmp_path: Pa
     write_tokenizer(tiny / "tokenizer", tokenizer, tmp_path, 24)
     text = (tmp_path / "tokenizer.json").read_text().replace('"\\u2581the"', '"\\u2581xyz"')
     (tmp_path / "tokenizer.json").write_text(text.replace('"\u2581the"', '"\u2581xyz"'))
-    options = options_of("mlm", "post", tmp_path)
+    config = options_of("mlm", "post", tmp_path)
     with pytest.raises(UserError, match="its tokenizer calls id .* '\u2581xyz'"):
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
 
 
 @blocks
 def test_the_mapping_is_undone(block: str) -> None:
     """From our side: every parameter of the encoder and head comes back, padded rows as zeros."""
-    options = small("mlm", block)
-    model = LateMaskModel(options.model, 100, 99)
+    config = small("mlm", block)
+    model = LateMaskModel(config.model, 100, 99)
     init_weights(model, 1)
-    there = hugging_face_state(options.model, model.state_dict(), 100, head=True)
-    back = our_state(options.model, there, len(model.tok.weight))
+    there = hugging_face_state(config.model, model.state_dict(), 100, head=True)
+    back = our_state(config.model, there, len(model.tok.weight))
     for name, tensor in model.state_dict().items():
         assert torch.equal(back[name], tensor), name
 
@@ -274,12 +274,12 @@ def test_positions_begin_after_any_padding_id(
     other = copy.copy(tokenizer)
     other.pad, other.bos = pad, 1 if pad == 0 else tokenizer.bos
     save(tmp_path / "in", norm, other)
-    options = options_of("mlm", norm, tmp_path / "in")
-    model = make(options, other).eval()
-    load_folder(model, options.model, other)
+    config = options_of("mlm", norm, tmp_path / "in")
+    model = make(config, other).eval()
+    load_folder(model, config.model, other)
     assert export.check_model(tmp_path / "in", model, other, "masked-lm") < 1e-5
     plain = make(small("mlm", norm), other).eval()  # never imported: no token type, no rows of padding
-    for name, each, chosen in (("again", model, options), ("fresh", plain, small("mlm", norm))):
+    for name, each, chosen in (("again", model, config), ("fresh", plain, small("mlm", norm))):
         (tmp_path / name).mkdir()
         export._write(tmp_path / name, each, chosen, other, "masked-lm")
         assert export.check_model(tmp_path / name, each, other, "masked-lm") < 1e-5
@@ -306,13 +306,13 @@ def test_an_untied_head_is_refused(block: str, name: str, tokenizer: Tokenizer, 
     tied = "bias" if name.endswith("bias") else "word_embeddings.weight"
     tied = "tok_embeddings.weight" if block == "modern" else tied
     copied = next(tensor for key, tensor in stored.items() if key.endswith(tied)).clone()
-    options = options_of("mlm", block, tmp_path)
+    config = options_of("mlm", block, tmp_path)
     if tied != "bias":
         save_file(stored | {name: copied}, tmp_path / "model.safetensors")
-        assert load_folder(make(options, tokenizer), options.model, tokenizer) == []
+        assert load_folder(make(config, tokenizer), config.model, tokenizer) == []
     save_file(stored | {name: torch.randn(copied.shape)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"{name} differs from what it would be tied to") as caught:
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
     assert "\n" not in str(caught.value)
 
 
@@ -324,10 +324,10 @@ def test_a_classifier_is_refused_in_one_line(block: str, tokenizer: Tokenizer, t
     auto = transformers.AutoModelForSequenceClassification
     model = auto.from_config(transformers.AutoConfig.for_model(**values))
     model.save_pretrained(tmp_path / "task")
-    options = options_of("mlm", block, tmp_path / "task")
+    config = options_of("mlm", block, tmp_path / "task")
     with pytest.raises(UserError, match="holds a model of another task .classifier.*save its enc") as caught:
-        load_folder(make(options, tokenizer), options.model, tokenizer)
+        load_folder(make(config, tokenizer), config.model, tokenizer)
     assert "\n" not in str(caught.value)
     model.base_model.save_pretrained(tmp_path / "base")
-    options = options_of("mlm", block, tmp_path / "base")
-    assert "head.bias" in load_folder(make(options, tokenizer), options.model, tokenizer)
+    config = options_of("mlm", block, tmp_path / "base")
+    assert "head.bias" in load_folder(make(config, tokenizer), config.model, tokenizer)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import config
+from pretrain.config import Config
 from pretrain.model.huggingface import hugging_face_state, left_out
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from tests.support.methods import BLOCKS, METHODS, small
@@ -31,7 +31,7 @@ blocks = pytest.mark.parametrize("block", BLOCKS)
 late = pytest.mark.parametrize("method", LATE)
 
 
-def make_config(block: str, method: str, **more: Any) -> config.Config:
+def make_config(block: str, method: str, **more: Any) -> Config:
     if method == SHARED_POSITIONS:
         method, more = "3ml-self", {"decoder_positions": "shared", **more}
     return small(method, block, model={"max_positions": 72, "vocab_multiple": 32, **more})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import config
 from pretrain.build import build_engine
+from pretrain.config import config_warnings
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel import engine, tensor_parallel, topology
 from tests.parallel.test_engine import BATCH, CASES, TENSOR, ZERO, Case, check, on_ranks, reference, update
@@ -40,19 +40,19 @@ def breaks(model: LateMaskModel, documents: bool = False) -> list[tuple[int, int
     return seen
 
 
-def options(method: str, block: str):  # type: ignore[no-untyped-def]
+def config(method: str, block: str):  # type: ignore[no-untyped-def]
     return small(method, block, model={"vocab_multiple": PADDED})
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["packed", "bounded"])
 @pytest.mark.parametrize(("method", "block"), KINDS)
 def test_a_layer_is_one_graph(method: str, block: str, documents: bool) -> None:
-    seen = breaks(make_model(options(method, block)), documents)
+    seen = breaks(make_model(config(method, block)), documents)
     assert seen == [(1, 0)] * len(seen) and len(seen) >= 2
 
 
 def divided(method: str, block: str) -> list[tuple[int, int]]:
-    model = make_model(options(method, block))
+    model = make_model(config(method, block))
     tensor_parallel.shard(model, topology.connect(tensor=2))
     return breaks(model)
 
@@ -73,7 +73,7 @@ def test_under_graphs_gradients_stay_where_they_are(monkeypatch: pytest.MonkeyPa
     case, place = Case(compile="reduce-overhead"), topology.Topology()
     check(case, place, reference())
     assert set(modes) == {"reduce-overhead"}
-    built = build_engine(case.options(), make_small(case), place, BATCH // 2)
+    built = build_engine(case.config(), make_small(case), place, BATCH // 2)
     memory = {name: p.grad.data_ptr() for name, p in built.module.named_parameters()}
     for step in range(2):
         update(built, place, BATCH // 2, step)
@@ -94,7 +94,7 @@ def test_graphs_are_left_out_where_they_cannot_be(keys: dict, mode: str) -> None
     keys = {**keys, "train": {"compile": "max-autotune", **keys.get("train", {})}}
     made = small("3ml-self", **keys)
     assert engine.compile_mode(made) == mode
-    said = any("is default here" in line for line in config.warnings(made))
+    said = any("is default here" in line for line in config_warnings(made))
     assert said is (made.train.compile == "reduce-overhead")
 
 

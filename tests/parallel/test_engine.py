@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import config
 from pretrain.build import build_engine
+from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import engine, topology
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     compile: str = "none"
     cross_entropy: str = "own"
 
-    def options(self) -> config.Config:
+    def config(self) -> Config:
         # Small buckets: several are needed, and filling them costs no time.
         zero = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
         if not self.persist:
@@ -87,7 +87,7 @@ CASES = {
 
 
 def make_model(case: Case, seed: int = 3) -> LateMaskModel:
-    model = LateMaskModel(case.options().model, VOCAB, MASK)
+    model = LateMaskModel(case.config().model, VOCAB, MASK)
     init_weights(model, seed)
     return model
 
@@ -114,8 +114,8 @@ class Reference(NamedTuple):
 
 
 def reference() -> Reference:
-    options, model = Case().options(), make_model(Case())
-    o = options.optimizer
+    config, model = Case().config(), make_model(Case())
+    o = config.optimizer
     decay = {True: o.weight_decay, False: 0.0}
     groups = [
         {"params": [p for p in model.parameters() if (p.dim() > 1) is kind], "weight_decay": decay[kind]}
@@ -127,7 +127,7 @@ def reference() -> Reference:
         optimizer.zero_grad()
         loss = model(whole_batch(step))
         loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), options.train.clip).item())
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.train.clip).item())
         optimizer.step()
         losses.append(loss.item())
         named = dict(model.named_parameters())
@@ -177,7 +177,7 @@ def check(case: Case, place: topology.Topology, expected: Reference) -> State:
     """Everything asked of one engine in one layout; returns its state after MIDDLE updates."""
     micro = BATCH // place.data_size // 2
     exact = case.precision == "fp32"
-    straight = build_engine(case.options(), make_model(case), place, micro)
+    straight = build_engine(case.config(), make_model(case), place, micro)
     seen = [update(straight, place, micro, step) for step in range(MIDDLE)]
     middle = state_of(straight)
     assert straight.optimizer_step == MIDDLE
@@ -190,7 +190,7 @@ def check(case: Case, place: topology.Topology, expected: Reference) -> State:
         close(middle, expected.middle)
         close(end, expected.end)
 
-    resumed = build_engine(case.options(), make_model(case, seed=99), place, micro)
+    resumed = build_engine(case.config(), make_model(case, seed=99), place, micro)
     give(resumed, middle, MIDDLE)
     same_bits(state_of(resumed), middle)
     score(resumed, case, middle)
@@ -249,13 +249,13 @@ def on_ranks(cases: list[Case], expected: Reference) -> list[State]:
 @pytest.mark.parametrize("world_size", CASES)
 def test_engines(world_size: int) -> None:
     expected = reference()
-    clip = Case().options().train.clip
+    clip = Case().config().train.clip
     assert [norm > clip for norm in expected.norms] == [True, True, False]
     cases = CASES[world_size]
     saved = ranks.run(world_size, on_ranks, cases, expected)[0]
     # What any layout saves, one plain process goes on from.
     for case, state in zip(cases, saved, strict=True):
-        plain = build_engine(Case().options(), make_model(Case()), topology.Topology(), BATCH)
+        plain = build_engine(Case().config(), make_model(Case()), topology.Topology(), BATCH)
         give(plain, state, MIDDLE)
         same_bits(state_of(plain), state)
         for step in range(MIDDLE, STEPS):
@@ -272,7 +272,7 @@ def test_accumulation_is_one_large_batch() -> None:
     place = topology.Topology()
     ends = []
     for micro in (BATCH, BATCH // 4):
-        built = build_engine(Case().options(), make_model(Case()), place, micro)
+        built = build_engine(Case().config(), make_model(Case()), place, micro)
         seen = [update(built, place, micro, step) for step in range(STEPS)]
         ends.append((seen, state_of(built)))
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=0)
@@ -280,7 +280,7 @@ def test_accumulation_is_one_large_batch() -> None:
 
 
 def test_the_tensors_are_copies() -> None:
-    built = build_engine(Case().options(), make_model(Case()), topology.Topology(), BATCH)
+    built = build_engine(Case().config(), make_model(Case()), topology.Topology(), BATCH)
     before = state_of(built)
     kept = copy.deepcopy(before)
     update(built, topology.Topology(), BATCH, 0)
@@ -295,9 +295,9 @@ def test_buckets_keep_the_order_and_reach_their_size() -> None:
     assert list(engine.buckets([], 4)) == []
 
 
-def deepspeed_options(**keys: Any) -> config.Config:
-    options = Case(engine="deepspeed", zero=3, offload="all").options()
-    return options.model_copy(update={"deepspeed": keys})
+def deepspeed_options(**keys: Any) -> Config:
+    config = Case(engine="deepspeed", zero=3, offload="all").config()
+    return config.model_copy(update={"deepspeed": keys})
 
 
 def test_deepspeed_config_says_what_ours_says() -> None:

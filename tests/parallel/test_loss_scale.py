@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain import config, train
+from pretrain import train
 from pretrain.account import ledger
 from pretrain.build import build, build_engine
+from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.model import loss_scale
 from pretrain.model.loss import ChunkedCrossEntropy
@@ -137,7 +138,7 @@ def one_rank_overflows(cases: list[Case]) -> list[list[float]]:
         if case.tensor != place.tensor_size:
             place = topology.connect(case.tensor, needs_group=True)
         micro = BATCH // place.data_size
-        built = build_engine(case.options(), make_model(case), place, micro)
+        built = build_engine(case.config(), make_model(case), place, micro)
         update(built, place, micro, 0)
         before, count = state_of(built), built.optimizer_step
         batch = some_rows(whole_batch(1), place.data_rank * micro, micro)
@@ -163,7 +164,7 @@ def test_all_ranks_skip_what_overflows_on_one() -> None:
 def run_here(command: list[str], folder: Path, stop_after: int = 0) -> int:
     """A run in this process, asked to stop after so many updates."""
     signals: Any = SimpleNamespace(received=None)
-    run = build(config.load(command[0], command[1:]), topology.Topology(), RunFolder(folder), signals)
+    run = build(load_config(command[0], command[1:]), topology.Topology(), RunFolder(folder), signals)
     step = run.engine.step
 
     def counted(lr: float) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain import config
+from pretrain.config import Config
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.model.optimizer import build_optimizer
 from pretrain.parallel import tensor_parallel, topology
@@ -19,9 +19,9 @@ PADDED = 64
 CASES = [(method, block) for method in METHODS for block in BLOCKS]
 
 
-def make_model(options: config.Config, recompute: bool = False) -> LateMaskModel:
+def make_model(config: Config, recompute: bool = False) -> LateMaskModel:
     """Float64, for tight tolerances, and random biases and gains, so that none can hide."""
-    model = LateMaskModel(options.model, VOCAB, MASK, recompute)
+    model = LateMaskModel(config.model, VOCAB, MASK, recompute)
     init_weights(model, seed=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -89,10 +89,10 @@ def gradients(model: LateMaskModel) -> dict[str, Tensor]:
 
 def compare(whole: LateMaskModel, method: str, block: str, place: topology.Topology) -> None:
     """The model divided must do what the whole one does, for five updates."""
-    options = small(method, block, model={"vocab_multiple": PADDED})
-    divided = make_model(options)
+    config = small(method, block, model={"vocab_multiple": PADDED})
+    divided = make_model(config)
     tensor_parallel.shard(divided, place)
-    optimizers = [build_optimizer(m, options.optimizer) for m in (whole, divided)]
+    optimizers = [build_optimizer(m, config.optimizer) for m in (whole, divided)]
     for step in range(5):
         batch = make_batch(step)
         losses = []
@@ -130,8 +130,8 @@ def replicas_are_equal(place: topology.Topology) -> None:
 
 def recompute_and_autocast(place: topology.Topology) -> None:
     """What changes how a layer is run: recomputation and bf16 (more sums are rounded)."""
-    options = small("3ml-self", "modern", model={"vocab_multiple": PADDED})
-    exact, whole, divided = (make_model(options, recompute=True) for _ in range(3))
+    config = small("3ml-self", "modern", model={"vocab_multiple": PADDED})
+    exact, whole, divided = (make_model(config, recompute=True) for _ in range(3))
     exact(make_batch(0)).backward()
     tensor_parallel.shard(divided, place)
     for model in (whole.float(), divided.float()):
@@ -168,8 +168,8 @@ def like_megatron(place: topology.Topology) -> None:
 def on_ranks(size: int, cases: list[tuple[str, str]]) -> None:
     place = topology.connect(tensor=size)
     for method, block in cases:
-        options = small(method, block, model={"vocab_multiple": PADDED})
-        compare(make_model(options), method, block, place)
+        config = small(method, block, model={"vocab_multiple": PADDED})
+        compare(make_model(config), method, block, place)
     replicas_are_equal(place)
     recompute_and_autocast(place)
     like_megatron(place)

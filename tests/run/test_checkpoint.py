@@ -21,10 +21,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.account.flops import Flops, StepCost
 from pretrain.checkpoint import FILES, State
+from pretrain.config import build_config, load_config
 from pretrain.errors import UserError
 from pretrain.files import TEMPORARY, truncate_torn_line
 from pretrain.provenance import code_revision
@@ -52,12 +53,12 @@ class TinyEngine:
 
 def make_config(**sections):
     tree = {"run": {"dir": "r"}, "corpus": {"train": "c"}, "budget": {"steps": 9}}
-    return config.build({**tree, **sections})
+    return build_config({**tree, **sections})
 
 
 def make_state(step, loss=None, head=""):
-    options = make_config().model_dump(mode="json")
-    return State(step, 4 * step, step, options, {"train": "a" * 64, "tokenizer": "b" * 64}, head, loss)
+    config = make_config().model_dump(mode="json")
+    return State(step, 4 * step, step, config, {"train": "a" * 64, "tokenizer": "b" * 64}, head, loss)
 
 
 def save(folder, step, loss=None, keep_last=2, head=""):
@@ -383,9 +384,9 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path):
 
 
 def test_config_status_and_provenance(folder):
-    options = make_config(optimizer={"lr": 1e-4})
-    folder.write_config(options)
-    assert config.load(folder.path / "config.yaml") == options
+    config = make_config(optimizer={"lr": 1e-4})
+    folder.write_config(config)
+    assert load_config(folder.path / "config.yaml") == config
     before = time.time()
     folder.write_status("stopped", 7, "USR1", 75, "a" * 64)
     after = time.time()

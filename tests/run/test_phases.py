@@ -8,8 +8,9 @@ from signal import SIGKILL, SIGTERM
 import numpy as np
 import pytest
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import budget, ledger
+from pretrain.config import MaskingOptions, load_config, phase_configs
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler, Segment, used_samples
 from pretrain.monitor import read_metrics
@@ -28,8 +29,8 @@ def test_everything_is_counted_and_noted(words: Words, tmp_path: Path) -> None:
     assert "budget      12 steps = 3 + 5 + 4 updates" in outcome.text
     assert "phase       1: 8 sequences of 16 tokens" in outcome.text
     totals, lines = ledger.total([tmp_path / "a"]), ledger.read(tmp_path / "a")
-    options = config.load(tmp_path / "a" / "config.yaml")
-    costs = [budget.step_cost(phase) for phase in config.phases(options)]
+    config = load_config(tmp_path / "a" / "config.yaml")
+    costs = [budget.step_cost(phase) for phase in phase_configs(config)]
     assert totals["samples"] == 3 * 4 + 5 * 8 + 4 * 8
     assert totals["tokens_seen"] == 3 * 4 * 16 + 5 * 8 * 16 + 4 * 8 * 24
     assert totals["tokens_real"] == 3 * 4 * 14 + 5 * 8 * 14 + 4 * 8 * 22
@@ -64,10 +65,10 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["tokens", "flops"])
 def test_any_unit_gives_the_phases(unit: str, words: Words, tmp_path: Path) -> None:
-    options = config.load(words("a")[0], [PHASES, "model.vocab_size=400"])
-    cost = budget.price(budget.step_cost(options), unit) or 0
+    config = load_config(words("a")[0], [PHASES, "model.vocab_size=400"])
+    cost = budget.price(budget.step_cost(config), unit) or 0
     finish(words("a", PHASES, "budget.steps=null", f"budget.{unit}={5.5 * cost}"))
-    resolved = config.load(tmp_path / "a" / "config.yaml")
+    resolved = load_config(tmp_path / "a" / "config.yaml")
     totals = ledger.total([tmp_path / "a"])
     assert totals["steps"] == sum(budget.Budget(resolved).updates())
     assert budget.spent(totals, unit) == budget.planned(resolved, unit)
@@ -143,7 +144,7 @@ def test_energy_without_a_sensor_is_refused(words: Words) -> None:
 
 def test_a_corpus_goes_on_as_far_into_its_epoch_as_it_was(tiny: Path) -> None:
     corpus = IndexedReader(tiny / "short")
-    short, long = (Sampler(corpus, config.Masking(), length, 0, 0, 2) for length in (12, 24))
+    short, long = (Sampler(corpus, MaskingOptions(), length, 0, 0, 2) for length in (12, 24))
     segments = [Segment(0, 0, ((1.0, "a"),), 12), Segment(0, 70, ((1.0, "a"),), 24)]
     used = used_samples(segments, {"a": long})["a"]
     share = 70 / short.samples_per_epoch

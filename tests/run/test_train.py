@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain import __main__, checkpoint, config, run_folder, train
+from pretrain import __main__, checkpoint, run_folder, train
 from pretrain import build as build_module
 from pretrain.account import ledger, schedule
 from pretrain.account.budget import step_cost
 from pretrain.build import Run, build, raise_on_all_ranks
+from pretrain.config import build_config, load_config
 from pretrain.errors import UserError
 from pretrain.files import digest
 from pretrain.monitor import read_metrics
@@ -39,8 +40,8 @@ QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
 
 def cost(words: list[str]) -> Any:
     """Of an update of tiny.yaml with these overrides."""
-    options = config.load(words[0], [*words[1:], "model.vocab_size=400"])
-    return step_cost(options)
+    config = load_config(words[0], [*words[1:], "model.vocab_size=400"])
+    return step_cost(config)
 
 
 def complain() -> str:
@@ -138,9 +139,9 @@ def test_a_run_goes_on_by_the_rates_that_it_began_with(words: Words, tmp_path: P
     (path / "manifest.json").write_text(json.dumps(manifest))
     step = state["step"]
     finish(words("a", "budget.steps=8"))
-    options = config.load(words("a")[0], words("a")[1:])
+    config = load_config(words("a")[0], words("a")[1:])
     after = [line for line in read_metrics(tmp_path / "a") if line["step"] > step and "lr" in line]
-    wanted = [schedule.rate(options, (line["step"] - 1) / 8) for line in after]
+    wanted = [schedule.rate(config, (line["step"] - 1) / 8) for line in after]
     assert after and [line["lr"] for line in after] == pytest.approx(wanted)
 
 
@@ -203,7 +204,7 @@ def test_the_status_follows_the_run(words: Words, tmp_path: Path, monkeypatch: p
 def build_here(command: list[str], run: Path) -> Run:
     """A run in this process, whose signals are left alone."""
     deaf: Any = SimpleNamespace(received=None)
-    return build(config.load(command[0], command[1:]), Topology(), RunFolder(run), deaf)
+    return build(load_config(command[0], command[1:]), Topology(), RunFolder(run), deaf)
 
 
 @pytest.mark.parametrize("what", ["hours", "signal"])
@@ -369,7 +370,7 @@ def test_setting_without_effect_is_told(words: Words) -> None:
 def test_dry_run_leaves_nothing(words: Words, tmp_path: Path) -> None:
     outcome = finish(words("a", "--dry-run", *QUERY))
     assert "method      3ml-query: 2 + 2 layers x 32" in outcome.text
-    assert config.build(yaml.safe_load(outcome.text.split("method ")[0])).model.vocab_size == 400
+    assert build_config(yaml.safe_load(outcome.text.split("method ")[0])).model.vocab_size == 400
     assert not (tmp_path / "a").exists()
 
 

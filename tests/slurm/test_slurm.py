@@ -16,9 +16,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import budget
-from pretrain.config import Config
+from pretrain.config import Config, dump_config, load_config
 from pretrain.data import corpora
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
@@ -598,27 +598,27 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> None:
 def share(tiny: Path, tmp_path: Path) -> list[str]:
     """A command line for a run that may spend what ten updates of `ref.yaml` cost."""
     words = ["budget.steps=10", f"run.dir={tmp_path / 'ref'}"]
-    (tmp_path / "ref.yaml").write_text(config.dump(config.load(tiny / "tiny.yaml", words)))
+    (tmp_path / "ref.yaml").write_text(dump_config(load_config(tiny / "tiny.yaml", words)))
     relative = ["budget.steps=null", f"budget.relative_to={tmp_path / 'ref.yaml'}"]
     return [str(tiny / "tiny.yaml"), *relative, f"run.dir={tmp_path / 'run'}"]
 
 
 def frozen(run: Path, vocab_size: int) -> tuple[Config, float]:
     """The config of a submitted run, and the FLOPs that it may spend once its vocabulary is known."""
-    options = config.load(run / "slurm" / "config.yaml")
-    model = options.model.model_copy(update={"vocab_size": vocab_size})
-    return options, budget.resolve(options.model_copy(update={"model": model})).budget.amount[1]
+    config = load_config(run / "slurm" / "config.yaml")
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    return config, budget.resolve(config.model_copy(update={"model": model})).budget.amount[1]
 
 
 @pytest.mark.usefixtures("queue")
 def test_a_budget_is_frozen_as_an_amount(share: list[str], tmp_path: Path) -> None:
     """What it is relative to may be edited while the job waits."""
     assert submit.main([*share, "--cluster", str(site(tmp_path))]) == 0
-    cost = budget.planned(config.load(tmp_path / "ref.yaml", ["model.vocab_size=400"]), "flops")
+    cost = budget.planned(load_config(tmp_path / "ref.yaml", ["model.vocab_size=400"]), "flops")
     (tmp_path / "ref.yaml").unlink()
-    options, amount = frozen(tmp_path / "run", 400)
+    config, amount = frozen(tmp_path / "run", 400)
     assert amount == pytest.approx(cost, rel=1e-12)
-    assert options.budget.relative_to == str(tmp_path / "ref.yaml") and options.model.vocab_size is None
+    assert config.budget.relative_to == str(tmp_path / "ref.yaml") and config.model.vocab_size is None
 
 
 @pytest.mark.usefixtures("queue")
@@ -630,7 +630,7 @@ def test_a_budget_is_that_of_the_vocabulary_to_come(
     words = [*share, f"corpus.train={tmp_path}/train", f"corpus.tokenizer={tiny / tokenizer}"]
     words += ["--pipeline", "corpus,train", "--input", str(tiny / "train.jsonl"), "--vocab-size", "700"]
     assert submit.main([*words, "--cluster", str(site(tmp_path))]) == 0
-    cost = budget.planned(config.load(tmp_path / "ref.yaml", [f"model.vocab_size={pieces}"]), "flops")
+    cost = budget.planned(load_config(tmp_path / "ref.yaml", [f"model.vocab_size={pieces}"]), "flops")
     assert frozen(tmp_path / "run", pieces)[1] == pytest.approx(cost, rel=1e-12)
 
 
@@ -651,7 +651,7 @@ def test_the_budgets_of_a_sweep_are_frozen(share: list[str], tmp_path: Path) -> 
     assert sweep.main([*words, "--cluster", str(site(tmp_path))]) == 0
     (tmp_path / "ref.yaml").unlink()
     half, whole = (
-        config.load(tmp_path / "sweep" / "slurm" / f"fraction-{share}.yaml") for share in ("0.5", "1")
+        load_config(tmp_path / "sweep" / "slurm" / f"fraction-{share}.yaml") for share in ("0.5", "1")
     )
     assert whole.budget.amount == ("flops", 2 * half.budget.amount[1])
 
@@ -747,7 +747,7 @@ def meet_with_a_wrong_clock(file: str) -> list[str]:
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
     with mock.patch("time.time", lambda: 1e9 + (100 if rank == 0 else 0)):
-        return preflight.meet(config.load(file))
+        return preflight.meet(load_config(file))
 
 
 def test_the_first_node_may_be_the_one_with_the_wrong_clock(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -770,11 +770,11 @@ def test_there_must_be_room_for_two_checkpoints(
     size = sum(file.stat().st_size for file in checkpoint.find(run).iterdir())
     usage, free = shutil.disk_usage(run), 0
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
-    options = config.load(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     free = int(2.2 * size)
-    assert preflight._space(options, "") == []
+    assert preflight._space(config, "") == []
     free = int(1.8 * size)
-    (said,) = preflight._space(options, "")
+    (said,) = preflight._space(config, "")
     assert said.startswith(f"{run}: ") and said.endswith(" needed")
 
 

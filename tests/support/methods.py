@@ -1,6 +1,6 @@
 """Small configs of every method, for the tests."""
 
-from pretrain import config
+from pretrain.config import Config, build_config
 
 METHODS = {
     "mlm": {},
@@ -17,7 +17,7 @@ BLOCKS = {
 }
 
 
-def small(method: str = "mlm", block: str = "post", **sections: dict) -> config.Config:
+def small(method: str = "mlm", block: str = "post", **sections: dict) -> Config:
     """A 2 x 32 model of the method; keyword arguments add to the sections."""
     model = {
         "num_layers": 2,
@@ -40,4 +40,4 @@ def small(method: str = "mlm", block: str = "post", **sections: dict) -> config.
     for section, values in sections.items():
         kept = {} if section == "budget" else tree.get(section, {})
         tree[section] = {**kept, **values}
-    return config.build(tree)
+    return build_config(tree)

@@ -76,8 +76,8 @@ def test_closed_forms() -> None:
 def rows_of_model(run: Path, corpus: str, windows: int) -> dict[tuple[str, int, str], Tensor]:
     """All hidden states by (part, layer, group), from another reading of the same questions: one
     sequence at a time, clean input in the order of the rows."""
-    model, options, tokenizer, _ = load_model(run)
-    heldout = HeldOut(corpus, tokenizer, options.train.seq_length, windows)
+    model, config, tokenizer, _ = load_model(run)
+    heldout = HeldOut(corpus, tokenizer, config.train.seq_length, windows)
     seen: dict[tuple[str, int, str], list[Tensor]] = {}
     plain = set(tokenizer.random_ids.tolist())
 

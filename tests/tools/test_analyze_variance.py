@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data import rng
 from pretrain.data.masking import Masker, masker
 from pretrain.errors import UserError
@@ -43,7 +43,7 @@ def toy(places: np.ndarray) -> torch.Tensor:
     return A[torch.from_numpy(places - 1)].mean(-2)
 
 
-def masks(masking: config.Masking, first: int, draws: int) -> np.ndarray:
+def masks(masking: MaskingOptions, first: int, draws: int) -> np.ndarray:
     """[draws, K, P] places that a sampler of the analysis predicts."""
     draw = Masker(masking, N + 2, 9, np.arange(4, 9), np.array([0, 2]), np.ones(10, bool))
     text = np.full(N + 2, 5)
@@ -75,7 +75,7 @@ def test_variance_over_masks_of_the_toy(name: str, expected: float) -> None:
 
 def test_views_that_cover_the_text_have_no_variance() -> None:
     """K P = N: the mean over the K disjoint masks is the mean over the text, whatever the partition."""
-    draw = Masker(config.Masking(rate=0.2, views=5), N + 2, 9, np.arange(4, 9), np.array([0, 2]))
+    draw = Masker(MaskingOptions(rate=0.2, views=5), N + 2, 9, np.arange(4, 9), np.array([0, 2]))
     text = np.full(N + 2, 5)
     text[[0, -1]] = 0, 2
     for number in range(20):

@@ -36,7 +36,7 @@ def test_a_peer_computes_our_losses(name: str, precision: str) -> None:
 
 def test_the_sides_have_equally_many_parameters() -> None:
     task = Task("tiny")
-    count = sum(p.numel() for p in task.module(task.options()).parameters())
+    count = sum(p.numel() for p in task.module(task.config()).parameters())
     assert sum(p.numel() for p in hugging_face_model(task).parameters()) == count
 
 

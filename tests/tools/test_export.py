@@ -73,9 +73,9 @@ def options_of(method: str, block: str) -> Config:
     return small(method, block, model={"max_positions": 100, "init_std": 0.1})
 
 
-def make_model(options: Config, tokenizer_dir: Path) -> LateMaskModel:
+def make_model(config: Config, tokenizer_dir: Path) -> LateMaskModel:
     tokenizer = load_tokenizer(tokenizer_dir)
-    model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
+    model = LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,10 +87,10 @@ def make_model(options: Config, tokenizer_dir: Path) -> LateMaskModel:
 def exported(
     tmp_path: Path, tokenizer_dir: Path, method: str = "mlm", block: str = "post", **more: Any
 ) -> tuple[LateMaskModel, Path, dict[str, Any]]:
-    options = options_of(method, block)
-    model = make_model(options, tokenizer_dir)
+    config = options_of(method, block)
+    model = make_model(config, tokenizer_dir)
     output = tmp_path / "model"
-    return model, output, export_folder(model, options, tokenizer_dir, output, "# card\n", **more)
+    return model, output, export_folder(model, config, tokenizer_dir, output, "# card\n", **more)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -308,9 +308,9 @@ def test_late_folder_with_decoder(method: str, block: str, tmp_path: Path, token
     more = {}
     if method == "leaking":
         method, more = "3ml-cross", {"mask_leak": 0.4, "token_type": block != "modern"}
-    options = small(method, block, model={"max_positions": 100, "init_std": 0.1, **more})
-    model, output = make_model(options, tokenizer_dir), tmp_path / "model"
-    report = export_folder(model, options, tokenizer_dir, output, "# card\n", with_decoder=True)
+    config = small(method, block, model={"max_positions": 100, "init_std": 0.1, **more})
+    model, output = make_model(config, tokenizer_dir), tmp_path / "model"
+    report = export_folder(model, config, tokenizer_dir, output, "# card\n", with_decoder=True)
     assert report["class"] == "LateMaskForMaskedLM" and report["parameters_left_out"] == 0
     theirs = AutoModelForMaskedLM.from_pretrained(output, trust_remote_code=True).eval()
     ids = torch.randint(4, 699, (3, 60), generator=torch.Generator().manual_seed(1))

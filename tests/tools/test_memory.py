@@ -79,9 +79,9 @@ def held(cases):
     tensor = next(iter(cases.values())).parallel.tensor
     here = topology.connect(tensor, needs_group=True)
     found = {}
-    for name, options in cases.items():
+    for name, config in cases.items():
         gc.collect()
-        found[name] = calibrate.held(options, options.train.micro_batch_size, here)
+        found[name] = calibrate.held(config, config.train.micro_batch_size, here)
     return found
 
 
@@ -93,9 +93,9 @@ def held(cases):
 def test_planned_bytes_are_the_allocators(world, cases):
     counted = ranks.run(world, held, cases)[0]
     planned = {}
-    for name, options in cases.items():
-        layout = layouts.configured(options, world, options.train.precision, gpu=False)
-        planned[name] = layouts.memory_of(layouts.job(options, VOCAB, None), layout).total
+    for name, config in cases.items():
+        layout = layouts.configured(config, world, config.train.precision, gpu=False)
+        planned[name] = layouts.memory_of(layouts.job(config, VOCAB, None), layout).total
     assert planned == pytest.approx(counted, rel=CLOSE)
 
 

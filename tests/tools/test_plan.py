@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import config
 from pretrain.account import budget, costs, devices, flops
+from pretrain.config import dump_config, load_config, method_of, phase_configs
 from pretrain.errors import UserError
 from pretrain.model import late_mask as model
 from pretrain.parallel.deepspeed_engine import deepspeed_config
@@ -59,11 +59,11 @@ def test_the_promised_keys(capsys):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
     """Against torch's counters on the whole model, of tensors that have shapes and no values."""
-    for options in config.phases(config.load(path)):
-        made = estimate.plan(options)
-        pieces, rows = made["vocab_size"], costs.rows(options)
+    for config in phase_configs(load_config(path)):
+        made = estimate.plan(config)
+        pieces, rows = made["vocab_size"], costs.rows(config)
         with FakeTensorMode():
-            whole = model.LateMaskModel(options.model, pieces, pieces - 1).train()
+            whole = model.LateMaskModel(config.model, pieces, pieces - 1).train()
             ids = torch.zeros(1, rows.length, dtype=torch.long)
             batch = model.Batch(ids, ids, ids[:, -rows.predicted :], rows.length - rows.visible)
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -193,7 +193,7 @@ def test_relative_costs_are_against_mlm_at_15_percent(method):
     o = small(method, model={"vocab_size": 500})
     made = estimate.plan(o)["relative"]
     rows = costs.rows(costs.baseline(o))
-    assert (rows.predicted, config.method(costs.baseline(o))) == (3, "mlm")
+    assert (rows.predicted, method_of(costs.baseline(o))) == (3, "mlm")
     whole = flops.training(costs.baseline(o).model, rows, 500).total
     own = flops.training(o.model, costs.rows(o), 500).total
     assert made["flops_with_head"] == own / whole
@@ -218,7 +218,7 @@ def test_steps_that_a_budget_pays_for(budget, steps):
 def test_phases_are_counted_apart():
     phases = [{"until": 0.5, "seq_length": 12, "batch_size": 16}]
     o = small(model={"vocab_size": 500}, train={"phases": phases}, budget={"tokens": 24 * 8 * 100})
-    made, (short, long) = estimate.plan(o, device="H100"), config.phases(o)
+    made, (short, long) = estimate.plan(o, device="H100"), phase_configs(o)
     first, second = budget.Budget(o).updates()
     assert first * 12 * 16 == pytest.approx(24 * 8 * 50, rel=0.02) and second > 0
     work = [budget.step_cost(one).flops.total for one in (short, long)]
@@ -245,7 +245,7 @@ def test_costs_of_phases_are_those_of_the_report():
     run = report.Run("", "", o, {}, {"samples": samples}, lines, [], [])
     expected = report._relative(run)
     assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)
-    of_last = estimate.plan(config.phases(o)[-1])["relative"]
+    of_last = estimate.plan(phase_configs(o)[-1])["relative"]
     assert made["relative"]["flops_with_head"] != pytest.approx(of_last["flops_with_head"], rel=1e-3)
     sequence = made["flops_total"] / samples
     assert made["flops_per_sequence"]["total"] == pytest.approx(sequence)
@@ -263,10 +263,10 @@ def test_a_page_says_what_figures_of_phases_are_of(capsys):
 
 def test_a_share_of_another_recipe_is_planned(tmp_path):
     other = tmp_path / "other.yaml"
-    other.write_text(config.dump(small("mlm", model={"vocab_size": 500}, budget={"steps": 1000})))
+    other.write_text(dump_config(small("mlm", model={"vocab_size": 500}, budget={"steps": 1000})))
     share = {"relative_to": str(other), "fraction": 0.68}
     made = estimate.plan(small("3ml-query", model={"vocab_size": 500}, budget=share))
-    whole = estimate.plan(config.load(other))
+    whole = estimate.plan(load_config(other))
     assert made["flops_total"] <= 0.68 * whole["flops_total"]
     assert made["flops_total"] == pytest.approx(0.68 * whole["flops_total"], rel=0.01)
 
@@ -276,7 +276,7 @@ def test_a_share_of_another_recipe_is_planned(tmp_path):
 def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
     """Over every micro-batch, not the largest that fits; by the margins that stages have."""
     device = devices.find(name)
-    o = config.load(LARGE)
+    o = load_config(LARGE)
     job = layouts.job(o, 50265, device)
     share, _ = layouts.achieved(device, job.precision)
     (chosen,) = layouts.fastest([job], gpus, device, share)
@@ -309,7 +309,7 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
 def test_zero_is_not_preferred_for_less_than_its_margin(gpus):
     """Memory does not ask for it here: what is chosen is plain, or faster by more than what is doubted."""
     device = devices.find("H100")
-    jobs = [layouts.job(config.load(LARGE), 50265, device)]
+    jobs = [layouts.job(load_config(LARGE), 50265, device)]
     (chosen,) = layouts.fastest(jobs, gpus, device, 0.4)
     plain = [one for (one,) in layouts.candidates(jobs, gpus, device) if one.zero == 0]
     seconds = min(layouts.step_seconds(jobs[0], one, device, 0.4) for one in plain)
@@ -321,7 +321,7 @@ def test_zero_is_not_preferred_for_less_than_its_margin(gpus):
 def test_what_hides_is_what_deepspeed_overlaps(stage):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    o = config.load(LARGE, [f"parallel.zero={stage}"])
+    o = load_config(LARGE, [f"parallel.zero={stage}"])
     ours = deepspeed_config(o, 8, 16, pin=False)["zero_optimization"]
     layout = memory.Layout(data=8, micro_batch=16, accumulation=16, engine="deepspeed", zero=stage)
     calls = traffic.step(o.model, costs.rows(o), 50265, layout)
@@ -331,7 +331,7 @@ def test_what_hides_is_what_deepspeed_overlaps(stage):
 def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
     """On a link so slow that all but that part shows."""
     device = replace(devices.find("H100"), link=1e9)
-    job = layouts.job(config.load(LARGE), 50265, device)
+    job = layouts.job(load_config(LARGE), 50265, device)
     layout = memory.Layout(data=8, micro_batch=32, accumulation=8, engine="deepspeed", zero=3)
     computing = 8 * layouts.micro_seconds(job, layout, device, 0.4)
     calls = traffic.step(job.model, job.rows, job.vocab_size, layout)
@@ -341,11 +341,11 @@ def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
 
 
 def test_overrides_make_the_layout():
-    o = config.load(LARGE)
+    o = load_config(LARGE)
     made = estimate.plan(o, 8, "H100", fastest=True)
     words = made["layout"]["overrides"].split()
     assert words
-    again = estimate.plan(config.load(LARGE, words), 8, "H100")
+    again = estimate.plan(load_config(LARGE, words), 8, "H100")
     assert again["layout"] == {**made["layout"], "overrides": ""}
     assert again["step_seconds"] == made["step_seconds"]
 
@@ -439,8 +439,8 @@ def test_the_readmes_plans_of_large_are_those_of_the_plan():
     rows = re.findall(row, readme, re.MULTILINE)
     assert len(rows) == 9
     for method, gpus, *said in rows:
-        options = config.load(ROOT / "configs" / f"{method}-large.yaml")
-        made = estimate.plan(options, int(gpus), "H100", fastest=True)
+        config = load_config(ROOT / "configs" / f"{method}-large.yaml")
+        made = estimate.plan(config, int(gpus), "H100", fastest=True)
         held = made["memory_bytes_per_rank"]["total"] / 2**30
         assert [f"{1e3 * made['step_seconds']:.0f}", f"{made['hours']:.2f}", f"{held:.1f}"] == said, (
             method,

@@ -19,10 +19,9 @@ import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from pretrain import config
 from pretrain.account import budget, costs, flops
 from pretrain.account.ledger import Ledger
-from pretrain.config import Config
+from pretrain.config import Config, method_of, phase_configs
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest
 from pretrain.data.masking import counts
@@ -81,18 +80,18 @@ class MadeRun:
     def __init__(
         self,
         path: Path,
-        options: Config,
+        config: Config,
         device: str = "cpu",
         step_seconds: float = 2.0,
         peak: float | None = None,
     ) -> None:
-        self.path, self.options, self.step_seconds = path, options, step_seconds
-        c = counts(options.masking, options.train.seq_length)
-        rows, t = flops.Rows(c.length, c.visible, c.predicted), options.train
-        self.cost = flops.step_cost(options.model, rows, VOCABULARY, t.batch_size, t.recompute)
+        self.path, self.config, self.step_seconds = path, config, step_seconds
+        c = counts(config.masking, config.train.seq_length)
+        rows, t = flops.Rows(c.length, c.visible, c.predicted), config.train
+        self.cost = flops.step_cost(config.model, rows, VOCABULARY, t.batch_size, t.recompute)
         self.clock, folder = Clock(), RunFolder(path)
         folder.claim()
-        folder.write_config(options)
+        folder.write_config(config)
         self.ledger = Ledger.open(path, 2, device, self.clock, self.clock.now)
         self.clock.now += 5
         self.ledger.begin()
@@ -197,7 +196,7 @@ def test_baseline_is_the_mlm_config_of_that_size(method: str) -> None:
     modern = {"block": "modern", "norm": None}
     mine, plain = options_of(None, method, model=modern), options_of(None, "mlm", model=modern)
     assert costs.of_sequence(costs.baseline(mine), VOCABULARY) == costs.of_sequence(plain, VOCABULARY)
-    assert config.method(costs.baseline(mine)) == "mlm"
+    assert method_of(costs.baseline(mine)) == "mlm"
 
 
 def test_device_time_only_against_the_same_size_device_and_precision(
@@ -232,7 +231,7 @@ HALVES = {"phases": [{"until": 0.5, "seq_length": 12}]}
 
 def phased(made: MadeRun, *parts: tuple[int, float]) -> MadeRun:
     """Works through the phases of a run: of each the updates and the seconds of one."""
-    phases = config.phases(made.options)
+    phases = phase_configs(made.config)
     for number, (steps, seconds) in enumerate(parts):
         made.cost = budget.step_cost(phases[number])
         made.step_seconds = seconds
@@ -267,7 +266,7 @@ def test_device_time_of_phases_only_against_the_same_lengths(corpora: Corpora, t
 def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) -> None:
     """Killed in the second phase after a save in the first: until it is there again it has begun nothing."""
     made = MadeRun(tmp_path / "run", options_of(corpora, "3ml-self", train=HALVES))
-    first = made.cost = budget.step_cost(config.phases(made.options)[0])
+    first = made.cost = budget.step_cost(phase_configs(made.config)[0])
     head = made.work(2).ledger.save()
     phased(made, (1, 2.0), (1, 2.0))
     made.ledger = Ledger.open(made.path, 2, "cpu", made.clock, made.clock.now)
@@ -277,13 +276,13 @@ def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) 
     made.cost = first
     made.work(2)
     made.ledger.note("phase-change", phase=1)
-    made.cost = budget.step_cost(config.phases(made.options)[1])
+    made.cost = budget.step_cost(phase_configs(made.config)[1])
     made.work(1)
     made.ledger.note("phase-change", phase=0)  # a larger budget, of which this is the first half
     made.cost = first
     made.work(1)
     (run,) = report.read_runs([str(made.path)])
-    lengths = [done.options.train.seq_length for done in run.stretches]
+    lengths = [done.config.train.seq_length for done in run.stretches]
     assert (lengths, [done.samples for done in run.stretches]) == ([12, 24, 12], [32, 8, 8])
     assert [done.seconds for done in run.stretches] == [16.0, 4.0, 4.0]
 
@@ -291,12 +290,12 @@ def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) 
 def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
     from pretrain.model.late_mask import LateMaskModel
 
-    options = options_of(corpora, "3ml-cross")
-    module = LateMaskModel(options.model, VOCABULARY, VOCABULARY - 1)
+    config = options_of(corpora, "3ml-cross")
+    module = LateMaskModel(config.model, VOCABULARY, VOCABULARY - 1)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    found = report._parameters(options)
+    found = report._parameters(config)
     assert found["total"] == sum(sizes.values()) == found["encoder"] + found["discarded"]
-    plain = LateMaskModel(costs.baseline(options).model, VOCABULARY, VOCABULARY - 1)
+    plain = LateMaskModel(costs.baseline(config).model, VOCABULARY, VOCABULARY - 1)
     head = VOCABULARY // 128 * 128 + 128 + 32 * 32 + 32 + 64
     assert found["encoder"] == sum(parameter.numel() for parameter in plain.parameters()) - head
 
@@ -604,11 +603,11 @@ def test_a_long_run_is_thinned_for_its_picture(corpora: Corpora, tmp_path: Path)
 
 
 def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> None:
-    options = options_of(
+    config = options_of(
         corpora, "3ml-self", train={"phases": [{"until": 0.5, "seq_length": 12, "batch_size": 4}]}
     )
-    made = MadeRun(tmp_path / "run", options)
-    first, second = (budget.step_cost(phase) for phase in config.phases(options))
+    made = MadeRun(tmp_path / "run", config)
+    first, second = (budget.step_cost(phase) for phase in phase_configs(config))
     for cost, steps in ((first, 3), (second, 2)):
         if cost is second:
             made.ledger.note("phase-change", phase=1)
@@ -617,7 +616,7 @@ def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> 
     made.ledger.note("stop")
     (run,) = report.gather([str(made.path)])["runs"]
     assert run["costs"]["flops_with_head"] == 3 * first.flops.total + 2 * second.flops.total
-    plain = [budget.step_cost(costs.baseline(phase)) for phase in config.phases(options)]
+    plain = [budget.step_cost(costs.baseline(phase)) for phase in phase_configs(config)]
     reference = 3 * plain[0].flops.total + 2 * plain[1].flops.total
     assert run["relative"]["flops_with_head"] == run["costs"]["flops_with_head"] / reference
     row = cells(report_pages.markdown(report.gather([str(made.path)])), "Model")["run"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from pretrain import config
+from pretrain.config import CorpusOptions
 from pretrain.data.corpora import open_data
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest
@@ -114,7 +114,7 @@ def test_an_appended_end_is_megatrons_and_not_trained_on(
     encode(tokenizer, tmp_path / "e", "--append-eod", texts=texts[::-1])
     merge_corpus.main([str(tmp_path / "c"), str(tmp_path / "e"), "--output", merged])
     for prefix in (tmp_path / "c", merged):
-        options = config.Corpus(train=str(prefix), valid=None)
+        options = CorpusOptions(train=str(prefix), valid=None)
         with pytest.raises(UserError, match="encode it again without --append-eod"):
             open_data(options)
         with pytest.raises(UserError, match="encode it again without --append-eod"):
@@ -141,7 +141,7 @@ def test_a_causal_models_tokenizer_makes_a_dataset(
     assert "<|endoftext|> (id 0) stands after each document" in capsys.readouterr().out
     verify_corpus.main([str(prefix)])
     with pytest.raises(UserError, match="no piece <s> .* <mask> in the vocabulary, without which no model"):
-        open_data(config.Corpus(train=str(prefix), valid=None))
+        open_data(CorpusOptions(train=str(prefix), valid=None))
 
 
 def test_adopting_tells_what_is_no_text(

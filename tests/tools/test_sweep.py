@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import config
+from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from tests.support.ranks import PATIENCE
@@ -52,10 +52,10 @@ def test_every_combination_is_run_once(
     assert started == [row["name"] for row in rows] == NAMES
     assert [row["method"] for row in rows] == ["mlm"] * 2 + ["shared-depth"] * 2 + ["3ml-self"] * 2
     for row in rows:
-        options = config.load(tmp_path / f"{row['name']}.yaml")
-        assert options.model.mask_from == row["values"]["model.mask_from"]
-        assert options.masking.rate == row["values"]["masking.rate"]
-        assert options.model.decoder_layers == (row["values"]["model.mask_from"] == 2)
+        config = load_config(tmp_path / f"{row['name']}.yaml")
+        assert config.model.mask_from == row["values"]["model.mask_from"]
+        assert config.masking.rate == row["values"]["masking.rate"]
+        assert config.model.decoder_layers == (row["values"]["model.mask_from"] == 2)
         assert row["state"] == "finished" and row["steps"] == 4
         assert row["held_out_loss"] == read_metrics(tmp_path / row["name"])[-1]["held_out_loss"]
         assert row["flops"] > 0 and row["device_hours"] > 0

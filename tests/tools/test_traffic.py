@@ -135,11 +135,11 @@ def train(group):
     return found, primitives(here)
 
 
-def trained(here, options, micro, accumulation):
-    built = model.LateMaskModel(options.model, VOCAB, VOCAB - 1, options.train.recompute == "block")
+def trained(here, config, micro, accumulation):
+    built = model.LateMaskModel(config.model, VOCAB, VOCAB - 1, config.train.recompute == "block")
     model.init_weights(built, 0)
-    made = build_engine(options, built, here, micro)
-    rows = costs.rows(options)
+    made = build_engine(config, built, here, micro)
+    rows = costs.rows(config)
     ids = torch.randint(4, VOCAB - 1, (micro, rows.length))
     positions = torch.arange(rows.length).expand(micro, -1)
     masked = rows.length - rows.visible
@@ -187,17 +187,17 @@ def counts(request):
     return request.param, *json.loads(done.stdout.splitlines()[-1])
 
 
-def layout(world, options, micro, accumulation):
-    p = options.parallel
+def layout(world, config, micro, accumulation):
+    p = config.parallel
     return Layout(
         tensor=p.tensor,
         data=world // p.tensor,
         micro_batch=micro,
         accumulation=accumulation,
-        engine=options.train.engine,
+        engine=config.train.engine,
         zero=p.zero,
-        recompute=options.train.recompute,
-        precision=options.train.precision,
+        recompute=config.train.recompute,
+        precision=config.train.precision,
     )
 
 
@@ -208,8 +208,8 @@ def test_ranks_send_what_the_plan_says(counts):
     gloo = {"reduce-scatter": primitive["reduce-scatter"] / primitive["all-gather"]}
     assert gloo["reduce-scatter"] == pytest.approx(2, rel=0.01)
     for name, one in cases.items():
-        options, where = one[0], layout(world, *one)
-        calls = traffic.step(options.model, costs.rows(options), VOCAB, where)
+        config, where = one[0], layout(world, *one)
+        calls = traffic.step(config.model, costs.rows(config), VOCAB, where)
         expected = world * sum(traffic.sent(call, where) * gloo.get(call.kind, 1) for call in calls)
         # ZeRO-3 keeps parameters of less than 100,000 elements gathered between micro-batches.
         slack = 0.02 if where.zero == 3 else 0.005

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pretrain import config
+from pretrain.config import method_of
 from pretrain.errors import UserError
 from pretrain.files import check_folder
 from tools.analyze import rank as analyze_rank
@@ -88,7 +88,7 @@ def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     loaded.model.to(device)
     about = {
         "run": Path(run).absolute().name,
-        "method": config.method(loaded.config),
+        "method": method_of(loaded.config),
         "checkpoint": loaded.state.step,
         "corpus": corpus,
     }

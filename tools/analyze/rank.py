@@ -155,13 +155,13 @@ class Collector:
 
 def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """The ranks of each layer and group of rows of a model on `device`, one row of the table each."""
-    model, options, tokenizer, _ = loaded
-    length = options.train.seq_length
+    model, config, tokenizer, _ = loaded
+    length = config.train.seq_length
     heldout = HeldOut(corpus, tokenizer, length, math.ceil(tokens / (length - 2)))
     special = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
     special[torch.from_numpy(tokenizer.random_ids).long()] = False
     collector = Collector(model, special.to(device))
-    with console.counter(f"rank {options.run.dir}", heldout.samples, "windows") as done:
+    with console.counter(f"rank {config.run.dir}", heldout.samples, "windows") as done:
         for first in range(0, heldout.samples, _MICRO_BATCH):
             questions = heldout.questions(first, _MICRO_BATCH)
             natural = np.empty_like(questions.ids)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.masking import Masker, Tokens, masker
@@ -46,14 +46,14 @@ _STRETCH = 1 << 20
 
 def samplers(
     predicted: int, length: int, views: int, corruption: tuple[float, ...]
-) -> dict[str, config.Masking]:
+) -> dict[str, MaskingOptions]:
     """Ways to draw K masks of P tokens for one text."""
     same = {"rate": predicted / (length - 2), "corruption": corruption}
     return {
-        "independent": config.Masking(**same),
-        "disjoint": config.Masking(**same, views=views),
-        "contiguous": config.Masking(**same, views=views, views_partition="contiguous"),
-        "whole_word": config.Masking(**same, scheme="whole_word"),
+        "independent": MaskingOptions(**same),
+        "disjoint": MaskingOptions(**same, views=views),
+        "contiguous": MaskingOptions(**same, views=views, views_partition="contiguous"),
+        "whole_word": MaskingOptions(**same, scheme="whole_word"),
     }
 
 
@@ -185,7 +185,7 @@ class Gradients:
 def texts_of(loaded: RunModel, corpus: str, count: int) -> Tokens:
     """At most `count` windows [T, L] of a corpus in a fixed order, without a special inside."""
     tokenizer, length = loaded.tokenizer, loaded.config.train.seq_length
-    sampler = Sampler(IndexedReader(corpus), config.Masking(), length, _SEED, tokenizer.bos, tokenizer.eos)
+    sampler = Sampler(IndexedReader(corpus), MaskingOptions(), length, _SEED, tokenizer.bos, tokenizer.eos)
     windows = sampler.read(np.arange(min(sampler.samples_per_epoch, 20 * count))).tokens
     plain = np.isin(windows[:, 1:-1], tokenizer.random_ids).all(1)
     if plain.sum() < 2:
@@ -202,17 +202,17 @@ def measure(
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
     """Variances of each sampler and covariances by distance, one row of the table each."""
-    model, options, tokenizer, _ = loaded
-    length, tokens = options.train.seq_length, options.train.seq_length - 2
-    views, predicted = _sizes(rate or options.masking.rate, views, tokens)
+    model, config, tokenizer, _ = loaded
+    length, tokens = config.train.seq_length, config.train.seq_length - 2
+    views, predicted = _sizes(rate or config.masking.rate, views, tokens)
     texts = texts_of(loaded, corpus, count)
     maskers = {
         name: masker(masking, length, tokenizer)
-        for name, masking in samplers(predicted, length, views, options.masking.corruption).items()
+        for name, masking in samplers(predicted, length, views, config.masking.corruption).items()
     }
     gradients, shifts = Gradients(model, device), shifts_of(predicted, tokens)
     spreads, covariances = {name: Spread() for name in maskers}, Covariances()
-    with console.counter(f"variance {options.run.dir}", len(texts), "texts") as done:
+    with console.counter(f"variance {config.run.dir}", len(texts), "texts") as done:
         for number, text in enumerate(texts):
             for name, draw in maskers.items():
                 pair = (gradients.of_draw(draw, text, number, i, views) for i in range(2))

@@ -28,7 +28,7 @@ def count(args: argparse.Namespace) -> int:
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
     for task in benchmark_task.tasks(args):
-        model = task.options().model
+        model = task.config().model
         ours = {name: Attention(model, 0.0) for name in ("packed", "bounded")}
         sides = {
             "packed": passes(task, ours["packed"], None),

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain import config
+from pretrain.config import MaskingOptions
 from pretrain.data.indexed import IndexedReader, token_dtype
 from pretrain.data.masking import Masker
 from pretrain.data.sampler import Sampler
@@ -240,10 +240,10 @@ class Bench:
         words = 30_000
         tokens = np.random.default_rng(0).integers(5, words - 1, (_BATCH, _LENGTH)).astype(np.uint16)
         special, pool = np.array([0, 1, 2, 3, words - 1]), np.arange(5, words - 1)
-        options = config.Masking(rate=0.5)
+        half = MaskingOptions(rate=0.5)
 
         def ours() -> Callable[[], None]:
-            masker = Masker(options, _LENGTH, words - 1, pool, special)
+            masker = Masker(half, _LENGTH, words - 1, pool, special)
             keys, views = np.arange(_BATCH, dtype=np.uint64), np.zeros(_BATCH, np.int64)
             masker(tokens, keys, views)
             return lambda: _exhaust(masker(tokens, keys, views) for _ in range(rounds))
@@ -267,7 +267,7 @@ class Bench:
             writer.finish()
 
         def ours() -> Callable[[], None]:
-            sampler = Sampler(reader, config.Masking(), length, 0, 0, 2)
+            sampler = Sampler(reader, MaskingOptions(), length, 0, 0, 2)
             sampler.read(np.arange(batch))
             numbers = np.arange(batches * batch).reshape(batches, batch)
             return lambda: _exhaust(sampler.read(row) for row in numbers)

@@ -48,7 +48,7 @@ def natural(task: Task) -> tuple[Tensor, Tensor, Tensor]:
 def training_loop(task: Task, model: nn.Module, loss_of: Callable[[], Tensor]) -> Update:
     """The plain loop that a user of torch writes."""
     parameters = list(model.parameters())
-    optimizer = build_optimizer(model, task.options().optimizer)
+    optimizer = build_optimizer(model, task.config().optimizer)
 
     def update() -> Tensor:
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
@@ -69,7 +69,7 @@ def hugging_face_model(task: Task, attention: str = "sdpa") -> nn.Module:
     """RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    options = task.options("mlm")
+    config = task.config("mlm")
     shape = SIZES[task.size]
     theirs = RobertaConfig(
         vocab_size=VOCAB,
@@ -77,15 +77,15 @@ def hugging_face_model(task: Task, attention: str = "sdpa") -> nn.Module:
         num_hidden_layers=shape["num_layers"],
         num_attention_heads=shape["num_heads"],
         intermediate_size=shape["ffn_size"],
-        max_position_embeddings=options.model.max_positions + 2,
+        max_position_embeddings=config.model.max_positions + 2,
         type_vocab_size=1,
-        layer_norm_eps=options.model.norm_eps,
+        layer_norm_eps=config.model.norm_eps,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation=attention,
     )
     model = RobertaForMaskedLM(theirs)
-    state = hugging_face_state(options.model, task.module(options).state_dict(), VOCAB, head=True)
+    state = hugging_face_state(config.model, task.module(config).state_dict(), VOCAB, head=True)
     model.load_state_dict(state, strict=False)  # tied names apart
     return model.to(task.device).train()
 
@@ -152,7 +152,7 @@ def hugging_face_trainer(task: Task) -> Update:
                     {"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)
                 )
 
-    recipe = task.options().optimizer
+    recipe = task.config().optimizer
     arguments = TrainingArguments(
         output_dir="unused",
         max_steps=1_000_000,

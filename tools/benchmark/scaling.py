@@ -63,7 +63,7 @@ Seconds = tuple[list[float], list[float]]
 def tensor_block(task: Task, runs: int) -> Seconds:
     """A layer divided between the ranks, and whole; every rank times both."""
     place = topology.connect(tensor=2)
-    whole, divided = (task.module(task.options()).to(place.device) for _ in range(2))
+    whole, divided = (task.module(task.config()).to(place.device) for _ in range(2))
     tensor_parallel.shard(divided, place)
     sides = {name: passes(task, model.layers[1]) for name, model in (("two", divided), ("one", whole))}
     found = in_turns(sides, runs, 4, place.device, wall=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from pretrain import config
 from pretrain.build import keep_freed_memory
+from pretrain.config import TrainOptions
 from pretrain.errors import UserError
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.peers import PEERS
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", nargs="*", choices=late, default=["3ml-self", "3ml-query"], help="(%(default)s)"
     )
-    modes = config.Train.model_fields["compile"].annotation.__args__  # type: ignore[union-attr]
+    modes = TrainOptions.model_fields["compile"].annotation.__args__  # type: ignore[union-attr]
     parser.add_argument("--compile", choices=modes, default="none", help="our train.compile (%(default)s)")
     parser.add_argument(
         "--repeat", type=console.whole(1), help="updates of a side in a round (CPU 1, GPU 20)"

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import config
 from pretrain.account import flops
 from pretrain.build import build_engine, keep_freed_memory
+from pretrain.config import Config, build_config
 from pretrain.data.masking import Masked, Masker, counts
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
@@ -55,7 +55,7 @@ class Task:
     precision: str = "fp32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def options(self, method: str = "mlm", **sections: Any) -> config.Config:
+    def config(self, method: str = "mlm", **sections: Any) -> Config:
         """The config of a method; `sections` add to its own."""
         shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": True}
         if method != "mlm":
@@ -76,7 +76,7 @@ class Task:
         }
         for name, section in sections.items():
             tree[name] = {**tree.get(name, {}), **section}
-        return config.build(tree)
+        return build_config(tree)
 
     @property
     def slots(self) -> int:
@@ -91,13 +91,13 @@ class Task:
     def masked(self, method: str = "mlm") -> Masked:
         """The tokens under a method's masks."""
         pool, special = np.arange(5, MASK_ID), np.array([0, 1, 2, 3, MASK_ID])
-        mask = Masker(self.options(method).masking, self.length, MASK_ID, pool, special)
+        mask = Masker(self.config(method).masking, self.length, MASK_ID, pool, special)
         keys = np.arange(self.batch_size, dtype=np.uint64)
         return mask(self.tokens, keys, np.zeros(self.batch_size, np.int64))
 
-    def module(self, options: config.Config) -> LateMaskModel:
+    def module(self, config: Config) -> LateMaskModel:
         """Our model with its first weights."""
-        model = LateMaskModel(options.model, VOCAB, MASK_ID, options.train.recompute == "block")
+        model = LateMaskModel(config.model, VOCAB, MASK_ID, config.train.recompute == "block")
         init_weights(model, 0)
         return model
 
@@ -107,10 +107,10 @@ class Task:
 
     def flops(self, method: str) -> int:
         """Model FLOPs of one update."""
-        options = self.options(method)
-        c = counts(options.masking, self.length)
+        config = self.config(method)
+        c = counts(config.masking, self.length)
         rows = flops.Rows(c.length, c.visible, c.predicted)
-        return flops.training(options.model, rows, VOCAB).total * self.batch_size
+        return flops.training(config.model, rows, VOCAB).total * self.batch_size
 
     def settings(self) -> dict[str, Any]:
         """What a row says of this."""
@@ -124,9 +124,9 @@ class Task:
 
 def ours(task: Task, method: str = "mlm", place: topology.Topology | None = None, **sections: Any) -> Update:
     """Our engine's update; `sections` add to those of the config."""
-    options = task.options(method, **sections)
+    config = task.config(method, **sections)
     place = place or topology.Topology(device=task.device)
-    built = build_engine(options, task.module(options), place, task.batch_size // place.data_size)
+    built = build_engine(config, task.module(config), place, task.batch_size // place.data_size)
     batch = Batch.of(*task.masked(method)[:5], task.device)
 
     def update() -> Tensor:

@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain import config
 from pretrain.account import ledger
-from pretrain.config import Config
+from pretrain.config import Config, method_of
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
@@ -51,7 +50,7 @@ class ExportError(RuntimeError):
 
 def export_folder(
     model: LateMaskModel,
-    options: Config,
+    config: Config,
     tokenizer_dir: str | Path,
     output: str | Path,
     card: str,
@@ -67,14 +66,14 @@ def export_folder(
     output = Path(output).resolve()  # of a link, what it points to is replaced
     _mend(output)
     _refuse(output, overwrite)
-    form = form_of(options, with_decoder)
+    form = form_of(config, with_decoder)
     tokenizer = load_tokenizer(tokenizer_dir)
     partial = output.with_name(f".partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        parameters = _write(partial, model, options, tokenizer, form)
-        write_tokenizer(tokenizer_dir, tokenizer, partial, options.train.seq_length)
+        parameters = _write(partial, model, config, tokenizer, form)
+        write_tokenizer(tokenizer_dir, tokenizer, partial, config.train.seq_length)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = check_model(partial, model, tokenizer, form)
         check_tokenizer(partial, tokenizer)
@@ -84,17 +83,17 @@ def export_folder(
         shutil.rmtree(partial, ignore_errors=True)
     return {
         "path": str(output),
-        "class": model_class(options.model, form),
-        "method": config.method(options),
+        "class": model_class(config.model, form),
+        "method": method_of(config),
         "parameters": parameters,
         "parameters_left_out": count_left_out(model, form),
         "largest_difference": difference,
     }
 
 
-def form_of(options: Config, with_decoder: bool) -> Form:
+def form_of(config: Config, with_decoder: bool) -> Form:
     """What of the model is exported; UserError if there is no decoder to add."""
-    if config.method(options) != "mlm":
+    if method_of(config) != "mlm":
         return "late" if with_decoder else "encoder"
     if with_decoder:
         raise UserError("--with-decoder: the model of this run has no late masks; leave it out")
@@ -152,19 +151,19 @@ def _foreign(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if each.name not in WRITTEN or not each.is_file())
 
 
-def _write(folder: Path, model: LateMaskModel, options: Config, tokenizer: Tokenizer, form: Form) -> int:
+def _write(folder: Path, model: LateMaskModel, config: Config, tokenizer: Tokenizer, form: Form) -> int:
     ours, vocab_size = model.state_dict(), tokenizer.vocab_size
     if form == "late":
         state = late_state(ours, vocab_size)
         shutil.copyfile(MODELING, folder / MODELING.name)
     else:
-        state = hugging_face_state(options.model, ours, vocab_size, form == "masked-lm", tokenizer.pad)
+        state = hugging_face_state(config.model, ours, vocab_size, form == "masked-lm", tokenizer.pad)
     tensors = {name: tensor.float() for name, tensor in state.items()}
     try:
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     except SafetensorError as error:  # a full disk above all
         raise UserError(f"{folder / WEIGHTS}: cannot be written ({error})") from error
-    settings = hugging_face_config(options, tokenizer, form) | {MARK: digest(folder / WEIGHTS)["sha256"]}
+    settings = hugging_face_config(config, tokenizer, form) | {MARK: digest(folder / WEIGHTS)["sha256"]}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(folder / SETTINGS, folder / WEIGHTS)  # safetensors creates 0600, whatever the umask
     return sum(tensor.numel() for tensor in state.values())
@@ -318,21 +317,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _mend(output)
     _refuse(output, args.overwrite)  # before minutes of reading
     check_folder(output.parent)
-    model, options, tokenizer, state = load_model(args.run, args.checkpoint)
-    form = form_of(options, args.with_decoder)
+    model, config, tokenizer, state = load_model(args.run, args.checkpoint)
+    form = form_of(config, args.with_decoder)
     card = model_card(
         Path(args.run).absolute().name,
-        options,
+        config,
         tokenizer.piece(tokenizer.mask),
         count_left_out(model, form),
         state,
-        _corpora(options),
+        _corpora(config),
         ledger.total([args.run]),
         args.license,
         args.with_decoder,
     )
-    folder = tokenizer_folder(options.corpus)
-    report = export_folder(model, options, folder, args.output, card, args.overwrite, args.with_decoder)
+    folder = tokenizer_folder(config.corpus)
+    report = export_folder(model, config, folder, args.output, card, args.overwrite, args.with_decoder)
     report = {"checkpoint": state.step, **report}
     if args.json:
         console.print_json(report)
@@ -341,9 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _corpora(options: Config) -> list[tuple[float, Manifest]]:
+def _corpora(config: Config) -> list[tuple[float, Manifest]]:
     """Weight and manifest of each training corpus, if all are still where the run found them."""
-    blend = options.corpus.blend
+    blend = config.corpus.blend
     present = all(corpus_file(prefix, "json").is_file() for _, prefix in blend)
     return [(weight, load_manifest(prefix)) for weight, prefix in blend] if present else []
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pretrain.config import Config, Model
+from pretrain.config import Config, ModelOptions
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.huggingface import first_position, model_type
 
@@ -29,7 +29,7 @@ _CLASSES = {
 }
 
 
-def model_class(m: Model, form: Form) -> str:
+def model_class(m: ModelOptions, form: Form) -> str:
     """Name of the transformers class that holds this model."""
     if form == "late":
         return "LateMaskForMaskedLM"
@@ -69,7 +69,7 @@ def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dic
     return common | (_modernbert_config(m, tokenizer) if modern else _roberta_config(m, tokenizer))
 
 
-def _roberta_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+def _roberta_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "max_position_embeddings": m.max_positions + first_position(tokenizer.pad),
         "type_vocab_size": 1,
@@ -81,7 +81,7 @@ def _roberta_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _modernbert_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+def _modernbert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": m.rope_theta}
     return {
         "max_position_embeddings": m.max_positions,
@@ -105,7 +105,7 @@ def _modernbert_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _late_config(m: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+def _late_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     module = MODELING.stem
     same = ("block", "norm", "mask_from", "decoder_layers", "decoder_positions", "mask_vector")
     return {

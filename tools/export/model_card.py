@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from pretrain import __version__, config
+from pretrain import __version__
 from pretrain.checkpoint import State
-from pretrain.config import Config
+from pretrain.config import Config, method_of, phase_configs
 from pretrain.data.manifest import Manifest
 from pretrain.data.masking import counts
 from tools.export.huggingface import Form, model_class
@@ -38,7 +38,7 @@ hidden = encoder(**tokenizer("The weather is fine today.", return_tensors="pt"))
 
 def model_card(
     name: str,
-    options: Config,
+    config: Config,
     mask_token: str,
     left_out: int,
     state: State | None = None,
@@ -54,18 +54,18 @@ def model_card(
     None or empty is said to be unknown.
     with_decoder: the folder holds the whole model of a late method.
     """
-    head = config.method(options) == "mlm" or with_decoder
+    head = method_of(config) == "mlm" or with_decoder
     more = ", trust_remote_code=True" if with_decoder else ""
     example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token, more=more)
     sections = [
-        _front_matter(options, head, licence),
-        f"# {_plain(name)}\n\n{_what(options, left_out, with_decoder)}",
-        f"## Use\n\n```python\n{example}```\n\n{_advice(options)}",
+        _front_matter(config, head, licence),
+        f"# {_plain(name)}\n\n{_what(config, left_out, with_decoder)}",
+        f"## Use\n\n```python\n{example}```\n\n{_advice(config)}",
         f"## Training data\n\n{_data(corpora, state)}",
-        f"## Training\n\n{_training(options, state)}",
+        f"## Training\n\n{_training(config, state)}",
         f"## Cost\n\n{_cost(totals)}",
         f"## Licence\n\n{_licence(licence)}",
-        f"## Configuration\n\n```yaml\n{_configuration(options)}```",
+        f"## Configuration\n\n```yaml\n{_configuration(config)}```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -75,19 +75,19 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
 
 
-def _front_matter(options: Config, head: bool, licence: str | None) -> str:
+def _front_matter(config: Config, head: bool, licence: str | None) -> str:
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask" if head else "feature-extraction",
-        "tags": ["latemask", config.method(options)],
+        "tags": ["latemask", method_of(config)],
     }
     if licence:
         values = {"license": licence, **values}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
-def _what(options: Config, left_out: int, with_decoder: bool) -> str:
-    m, method = options.model, config.method(options)
+def _what(config: Config, left_out: int, with_decoder: bool) -> str:
+    m, method = config.model, method_of(config)
     form: Form = "late" if with_decoder else "masked-lm" if method == "mlm" else "encoder"
     text = (
         f"A bidirectional encoder of {m.num_layers} layers x {m.hidden_size}, pre-trained with LateMask"
@@ -109,8 +109,8 @@ def _what(options: Config, left_out: int, with_decoder: bool) -> str:
     return text
 
 
-def _advice(options: Config) -> str:
-    lengths = dict.fromkeys(str(phase.train.seq_length) for phase in config.phases(options))
+def _advice(config: Config) -> str:
+    lengths = dict.fromkeys(str(phase.train.seq_length) for phase in phase_configs(config))
     return (
         f"Trained on sequences of {', then '.join(lengths)} tokens. Letters such as `<mask>` in a text"
         " become the special token, unless the tokenizer is called with `split_special_tokens=True`, as"
@@ -140,13 +140,13 @@ def _corpus(manifest: Manifest) -> str:
     return "\n".join([*rows, "", f"Fingerprint `{manifest.fingerprint}`."])
 
 
-def _training(options: Config, state: State | None) -> str:
-    k, length = options.masking, options.train.seq_length
+def _training(config: Config, state: State | None) -> str:
+    k, length = config.masking, config.train.seq_length
     predicted = counts(k, length).predicted / (length - 2)
     shares = ", ".join(
         f"{share:.0%} {what}" for share, what in zip(k.corruption, ("[MASK]", "random", "kept"), strict=True)
     )
-    batches = dict.fromkeys(str(phase.train.batch_size) for phase in config.phases(options))
+    batches = dict.fromkeys(str(phase.train.batch_size) for phase in phase_configs(config))
     text = (
         f"{predicted:.0%} of the tokens predicted ({shares}), {', then '.join(batches)} sequences an update."
     )
@@ -181,8 +181,8 @@ def _licence(licence: str | None) -> str:
     return "Not stated by its maker. The licences of the training data apply."
 
 
-def _configuration(options: Config) -> str:
+def _configuration(config: Config) -> str:
     # Sections that describe the model and its training; paths of the machine stay at home.
     kept = ("model", "masking", "train", "optimizer", "schedule", "budget")
-    values = {name: options.model_dump(mode="json")[name] for name in kept}
+    values = {name: config.model_dump(mode="json")[name] for name in kept}
     return yaml.safe_dump(values, sort_keys=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import Masking
+from pretrain.config import MaskingOptions
 from pretrain.data.indexed import IndexedReader, corpus_file
 from pretrain.data.manifest import APPENDED_END, Manifest, load_manifest
 from pretrain.data.masking import Masker
@@ -108,16 +108,16 @@ def histogram(reader: IndexedReader) -> list[dict[str, int]]:
     ]
 
 
-def methods(rate: float) -> dict[str, Masking]:
+def methods(rate: float) -> dict[str, MaskingOptions]:
     """What is shown: the methods' usual ways to mask, and the mask rate asked for."""
     all_masks = (1.0, 0.0, 0.0)
     return {
-        "mlm, 15 %, uniform": Masking(rate=0.15),
-        "mlm, 15 %, whole words": Masking(rate=0.15, scheme="whole_word"),
-        "mlm, 15 %, spans": Masking(rate=0.15, scheme="span"),
-        "3ml, 50 %, uniform": Masking(rate=0.5),
-        "mae-lm, 15 %, all [MASK]": Masking(rate=0.15, corruption=all_masks),
-        **({f"mlm, {100 * rate:g} %, uniform": Masking(rate=rate)} if rate != 0.15 else {}),
+        "mlm, 15 %, uniform": MaskingOptions(rate=0.15),
+        "mlm, 15 %, whole words": MaskingOptions(rate=0.15, scheme="whole_word"),
+        "mlm, 15 %, spans": MaskingOptions(rate=0.15, scheme="span"),
+        "3ml, 50 %, uniform": MaskingOptions(rate=0.5),
+        "mae-lm, 15 %, all [MASK]": MaskingOptions(rate=0.15, corruption=all_masks),
+        **({f"mlm, {100 * rate:g} %, uniform": MaskingOptions(rate=rate)} if rate != 0.15 else {}),
     }
 
 

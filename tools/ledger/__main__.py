@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.account.budget import step_cost
 from pretrain.account.flops import StepCost
+from pretrain.config import Config, load_config, phase_configs
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
 from tools.ledger import emissions, reconcile
@@ -64,12 +65,12 @@ def _arguments() -> argparse.Namespace:
         metavar="FILE",
         help=f"reconcile: saved output of SLURM_TIME_FORMAT=%%s {' '.join(SACCT)} -j ID",
     )
-    options = parser.parse_args()
-    console.refuse_twice(options.runs)
+    args = parser.parse_args()
+    console.refuse_twice(args.runs)
     for name, action in (("region", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
-        if getattr(options, name) is not None and options.action != action:
+        if getattr(args, name) is not None and args.action != action:
             raise UserError(f"--{name} belongs to `{action}`; leave it out")
-    return options
+    return args
 
 
 def check(runs: list[str]) -> tuple[Any, str]:
@@ -111,8 +112,8 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     path = run / "config.yaml"
     if not path.exists():
         return
-    options = config.load(str(path))
-    costs = {way: _costs(options, way) for way in ("none", "block")}
+    config = load_config(str(path))
+    costs = {way: _costs(config, way) for way in ("none", "block")}
     # A program that did not say whether it recomputed could not change that either.
     before, phase, phases, ways = ledger.empty_statement(), 0, {"": 0}, list(costs)
     for number, (head, line) in enumerate(lines.items(), 1):
@@ -131,11 +132,11 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
         phases[head] = phase
 
 
-def _costs(options: config.Config, recompute: str) -> list[StepCost]:
+def _costs(config: Config, recompute: str) -> list[StepCost]:
     """Cost of an update of each phase, with recomputation or without."""
     return [
         step_cost(phase.model_copy(update={"train": phase.train.model_copy(update={"recompute": recompute})}))
-        for phase in config.phases(options)
+        for phase in phase_configs(config)
     ]
 
 

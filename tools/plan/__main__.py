@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
 from pretrain.account.devices import DEVICES, Device
-from pretrain.config import Config
+from pretrain.config import Config, load_config
 from pretrain.errors import UserError
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     changes = [word for word in args.words if "=" in word]
     if not paths:
         raise UserError("no CONFIG; give one or more, such as configs/*.yaml")
-    plans = [_planned(args, path, config.load(path, changes), device) for path in paths]
+    plans = [_planned(args, path, load_config(path, changes), device) for path in paths]
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second
 
@@ -109,13 +108,13 @@ TIMED = ("fastest", "scaling", "plot", "price", "watts", "achieved")
 """Options that only a device gives a sense."""
 
 
-def _planned(args: argparse.Namespace, path: str, options: Config, device: Device | None) -> dict[str, Any]:
+def _planned(args: argparse.Namespace, path: str, config: Config, device: Device | None) -> dict[str, Any]:
     """With its scaling, if that is asked for: then of the fastest layout, for the config's may not fit."""
     tariff, gpus, rows = Tariff(args.price, args.watts), args.gpus, {}
     if device and (args.scaling or args.plot):
-        rows = scaling(options, device, tariff, path, args.achieved)
+        rows = scaling(config, device, tariff, path, args.achieved)
         gpus = gpus or rows["scaling"][0]["gpus"]
-    return {**plan(options, gpus, device, args.fastest or bool(rows), tariff, path, args.achieved), **rows}
+    return {**plan(config, gpus, device, args.fastest or bool(rows), tariff, path, args.achieved), **rows}
 
 
 def show_methods(length: int, device: Device | None, achieved: float | None, as_json: bool) -> int:

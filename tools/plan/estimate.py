@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
 from pretrain.account import budget, costs, flops
 from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
-from pretrain.config import Config
+from pretrain.config import Config, method_of, phase_configs
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -39,22 +38,22 @@ class Tariff:
         return device_hours * watts / 1000 if watts else None
 
 
-def with_vocabulary(options: Config) -> tuple[Config, str]:
+def with_vocabulary(config: Config) -> tuple[Config, str]:
     """The config with its number of pieces and what its budget is relative to, and where the number is from:
     the config, the tokenizer, or RoBERTa."""
-    pieces, source = options.model.vocab_size, "config"
-    prefix = options.corpus.blend[0][1]
-    if pieces is None and (options.corpus.tokenizer or Path(f"{prefix}.json").exists()):
-        source = str(tokenizer_folder(options.corpus))
+    pieces, source = config.model.vocab_size, "config"
+    prefix = config.corpus.blend[0][1]
+    if pieces is None and (config.corpus.tokenizer or Path(f"{prefix}.json").exists()):
+        source = str(tokenizer_folder(config.corpus))
         pieces = load_tokenizer(source).vocab_size
     if pieces is None:
         pieces, source = layouts.ROBERTA_PIECES, "assumed"
-    model = options.model.model_copy(update={"vocab_size": pieces})
-    return budget.resolve(options.model_copy(update={"model": model})), source
+    model = config.model.model_copy(update={"vocab_size": pieces})
+    return budget.resolve(config.model_copy(update={"model": model})), source
 
 
 def plan(
-    options: Config,
+    config: Config,
     gpus: int | None = None,
     device: Device | str | None = None,
     fastest: bool = False,
@@ -75,21 +74,21 @@ def plan(
     budget pays for no update.
     """
     device = layouts.named(device) if isinstance(device, str) else device
-    options, source = with_vocabulary(options)
-    run = Run(options, device, tariff, achieved)
+    config, source = with_vocabulary(config)
+    run = Run(config, device, tariff, achieved)
     last, pieces = run.phases[-1], run.pieces
     try:
-        budget.check(options)
-        chosen = run.layouts(gpus or options.parallel.tensor, fastest)
+        budget.check(config)
+        chosen = run.layouts(gpus or config.parallel.tensor, fastest)
         totals = run.totals(chosen)
         if totals["steps"] == 0:
-            unit, amount = options.budget.amount
+            unit, amount = config.budget.amount
             raise UserError(f"budget.{unit} = {amount:g} pays for no update; raise it")
     except UserError as error:
         raise UserError(f"{name}: {error}" if name else str(error)) from None
     return {
         "config": name,
-        "method": config.method(options),
+        "method": method_of(config),
         "vocab_size": pieces,
         "vocab_size_from": source,
         "parameters": flops.parameters(last.model, pieces),
@@ -105,7 +104,7 @@ def plan(
 class Run:
     """A config with its vocabulary, on a device or none."""
 
-    options: Config
+    config: Config
     device: Device | None
     tariff: Tariff
     achieved: float | None = None
@@ -113,13 +112,13 @@ class Run:
 
     @property
     def pieces(self) -> int:
-        assert self.options.model.vocab_size
-        return self.options.model.vocab_size
+        assert self.config.model.vocab_size
+        return self.config.model.vocab_size
 
     @property
     def phases(self) -> list[Config]:
         """The config of each stretch."""
-        return config.phases(self.options)
+        return phase_configs(self.config)
 
     def job(self, phase: Config) -> Job:
         return layouts.job(phase, self.pieces, self.device)
@@ -204,8 +203,8 @@ class Run:
         baselines = [costs.baseline(phase) for phase in self.phases]
         counts = _counts(self._steps(chosen), len(chosen))
         for steps, phase, baseline in zip(counts, self.phases, baselines, strict=True):
-            for sums, options in ((ours, phase), (theirs, baseline)):
-                for name, value in asdict(costs.of_sequence(options, self.pieces)).items():
+            for sums, config in ((ours, phase), (theirs, baseline)):
+                for name, value in asdict(costs.of_sequence(config, self.pieces)).items():
                     sums[name] += steps * phase.train.batch_size * value
         time = None
         if self.device is not None:
@@ -225,9 +224,9 @@ class Run:
 
     def _steps(self, chosen: Sequence[Layout]) -> list[int] | None:
         """Updates of each phase."""
-        unit, amount = self.options.budget.amount
+        unit, amount = self.config.budget.amount
         if unit not in budget.MEASURED:
-            return budget.Budget(self.options).updates()
+            return budget.Budget(self.config).updates()
         if self.device is None:
             return None
         hours = amount
@@ -236,7 +235,7 @@ class Run:
             if each is None:
                 return None
             hours = amount / each
-        edges = [0.0, *(phase.until for phase in self.options.train.phases), 1.0]
+        edges = [0.0, *(phase.until for phase in self.config.train.phases), 1.0]
         shares = [after - before for before, after in zip(edges, edges[1:], strict=False)]
         return [
             int(share * hours * 3600 // (chosen[-1].ranks * seconds))
@@ -306,13 +305,13 @@ def _by_part(spent: Flops, number: int = 1) -> dict[str, float]:
     return {name: value / number if value % number else value // number for name, value in parts.items()}
 
 
-def _described(options: Config, layout: Layout, device: Device | None) -> dict[str, Any]:
+def _described(config: Config, layout: Layout, device: Device | None) -> dict[str, Any]:
     """overrides: the words that turn the config's layout into this one."""
     return {
         "gpus": layout.ranks,
         "device": device and device.name,
         **{key: value for key, value in asdict(layout).items() if key != "gpu"},
-        "overrides": layouts.changes(options, layout),
+        "overrides": layouts.changes(config, layout),
     }
 
 
@@ -325,7 +324,7 @@ def _sent(job: Job, layout: Layout) -> dict[str, float]:
 
 
 def scaling(
-    options: Config, device: Device, tariff: Tariff = Tariff(), name: str = "", achieved: float | None = None
+    config: Config, device: Device, tariff: Tariff = Tariff(), name: str = "", achieved: float | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """`scaling`: a row for each count from 1 to 4,096 that has a layout: the fastest, and what it gives;
     `scaling_missing`: the other counts, and why. UserError if these are all.
@@ -333,7 +332,7 @@ def scaling(
     efficiency: device-hours of the smallest count over those of this one. gain: how much faster than
     half as many.
     """
-    run = Run(with_vocabulary(options)[0], device, tariff, achieved)
+    run = Run(with_vocabulary(config)[0], device, tariff, achieved)
     rows: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     for gpus in layouts.powers(MOST):
@@ -366,7 +365,7 @@ def methods(length: int, device: Device | None, achieved: float | None = None) -
         masking = {"rate": rate, "corruption": (1.0, 0.0, 0.0) if all_mask else (0.8, 0.1, 0.1)}
         for size in layouts.SIZES:
             layers = layouts.SIZES[size]["num_layers"]
-            options = layouts.recipe(size, length, _late(name, layers), **masking)
+            config = layouts.recipe(size, length, _late(name, layers), **masking)
             rows.append(
                 {
                     "method": name,
@@ -374,7 +373,7 @@ def methods(length: int, device: Device | None, achieved: float | None = None) -
                     "all_mask": all_mask,
                     "size": size,
                     "seq_length": length,
-                    "relative": plan(options, 1, device, achieved=achieved)["relative"],
+                    "relative": plan(config, 1, device, achieved=achieved)["relative"],
                 }
             )
     return rows

@@ -23,7 +23,7 @@ from typing import Any
 
 from pretrain.account import costs, devices, flops
 from pretrain.account.devices import Device
-from pretrain.config import Config, Model, build
+from pretrain.config import Config, ModelOptions, build_config
 from pretrain.errors import UserError
 from tools.plan import memory, traffic
 from tools.plan.memory import FULL, Layout, Memory
@@ -65,28 +65,28 @@ too fast by, beyond what it was for plain, on two ranks (results/plan-cpu.json: 
 class Job:
     """What is to be trained, whatever the layout."""
 
-    model: Model
+    model: ModelOptions
     rows: flops.Rows
     vocab_size: int
     batch_size: int
     precision: str
 
 
-def job(options: Config, vocab_size: int, device: Device | None) -> Job:
+def job(config: Config, vocab_size: int, device: Device | None) -> Job:
     """The job of a config; where it leaves the precision open, bf16 on a device that has it."""
-    t = options.train
+    t = config.train
     precision = t.precision or ("bf16" if device is None or "bf16" in device.peak else "fp32")
     if device is not None and precision not in device.peak:
         raise UserError(
             f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
             f" {', '.join(device.peak)}"
         )
-    return Job(options.model, costs.rows(options), vocab_size, t.batch_size, precision)
+    return Job(config.model, costs.rows(config), vocab_size, t.batch_size, precision)
 
 
-def configured(options: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
+def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
     """The layout that a config asks for on so many devices; UserError if they do not divide."""
-    p, t = options.parallel, options.train
+    p, t = config.parallel, config.train
     if gpus % p.tensor:
         raise UserError(f"{gpus} GPUs are no multiple of parallel.tensor = {p.tensor}; change either")
     data = gpus // p.tensor
@@ -122,9 +122,9 @@ def overrides(layout: Layout) -> dict[str, str | int]:
     }
 
 
-def changes(options: Config, layout: Layout) -> str:
+def changes(config: Config, layout: Layout) -> str:
     """The override words that turn a config's layout into this one; empty if it is the config's."""
-    sections: dict[str, Any] = options.model_dump()
+    sections: dict[str, Any] = config.model_dump()
     words = []
     for key, value in overrides(layout).items():
         section, name = key.split(".")
@@ -225,7 +225,7 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
         "train": {"seq_length": length, "batch_size": 2048, "micro_batch_size": micro},
         "budget": {"steps": 1},
     }
-    return build(tree)
+    return build_config(tree)
 
 
 # ---- which layout --------------------------------------------------------------------------------

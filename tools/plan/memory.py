@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from pretrain.account import flops
 from pretrain.account.flops import Rows
-from pretrain.config import Model
+from pretrain.config import ModelOptions
 
 BUCKET = 25_000_000
 """Elements that the engine reduces at once."""
@@ -73,13 +73,13 @@ class Memory:
     """Of these, what offloading keeps in the host's memory; not in `total`."""
 
 
-def local_parameters(model: Model, vocab_size: int, tensor: int) -> int:
+def local_parameters(model: ModelOptions, vocab_size: int, tensor: int) -> int:
     """Parameters of one of `tensor` ranks that share a model: divided matrices, and all the vectors."""
     divided = _divided(model, vocab_size)
     return flops.parameters(model, vocab_size)["total"] - divided + divided // tensor
 
 
-def _divided(model: Model, vocab_size: int) -> int:
+def _divided(model: ModelOptions, vocab_size: int) -> int:
     """Parameters that tensor parallelism divides; see the table in tensor_parallel.py."""
     D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
     layer = 4 * D * D + 2 * F * D + (3 * D + F if bias else F * D)
@@ -89,7 +89,7 @@ def _divided(model: Model, vocab_size: int) -> int:
     return (model.num_layers + model.decoder_layers) * layer + crossed * cross + table * (D + 1)
 
 
-def per_rank(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> Memory:
+def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> Memory:
     """What a rank holds; the largest micro-batch decides."""
     state = _state(model, vocab_size, layout)
     saved = layout.micro_batch * activations(model, rows, layout)
@@ -134,7 +134,7 @@ class _State:
     host: int = 0
 
 
-def _state(model: Model, vocab_size: int, layout: Layout) -> _State:
+def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
     """What does not depend on the samples.
 
     ZeRO over float32 parameters keeps the master copy of a rank's share beside the parameters. Stage 1
@@ -162,7 +162,7 @@ def _state(model: Model, vocab_size: int, layout: Layout) -> _State:
     return replace(on_device, optimizer=0, parameters=0, host=away + on_device.parameters)
 
 
-def _largest(model: Model, vocab_size: int, layout: Layout) -> int:
+def _largest(model: ModelOptions, vocab_size: int, layout: Layout) -> int:
     """Elements of the largest parameter of a rank."""
     D = model.hidden_size
     inner = (2 if model.block == "modern" else 1) * model.ffn_size
@@ -172,7 +172,7 @@ def _largest(model: Model, vocab_size: int, layout: Layout) -> int:
 # ---- activations ---------------------------------------------------------------------------------
 
 
-def activations(model: Model, rows: Rows, layout: Layout) -> int:
+def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     """Bytes that the forward pass of one sequence keeps for the backward pass, the head left out.
 
     Under recomputation these are the inputs of the layers, and what is between layers.
@@ -193,7 +193,7 @@ def activations(model: Model, rows: Rows, layout: Layout) -> int:
     return sum(_layers(model, rows, layout)) + decoder + ends
 
 
-def _layers(model: Model, rows: Rows, layout: Layout) -> list[int]:
+def _layers(model: ModelOptions, rows: Rows, layout: Layout) -> list[int]:
     """Bytes that each layer saves for its backward pass."""
     inputs = flops.encoder_rows(rows, model)
     each = {n: _self_layer(n, model, layout, model.dropout) for n in set(inputs)}
@@ -202,12 +202,12 @@ def _layers(model: Model, rows: Rows, layout: Layout) -> list[int]:
     return encoder + decoder * model.decoder_layers
 
 
-def _self_layer(n: int, model: Model, layout: Layout, dropout: float) -> int:
+def _self_layer(n: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
     """Bytes saved by a layer whose n rows attend to each other."""
     return _attention(n, n, 3 * n, model, layout, dropout) + _inner(n, model, layout, dropout)
 
 
-def _decoder_layer(rows: Rows, model: Model, layout: Layout) -> int:
+def _decoder_layer(rows: Rows, model: ModelOptions, layout: Layout) -> int:
     L, P, D, dropout = rows.length, rows.predicted, model.hidden_size, model.decoder_dropout or 0.0
     if model.decoder == "query":  # the joined rows are read by the keys and values
         keys = layout.width * L * D + _attention(P, L, P + 2 * L, model, layout, dropout)
@@ -219,7 +219,7 @@ def _decoder_layer(rows: Rows, model: Model, layout: Layout) -> int:
     return layer
 
 
-def _attention(n: int, m: int, projected: int, model: Model, layout: Layout, dropout: float) -> int:
+def _attention(n: int, m: int, projected: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
     """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
     D, T, b = model.hidden_size, layout.tensor, layout.width
     written = _unfused_attention(layout, dropout)
@@ -232,7 +232,7 @@ def _attention(n: int, m: int, projected: int, model: Model, layout: Layout, dro
     return saved + (3 if dropout else 1) * b * n * m * model.num_heads // T
 
 
-def _inner(n: int, model: Model, layout: Layout, dropout: float) -> int:
+def _inner(n: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
     """The feed-forward layer: rows read, inner rows before and after the activation, the norm's input."""
     D, inner = model.hidden_size, (4 if model.block == "modern" else 2) * model.ffn_size
     masked = _mask_bytes(layout) * n * D if dropout else 0
@@ -244,7 +244,7 @@ def _mask_bytes(layout: Layout) -> int:
     return 1 if layout.gpu else layout.width
 
 
-def _working(model: Model, rows: Rows, layout: Layout) -> int:
+def _working(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     """Gradients of activations that the backward pass of the last layer holds at once: those of the
     feed-forward layer, or those of scores in memory, when what that one saved is gone."""
     n, m = rows.predicted if model.decoder == "query" else rows.length, rows.length
@@ -263,14 +263,14 @@ def _unfused_attention(layout: Layout, dropout: float) -> bool:
     return not layout.gpu and (layout.width < FULL or dropout > 0)
 
 
-def _casts(model: Model, vocab_size: int, layout: Layout) -> int:
+def _casts(model: ModelOptions, vocab_size: int, layout: Layout) -> int:
     """Bytes of the matrices that autocast keeps in bf16 until the backward pass, the word table apart."""
     D = model.hidden_size
     table = flops.padded_vocab(vocab_size, model.vocab_multiple) * (D + 1)
     return layout.width * ((_divided(model, vocab_size) - table) // layout.tensor + D * D)
 
 
-def _head(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> int:
+def _head(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> int:
     """The head's rows, the table's gradient, and a chunk of logits with its part of that gradient."""
     D, N, b = model.hidden_size, layout.micro_batch * rows.predicted, layout.width
     table = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor

@@ -29,7 +29,7 @@ from typing import Literal
 from pretrain.account import flops
 from pretrain.account.devices import Device
 from pretrain.account.flops import Rows
-from pretrain.config import Model
+from pretrain.config import ModelOptions
 from tools.plan import memory
 from tools.plan.memory import BUCKET, FULL, Layout
 
@@ -56,7 +56,7 @@ class Collective:
     """Share of the computation that goes on meanwhile; else all ranks wait for it."""
 
 
-def step(model: Model, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
+def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
     """The collectives that a rank takes part in during one update."""
     found: list[Collective] = []
     if layout.data > 1:
@@ -84,7 +84,7 @@ def _data(P: int, layout: Layout) -> Iterator[Collective]:
         yield Collective("reduce-scatter", "data", padded, times, beside=1 - FORWARD)
 
 
-def _tensor(model: Model, rows: Rows, layout: Layout) -> Iterator[tuple[int, int]]:
+def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[int, int]]:
     """(bytes, calls) of the sums of a micro-batch.
 
     Each row layer sums its output on the way forward, each column layer the gradient of its input on the

@@ -21,9 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain import __version__, config
+from pretrain import __version__
 from pretrain.account import budget, costs, flops, ledger
-from pretrain.config import Config
+from pretrain.config import Config, CorpusOptions, build_config, method_of, phase_configs, read_yaml
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
@@ -47,11 +47,11 @@ _QUESTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _arguments(arguments)
-    check_folder(options.output)
-    document = gather(options.runs)
-    written = write(document, Path(options.output))
-    if options.json:
+    args = _arguments(arguments)
+    check_folder(args.output)
+    document = gather(args.runs)
+    written = write(document, Path(args.output))
+    if args.json:
         console.print_json(document)
     else:
         report_pages.show(document, sys.stdout)
@@ -87,7 +87,7 @@ def write(document: dict[str, Any], output: Path) -> list[Path]:
 class Stretch(NamedTuple):
     """What surviving updates of one phase took."""
 
-    options: Config
+    config: Config
     """Of the phase."""
     samples: int
     seconds: float
@@ -101,7 +101,7 @@ class Run:
     path: str
     name: str
     """Unique in the report."""
-    options: Config
+    config: Config
     status: dict[str, Any]
     """{} before the run has begun."""
     totals: dict[str, Any]
@@ -126,7 +126,7 @@ class Run:
             if line["event"] == "phase-change":
                 borders.append((line["phase"], *_surviving(line)))
         ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
-        phases = config.phases(self.options)
+        phases = phase_configs(self.config)
         return [
             Stretch(phases[phase], samples - before, seconds - since)
             for (phase, before, since), (_, samples, seconds) in pairwise([*borders, *ends])
@@ -155,13 +155,13 @@ def _read_run(path: str, name: str) -> Run:
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
-    options = config.build(config.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    config = build_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
     begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
     logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
     return Run(
         path,
         name,
-        options,
+        config,
         RunFolder(folder).status(),
         ledger.total([folder] if begun else []),
         ledger.read(folder) if begun else [],
@@ -201,15 +201,15 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
-    o, totals = run.options, run.totals
+    o, totals = run.config, run.totals
     evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
     return {
         "run": run.path,
         "name": run.name,
-        "method": config.method(o),
+        "method": method_of(o),
         "model": {name: getattr(o.model, name) for name in ("block", "num_layers", "hidden_size")},
-        "seq_length": [phase.train.seq_length for phase in config.phases(o)],
-        "batch_size": [phase.train.batch_size for phase in config.phases(o)],
+        "seq_length": [phase.train.seq_length for phase in phase_configs(o)],
+        "batch_size": [phase.train.batch_size for phase in phase_configs(o)],
         "rate": o.masking.rate,
         "parameters": _parameters(o),
         "state": run.status.get("state"),
@@ -305,8 +305,8 @@ def _relative(run: Run) -> dict[str, float]:
     """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
     ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
     # Before the first update: of one sequence of the first phase.
-    for done in run.stretches or [Stretch(config.phases(run.options)[0], 1, 0.0)]:
-        mine, reference = _sequence_costs(done.options), _sequence_costs(costs.baseline(done.options))
+    for done in run.stretches or [Stretch(phase_configs(run.config)[0], 1, 0.0)]:
+        mine, reference = _sequence_costs(done.config), _sequence_costs(costs.baseline(done.config))
         for name in MEASURES:
             ours[name] += done.samples * mine[name]
             theirs[name] += done.samples * reference[name]
@@ -326,8 +326,8 @@ def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
     known = [done for other in runs if _is_baseline(other, run) for done in other.stretches if done.seconds]
     theirs = 0.0
     for mine in run.stretches:
-        wanted = _sequence_costs(costs.baseline(mine.options))
-        same = [done for done in known if _sequence_costs(done.options) == wanted]
+        wanted = _sequence_costs(costs.baseline(mine.config))
+        same = [done for done in known if _sequence_costs(done.config) == wanted]
         if not same:
             return None
         each = sum(done.seconds for done in same) / sum(done.samples for done in same)
@@ -338,9 +338,9 @@ def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
 def _is_baseline(other: Run, run: Run) -> bool:
     """Whether `other` may be what `run` is measured against: same arithmetic, same device."""
     return (
-        config.method(other.options) == "mlm"
-        and other.options.model.block == run.options.model.block
-        and other.options.train.precision == run.options.train.precision
+        method_of(other.config) == "mlm"
+        and other.config.model.block == run.config.model.block
+        and other.config.train.precision == run.config.train.precision
         and other.devices == run.devices
     )
 
@@ -349,7 +349,7 @@ def _is_baseline(other: Run, run: Run) -> bool:
 
 
 @cache
-def unigram(corpus: config.Corpus, length: int, samples: int) -> dict[str, Any] | None:
+def unigram(corpus: CorpusOptions, length: int, samples: int) -> dict[str, Any] | None:
     """The score of guessing by frequency on a run's held-out windows; None if they cannot be opened."""
     if corpus.valid is None:
         return None
@@ -370,11 +370,11 @@ def _questions(run: Run) -> dict[str, Any]:
     scores = [line["held_out"] for line in run.lines if "held_out" in line]
     last = scores[-1] if scores else {}
     known: dict[str, Any] = {
-        "seq_length": held_out_length(run.options),
+        "seq_length": held_out_length(run.config),
         **{name: last.get(name) for name in ("predicted_tokens", "tokenizer", "corpus")},
     }
     try:
-        manifest = load_manifest(run.options.corpus.valid or "")
+        manifest = load_manifest(run.config.corpus.valid or "")
     except UserError:
         return known
     hashed = manifest.tokenizer.hash if manifest.tokenizer else None

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint
 from pretrain.checkpoint import State
-from pretrain.config import Config
+from pretrain.config import Config, build_config, read_yaml
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
@@ -32,25 +32,25 @@ def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
     """The model of a run's checkpoint (latest, best or a step), every byte of it verified."""
     path, stamps = checkpoint.find_verified(run, which)
     state = checkpoint.read_state(path, stamps)
-    options = run_config(run)
-    tokenizer = load_tokenizer(tokenizer_folder(options.corpus))
+    config = run_config(run)
+    tokenizer = load_tokenizer(tokenizer_folder(config.corpus))
     if state.fingerprints.get("tokenizer", tokenizer.hash) != tokenizer.hash:
         raise UserError(
-            f"{tokenizer_folder(options.corpus)}: not the tokenizer that {run} was trained with; put that one"
+            f"{tokenizer_folder(config.corpus)}: not the tokenizer that {run} was trained with; put that one"
             " back"
         )
-    model = LateMaskModel(options.model, tokenizer.vocab_size, tokenizer.mask)
+    model = LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask)
     model.load_state_dict(checkpoint.read_tensors(path, stamps=stamps))
-    return RunModel(model.eval(), options, tokenizer, state)
+    return RunModel(model.eval(), config, tokenizer, state)
 
 
 def run_config(run: str | Path) -> Config:
     """The resolved config that a run keeps; its tokenizer is the copy in the run's folder."""
     path, kept = Path(run) / "config.yaml", Path(run) / TOKENIZER
-    options = config.build(config.read_yaml(path), str(path))
+    config = build_config(read_yaml(path), str(path))
     if not kept.is_dir():
-        return options
-    return options.model_copy(update={"corpus": options.corpus.model_copy(update={"tokenizer": str(kept)})})
+        return config
+    return config.model_copy(update={"corpus": config.corpus.model_copy(update={"tokenizer": str(kept)})})
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
