@@ -21,14 +21,14 @@ from pretrain.evaluate import HeldOut, Score
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.terminal import wrapped
 from tools.shared import console
-from tools.shared.run_model import add_checkpoint_argument, load_model
+from tools.shared.run_model import load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("evaluate", "Score a checkpoint on held-out text", reports=True)
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (the run's corpus.valid)")
-    add_checkpoint_argument(parser)
+    console.add_checkpoint(parser)
     parser.add_argument(
         "--samples", type=console.whole(1), metavar="N", help="windows; all if there are fewer (the run's)"
     )

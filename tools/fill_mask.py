@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.tokenizer import hugging_face_tokenizer
 from tools.shared import console
-from tools.shared.run_model import add_checkpoint_argument, load_model, mask_logits
+from tools.shared.run_model import load_model, mask_logits
 
 TOP = 5
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("fill_mask", "Fill in the masks of a text", reports=True)
     parser.add_argument("run", help="run folder")
     parser.add_argument("text", help='such as "The weather is <mask> today."')
-    add_checkpoint_argument(parser)
+    console.add_checkpoint(parser)
     parser.add_argument("--top", type=console.whole(1), default=TOP, help="answers per mask (%(default)s)")
     args = parser.parse_args(arguments)
     model, config, _, _ = load_model(args.run, args.checkpoint)

@@ -147,6 +147,7 @@ WITHOUT_TORCH = [
     "tools.merge_corpus",
     "tools.train_tokenizer",
     "tools.import_fairseq",
+    "tools.minimal_pairs",
     "slurm.submit",
     "slurm.attempts",
     "slurm.status",

@@ -19,9 +19,10 @@ def test_a_repeated_score_replaces_its_line(tmp_path: Path) -> None:
     downstream.record(tmp_path / "run", [SCORE, other])
     downstream.record(tmp_path / "run", [again := replace(SCORE, score=0.75)])
     assert downstream.read(tmp_path / "run") == [again, other]
-    for changed in ({"step": 4}, {"task": "RTE"}, {"metric": "f1"}, {"seed": None}, {"protocol": "probe"}):
-        downstream.record(tmp_path / "run", [replace(SCORE, **changed)])
-    assert len(downstream.read(tmp_path / "run")) == 7
+    changes = {"step": 4, "task": "RTE", "metric": "f1", "seed": None, "protocol": "probe", "model": "a/b"}
+    for name, value in changes.items():
+        downstream.record(tmp_path / "run", [replace(SCORE, **{name: value})])
+    assert len(downstream.read(tmp_path / "run")) == 2 + len(changes)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE]
 
 

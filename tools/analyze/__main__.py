@@ -19,7 +19,7 @@ from pretrain.files import check_folder
 from tools.analyze import rank as analyze_rank
 from tools.analyze import variance as analyze_variance
 from tools.shared import console
-from tools.shared.run_model import add_checkpoint_argument, load_model
+from tools.shared.run_model import load_model
 from tools.shared.tables import write_table
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder for the table and the figure (%(default)s)",
     )
     parser.add_argument("--corpus", metavar="PREFIX", help="encoded corpus (each run's corpus.valid)")
-    add_checkpoint_argument(parser)
+    console.add_checkpoint(parser)
     parser.add_argument(
         "--measure",
         choices=analyze_rank.MEASURES,

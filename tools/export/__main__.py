@@ -36,7 +36,7 @@ from tools.export.huggingface import MODELING, Form, hugging_face_config, late_s
 from tools.export.model_card import model_card
 from tools.export.tokenizer import check_tokenizer, write_tokenizer
 from tools.shared import console
-from tools.shared.run_model import add_checkpoint_argument, load_model, mask_logits
+from tools.shared.run_model import load_model, mask_logits
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output."""
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("export", "Write a run's encoder as a Hugging Face folder", reports=True)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    add_checkpoint_argument(parser)
+    console.add_checkpoint(parser)
     parser.add_argument(
         "--with-decoder",
         action="store_true",

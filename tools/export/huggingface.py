@@ -120,3 +120,13 @@ def _late_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
         "decoder_kind": m.decoder,  # transformers takes a key `decoder` for the config of another model
         **{name: getattr(m, name) for name in (*same, "mask_leak", "token_type", "norm_eps", "rope_theta")},
     }
+
+
+def register_late_models() -> None:
+    """Have transformers load a `late` folder by the code here, not by what lies in the folder."""
+    from transformers import AutoConfig, AutoModelForMaskedLM  # start-up time
+
+    from tools.export.modeling_latemask import LateMaskConfig, LateMaskForMaskedLM
+
+    AutoConfig.register("latemask", LateMaskConfig, exist_ok=True)
+    AutoModelForMaskedLM.register(LateMaskConfig, LateMaskForMaskedLM, exist_ok=True)

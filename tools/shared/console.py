@@ -228,6 +228,13 @@ def add_document_limit(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint latest|best|STEP``."""
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="latest, best or a step (%(default)s)"
+    )
+
+
 def add_output_prefix(parser: argparse.ArgumentParser) -> None:
     """The options of programs that write a corpus."""
     parser.add_argument(

@@ -1,7 +1,7 @@
 """downstream.jsonl of a folder: what its checkpoints score on tasks.
 
-One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol"}. The one idea: a line is known
-by all that is no result, so a command that is repeated replaces its lines and nothing counts twice.
+One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol", "model"}. The one idea: a line
+is known by all that is no result, so a command that is repeated replaces its lines and nothing counts twice.
 """
 
 import fcntl
@@ -34,11 +34,13 @@ class Score:
     """Examples that were scored."""
     protocol: str = ""
     """How it was had, such as `probe`; scores of different protocols do not compare."""
+    model: str = ""
+    """The path of a model that is no run, whose scores may lie beside those of others."""
 
     @property
-    def key(self) -> tuple[int | None, str, str, int | None, str]:
+    def key(self) -> tuple[int | None, str, str, int | None, str, str]:
         """What a later score replaces this one by."""
-        return self.step, self.task, self.metric, self.seed, self.protocol
+        return self.step, self.task, self.metric, self.seed, self.protocol, self.model
 
 
 def read(folder: str | Path) -> list[Score]:
@@ -72,7 +74,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Score]]:
                 None if line.get(key) is None else int(line[key]) for key in ("step", "seed", "n")
             )
             words = (str(line["task"]), str(line.get("metric", "")), float(line["score"]))
-            yield text, Score(step, *words, seed, n, str(line.get("protocol", "")))
+            protocol, model = str(line.get("protocol", "")), str(line.get("model", ""))
+            yield text, Score(step, *words, seed, n, protocol, model)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
 

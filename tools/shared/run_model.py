@@ -1,6 +1,5 @@
 """The model of a run, for the programs that use one: export, evaluate, fill_mask, analyze and others."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,13 +50,6 @@ def run_config(run: str | Path) -> Config:
     if not kept.is_dir():
         return config
     return config.model_copy(update={"corpus": config.corpus.model_copy(update={"tokenizer": str(kept)})})
-
-
-def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint latest|best|STEP``."""
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="WHICH", help="latest, best or a step (%(default)s)"
-    )
 
 
 def masked_batch(model: LateMaskModel, ids_BL: torch.Tensor) -> Batch:
