@@ -113,10 +113,20 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def try_lock(file: IO[str], path: Path) -> bool:
-    """Lock an open file for this process; False where another has it. Without locks: a warning."""
+def own_folder(folder: Path) -> Path:
+    """Return the folder, made with mode 0700 if it is not there; UserError where others may write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise UserError(f"{folder}: others may write there; take a folder of your own, of mode 0700")
+    return folder
+
+
+def try_lock(file: IO[Any], path: Path, wait: bool = False) -> bool:
+    """Lock an open file for this process; False where another has it, which with `wait` is waited for.
+    Without locks: a warning."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:  # some network file systems have no locks

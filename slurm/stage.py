@@ -18,16 +18,13 @@ from pretrain.data.corpora import copy_of, is_copy
 from pretrain.data.indexed import corpus_file
 from pretrain.data.verify import verify
 from pretrain.errors import UserError
+from pretrain.files import own_folder
 from tools.shared import console
 
 
 def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
     """The copy's prefix, and whether it was made now; UserError if it differs from what it should be."""
-    target = copy_of(prefix, folder)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        raise UserError(f"{folder}: others may write there; give --to a folder of your own, of mode 0700")
+    target = copy_of(prefix, own_folder(folder))
     if _is_good(prefix, target):
         return target, False
     for extension in ("json", "bin", "idx", "src"):  # planted, stale or damaged

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.config import Config, CorpusOptions
 from pretrain.data import rng
+from pretrain.data.documents import scratch
 from pretrain.data.indexed import IndexedReader, corpus_file
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.sampler import Blend, Sampler, Segment, used_samples
@@ -89,8 +90,9 @@ def open_blend(config: Config, data: Data, segments: Sequence[Segment] = ()) -> 
     seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.
     began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
+    folder = scratch(config.corpus.copies)
     samplers = [
-        Sampler(corpus, k, length, seed, bos, eos, "" if name == began_with else name, data.rules)
+        Sampler(corpus, k, length, seed, bos, eos, "" if name == began_with else name, data.rules, folder)
         for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
     ]
     by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}

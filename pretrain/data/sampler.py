@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain.config import MaskingOptions
 from pretrain.data import rng
-from pretrain.data.documents import Documents, Order
+from pretrain.data.documents import Documents, Order, scratch
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
 
@@ -58,8 +59,8 @@ class _Stretches(NamedTuple):
     """Which windows."""
     columns: Int64
     """Where in them it begins; <s> is at 0."""
-    documents: Int64
-    """Number among the documents that are not empty."""
+    ranks: Int64
+    """Number of the document in the stream."""
     firsts: Int64
     """Its first token here, in the file."""
     takes: Int64
@@ -71,6 +72,7 @@ class Sampler:
 
     length: L. bos, eos: pieces that open and close a window; eos also joins documents. name: of a further
     corpus of a blend (its fingerprint), which has an order and masks of its own. rules: see `rng.RULES`.
+    folder: of the node's orders of documents; default: `scratch`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Sampler:
         eos: int,
         name: str = "",
         rules: int = rng.RULES,
+        folder: Path | None = None,
     ) -> None:
         self.corpus, self.length, self.bos, self.eos, self.rules = corpus, length, bos, eos, rules
         self.seed = rng.name_seed(seed, name) if name and rules > 1 else seed
@@ -101,6 +104,7 @@ class Sampler:
             tokens = np.pad(tokens, (0, missing))
         self._runs = sliding_window_view(tokens, length)  # [T - L + 1, L]
         self._orders: dict[int, Order] = {}
+        self._folder = folder or scratch(None)
 
     def windows_at(self, length: int) -> int:
         """Windows of an epoch if they had this length."""
@@ -147,8 +151,8 @@ class Sampler:
             mine, place = found[rows], np.arange(self.length)
             for part in self._stretches(partition, windows[rows]):
                 inside = (place >= part.columns[:, None]) & (place < (part.columns + part.takes)[:, None])
-                documents = self.filled.numbers(part.documents)[:, None]
-                mine[part.rows] = np.where(inside, documents, mine[part.rows])
+                documents = self.filled.numbers(self._order(partition).documents(part.ranks))
+                mine[part.rows] = np.where(inside, documents[:, None], mine[part.rows])
             found[rows] = mine
         return found
 
@@ -184,25 +188,24 @@ class Sampler:
         """The first document of each window, then the second of those that have one, and so on."""
         order, width = self._order(partition), self.length - 2
         starts = windows * width
-        ranks, ends = order.locate(starts)
-        rows, columns, skips = np.arange(len(windows)), np.ones_like(windows), None
+        ranks = order.locate(starts)
+        rows, columns = np.arange(len(windows)), np.ones_like(windows)
         while len(rows):
-            documents = order.documents(ranks)
-            firsts, lengths = self.filled.places(documents)
-            # Of the first document some may have gone by; a later one begins where the one before ends.
-            skips = starts + columns - (ends - lengths) if skips is None else np.zeros_like(rows)
+            begins, firsts, lengths = order.places(ranks)
+            skips = np.maximum(starts - begins, 0)  # of the first document some may have gone by
             takes = np.minimum(lengths - skips, width + 1 - columns)
-            yield _Stretches(rows, columns, documents, firsts + skips, takes)
+            yield _Stretches(rows, columns, ranks, firsts + skips, takes)
             columns = columns + takes + 1  # a </s> between two documents
             more = np.flatnonzero(columns <= width)
-            rows, columns, ranks = rows[more], columns[more], ranks[more] + 1
+            rows, columns, ranks, starts = rows[more], columns[more], ranks[more] + 1, starts[more]
 
     def _order(self, partition: int) -> Order:
         """Of the documents in the stream."""
         if partition not in self._orders:
             # Two at most: the current one and, around an epoch's end, the next.
             self._orders = dict(list(self._orders.items())[-1:])
-            self._orders[partition] = Order(self.filled, (self.seed, _DOCUMENTS, partition), self.rules)
+            keys = self.seed, _DOCUMENTS, partition
+            self._orders[partition] = Order(self.filled, keys, self.rules, self._folder)
         return self._orders[partition]
 
 

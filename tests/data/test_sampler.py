@@ -2,14 +2,11 @@
 
 import math
 from fractions import Fraction
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pretrain.config import MaskingOptions
-from pretrain.data import documents as place
 from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import (
@@ -38,13 +35,6 @@ def corpus(tmp_path_factory):
         writer.append_documents(tokens, lengths)
         writer.finish()
     return IndexedReader(prefix)
-
-
-def write(prefix, lengths):
-    """Documents of so many tokens each."""
-    with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
-        writer.append_documents(np.arange(lengths.sum()).astype(np.uint16), lengths)
-        writer.finish()
 
 
 def make(corpus, seed=0, **masking):
@@ -277,52 +267,3 @@ def test_a_changed_blend_needs_a_new_segment():
     assert continue_segments(new, 1, [(0.5, "a"), (0.5, "b")], 128, 99) == new
     with pytest.raises(UserError, match="corpus.segment = 0: the run is in segment 1"):
         continue_segments(new, 0, [(1.0, "a")], 128, 99)
-
-
-@pytest.mark.parametrize("rules", [1, 2])
-@pytest.mark.parametrize("documents", [1, 7, 8, 9, 100, 5000])
-def test_many_documents_are_read_as_few_are(documents, rules, tmp_path, monkeypatch):
-    """In the same order, with the same bounds, whether or not their places are kept in arrays."""
-    generator = np.random.default_rng(documents)
-    lengths = generator.integers(0, 30, documents)
-    lengths[-1] = 40
-    write(tmp_path / "c", lengths)
-    corpus = IndexedReader(tmp_path / "c")
-    monkeypatch.setattr(place, "CHUNK", 64)  # an epoch's order is added up in several stretches
-
-    def read():
-        sampler = Sampler(corpus, MaskingOptions(), 12, 3, 1, 2, rules=rules)
-        samples = np.arange(2 * sampler.samples_per_epoch)
-        return sampler.read(samples), sampler.documents(samples)
-
-    few = read()
-    monkeypatch.setattr(place, "MANY", 0)
-    many = read()
-    for one, other in zip([*few[0], few[1]], [*many[0], many[1]], strict=True):
-        assert np.array_equal(one, other)
-
-
-def private_bytes(prefix):
-    """Of this process alone, more once a window has been read than before the corpus was opened."""
-    before = _dirty()
-    sampler = Sampler(IndexedReader(prefix), MaskingOptions(), 128, 0, 1, 2)
-    sampler.read(np.arange(8))
-    sampler.read(np.arange(8) + sampler.samples_per_epoch)  # two epochs' orders at once
-    return _dirty() - before
-
-
-def _dirty():
-    """What no other process could share: pages of mapped files are the kernel's to share and to drop."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
-
-
-def test_memory_of_a_rank_by_documents(tmp_path):
-    """At most 1 GB for C4's 365 million documents, from two sizes."""
-    sizes, held = (1_500_000, 4_500_000), []
-    for size in sizes:
-        write(tmp_path / str(size), np.full(size, 3))
-        with get_context("spawn").Pool(1) as pool:
-            held.append(pool.apply(private_bytes, (tmp_path / str(size),)))
-    each = (held[1] - held[0]) / (sizes[1] - sizes[0])
-    assert held[0] + each * 365e6 < 1e9

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.config import MaskingOptions
-from pretrain.data.indexed import IndexedReader, token_dtype
+from pretrain.data.indexed import IndexedReader, corpus_file, token_dtype
 from pretrain.data.masking import Masker
 from pretrain.data.sampler import Sampler
 from pretrain.data.tokenizer import SMALLEST, SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
@@ -42,6 +42,7 @@ from tools.text.readers import MAX_DOCUMENT_BYTES, Document, open_reader
 _SAMPLE = Path(__file__).parents[1] / "sample" / "train.jsonl.gz"
 _SHARDS, _SHARD_DOCUMENTS = 1000, 2000
 _BATCH, _LENGTH = 256, 512
+_MANY_DOCUMENTS = 2_000_000
 _FASTOKENS_IDS = "ids, byte-level BPE, fastokens"
 
 
@@ -280,6 +281,27 @@ class Bench:
         amount = batches * batch * length / 1e6
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "megatron-core"])
 
+    def reading_many(self, name: str, batch: int, length: int) -> Row:
+        """Windows of many documents, whose order is a mapped file, against those of an order in memory."""
+        draw, batches = np.random.default_rng(0), (1 << 22) // (batch * length)
+        if not corpus_file(prefix := self.folder / "many", "json").exists():
+            with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
+                for _ in range(0, _MANY_DOCUMENTS, _SHARD_DOCUMENTS):
+                    lengths = draw.integers(1, 200, _SHARD_DOCUMENTS)
+                    writer.append_documents(draw.integers(5, 30_000, lengths.sum(), np.uint16), lengths)
+                writer.finish()
+        reader, numbers = IndexedReader(prefix), np.arange(batches * batch).reshape(batches, batch)
+
+        def side(folder: Path) -> Side:
+            sampler = Sampler(reader, MaskingOptions(), length, 0, 0, 2, folder=folder)
+            sampler.read(numbers[0])
+            return lambda: lambda: _exhaust(sampler.read(row) for row in numbers)
+
+        # No folder can be made there, so the order stays in memory, with a warning.
+        ours, peer = side(self.folder / "orders"), side(corpus_file(prefix, "bin"))
+        amount = batches * batch * length / 1e6
+        return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy"])
+
     # ---- whole programs --------------------------------------------------------------------------
 
     def merging(self, name: str) -> Row:
@@ -381,6 +403,8 @@ MEASURED: dict[str, Callable[[Bench, str], Row]] = {
     "masking, against fairseq": lambda bench, name: bench.masking(name, fairseq_masking, 32),
     "reading a batch, 4,096 x 128": lambda bench, name: bench.reading(name, 4096, 128),
     "reading a batch, 256 x 512": lambda bench, name: bench.reading(name, 256, 512),
+    "many documents, 4,096 x 128, mapped": lambda bench, name: bench.reading_many(name, 4096, 128),
+    "many documents, 256 x 512, mapped": lambda bench, name: bench.reading_many(name, 256, 512),
     "merge of 1,000 shards, peak memory": Bench.merging,
     "two processes, against one": Bench.two_processes,
     "start-up to the first document": Bench.start_up,

@@ -1,0 +1,196 @@
+"""Orders of many documents: a file that the processes of a node share, against arrays in memory."""
+
+import os
+import resource
+import signal
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+from pretrain.config import MaskingOptions
+from pretrain.data import documents as place
+from pretrain.data.indexed import IndexedReader
+from pretrain.data.sampler import Sampler
+from pretrain.data.writer import CorpusWriter
+
+SPAWN = get_context("spawn")
+
+
+def write(prefix, lengths):
+    """Documents of so many tokens each."""
+    with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.append_documents(np.arange(lengths.sum()).astype(np.uint16), lengths)
+        writer.finish()
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A corpus whose orders are in files although it is small, and what is to be read of it."""
+    lengths = np.random.default_rng(5).integers(0, 30, 3000)
+    lengths[-1] = 40
+    write(tmp_path / "c", lengths)
+    expected = read(tmp_path / "c", None)
+    monkeypatch.setattr(place, "MANY", 0)
+    return tmp_path / "c", expected
+
+
+def read(prefix, folder, epochs=(0,), seed=3):
+    sampler = Sampler(IndexedReader(prefix), MaskingOptions(), 12, seed, 1, 2, folder=folder)
+    epoch = np.arange(sampler.samples_per_epoch)
+    return np.concatenate([sampler.read(number * len(epoch) + epoch).tokens for number in epochs])
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+@pytest.mark.parametrize("documents", [1, 7, 100, 5000])
+def test_many_documents_are_read_as_few_are(documents, rules, tmp_path, monkeypatch):
+    """In the same order, with the same bounds, whether their order is in memory or in a file."""
+    lengths = np.random.default_rng(documents).integers(0, 30, documents)
+    lengths[-1] = 40
+    write(tmp_path / "c", lengths)
+    corpus = IndexedReader(tmp_path / "c")
+    monkeypatch.setattr(place, "CHUNK", 64)  # an epoch's order is added up in several stretches
+
+    def read():
+        sampler = Sampler(corpus, MaskingOptions(), 12, 3, 1, 2, rules=rules, folder=tmp_path / "orders")
+        samples = np.arange(2 * sampler.samples_per_epoch)
+        return [*sampler.read(samples), sampler.documents(samples)]
+
+    few = read()
+    assert not (tmp_path / "orders").exists()
+    monkeypatch.setattr(place, "MANY", 0)
+    for one, other in zip(few, read(), strict=True):
+        assert np.array_equal(one, other)
+    assert (tmp_path / "orders").stat().st_mode & 0o777 == 0o700
+    for file in (tmp_path / "orders").iterdir():
+        assert file.stat().st_size == place.order_bytes(np.count_nonzero(lengths))
+
+
+def test_orders_are_each_of_one_corpus_seed_and_epoch(many, tmp_path):
+    prefix, expected = many
+    orders = tmp_path / "orders"
+    assert np.array_equal(read(prefix, orders), expected)
+    assert not np.array_equal(read(prefix, orders, seed=4), expected)
+    write(tmp_path / "other", np.full(3000, 15))
+    read(tmp_path / "other", orders)
+    assert len(list(orders.iterdir())) == 3
+    read(prefix, orders, epochs=(1, 2))  # of epochs that are over none is kept
+    assert len(list(orders.iterdir())) == 4
+    assert np.array_equal(read(prefix, orders), expected)
+
+
+def start_together(barrier, prefix, folder, found):
+    """Reads at the same time as others do; tells what it read, and how often it wrote an order."""
+    place.MANY, said = 0, []
+    place.log.info = lambda *args: said.append(args)
+    barrier.wait()
+    found.put((read(prefix, folder).tobytes(), len(said)))
+
+
+def test_one_of_many_starts_writes_the_order(many, tmp_path):
+    prefix, expected = many
+    barrier, found = SPAWN.Barrier(4), SPAWN.Queue()
+    arguments = barrier, prefix, tmp_path / "orders", found
+    processes = [SPAWN.Process(target=start_together, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    answers = [found.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join()
+    assert {tokens for tokens, _ in answers} == {expected.tobytes()}
+    assert sorted(written for _, written in answers) == [0, 0, 0, 1]
+
+
+def die_while_writing(prefix, folder):
+    """Is killed when half of the order is written."""
+    place.MANY, place.CHUNK = 0, 1024
+    whole = place.Order._parts
+
+    def half(order):
+        for number, part in enumerate(whole(order)):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield part
+
+    place.Order._parts = half
+    read(prefix, folder)
+
+
+def test_a_killed_start_leaves_an_order_that_is_written_again(many, tmp_path):
+    prefix, expected = many
+    process = SPAWN.Process(target=die_while_writing, args=(prefix, tmp_path / "orders"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = (tmp_path / "orders").iterdir()
+    assert left.read_bytes()[:64] == bytes(64)
+    assert np.array_equal(read(prefix, tmp_path / "orders"), expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content, other: content[:-9] + b"x" + content[-8:],
+        lambda content, other: content[:-8],
+        lambda content, other: content + bytes(8),
+        lambda content, other: bytes(64) + content[64:],
+        lambda content, other: b"",
+        lambda content, other: other,
+    ],
+    ids=["a byte", "short", "long", "no seal", "empty", "another epoch's"],
+)
+def test_an_order_that_is_not_whole_is_written_again(damage, many, tmp_path):
+    prefix, expected = many
+    orders = tmp_path / "orders"
+    read(prefix, orders, epochs=(0, 1))
+    path, other = sorted(orders.iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole, other.read_bytes()))
+    assert np.array_equal(read(prefix, orders), expected)
+    assert path.read_bytes() == whole
+
+
+def test_without_a_folder_of_ones_own_the_order_is_in_memory(many, tmp_path, caplog):
+    """The folder is a file, or everybody's; or the disk is full, of which nothing is left behind."""
+    prefix, expected = many
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    for name, why in (("file", "File exists"), ("open", "others may write there")):
+        caplog.clear()
+        assert np.array_equal(read(prefix, tmp_path / name), expected)
+        assert f"warning: {tmp_path / name}: {why}" in caplog.text
+        assert "set corpus.copies to a folder of your own with room" in caplog.text
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        assert np.array_equal(read(prefix, tmp_path / "orders"), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "File too large" in caplog.text and not list((tmp_path / "orders").iterdir())
+
+
+def private_bytes(prefix, folder):
+    """Of this process alone, more once two epochs have been read from than before the corpus was opened."""
+    before = dirty_bytes()
+    sampler = Sampler(IndexedReader(prefix), MaskingOptions(), 128, 0, 1, 2, folder=folder)
+    sampler.read(np.arange(8))
+    sampler.read(np.arange(8) + sampler.samples_per_epoch)  # two epochs' orders at once
+    return dirty_bytes() - before
+
+
+def dirty_bytes():
+    """What no other process could share: pages of mapped files are the kernel's to share and to drop."""
+    with open("/proc/self/smaps_rollup", encoding="utf-8") as lines:
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def test_memory_of_a_rank_by_documents(tmp_path):
+    """At most 1 GB for C4's 365 million documents, from two sizes."""
+    sizes, held = (1_500_000, 4_500_000), []
+    for size in sizes:
+        write(tmp_path / str(size), np.full(size, 3))
+        with SPAWN.Pool(1) as pool:
+            held.append(pool.apply(private_bytes, (tmp_path / str(size), tmp_path / "orders")))
+    each = (held[1] - held[0]) / (sizes[1] - sizes[0])
+    assert held[0] + each * 365e6 < 1e9
