@@ -29,9 +29,10 @@ import psutil
 from pretrain.account import flops
 from pretrain.config import Config, load_config
 from pretrain.data import indexed as corpus
-from pretrain.data.corpora import copy_of, is_copy
+from pretrain.data.corpora import copy_of, is_copy, mapped
+from pretrain.data.documents import scratch
 from pretrain.errors import UserError
-from pretrain.files import write_atomic
+from pretrain.files import own_folder, write_atomic
 from slurm import attempts
 from tools.shared import console, journal
 
@@ -48,15 +49,14 @@ MEMORY_BYTES = 1 << 30
 
 def look(config: Config, copies: str, gpus: int) -> list[str]:
     """What this rank finds wrong without the others."""
-    return [*_device(gpus), *_corpus(config), *_space(config, copies)]
+    return [*_device(gpus), *_memory(config), *_corpus(config), *_space(config, copies)]
 
 
 def _device(gpus: int) -> list[str]:
     import torch
 
     if not gpus:
-        free = psutil.virtual_memory().available  # what is cached counts as free
-        return [] if free >= MEMORY_BYTES else [f"{free / 1e9:.1f} GB of memory free"]
+        return []
     if not torch.cuda.is_available():
         return ["no GPU answers"]
     try:
@@ -67,6 +67,14 @@ def _device(gpus: int) -> list[str]:
         return [] if float((ones @ ones).sum()) == 1024.0**3 else ["the GPU computes wrongly"]
     except RuntimeError as error:
         return [f"the GPU fails: {str(error).splitlines()[0]}"]
+
+
+def _memory(config: Config) -> list[str]:
+    """The host's: what a rank needs at least, and what grows with the documents, once a node."""
+    free, wanted = psutil.virtual_memory().available, MEMORY_BYTES  # what is cached counts as free
+    with contextlib.suppress(UserError):  # a corpus that is not there is said of it
+        wanted += mapped(config.corpus).total
+    return [] if free >= wanted else [f"{free / 1e9:.1f} GB of memory free, {wanted / 1e9:.1f} needed"]
 
 
 def _corpus(config: Config) -> list[str]:
@@ -83,11 +91,20 @@ def _corpus(config: Config) -> list[str]:
 
 
 def _space(config: Config, copies: str) -> list[str]:
-    """Room for two checkpoints where the run lives, and for a copy of the corpus on the node's disk."""
+    """Room for two checkpoints where the run lives, and on the node's disk for a copy of the corpus and for
+    the orders of many documents."""
     m, run = config.model, Path(config.run.dir)
     size = flops.parameters(m, m.vocab_size or 65536)
-    found = _room(run, 2 * 12 * size["total"])
-    return found + (_room(Path(copies), _to_copy(config, Path(copies))) if copies else [])
+    found, place = _room(run, 2 * 12 * size["total"]), scratch(copies or config.corpus.copies)
+    try:
+        orders = mapped(config.corpus).orders
+        if copies or orders:
+            there = sum(file.stat().st_size for file in own_folder(place).glob("*.order"))
+            wanted = max(orders - there, 0) + (_to_copy(config, place) if copies else 0)
+            found += _room(place, wanted)
+    except (UserError, OSError) as error:
+        found.append(str(error))
+    return found
 
 
 def _to_copy(config: Config, copies: Path) -> int:

@@ -183,6 +183,8 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
     hours = [each["hours"] for each in estimates if each["hours"]]
     if gigabytes >= 0.05:
         words += f"; {gigabytes:,.1f} GB a rank"
+    if mapped := max(sum((each["mapped_bytes_per_node"] or {}).values()) for each in estimates) // 10**8:
+        words += f", {mapped / 10:,.1f} GB of documents' places a node"
     if hours:
         words += f", about {max(hours):,.1f} hours of training"
     if len(hours) > 1:

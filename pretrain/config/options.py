@@ -87,8 +87,9 @@ class CorpusOptions(Section):
     tokenizer: Place | None = None
     """Tokenizer folder; default: the one that the manifest of `train` names."""
     copies: Place | None = None
-    """Folder that may hold a copy of a training corpus, such as a node's own disk (`slurm.stage`): read
-    where it is whole, else the original is."""
+    """Folder of a node's own disk. It may hold a copy of a training corpus (`slurm.stage`): read where it is
+    whole, else the original is. The order of a million documents and more is kept there, once a node, 16
+    bytes a document and epoch; default for that: one of your own in the temporary folder."""
     documents: Literal["packed", "bounded"] = "packed"
     """Windows run across documents, joined by </s>. `packed`: attention sees the whole window; `bounded`:
     only the rows of the same document. Positions count from the window's beginning in both, and so do FLOPs:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pretrain.config import Config, CorpusOptions
 from pretrain.data import rng
-from pretrain.data.documents import scratch
-from pretrain.data.indexed import IndexedReader, corpus_file
+from pretrain.data.documents import order_bytes, scratch
+from pretrain.data.indexed import IndexedReader, corpus_file, index_bytes
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.sampler import Blend, Sampler, Segment, used_samples
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +49,28 @@ def is_copy(prefix: str | Path, copy: str | Path) -> bool:
         return own and same and load_manifest(copy).fingerprint == load_manifest(prefix).fingerprint
     except (UserError, OSError):
         return False
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Bytes that grow with the documents of a run, which the processes of a node map together."""
+
+    indexes: int
+    orders: int
+    """Of two epochs, around the end of one; files in `scratch`."""
+
+    @property
+    def total(self) -> int:
+        return self.indexes + self.orders
+
+
+def mapped(corpus: CorpusOptions) -> Mapped:
+    """Return what the training corpora need by their manifests; UserError where one has none."""
+    manifests = [load_manifest(prefix) for _, prefix in corpus.blend]
+    return Mapped(
+        indexes=sum(index_bytes(manifest.sequences, manifest.documents + 1) for manifest in manifests),
+        orders=sum(2 * order_bytes(manifest.documents) for manifest in manifests),
+    )
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,11 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
         ) from error
 
 
+def index_bytes(sequences: int, entries: int) -> int:
+    """Return the size of an index of so many sequences and entries of the document table."""
+    return HEADER.size + 12 * sequences + 8 * entries
+
+
 def read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
     """Token type, sequences S, length of the document table D."""
     head = index[: HEADER.size].tobytes()
@@ -197,7 +202,7 @@ def read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any]
         raise UserError(f"{path}: index version {version}; only version 1 is known")
     if code not in DTYPES:
         raise UserError(f"{path}: dtype code {code} is not an integer type of Megatron's")
-    expected = HEADER.size + 12 * sequences + 8 * entries
+    expected = index_bytes(sequences, entries)
     if entries < 1 or index.size not in (expected, expected + sequences):  # + modes (multimodal)
         what = "truncated" if index.size < expected else "too long"
         raise UserError(

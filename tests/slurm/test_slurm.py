@@ -14,12 +14,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 
 from pretrain import checkpoint
 from pretrain.account import budget
 from pretrain.config import Config, dump_config, load_config
-from pretrain.data import corpora
+from pretrain.data import corpora, documents
+from pretrain.data.corpora import mapped, open_blend, open_data
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
@@ -776,6 +778,42 @@ def test_there_must_be_room_for_two_checkpoints(
     free = int(1.8 * size)
     (said,) = preflight._space(config, "")
     assert said.startswith(f"{run}: ") and said.endswith(" needed")
+
+
+def test_there_must_be_room_for_orders_of_many_documents(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the node's disk, where what is there already counts, and in its memory."""
+    copies = tmp_path / "copies"
+    config = load_config(tiny / "tiny.yaml", [f"run.dir={tmp_path}", f"corpus.copies={copies}"])
+    assert preflight._space(config, "") == [] and not copies.exists()
+    monkeypatch.setattr(documents, "MANY", 0)
+    needed, usage, free = mapped(config.corpus), shutil.disk_usage(tmp_path), 1 << 40
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: usage._replace(free=free if folder == copies else 1 << 40)
+    )
+    before = os.umask(0o002)
+    try:
+        assert preflight._space(config, "") == []
+    finally:
+        os.umask(before)
+    assert copies.stat().st_mode & 0o777 == 0o700  # or training would refuse it
+    free = needed.orders - 1
+    (said,) = preflight._space(config, "")
+    assert said.startswith(f"{copies}: ")
+    open_blend(config, open_data(config.corpus)).read(np.array([0]))
+    assert preflight._space(config, "") == []
+    copies.chmod(0o777)
+    (said,) = preflight._space(config, "")
+    assert "others may write there" in said
+
+    memory = psutil.virtual_memory()
+    available = preflight.MEMORY_BYTES + needed.total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=available))
+    assert preflight._memory(config) == []
+    available -= 1
+    (said,) = preflight._memory(config)
+    assert "GB of memory free" in said
 
 
 # ---- copies of the corpus ------------------------------------------------------------------------

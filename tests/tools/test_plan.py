@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.account import budget, costs, devices, flops
 from pretrain.config import dump_config, load_config, method_of, phase_configs
+from pretrain.data import documents
+from pretrain.data.corpora import open_blend, open_data
 from pretrain.errors import UserError
 from pretrain.model import late_mask as model
 from pretrain.parallel.deepspeed_engine import deepspeed_config
@@ -70,6 +73,24 @@ def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
                 whole(batch).backward()
             assert made["parameters"]["total"] == sum(one.numel() for one in whole.parameters())
         assert made["flops_per_sequence"]["total"] == counter.get_total_flops()
+
+
+def test_what_grows_with_documents_is_counted_once_a_node(tiny, tmp_path, capsys, monkeypatch):
+    """As large as the files are."""
+    words = [str(tiny / "tiny.yaml"), f"corpus.copies={tmp_path / 'copies'}"]
+    (one,) = planned(capsys, *words)
+    assert one["mapped_bytes_per_node"] == {"indexes": (tiny / "train.idx").stat().st_size, "orders": 0}
+    monkeypatch.setattr(documents, "MANY", 0)
+    (one,) = planned(capsys, *words)
+    config = load_config(words[0], words[1:])
+    blend = open_blend(config, open_data(config.corpus))
+    blend.read(np.array([0, blend.samples_per_epoch]))
+    orders = [file.stat().st_size for file in (tmp_path / "copies").iterdir()]
+    assert one["mapped_bytes_per_node"]["orders"] == sum(orders) and len(orders) == 2
+    assert plan.main(words) == 0
+    assert "files in corpus.copies" in capsys.readouterr().out
+    (one,) = planned(capsys, LARGE)
+    assert one["mapped_bytes_per_node"] is None
 
 
 def test_without_a_device_there_are_no_times(capsys):

@@ -9,7 +9,7 @@ from pretrain.account import budget, costs, flops
 from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
 from pretrain.config import Config, method_of, phase_configs
-from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.corpora import mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tools.plan import layouts, traffic
@@ -95,6 +95,7 @@ def plan(
         **totals,
         "relative": run.relative(chosen),
         "memory_bytes_per_rank": asdict(run.memory(chosen)),
+        "mapped_bytes_per_node": _mapped(config),
         "bytes_sent_per_rank": _sent(run.job(last), chosen[-1]),
         "layout": _described(last, chosen[-1], device),
     }
@@ -313,6 +314,14 @@ def _described(config: Config, layout: Layout, device: Device | None) -> dict[st
         **{key: value for key, value in asdict(layout).items() if key != "gpu"},
         "overrides": layouts.changes(config, layout),
     }
+
+
+def _mapped(config: Config) -> dict[str, int] | None:
+    """Return what of the corpora grows with their documents; None where they are not there yet."""
+    try:
+        return asdict(mapped(config.corpus))
+    except UserError:
+        return None
 
 
 def _sent(job: Job, layout: Layout) -> dict[str, float]:

@@ -40,6 +40,12 @@ def _cautions(plans: Sequence[Plan]) -> list[str]:
             "and MFU over all their updates; the layout is the last phase's, memory that of\n"
             "the one that needs most."
         )
+    for plan in plans:
+        if (held := plan["mapped_bytes_per_node"]) and held["orders"]:
+            found.append(
+                f"{_name(plan)}: ranks of a node share {sum(held.values()) / 2**30:.2f} GiB of its memory for"
+                f" where documents are, {held['orders'] / 2**30:.2f} of them files in corpus.copies."
+            )
     if names := [_name(plan) for plan in plans if plan["phases"] > 1 and plan["figures_of"] != "run"]:
         found.append(f"Updates are known only once it has run; of the last phase: {', '.join(names)}.")
     return found
