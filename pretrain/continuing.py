@@ -14,6 +14,7 @@ from pretrain.config import Config, build_config, phase_configs
 from pretrain.data.corpora import Data
 from pretrain.data.sampler import Segment, continue_segments
 from pretrain.errors import UserError
+from pretrain.run_folder import RunFolder
 
 _WHOSE = "config of the checkpoint"
 
@@ -49,10 +50,11 @@ def check_continues(state: State, config: Config, data: Data | None) -> None:
 
 def refuse_changes(config: Config, data: Data | None) -> None:
     """UserError where the run of a config, its vocabulary size known, has a checkpoint that cannot go on with
-    it, as its start would say.
+    it, or its folder is another's, as its start would say.
 
     What only a start knows, such as the precision of its device, is taken to be as it was.
     """
+    RunFolder(config.run.dir).refuse_foreign()
     state = _newest(Path(config.run.dir))
     if state is None:
         return

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the file that defines its vocabulary."""
+_REPLACED = ("config.yaml", "deepspeed.json", "metrics.jsonl", "provenance.json", "status.json")
 FOLLOW_SECONDS = 5.0
 """Between two rewritings of status.json while a run goes on."""
 
@@ -40,6 +41,7 @@ class RunFolder:
 
         The lock belongs to the process: however that ends, the folder is free again.
         """
+        self.refuse_foreign()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
@@ -51,6 +53,17 @@ class RunFolder:
         self._lock = lock
         for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
             remove(remains)
+
+    def refuse_foreign(self) -> None:
+        """Raise UserError where a file that a run would replace is there, but no run."""
+        if any((self.path / name).exists() for name in (".lock", "ledger.jsonl")):
+            return
+        for name in _REPLACED:
+            if (self.path / name).exists() and not any(self.checkpoints.glob("step-*/manifest.json")):
+                raise UserError(
+                    f"{self.path / name}: exists, and {self.path} is no run; move it away, or choose another"
+                    " run.dir"
+                )
 
     @property
     def claimed(self) -> bool:

@@ -27,7 +27,7 @@ from pretrain.files import write_atomic
 from pretrain.terminal import wrapped
 from slurm import scheduler, status
 from slurm.cluster import Cluster
-from slurm.freeze import freeze
+from slurm.freeze import freeze, refuse_foreign
 from slurm.render import STAGES, array_script, scripts
 from slurm.sizing import (
     Shape,
@@ -101,6 +101,7 @@ def submit_run(args: argparse.Namespace) -> int:
     planned = with_vocabulary(config, args) if "corpus" in stages else config
     form, estimate = shape(planned, site, args)
     files = scripts(config, site, form, stages, args)
+    refuse_foreign(Path(config.run.dir) / "slurm")
     if "train" in stages:
         refuse_changes(planned)
     try:
@@ -144,6 +145,7 @@ def submit_array(args: argparse.Namespace) -> int:
     """The lines of a file -> an array in the queue."""
     if not args.output:
         raise UserError("--array needs --output DIR, for the logs and the frozen code")
+    refuse_foreign(args.output / "slurm")
     commands = read_commands(args.array)
     site = read_site(args)
     form = shape_of_array(site, args)
@@ -158,6 +160,7 @@ def submit_runs(args: argparse.Namespace) -> int:
     """Put runs into the queue as an array, unless it is there; each is checked and frozen as one alone is."""
     if not args.output:
         raise UserError("--runs needs --output DIR, for the logs and the frozen code")
+    refuse_foreign(args.output / "slurm")
     runs = {path.stem: load_config(path) for path in args.runs}
     for config in runs.values():
         refuse_changes(config)

@@ -32,10 +32,9 @@ from typing import TYPE_CHECKING, Any
 from pretrain.account import costs
 from pretrain.account.devices import Device
 from pretrain.config import Config, load_config
-from pretrain.files import check_folder
 from tools.plan import layouts
 from tools.plan.estimate import with_vocabulary
-from tools.shared import console, measure
+from tools.shared import console, measure, outputs
 from tools.shared.tables import aligned
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ STEPS = 5
 """Measured, after one that warms up."""
 SIZE = 2048
 """Of the square matrices whose product is the measure of the device's pace."""
+FIELDS = dict.fromkeys(("device", "achieved", "median_error", "rows"), "")
+"""By which the document is known."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{case.name}: {' '.join(case.overrides)}" for case in cases))
         return 0
     if args.output:
-        check_folder(args.output.parent)
+        outputs.check([args.output], fields=FIELDS)
     device, rows = this_device(), []
     with console.counter("cases", len(cases), "cases") as done:
         for case in cases:
@@ -350,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done(1)
     document = compared(rows, device)
     if args.output:
-        console.write(args.output, json.dumps(document, indent=1) + "\n")
+        outputs.write(args.output, json.dumps(document, indent=1) + "\n", FIELDS)
     if args.json:
         console.print_json(document)
     else:

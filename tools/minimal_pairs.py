@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.errors import UserError
 from pretrain.files import check_folder
-from tools.shared import console, downstream
+from tools.shared import console, downstream, outputs
 from tools.shared.downstream import Score
-from tools.shared.tables import aligned, write_table
+from tools.shared.tables import aligned, table_files, write_table
 from tools.text.compression import decompressed
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 METRICS = ("within_word_l2r", "original")
 KEYS = ("sentence_good", "sentence_bad", "UID", "field")
 ALL = "all"
+NAME, LINES = "minimal_pairs", "pairs.jsonl"
+"""Of the table, and of the file with a line a pair."""
+FIELDS = dict.fromkeys(("model", "paradigm", "accuracy", "ties", "metric"), "")
+LINE_FIELDS = dict.fromkeys(("model", "place", "UID", "score_good", "score_bad"), "")
+"""By which they are known."""
 _Z = 1.959964
 """Quantile of the normal distribution: 95 % within."""
 
@@ -246,6 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _arguments(arguments)
     pairs = read_all(args.data)
     console.refuse_twice(args.models)
+    if args.output:
+        outputs.check(table_files(Path(args.output), NAME), args.data, FIELDS)
+        outputs.check([Path(args.output) / LINES], args.data, LINE_FIELDS)
     # Start-up time; and late-mask exports are loaded by our code, whatever lies in them.
     from tools.export.huggingface import register_late_models
     from tools.shared.encoders import open_encoder
@@ -263,9 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder:
             downstream.record(folder, _downstream(of_model))
     if args.output:
-        write_table(Path(args.output), "minimal_pairs", [asdict(row) for row in rows])
+        write_table(Path(args.output), NAME, [asdict(row) for row in rows], FIELDS)
         lines = "".join(json.dumps(line) + "\n" for line in scored)
-        console.write(Path(args.output) / "pairs.jsonl", lines)
+        outputs.write(Path(args.output) / LINES, lines, LINE_FIELDS)
     if args.json:
         console.print_json([asdict(row) for row in rows])
     else:

@@ -30,10 +30,12 @@ from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
-from tools.shared import console
+from tools.shared import console, outputs
 from tools.shared.job_options import add_job_options, job_words
-from tools.shared.tables import aligned, write_table
+from tools.shared.tables import aligned, table_files, write_table
 
+FIELDS = dict.fromkeys(("name", "values", "run", "method", "state"), "")
+"""By which the table of a sweep is known."""
 STOPPED, KILLED = 75, 1
 """Exit codes: stopped early on request; a run was killed (the others go on)."""
 
@@ -120,14 +122,37 @@ def _load(path: str, words: list[str], values: dict[str, Any]) -> Config:
 
 def prepare(variant: Variant, output: Path, folder: Path | None = None) -> Path | None:
     """Write the config of a variant to `folder` (the output's); None if its run is done."""
-    assert variant.config
-    text, written = dump_config(variant.config), output / f"{variant.name}.yaml"
-    unchanged = written.exists() and written.read_text(encoding="utf-8") == text
+    text, written = _text_of(variant), config_file(variant, output)
+    unchanged = _unchanged(variant, written)
     if unchanged and RunFolder(output / variant.name).status().get("state") == "finished":
         return None
     file = (folder or output) / written.name
-    console.write(file, text)
+    if folder or not unchanged:
+        outputs.write(file, text)
     return file
+
+
+def config_file(variant: Variant, output: Path) -> Path:
+    """Where the config of a variant is kept."""
+    return output / f"{variant.name}.yaml"
+
+
+def _text_of(variant: Variant) -> str:
+    assert variant.config
+    return f"{outputs.YAML_MARK}\n{dump_config(variant.config)}"
+
+
+def _unchanged(variant: Variant, file: Path) -> bool:
+    """Whether a file is the variant's config, with the mark or, of an older program, without it."""
+    text = _text_of(variant).encode()
+    return file.is_file() and file.read_bytes() in (text, text.partition(b"\n")[2])
+
+
+def check_outputs(args: argparse.Namespace, possible: Sequence[Variant]) -> None:
+    """Raise UserError where another's file is in the place of the table or of a variant's config."""
+    files = [(each, config_file(each, args.output)) for each in possible]
+    outputs.check((file for each, file in files if not _unchanged(each, file)), [args.config])
+    outputs.check(table_files(args.output, "sweep"), fields=FIELDS)
 
 
 def run(variant: Variant, output: Path) -> int:
@@ -239,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     possible = [variant for variant in todo if variant.config]
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
+    check_outputs(args, possible)
     code = queue(possible, args) if args.slurm else 0
     if code:
         return code
@@ -253,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = code or (result if result >= 0 else KILLED)
     rows = [described(variant, args.output) for variant in todo]
     if not args.dry_run:
-        write_table(args.output, "sweep", rows)
+        write_table(args.output, "sweep", rows, FIELDS)
     if args.json:
         console.print_json(rows)
     else:

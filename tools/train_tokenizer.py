@@ -32,9 +32,9 @@ from pretrain.data.tokenizer import (
     train_sentencepiece,
 )
 from pretrain.errors import UserError
-from pretrain.files import check_folder
+from pretrain.files import write_whole
 from tools.encode_corpus.parts import file_state, held_out, refuse_changed
-from tools.shared import console
+from tools.shared import console, outputs
 from tools.text.files import find_files, spool_stdin
 from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader, suspicions
 
@@ -168,7 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(args.source) == bool(args.input):
         raise UserError("give either --input to train on, or --import of an existing vocabulary")
     _refuse_existing(Path(args.output), args)
-    check_folder(args.output)  # before minutes of training
     report = _import(args) if args.source else _train(args)
     if args.json:
         console.print_json(report)
@@ -182,6 +181,7 @@ def _refuse_existing(output: Path, args: Namespace) -> None:
     there = [output / name for name in (MODEL_FILE, JSON_FILE) if (output / name).exists()]
     if args.source and (output.resolve() == Path(args.source).resolve() or _same(args.source, there)):
         raise UserError(f"{output}: is also what --import reads; choose another --output")
+    outputs.check([output / PROVENANCE_FILE], fields=PROVENANCE)
     if there and not args.overwrite:
         raise UserError(f"{there[0]}: exists already; choose another --output or add --overwrite")
     if there and not _is_ours(output):
@@ -189,6 +189,10 @@ def _refuse_existing(output: Path, args: Namespace) -> None:
             f"{there[0]}: not made by this program, or changed since (see {PROVENANCE_FILE} beside it); move"
             " it away, or choose another --output"
         )
+
+
+PROVENANCE = dict.fromkeys(("kind", "vocab_size", "sha256"), "")
+"""By which the provenance of a tokenizer is known: a run's file has the same name."""
 
 
 def _same(source: str, files: Sequence[Path]) -> bool:
@@ -228,19 +232,19 @@ def _import(args: Namespace) -> dict[str, Any]:
 
     text = convert(Path(args.source))
     with tempfile.TemporaryDirectory() as trial:
-        console.write(Path(trial, JSON_FILE), text)
+        write_whole(Path(trial, JSON_FILE), text.encode())
         try:
             load_tokenizer(trial, need_specials=False)
         except UserError as error:
             raise UserError(str(error).replace(f"{trial}/{JSON_FILE}", args.source)) from error
     text, switched_off = without_state(text)
-    console.write(Path(args.output, JSON_FILE), text)
+    write_whole(Path(args.output, JSON_FILE), text.encode())
     Path(args.output, MODEL_FILE).unlink(missing_ok=True)  # it would come first; --overwrite was given
     tokenizer = load_tokenizer(args.output, need_specials=False)
     about = {"missing": tokenizer.missing, "switched_off": switched_off}
     made = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.hash}
     made |= {"version": __version__, "imported": str(Path(args.source).resolve())}
-    console.write(Path(args.output, PROVENANCE_FILE), json.dumps(made, indent=1) + "\n")
+    outputs.write(Path(args.output, PROVENANCE_FILE), json.dumps(made, indent=1) + "\n", PROVENANCE)
     return _about(args.output, tokenizer) | about
 
 

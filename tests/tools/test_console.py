@@ -1,4 +1,4 @@
-"""What the programs share: arguments in their bounds, files that appear whole, places that can be written."""
+"""What the programs share: arguments in their bounds, places that can be written."""
 
 import json
 from pathlib import Path
@@ -48,17 +48,6 @@ def test_home_is_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     args = parser.parse_args(["--output=~/out", "~/a*.txt", "b~/", "@~/list"])
     assert args.output == f"{tmp_path}/out"
     assert args.names == [f"{tmp_path}/a*.txt", "b~/", f"{tmp_path}/c"]
-
-
-def test_a_file_appears_whole_or_is_named(tmp_path: Path) -> None:
-    console.write(tmp_path / "new" / "a", "text")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "folder", tmp_path / "new" / "a" / "b", Path("/proc/x.csv")):
-        with pytest.raises(OSError) as caught:
-            console.write(path, b"bytes")
-        assert caught.value.filename == str(path)
-    assert {path.name for path in tmp_path.rglob("*")} == {"new", "a", "folder"}
 
 
 def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

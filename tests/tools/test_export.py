@@ -1,5 +1,6 @@
 """Exported folders against the training model and the training tokenizer, loaded by transformers."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -577,6 +578,39 @@ def test_what_a_kill_left_is_mended(kept: str, tmp_path: Path, tokenizer_dir: Pa
         exported(tmp_path, tokenizer_dir)
     exported(tmp_path, tokenizer_dir, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("aside", [".partial-model", ".old-model"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "names of an export"])
+def test_what_no_export_left_is_not_removed(
+    aside: str, kind: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    place = tmp_path / aside
+    if kind == "file":
+        place.write_text("years of work")
+    elif kind == "link":
+        place.symlink_to(tmp_path / "real")
+    else:
+        place.mkdir()
+        name = "thesis.tex" if kind == "folder" else "config.json"
+        (place / name).write_text("years of work")
+    with pytest.raises(UserError, match=f"^{place}: in the way, and not left by an export; move it away$"):
+        exported(tmp_path, tokenizer_dir, overwrite=True)
+    assert os.path.lexists(place) and {path.name for path in tmp_path.iterdir()} == {"real", aside}
+
+
+def test_an_unfinished_export_is_removed_unless_it_goes_on(tmp_path: Path, tokenizer_dir: Path) -> None:
+    left = tmp_path / ".partial-model"
+    left.mkdir()
+    (left / "config.json").write_text("{")
+    with (left / export.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another export"):
+            exported(tmp_path, tokenizer_dir)
+    assert (left / "config.json").exists()
+    _, output, _ = exported(tmp_path, tokenizer_dir)
+    assert not left.exists() and not (output / export.LOCK).exists()
 
 
 def test_home_need_not_be_writable(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -15,12 +15,14 @@ import torch
 
 from pretrain.config import method_of
 from pretrain.errors import UserError
-from pretrain.files import check_folder
 from tools.analyze import rank as analyze_rank
 from tools.analyze import variance as analyze_variance
-from tools.shared import console
+from tools.shared import console, outputs
 from tools.shared.run_model import load_model
-from tools.shared.tables import write_table
+from tools.shared.tables import table_files, write_table
+
+FIELDS = dict.fromkeys(("run", "method", "checkpoint", "corpus"), "")
+"""By which a table of this program is known."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     console.refuse_twice(args.runs)
-    check_folder(args.output)
+    picture = Path(args.output) / f"{args.what}.png"
+    outputs.check([*table_files(Path(args.output), args.what), picture], fields=FIELDS)
     rows: list[dict[str, Any]] = []
     for run in args.runs:
         rows += _measured(run, args)
     figure = analyze_rank.figure(rows, args.measure) if args.what == "rank" else analyze_variance.figure(rows)
-    write_table(Path(args.output), args.what, rows)
-    console.write(Path(args.output) / f"{args.what}.png", figure)
+    write_table(Path(args.output), args.what, rows, FIELDS)
+    outputs.write(picture, figure)
     if args.json:
         console.print_json(rows)
     else:

@@ -18,11 +18,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from pretrain.files import check_folder
 from tools.benchmark import attention, corpus, head, memory, scaling, step
-from tools.shared import console
+from tools.shared import console, outputs
 from tools.shared.measure import SAME, Row
 from tools.shared.tables import aligned
 
@@ -34,6 +32,9 @@ SUBJECTS = {
     "memory": memory,
     "scaling": scaling,
 }
+
+FIELDS = dict.fromkeys(("name", "ours", "peer", "unit", "ratio", "spread"), "")
+"""By which a document of this program is known."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SUBJECTS[subject].add_arguments(parser)
     args = parser.parse_args(words)
     if args.output:
-        check_folder(Path(args.output).parent)
+        outputs.check([f"{args.output}.json", f"{args.output}.png"], fields=FIELDS)
     command = shlex.join(["python", "-m", "tools.benchmark", *words])
     rows = [replace(row, command=command) for row in _measured(args)]
     if args.output:
@@ -75,7 +76,7 @@ def _measured(args: argparse.Namespace) -> Iterator[Row]:
 def _write(rows: Sequence[Row], prefix: str) -> None:
     from tools.shared import plots
 
-    console.write(Path(f"{prefix}.json"), json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    outputs.write(f"{prefix}.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n", FIELDS)
     compared = [
         plots.Ratio(row.name, row.ratio, row.spread, not row.unit.endswith("/s"), row.flop_ratio)
         for row in rows
@@ -84,7 +85,7 @@ def _write(rows: Sequence[Row], prefix: str) -> None:
     if compared:
         with plots.theme("light"):
             drawn = plots.ratios(compared)
-            console.write(Path(f"{prefix}.png"), plots.encode(drawn, "png"))
+            outputs.write(f"{prefix}.png", plots.encode(drawn, "png"))
 
 
 def _table(rows: Sequence[Row]) -> str:

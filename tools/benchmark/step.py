@@ -9,7 +9,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pretrain.errors import UserError
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.peers import PEERS
 from tools.benchmark.task import RATE, Task, Update, apart, device_name, ours, take_turns
-from tools.shared import console, measure
+from tools.shared import console, measure, outputs
 from tools.shared.measure import Done, Row
 from tools.shared.tables import aligned
 
@@ -69,8 +69,10 @@ def measured(task: Task, args: argparse.Namespace, peers: list[str], done: Done)
     mode = {"compile": args.compile}
     makers = {method: partial(our_side, task, method, mode) for method in ["mlm", *args.methods]}
     if args.profile:
+        names = {name: f"{name}-{task.size}-{task.length}-{task.precision}" for name in makers}
+        check_profiles(args.profile, names.values())
         for name, make in makers.items():
-            write_profile(make, args.profile, f"{name}-{task.size}-{task.length}-{task.precision}")
+            write_profile(make, args.profile, names[name])
     makers |= {name: partial(PEERS[name][0], task) for name in peers}
     repeat = args.repeat or (20 if task.device.type == "cuda" else 1)
     with apart(makers, repeat, task, done) as sides:
@@ -134,13 +136,29 @@ TOP = 15
 """Operations that a profile names; the others are added up."""
 
 
+FIELDS = dict.fromkeys(("operation", "calls", "seconds", "share", "tflops"), "")
+"""By which a profile's operations are known, and the trace beside them with them."""
+
+
+def _profile_files(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}-operations.json", folder / f"{name}.json.gz"
+
+
+def check_profiles(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError where another's file is in the place of a profile."""
+    for name in names:
+        operations, trace = _profile_files(folder, name)
+        outputs.check([operations] if operations.exists() else [operations, trace], fields=FIELDS)
+
+
 def write_profile(make: Callable[[], Update], folder: Path, name: str) -> None:
     """NAME.json.gz, a Chrome trace of one update, and NAME-operations.json; the latter also on stderr."""
     folder.mkdir(parents=True, exist_ok=True)
-    places = (make, str(folder / f"{name}.json.gz"), torch.get_num_threads())
+    operations, trace = _profile_files(folder, name)
+    places = (make, str(trace), torch.get_num_threads())
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory is not kept
         found = pool.apply(profile, places)
-    console.write(folder / f"{name}-operations.json", json.dumps(found, indent=1) + "\n")
+    outputs.write(operations, json.dumps(found, indent=1) + "\n", FIELDS)
     table = [(name, "calls", "s", "share", "TFLOP/s")]
     for row in found:
         speed = f"{row['tflops']:.3f}" if row["tflops"] else ""

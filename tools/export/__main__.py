@@ -10,6 +10,7 @@ pre-training model itself is asked for: then the folder brings the code that it 
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
-from pretrain.files import check_folder, digest
+from pretrain.files import check_folder, digest, try_lock
 from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
@@ -68,10 +69,7 @@ def export_folder(
     _refuse(output, overwrite)
     form = form_of(config, with_decoder)
     tokenizer = load_tokenizer(tokenizer_dir)
-    partial = output.with_name(f".partial-{output.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _partial_folder(output) as partial:
         parameters = _write(partial, model, config, tokenizer, form)
         write_tokenizer(tokenizer_dir, tokenizer, partial, config.train.seq_length)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -79,8 +77,6 @@ def export_folder(
         check_tokenizer(partial, tokenizer)
         _refuse(output, overwrite)  # what came in meanwhile stays
         _publish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {
         "path": str(output),
         "class": model_class(config.model, form),
@@ -151,6 +147,45 @@ def _foreign(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if each.name not in WRITTEN or not each.is_file())
 
 
+LOCK = ".latemask-export"
+"""The first file of an unfinished export, and the first to go: without it the folder is not ours."""
+
+
+@contextmanager
+def _partial_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder beside the output, locked, and remove what is left of it."""
+    partial = _partial(output)
+    _remove_partial(partial)
+    partial.mkdir(parents=True)
+    try:
+        with (partial / LOCK).open("w", encoding="utf-8") as lock:
+            try_lock(lock, partial)
+            yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".partial-{output.name}")
+
+
+def _remove_partial(partial: Path) -> None:
+    """Remove what a kill left of an export; UserError for anything else, an export that goes on included."""
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not partial.is_dir() or set(_foreign(partial)) - {LOCK}:
+        raise UserError(f"{partial}: in the way, and not left by an export; move it away")
+    if (partial / LOCK).is_file():
+        with (partial / LOCK).open("a", encoding="utf-8") as lock:
+            if not try_lock(lock, partial):
+                raise UserError(
+                    f"{partial}: in use by another export; wait for it, or choose another --output"
+                )
+    elif any(partial.iterdir()) and not _is_export(partial):
+        raise UserError(f"{partial}: in the way, and not left by an export; move it away")
+    shutil.rmtree(partial)
+
+
 def _write(folder: Path, model: LateMaskModel, config: Config, tokenizer: Tokenizer, form: Form) -> int:
     ours, vocab_size = model.state_dict(), tokenizer.vocab_size
     if form == "late":
@@ -175,21 +210,24 @@ def _aside(output: Path) -> Path:
 
 
 def _mend(output: Path) -> None:
-    """Brings back an earlier export that a kill left aside, or removes it where the new one is in place."""
+    """Remove what a kill left, or bring the earlier export back that it left aside before the new one was in
+    place; UserError where anything else is in the way."""
+    _remove_partial(_partial(output))
     old = _aside(output)
-    if old.is_symlink() or not old.is_dir():
+    if not os.path.lexists(old):
         return
-    if not output.exists():
-        old.rename(output)
-    elif _is_export(old) and not _foreign(old):
+    if old.is_symlink() or not old.is_dir() or _foreign(old) or not _is_export(old):
+        raise UserError(f"{old}: in the way, and not left by an export; move it away")
+    if output.exists():
         shutil.rmtree(old)
     else:
-        raise UserError(f"{old}: in the way, and has files that no export writes; move it away")
+        old.rename(output)
 
 
 def _publish(partial: Path, output: Path) -> None:
     """Two renames; a kill between them leaves the old one aside, which the next call brings back."""
     old = _aside(output)
+    (partial / LOCK).unlink()
     if output.exists():
         output.rename(old)
     partial.rename(output)

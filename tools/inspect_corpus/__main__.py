@@ -20,7 +20,7 @@ from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
 from tools.encode_corpus.__main__ import describe_literals
 from tools.inspect_corpus.page import one_line, page
-from tools.shared import console
+from tools.shared import console, outputs
 
 _CHUNK = 1 << 22
 _EXCERPT = 48
@@ -280,9 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=console.share, default=0.15, help="one more mask rate to show")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page as well")
     args = parser.parse_args(arguments)
+    if args.html:
+        outputs.check([args.html])
     report = inspect(args.prefix, args.tokenizer, args.top, args.samples, args.rate)
     if args.html:
-        console.write(Path(args.html), page(report))
+        outputs.write(args.html, page(report))
     if args.json:
         console.print_json(report)
     else:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from tools.shared.outputs import HTML_MARK
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
 h1, h2, h3 { overflow-wrap: anywhere; }
@@ -25,6 +27,7 @@ def page(report: dict[str, Any]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        HTML_MARK,
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
         f"<p>{report['empty_documents']:,} empty documents, {report['sequences']:,} sequences,"
         f" {escape(report['dtype'])}</p>",

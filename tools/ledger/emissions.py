@@ -23,7 +23,7 @@ from pretrain.account.budget import JOULES_PER_KWH
 from pretrain.account.energy import PARTS
 from pretrain.errors import UserError
 from pretrain.terminal import wrapped
-from tools.shared import console
+from tools.shared import outputs
 from tools.shared.tables import aligned
 
 TABLE = Path(__file__).parent / "carbon_intensity.csv"
@@ -38,6 +38,8 @@ COLUMNS = (
     *("cpu_utilization_percent", "gpu_utilization_percent", "ram_utilization_percent", "ram_used_gb"),
     *("on_cloud", "pue", "wue"),
 )
+FIELDS = dict.fromkeys(COLUMNS, "") | {"project_name": "LateMask"}
+"""By which this program's CSV is known from CodeCarbon's own."""
 
 
 @cache
@@ -102,6 +104,8 @@ def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
 def report(runs: list[str], region: str | None, table: str | None) -> tuple[Any, str]:
     """The energy of the runs as a document and as text; `table`: a CSV to write."""
     place = intensity(region) if region else None
+    if table:
+        outputs.check([table], fields=FIELDS)
     found = [one for run in runs for one in attempts(run)]
     measured = [one for one in found if one["kwh"]]
     total = sum(sum(one["kwh"].values()) for one in measured) if measured else None
@@ -115,7 +119,7 @@ def report(runs: list[str], region: str | None, table: str | None) -> tuple[Any,
         "kg_co2e": total * place["grams_per_kwh"] / 1e3 if place and total is not None else None,
     }
     if table:
-        console.write(Path(table), _csv(found, place))
+        outputs.write(table, _csv(found, place), FIELDS)
     return document, _text(document)
 
 
@@ -156,7 +160,7 @@ def _row(one: dict[str, Any], place: dict[str, Any] | None) -> dict[str, Any]:
     on_gpu, told = "gpu" in one["sensors"], one["provenance"]
     row = {
         "timestamp": datetime.fromtimestamp(one["end"]).isoformat(timespec="seconds"),
-        "project_name": "LateMask",
+        "project_name": FIELDS["project_name"],
         "run_id": f"{one['run']}#{one['attempt']}",
         "duration": round(seconds, 3),
         "os": told.get("os", ""),

@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
 from tools.plan.estimate import Tariff, methods, plan, scaling
-from tools.shared import console
+from tools.shared import console, outputs
 
 # ---- the program ---------------------------------------------------------------------------------
 
@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     changes = [word for word in args.words if "=" in word]
     if not paths:
         raise UserError("no CONFIG; give one or more, such as configs/*.yaml")
+    if args.plot:
+        outputs.check([args.plot], paths)
     plans = [_planned(args, path, load_config(path, changes), device) for path in paths]
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.plan.pages import PAYS, pays_up_to
-from tools.shared import console, plots
+from tools.shared import outputs, plots
 
 Plan = dict[str, Any]
 
 
 def write(path: Path, plans: Sequence[Plan]) -> None:
-    """A PNG of plans that have their `scaling`; appears whole."""
+    """Write a PNG of plans that have their `scaling`."""
     with plots.theme("light"):
         drawn = Figure(figsize=(10.8, 4.2), layout="constrained")
         hours, efficiency = drawn.subplots(1, 2)
@@ -33,7 +33,7 @@ def write(path: Path, plans: Sequence[Plan]) -> None:
             _count_axis(axes, counts, plans[0]["layout"]["device"])
         plots.legend(drawn, hours)
         png = plots.encode(drawn, "png")
-    console.write(path, png)
+    outputs.write(path, png)
 
 
 def _draw(axes: Axes, plan: Plan, number: int, what: str) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -28,14 +28,21 @@ from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
-from pretrain.files import check_folder
 from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
 from tools.report import pages as report_pages
-from tools.shared import console
+from tools.shared import console, outputs
 
 MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
+
+FILES: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
+    "report.md": report_pages.markdown,
+    "report.html": report_pages.html,
+    "loss.png": report_pages.picture,
+    "speed.png": report_pages.speed_picture,
+}
+"""What is written, and what makes it of the document."""
 
 _QUESTIONS = {
     "seq_length": "sequence length",
@@ -48,7 +55,7 @@ _QUESTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _arguments(arguments)
-    check_folder(args.output)
+    outputs.check(Path(args.output) / name for name in FILES)
     document = gather(args.runs)
     written = write(document, Path(args.output))
     if args.json:
@@ -70,15 +77,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def write(document: dict[str, Any], output: Path) -> list[Path]:
     """Writes the files, each at once or not at all; returns their paths."""
-    files = {
-        "report.md": report_pages.markdown(document).encode(),
-        "report.html": report_pages.html(document).encode(),
-        "loss.png": report_pages.picture(document),
-        "speed.png": report_pages.speed_picture(document),
-    }
-    for name, data in files.items():
-        console.write(output / name, data)
-    return [output / name for name in files]
+    contents = [make(document) for make in FILES.values()]
+    paths = [output / name for name in FILES]
+    for path, content in zip(paths, contents, strict=True):
+        outputs.write(path, content)
+    return paths
 
 
 # ---- reading -------------------------------------------------------------------------------------

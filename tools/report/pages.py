@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 
 from pretrain import terminal
-from tools.shared import plots
+from tools.shared import outputs, plots
 from tools.shared.tables import aligned
 
 Described = dict[str, Any]  # one run of the document
@@ -535,7 +535,7 @@ def _text_table(table: Table, runs: Sequence[Described]) -> str:
 
 def markdown(document: dict[str, Any]) -> str:
     """report.md; it shows the pictures beside it."""
-    parts = [f"# Pre-training report\n\n{_subtitle(document)}"]
+    parts = [f"{outputs.MARKDOWN_MARK}\n# Pre-training report\n\n{_subtitle(document)}"]
     parts += [f"> **Warning:** {_plain(warning)}" for warning in document["warnings"]]
     for table in TABLES:
         parts += [f"## {table.title}", _markdown_table(table, document["runs"])]
@@ -614,6 +614,7 @@ def html(document: dict[str, Any]) -> str:
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            outputs.HTML_MARK,
             f"<title>Pre-training report</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",

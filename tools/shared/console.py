@@ -1,5 +1,5 @@
-"""What the programs share: exit codes, one line for a user's mistake, types of arguments, files that appear
-whole, a progress bar, --version and --json.
+"""What the programs share: exit codes, one line for a user's mistake, types of arguments, a progress bar,
+--version and --json.
 
 Standard output carries the result and nothing else; progress and errors go to standard error.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pretrain import __version__, streams
 from pretrain.errors import UserError
-from pretrain.files import check_name, write_whole
+from pretrain.files import check_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -270,11 +270,6 @@ def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
     finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
     print(json.dumps(finite, indent=1))
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """The file appears whole, its folder with it; an OSError names it, not the temporary file."""
-    write_whole(path, content.encode() if isinstance(content, str) else content)
 
 
 def _below(console: "Console") -> dict[str, Any]:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tools.shared.outputs import PNG_MARK
+
 # Okabe and Ito's palette without its yellow, which white swallows; lightened where the page is dark.
 _COLOURS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"),
@@ -236,5 +238,5 @@ def legend(drawn: Figure, axes: Axes) -> None:
 def encode(drawn: Figure, kind: str) -> bytes:
     """The bytes of a png or svg file."""
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    drawn.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else PNG_MARK)
     return buffer.getvalue()

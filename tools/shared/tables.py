@@ -8,19 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import terminal
-from tools.shared import console
+from tools.shared import outputs
 
 
-def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """NAME.csv and NAME.json of rows with equal keys; a nested value is JSON in its cell."""
+def table_files(folder: Path, name: str) -> list[Path]:
+    """The files of a table."""
+    return [folder / f"{name}.csv", folder / f"{name}.json"]
+
+
+def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], fields: outputs.Fields) -> None:
+    """Write NAME.csv and NAME.json of rows with equal keys, which have `fields` (see `outputs.write`).
+
+    A nested value is JSON in its cell.
+    """
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, dict | list)}
         writer.writerow({**row, **nested})
-    console.write(folder / f"{name}.csv", table.getvalue())
-    console.write(folder / f"{name}.json", json.dumps(list(rows), indent=1) + "\n")
+    contents = (table.getvalue(), json.dumps(list(rows), indent=1) + "\n")
+    for path, content in zip(table_files(folder, name), contents, strict=True):
+        outputs.write(path, content, fields)
 
 
 def aligned(
