@@ -1,6 +1,7 @@
 """Makes a run that can step from a config and the ranks: reads, checks, restores."""
 
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -192,6 +193,8 @@ def build(config: Config, topology: Topology, folder: RunFolder, signals: Signal
         segments = run_segments(config, data, state)
         with raise_on_all_ranks(topology):
             module = _module(config, data.tokenizer, fresh=state is None)
+        if config.model.init_from and state is None:
+            refuse_other_weights(config.model.init_from, module, topology)
         run = _assemble(
             config,
             topology,
@@ -337,6 +340,20 @@ def _module(config: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMask
     return module
 
 
+def refuse_other_weights(folder: str, module: torch.nn.Module, topology: Topology) -> None:
+    """UserError where ranks have read other weights in `init_from`: each reads the folder for itself."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.numpy())
+    first = topology.broadcast_text(digest.hexdigest())
+    with raise_on_all_ranks(topology):
+        if digest.hexdigest() != first:
+            raise UserError(
+                f"model.init_from = {folder}: rank {topology.rank} reads other weights there than rank 0; put"
+                " the same model on every node"
+            )
+
+
 def prepare_torch(deterministic: bool) -> None:
     """Process-wide switches of torch."""
     if deterministic:  # asked for by cuBLAS, and read when the first product on a GPU is formed
@@ -399,7 +416,7 @@ def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
         check_continues(state, config, data)
         start = json.dumps([str(path), stamps])
     folder.write_config(config)
-    folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.hash)
+    folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.content)
     return start
 
 

@@ -1,6 +1,5 @@
 """The folder of one run: claimed by one process, with a status that a queue reads."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     pass
-from pretrain.files import TEMPORARY, json_text, remove, try_lock, write_atomic
+from pretrain.files import TEMPORARY, json_text, remove, try_lock, write_atomic, write_whole
 from pretrain.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -135,22 +134,14 @@ class RunFolder:
             return {}
         return status
 
-    def keep_tokenizer(self, file: Path, sha256: str = "") -> None:
-        """Copies the file of the vocabulary, once: a run can be used where its corpus is gone.
+    def keep_tokenizer(self, file: Path, content: bytes) -> None:
+        """Keeps what the file of the vocabulary held, once: a run can be used where its corpus is gone.
 
-        By the name that is looked for in a folder, whatever it was called. UserError if its content is not
-        that of `sha256` any more, by which the run knows it.
+        By the name that is looked for in a folder, whatever it was called.
         """
         kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
-        if kept.exists():
-            return
-        kept.parent.mkdir(exist_ok=True)
-        temporary = self.path / (TEMPORARY + file.name)
-        content = file.read_bytes()
-        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{file}: changed since it was read; start again")
-        temporary.write_bytes(content)
-        os.replace(temporary, kept)
+        if not kept.exists():
+            write_whole(kept, content)
 
 
 def _lock_or_refuse(file: IO[str], path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as JsonTokenizer
 
-from pretrain.data.corpora import tokenizer_folder
 from pretrain.errors import UserError
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.tokenizer import hugging_face_tokenizer
@@ -67,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.add_checkpoint(parser)
     parser.add_argument("--top", type=console.whole(1), default=TOP, help="answers per mask (%(default)s)")
     args = parser.parse_args(arguments)
-    model, config, _, _ = load_model(args.run, args.checkpoint)
-    tokenizer = hugging_face_tokenizer(tokenizer_folder(config.corpus))
+    model, _, ours, _ = load_model(args.run, args.checkpoint)
+    tokenizer = hugging_face_tokenizer(ours)
     answers = fill_mask(model, tokenizer, args.text, args.top)
     if args.json:
         console.print_json(answers)

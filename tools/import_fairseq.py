@@ -56,10 +56,9 @@ def read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
 def translation(dictionary: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """Our id of each fairseq id [ids of dict.txt and 4 specials]; -1 where we have no such piece."""
     ours = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
-    path = tokenizer.path
     merges = None
     if tokenizer.kind == "json":
-        merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges")
+        merges = json.loads(tokenizer.content)["model"].get("merges")
     numbered = gpt2_pieces([tuple(pair) for pair in merges]) if merges else []
     pieces = list(SPECIALS[:4])
     for symbol in fairseq_symbols(dictionary):

@@ -99,7 +99,8 @@ class Tokenizer(ABC):
         kind: "unigram", "bpe" (both SentencePiece) or "json".
         vocab_size: number of ids W; every id is in [0, W).
         path: the file that defines the vocabulary.
-        hash: its sha256 (hex).
+        content: what was in it; whoever wants more of it reads that, for another file may be there now.
+        hash: sha256 (hex) of the content.
         bos, pad, eos, unk, mask: the special ids; -1 for one that the vocabulary does not have.
         missing: the names of those.
         random_ids: int32 [R], ascending: every id that is not special, the pool for random
@@ -110,6 +111,7 @@ class Tokenizer(ABC):
     def __init__(
         self,
         path: Path,
+        content: bytes,
         kind: str,
         pieces: Sequence[str],
         specials: Sequence[str],
@@ -117,8 +119,8 @@ class Tokenizer(ABC):
     ) -> None:
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.missing = [name for name in specials if name not in ids]
-        self.kind, self.path = kind, path
-        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.kind, self.path, self.content = kind, path, content
+        self.hash = hashlib.sha256(content).hexdigest()
         self.vocab_size = len(pieces)
         self.bos, self.pad, self.eos, self.unk, self.mask = (ids.get(name, -1) for name in specials)
         self._pieces = tuple(pieces)
@@ -182,17 +184,19 @@ class Tokenizer(ABC):
 class _SentencePieceTokenizer(Tokenizer):
     """``tokenizer.model``; numpy arrays, several times the speed of Python lists, and for BPE a cache."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
 
+        if not content:  # which the library takes for none given
+            raise UserError(f"{path}: not a SentencePiece model (empty)")
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
         everything = list(range(self._processor.vocab_size()))
         flags = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         hidden = {i for i in everything if any(flag(i) for flag in flags)}
-        kind = "bpe" if _trainer_field(path.read_bytes(), _MODEL_TYPE) == 2 else "unigram"
+        kind = "bpe" if _trainer_field(content, _MODEL_TYPE) == 2 else "unigram"
         pieces = self._processor.id_to_piece(everything)
         self._cache = None
         if kind == "bpe" and self._encodes_by_word(pieces):
@@ -200,7 +204,7 @@ class _SentencePieceTokenizer(Tokenizer):
             self._cache = word_cache.WordCache(lambda word: word_cache.packed(encode(word)))
             self._cache_pays = word_cache.Usefulness(self._cache)
             self._split = word_cache.space_splitter(SPACES)
-        super().__init__(path, kind, pieces, SPECIALS, hidden)
+        super().__init__(path, content, kind, pieces, SPECIALS, hidden)
 
     def _encodes_by_word(self, pieces: Sequence[str]) -> bool:
         """Whether words can be encoded one by one: normalised by our rule, and no piece has a space
@@ -232,8 +236,8 @@ class _JsonTokenizer(Tokenizer):
     ids on a probe, else through a cache of words; all others by the package itself.
     """
 
-    def __init__(self, path: Path, use_fastokens: bool) -> None:
-        self._tokenizer = read_json_tokenizer(path)
+    def __init__(self, path: Path, content: bytes, use_fastokens: bool) -> None:
+        self._tokenizer = read_json_tokenizer(path, content)
         self._tokenizer.encode_special_tokens = True  # their letters in a text stay text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         pieces = [""] * (max(ids.values()) + 1)
@@ -252,7 +256,7 @@ class _JsonTokenizer(Tokenizer):
         if word_cache.is_byte_level(spec):
             self._fast = self._fastokens(spec) if use_fastokens else None
             self._cache = None if self._fast else word_cache.byte_level_cache(self._tokenizer)
-        super().__init__(path, "json", pieces, specials, hidden)
+        super().__init__(path, content, "json", pieces, specials, hidden)
 
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
         if self._fast is not None:
@@ -297,13 +301,13 @@ class _JsonTokenizer(Tokenizer):
         return text
 
 
-def read_json_tokenizer(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a tokenizer.json, without what its file may switch on that makes ids
+def read_json_tokenizer(path: Path, content: bytes) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json's content, without what it may switch on that makes ids
     depend on chance or on a length: dropout of merges, truncation, padding."""
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises bare Exception for every kind of damage
         raise UserError(f"{path}: not a tokenizer.json ({error})") from error
     tokenizer.no_truncation()
@@ -322,8 +326,12 @@ def load_tokenizer(
         can be encoded all the same.
     """
     path = _vocabulary_file(Path(directory))
-    json_like = path.suffix == ".json"
-    tokenizer = _JsonTokenizer(path, use_fastokens) if json_like else _SentencePieceTokenizer(path)
+    content = path.read_bytes()
+    tokenizer = (
+        _JsonTokenizer(path, content, use_fastokens)
+        if path.suffix == ".json"
+        else _SentencePieceTokenizer(path, content)
+    )
     if need_specials and tokenizer.missing:
         raise UserError(
             f"{path}: no piece {' '.join(tokenizer.missing)} in the vocabulary, without which no model can be"
@@ -489,10 +497,10 @@ class _Field(NamedTuple):
     value: bytes
 
 
-def model_pieces(path: str | Path) -> list[Piece]:
-    """Pieces of a ``tokenizer.model`` in id order, with the scores and types that an exporter
+def model_pieces(model: bytes) -> list[Piece]:
+    """Pieces of a ``tokenizer.model``'s content in id order, with the scores and types that an exporter
     needs."""
-    return [_piece(f.value) for f in _parse(Path(path).read_bytes()) if f.number == _PIECE]
+    return [_piece(field.value) for field in _parse(model) if field.number == _PIECE]
 
 
 def _piece(message: bytes) -> Piece:

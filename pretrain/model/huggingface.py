@@ -201,7 +201,9 @@ def load_folder(model: torch.nn.Module, m: ModelOptions, tokenizer: Tokenizer) -
     """
     folder = Path(str(m.init_from))
     settings = _read_settings(folder)
-    theirs = {name: tensor.float() for name, tensor in _read_weights(folder).items()}
+    # Copies, for the tensors that are read are the file's own pages: what is checked is what is taken.
+    weights = _read_weights(folder).items()
+    theirs = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights}
     problems = _other_settings(m, settings, tokenizer) + _other_pieces(folder, tokenizer)
     if not problems:
         theirs = _with_bias(m, theirs, settings)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -108,7 +109,10 @@ def test_tables(trained: Path) -> None:
 def test_pieces_agree_with_the_protobuf_module(trained: Path) -> None:
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString((trained / "tokenizer.model").read_bytes())
-    ours = [(piece.text, piece.score, piece.type) for piece in model_pieces(trained / "tokenizer.model")]
+    ours = [
+        (piece.text, piece.score, piece.type)
+        for piece in model_pieces((trained / "tokenizer.model").read_bytes())
+    ]
     assert ours == [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     assert ours[-1] == ("<mask>", 0.0, CONTROL)
     assert model.trainer_spec.vocab_size == VOCAB_SIZE == len(ours)
@@ -130,7 +134,7 @@ def test_training_is_deterministic(trained: Path, tmp_path: Path) -> None:
 def test_long_lines_are_trained_on(tmp_path: Path) -> None:
     line = " ".join(sample_texts(30)).replace("\n", " ")  # one line, hundreds of kilobytes
     train_sentencepiece([line], tmp_path, "bpe", 500)
-    assert "\u2581the" in {piece.text for piece in model_pieces(tmp_path / "tokenizer.model")}
+    assert "\u2581the" in {piece.text for piece in model_pieces((tmp_path / "tokenizer.model").read_bytes())}
 
 
 @pytest.mark.parametrize(("texts", "size"), [([], 400), (["too little text"], 4000), (["a b"], 20)])
@@ -207,9 +211,10 @@ def test_missing_and_broken_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json: not a tokenizer.json"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
-        load_tokenizer(tmp_path)
+    for content in (b"not a model", b""):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+            load_tokenizer(tmp_path)
 
 
 def test_missing_specials_are_named(tmp_path: Path) -> None:
@@ -235,11 +240,22 @@ def test_a_tokenizer_is_named_by_its_file_too(trained: Path, tmp_path: Path) -> 
     ours = byte_level(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "mine.json")
     assert load_tokenizer(tmp_path / "mine.json").hash == ours.hash
+
+
+@pytest.mark.parametrize("kind", ["trained", "byte-level"])
+def test_what_was_read_of_a_vocabulary_is_what_is_used(kind: str, trained: Path, tmp_path: Path) -> None:
+    """Whatever is in its place when a run keeps it, or it is exported."""
+    text = "a text of some words"
+    if kind == "trained":
+        shutil.copy(trained / "tokenizer.model", tmp_path)
+    else:
+        byte_level(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    expected = hugging_face_tokenizer(ours).encode(text).ids
+    ours.path.write_bytes(b"another")
+    assert hugging_face_tokenizer(ours).encode(text).ids == expected
     run = RunFolder(tmp_path / "run")
-    run.path.mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="mine.json: changed since it was read"):
-        run.keep_tokenizer(tmp_path / "mine.json", "0" * 64)
-    run.keep_tokenizer(tmp_path / "mine.json")
+    run.keep_tokenizer(ours.path.with_stem("mine"), ours.content)
     assert load_tokenizer(tmp_path / "run" / "tokenizer").hash == ours.hash
 
 
@@ -262,7 +278,7 @@ def test_no_state_of_a_file_makes_ids_random_or_cut(tmp_path: Path) -> None:
     path.write_text(json.dumps(state), encoding="utf-8")
     for _ in range(3):
         assert np.array_equal(load_tokenizer(tmp_path).encode(text), ids)
-    theirs = hugging_face_tokenizer(tmp_path)
+    theirs = hugging_face_tokenizer(load_tokenizer(tmp_path))
     for _ in range(3):
         assert theirs.encode(text).ids == [plain.bos, *ids.tolist(), plain.eos]
 
@@ -275,7 +291,7 @@ def test_an_exported_tokenizer_puts_the_specials_of_training_around_a_text(tmp_p
     )
     other.save(str(path))
     wanted = [ours.bos, *ours.encode("a text").tolist(), ours.eos]
-    assert hugging_face_tokenizer(tmp_path).encode("a text").ids == wanted
+    assert hugging_face_tokenizer(load_tokenizer(tmp_path)).encode("a text").ids == wanted
 
 
 def test_pieces_are_readable(tmp_path: Path) -> None:

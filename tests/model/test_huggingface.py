@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pretrain.build import refuse_other_weights
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
+from pretrain.model import huggingface
 from pretrain.model.huggingface import hugging_face_state, load_folder, our_state
 from pretrain.model.late_mask import LateMaskModel, init_weights
+from pretrain.parallel import topology
+from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small
 from tests.support.runs import attempt, finish
 from tools.export import __main__ as export
@@ -123,13 +127,13 @@ def test_a_run_starts_from_it_and_goes_on_without_it(
     torch.testing.assert_close(out[moved], stored[moved], rtol=0, atol=0.02)
 
 
-def test_export_of_what_was_imported(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_export_of_what_was_imported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The program's own check (transformers against the training model) passes with a token type."""
     save(tmp_path / "in", "pre", tokenizer)
     config = options_of("mlm", "pre", tmp_path / "in")
     model = make(config, tokenizer)
     load_folder(model, config.model, tokenizer)
-    export.export_folder(model, config, tiny / "tokenizer", tmp_path / "out", "card")
+    export.export_folder(model, config, tokenizer, tmp_path / "out", "card")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -239,11 +243,58 @@ def test_wrong_tensors_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
         load_folder(make(config, tokenizer), config.model, tokenizer)
 
 
-def test_other_pieces_are_refused(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_was_checked_is_what_is_taken(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are written over as soon as they were found to fit."""
+    save(tmp_path, "post", tokenizer)
+    expected = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    check = huggingface._other_tensors
+
+    def change(*arguments: Any) -> list[str]:
+        found = check(*arguments)
+        path = tmp_path / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(bytes(path.stat().st_size // 2))
+        return found
+
+    monkeypatch.setattr(huggingface, "_other_tensors", change)
+    config = options_of("mlm", "post", tmp_path)
+    model = make(config, tokenizer)
+    load_folder(model, config.model, tokenizer)
+    out = hugging_face_state(config.model, model.state_dict(), tokenizer.vocab_size, head=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in out.items())
+
+
+def begin(weights: list[float]) -> str:
+    """What a rank says of its own weights beside those of the others."""
+    place = topology.connect(tensor=1)
+    module = torch.nn.Linear(1, 1)
+    module.weight.data.fill_(weights[place.rank])
+    module.bias.data.zero_()
+    try:
+        refuse_other_weights("in", module, place)
+    except UserError as error:
+        return str(error)
+    finally:
+        place.close()
+    return ""
+
+
+def test_ranks_start_from_the_same_weights() -> None:
+    assert ranks.run(2, begin, [1.0, 1.0]) == ["", ""]
+    said = (
+        "model.init_from = in: rank 1 reads other weights there than rank 0; put the same model on every node"
+    )
+    assert ranks.run(2, begin, [1.0, 2.0]) == [said, said]
+
+
+def test_other_pieces_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from tools.export.tokenizer import write_tokenizer
 
     save(tmp_path, "post", tokenizer)
-    write_tokenizer(tiny / "tokenizer", tokenizer, tmp_path, 24)
+    write_tokenizer(tokenizer, tmp_path, 24)
     text = (tmp_path / "tokenizer.json").read_text().replace('"\\u2581the"', '"\\u2581xyz"')
     (tmp_path / "tokenizer.json").write_text(text.replace('"\u2581the"', '"\u2581xyz"'))
     config = options_of("mlm", "post", tmp_path)

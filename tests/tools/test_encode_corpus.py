@@ -277,6 +277,24 @@ def test_damaged_and_foreign_parts_are_made_again(
     assert contents(output) == contents(tmp_path / "good" / "c")
 
 
+def test_the_manifest_names_the_tokenizer_that_encoded(
+    texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that took its place before the parts were joined."""
+    source, tokenizer = write(tmp_path / "a.jsonl", texts[:5]), tmp_path / "tokenizer"
+    shutil.copytree(folder, tokenizer)
+    run = encode_corpus.run_tasks
+
+    def change(*arguments: object) -> None:
+        run(*arguments)
+        train_sentencepiece([record["text"] for record in texts[:20]], tokenizer, "unigram", 500)
+
+    monkeypatch.setattr(encode_corpus, "run_tasks", change)
+    with pytest.raises(UserError, match="tokenizer: was changed while it was used; start again"):
+        encode_corpus.main(words(str(tokenizer), tmp_path / "c", source, options="--workers 1"))
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_a_corrected_file_is_encoded_again_and_the_others_are_not(
     texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.data.manifest import load_manifest
-from pretrain.data.tokenizer import load_tokenizer, train_sentencepiece
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel
 from tests.support.methods import BLOCKS, METHODS, small
@@ -91,7 +91,8 @@ def exported(
     config = options_of(method, block)
     model = make_model(config, tokenizer_dir)
     output = tmp_path / "model"
-    return model, output, export_folder(model, config, tokenizer_dir, output, "# card\n", **more)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    return model, output, export_folder(model, config, tokenizer, output, "# card\n", **more)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def auto_tokenizer(any_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("written")
-    write_tokenizer(any_tokenizer_dir, load_tokenizer(any_tokenizer_dir), folder, 100)
+    write_tokenizer(load_tokenizer(any_tokenizer_dir), folder, 100)
     (folder / "config.json").write_text('{"model_type": "roberta"}')
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -154,7 +155,7 @@ def test_random_strings(any_tokenizer_dir: Path) -> None:
         "00",
     ]
     texts = ["".join(rules.choices(letters, k=rules.randint(1, 24))) for _ in range(5000)]
-    theirs = hugging_face_tokenizer(any_tokenizer_dir)
+    theirs = hugging_face_tokenizer(load_tokenizer(any_tokenizer_dir))
     theirs.encode_special_tokens = True
     ours = load_tokenizer(any_tokenizer_dir).encode_batch(texts)
     for text, one, other in zip(
@@ -311,7 +312,8 @@ def test_late_folder_with_decoder(method: str, block: str, tmp_path: Path, token
         method, more = "3ml-cross", {"mask_leak": 0.4, "token_type": block != "modern"}
     config = small(method, block, model={"max_positions": 100, "init_std": 0.1, **more})
     model, output = make_model(config, tokenizer_dir), tmp_path / "model"
-    report = export_folder(model, config, tokenizer_dir, output, "# card\n", with_decoder=True)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    report = export_folder(model, config, tokenizer, output, "# card\n", with_decoder=True)
     assert report["class"] == "LateMaskForMaskedLM" and report["parameters_left_out"] == 0
     theirs = AutoModelForMaskedLM.from_pretrained(output, trust_remote_code=True).eval()
     ids = torch.randint(4, 699, (3, 60), generator=torch.Generator().manual_seed(1))
@@ -372,7 +374,7 @@ def test_fill_mask_pipeline_equals_ours(method: str, tmp_path: Path, tokenizer_d
     model, output, _ = exported(tmp_path, tokenizer_dir, method, "modern", with_decoder=late)
     text = "The President said that <mask>, of all things, was the law."
     theirs = pipeline("fill-mask", model=str(output), top_k=7, trust_remote_code=late)(text)
-    (ours,) = fill_mask(model, hugging_face_tokenizer(tokenizer_dir), text, 7)
+    (ours,) = fill_mask(model, hugging_face_tokenizer(load_tokenizer(tokenizer_dir)), text, 7)
     assert [a["token"] for a in ours] == [a["token"] for a in theirs]
     assert [a["score"] for a in ours] == pytest.approx([a["score"] for a in theirs], rel=1e-4)
     assert [a["sequence"] for a in ours] == [a["sequence"] for a in theirs]
@@ -382,7 +384,7 @@ def test_fill_mask_pipeline_equals_ours(method: str, tmp_path: Path, tokenizer_d
 def test_fill_mask_joins_the_masks_as_training_does(method: str, tokenizer_dir: Path) -> None:
     """Two masks: the score of each answer is the loss of the training forward on that answer."""
     model = make_model(options_of(method, "modern"), tokenizer_dir)
-    tokenizer = hugging_face_tokenizer(tokenizer_dir)
+    tokenizer = hugging_face_tokenizer(load_tokenizer(tokenizer_dir))
     text = "<mask> people of the <mask> are here"
     answers = fill_mask(model, tokenizer, text, 3)
     assert [len(group) for group in answers] == [3, 3]
@@ -400,7 +402,7 @@ def test_fill_mask_joins_the_masks_as_training_does(method: str, tokenizer_dir: 
 
 def test_fill_mask_refuses_what_it_cannot_do(tokenizer_dir: Path) -> None:
     model = make_model(options_of("mlm", "post"), tokenizer_dir)
-    tokenizer = hugging_face_tokenizer(tokenizer_dir)
+    tokenizer = hugging_face_tokenizer(load_tokenizer(tokenizer_dir))
     with pytest.raises(UserError, match="has no <mask>"):
         fill_mask(model, tokenizer, "nothing here")
     with pytest.raises(UserError, match="100 positions"):
@@ -481,6 +483,24 @@ def test_wrong_ids_are_refused(tmp_path: Path, tokenizer_dir: Path, monkeypatch:
     """Without this step the literal <mask> becomes the special id: no piece has a < in this sample."""
     monkeypatch.setattr(huggingface_tokenizer, "_letters_without_a_piece", lambda pieces: "")
     with pytest.raises(UserError, match="no exact equivalent"):
+        exported(tmp_path, tokenizer_dir)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_what_changes_while_it_is_checked_is_refused(
+    name: str, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = export.check_tokenizer
+
+    def change(folder: Path, tokenizer: Tokenizer) -> None:
+        check(folder, tokenizer)
+        with (folder / name).open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(b"x")
+
+    monkeypatch.setattr(export, "check_tokenizer", change)
+    with pytest.raises(UserError, match="something else writes there; nothing was exported"):
         exported(tmp_path, tokenizer_dir)
     assert not list(tmp_path.iterdir())
 

@@ -65,7 +65,7 @@ def test_mapped_letters_become_the_ids_of_hugging_face(
 ) -> None:
     encode(tokenizer, tmp_path / "c", "--map-literal", "<unk>", "--map-literal", "</s>")
     assert "mapped to their ids: </s> 1, <unk> 6 times" in capsys.readouterr().out
-    theirs = hugging_face_tokenizer(tokenizer)
+    theirs = hugging_face_tokenizer(load_tokenizer(tokenizer))
     wanted = [theirs.encode(text, add_special_tokens=False).ids for text in TEXTS[:-1]]
     assert documents(tmp_path / "c")[:-1] == wanted
     assert documents(tmp_path / "c")[-1] == load_tokenizer(tokenizer).encode("<pad>").tolist()

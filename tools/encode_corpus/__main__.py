@@ -55,6 +55,7 @@ from tools.encode_corpus.parts import (
     file_state,
     finished,
     input_name,
+    job_tokenizer,
     part_name,
     refuse_changed,
     refuse_foreign_parts,
@@ -377,7 +378,7 @@ def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[P
         InputFile(path=name if name == STDIN else str(file.resolve()), bytes=file.stat().st_size)
         for name, file in zip(names, files, strict=True)
     ]
-    tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
+    tokenizer = job_tokenizer(job)
     record = tokenizer_record(job.tokenizer, tokenizer)
     if job.end is not None:
         history[APPENDED_END] = {"piece": tokenizer.piece(job.end), "id": job.end}

@@ -168,14 +168,20 @@ def stop_file(job: Job) -> Path:
     return Path(job.folder, "stop")
 
 
+def job_tokenizer(job: Job) -> Tokenizer:
+    """Return the tokenizer that the job began with; UserError if another one has taken its place."""
+    tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
+    if tokenizer.hash != job.tokenizer_hash:
+        raise UserError(f"{job.tokenizer}: was changed while it was used; start again")
+    return tokenizer
+
+
 class Encoder:
     """Task -> parts; one in each process."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
-        if self.tokenizer.hash != job.tokenizer_hash:
-            raise UserError(f"{job.tokenizer}: was changed while it was used; start again")
+        self.tokenizer = job_tokenizer(job)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.record = tokenizer_record(job.tokenizer, self.tokenizer)
         self.text = SpecialText(self.tokenizer, literal_ids(self.tokenizer, job.map_literal), job.end)

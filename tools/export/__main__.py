@@ -25,10 +25,9 @@ from torch import Tensor
 
 from pretrain.account import ledger
 from pretrain.config import Config, method_of
-from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import check_folder, digest, try_lock
 from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
@@ -52,7 +51,7 @@ class ExportError(RuntimeError):
 def export_folder(
     model: LateMaskModel,
     config: Config,
-    tokenizer_dir: str | Path,
+    tokenizer: Tokenizer,
     output: str | Path,
     card: str,
     overwrite: bool = False,
@@ -68,13 +67,15 @@ def export_folder(
     _mend(output)
     _refuse(output, overwrite)
     form = form_of(config, with_decoder)
-    tokenizer = load_tokenizer(tokenizer_dir)
     with _partial_folder(output) as partial:
         parameters = _write(partial, model, config, tokenizer, form)
-        write_tokenizer(tokenizer_dir, tokenizer, partial, config.train.seq_length)
+        write_tokenizer(tokenizer, partial, config.train.seq_length)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        written = _digests(partial)
         difference = check_model(partial, model, tokenizer, form)
         check_tokenizer(partial, tokenizer)
+        if _digests(partial) != written:
+            raise UserError(f"{partial}: something else writes there; nothing was exported, start again")
         _refuse(output, overwrite)  # what came in meanwhile stays
         _publish(partial, output)
     return {
@@ -85,6 +86,11 @@ def export_folder(
         "parameters_left_out": count_left_out(model, form),
         "largest_difference": difference,
     }
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of each file: transformers reads by name what is checked."""
+    return {file.name: digest(file) for file in folder.iterdir() if file.is_file()}
 
 
 def form_of(config: Config, with_decoder: bool) -> Form:
@@ -368,8 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.license,
         args.with_decoder,
     )
-    folder = tokenizer_folder(config.corpus)
-    report = export_folder(model, config, folder, args.output, card, args.overwrite, args.with_decoder)
+    report = export_folder(model, config, tokenizer, args.output, card, args.overwrite, args.with_decoder)
     report = {"checkpoint": state.step, **report}
     if args.json:
         console.print_json(report)

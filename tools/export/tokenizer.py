@@ -26,7 +26,6 @@ from pretrain.data.tokenizer import (
     SPECIALS,
     Piece,
     Tokenizer,
-    load_tokenizer,
     model_pieces,
     read_json_tokenizer,
 )
@@ -57,17 +56,15 @@ CHECK_TEXTS = (
 """Where tokenizers differ: white space, marks, literal specials, bytes, long runs, digits."""
 
 
-def hugging_face_tokenizer(directory: str | Path) -> JsonTokenizer:
-    """The tokenizer of a folder (as `load_tokenizer` reads it) with its specials recognised in text.
+def hugging_face_tokenizer(ours: Tokenizer) -> JsonTokenizer:
+    """The tokenizer with its specials recognised in text.
 
     Encoding adds <s> and </s>.
     """
-    ours = load_tokenizer(directory)
-    kind = ours.kind
-    if kind == "json":
-        return _completed(read_json_tokenizer(ours.path))
-    pieces = model_pieces(ours.path)
-    tokenizer = JsonTokenizer(_bpe(pieces) if kind == "bpe" else _unigram(pieces))
+    if ours.kind == "json":
+        return _completed(read_json_tokenizer(ours.path, ours.content))
+    pieces = model_pieces(ours.content)
+    tokenizer = JsonTokenizer(_bpe(pieces) if ours.kind == "bpe" else _unigram(pieces))
     spaces = "".join(map(chr, SPACES))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -154,9 +151,9 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(directory: str | Path, tokenizer: Tokenizer, output: Path, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json of the tokenizer in `directory` to `output`."""
-    hugging_face_tokenizer(directory).save(str(output / JSON_FILE))
+def write_tokenizer(tokenizer: Tokenizer, output: Path, max_length: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json to `output`."""
+    hugging_face_tokenizer(tokenizer).save(str(output / JSON_FILE))
     settings = json.dumps(tokenizer_config(tokenizer, max_length), indent=2)
     (output / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
 
