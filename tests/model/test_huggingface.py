@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from pretrain.model import huggingface
 from pretrain.model.huggingface import hugging_face_state, load_folder, our_state
 from pretrain.model.late_mask import LateMaskModel, init_weights
 from pretrain.parallel import topology
+from tests.conftest import encode
 from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small
 from tests.support.runs import attempt, finish
@@ -139,6 +141,59 @@ def test_export_of_what_was_imported(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     again = options_of("mae-lm", "pre", tmp_path / "out")  # its tokenizer is compared, too
     assert load_folder(make(again, tokenizer), again.model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bert(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer in BERT's order, [PAD] first, and the corpus `train` of it."""
+    folder = tmp_path_factory.mktemp("bert")
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = tokenizers.decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=500, special_tokens=specials, show_progress=False
+    )
+    texts = [json.loads(line)["text"] for line in (tiny / "train.jsonl").open(encoding="utf-8")]
+    pieces.train_from_iterator(texts, trainer)
+    pieces.save(str(folder / "tokenizer.json"))
+    encode(texts, folder, folder / "train")
+    return folder
+
+
+@blocks
+def test_a_run_on_the_vocabulary_of_bert(
+    block: str, bert: Path, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Padding is 0: what was trained is what transformers computes, also of padded texts, and what another
+    run starts from."""
+    import transformers
+
+    more = [f"corpus.train={bert / 'train'}", "corpus.valid=null"]
+    more += [f"model.{key}={value}" for key, value in BLOCKS[block].items()]
+    finish([*words("run", *more), "budget.steps=4"])
+    assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    trained = load_model(tmp_path / "run")
+    W = trained.tokenizer.vocab_size
+    assert trained.tokenizer.pad == 0 and trained.state.step == 4
+    take = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    batch = take(["It was the [MASK] of the year.", "A [MASK]."], padding=True, return_tensors="pt")
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert lengths[1] < lengths[0] and not batch["input_ids"][1, lengths[1] :].any()
+    # Updates too small to be seen: what the run began with.
+    still = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "budget.steps=1"]
+    finish(words("again", *more, *still, f"model.init_from={tmp_path / 'out'}"))
+    again = load_model(tmp_path / "again")
+    with torch.no_grad():
+        found = theirs(**batch).logits
+        for row, n in enumerate(lengths):
+            ids = batch["input_ids"][row : row + 1, :n]
+            expected = export._outputs(trained.model, ids, W, "masked-lm")
+            torch.testing.assert_close(found[row : row + 1, :n], expected, rtol=1e-4, atol=1e-5)
+            began = export._outputs(again.model, ids, W, "masked-lm")
+            torch.testing.assert_close(began, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
