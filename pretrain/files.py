@@ -87,6 +87,11 @@ def check_name(name: str) -> None:
         ) from error
 
 
+def seen_from(name: str | Path) -> str:
+    """Return where a relative name is looked for, as words of an error; nothing for an absolute one."""
+    return "" if os.path.isabs(name) else f", seen from {os.getcwd()}"
+
+
 def check_folder(folder: str | Path) -> None:
     """UserError where no file could be made in `folder`, to be found out before the work and not after it.
 

@@ -1,6 +1,7 @@
 """What produced a result: the code's revision, packages, host and command."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import socket
@@ -31,6 +32,7 @@ def provenance() -> dict[str, Any]:
         "version": __version__,
         "commit": code_revision(),
         "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
         "python": sys.version.split()[0],
         "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pretrain.config import Config, dump_config
+from pretrain.config import Config, build_config, dump_config, read_yaml
+from pretrain.data.indexed import corpus_file
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,41 @@ TOKENIZER = "tokenizer"
 _REPLACED = ("config.yaml", "deepspeed.json", "metrics.jsonl", "provenance.json", "status.json")
 FOLLOW_SECONDS = 5.0
 """Between two rewritings of status.json while a run goes on."""
+
+
+def run_config(run: str | Path) -> Config:
+    """Return the resolved config that a run keeps; its tokenizer is the copy in the run's folder.
+
+    Relative names of corpora count from where the run was started, if they are there still.
+    """
+    path, kept = Path(run) / "config.yaml", Path(run) / TOKENIZER
+    config, start = build_config(read_yaml(path), str(path)), _started_in(Path(run))
+    corpus = config.corpus
+
+    def found(prefix: str) -> str:
+        return str(start / prefix) if corpus_file(start / prefix, "bin").exists() else prefix
+
+    if start != Path.cwd():
+        corpus = corpus.model_copy(
+            update={
+                "train": found(corpus.train)
+                if isinstance(corpus.train, str)
+                else [(weight, found(prefix)) for weight, prefix in corpus.train],
+                "valid": corpus.valid and found(corpus.valid),
+                "tokenizer": corpus.tokenizer and str(start / corpus.tokenizer),
+            }
+        )
+    if kept.is_dir():
+        corpus = corpus.model_copy(update={"tokenizer": str(kept)})
+    return config.model_copy(update={"corpus": corpus})
+
+
+def _started_in(run: Path) -> Path:
+    """Return the folder in which the newest attempt of a run was started; the present one if unknown."""
+    try:
+        return Path(json.loads((run / "provenance.json").read_text(encoding="utf-8"))[-1]["folder"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return Path.cwd()
 
 
 class RunFolder:

@@ -6,7 +6,6 @@ knows several sources of text, each has its own loss: a mean hides what a mixtur
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import load_manifest, read_sources
-from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, Score
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.terminal import wrapped
 from tools.shared import console
-from tools.shared.run_model import load_model
+from tools.shared.run_model import held_out_corpus, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,14 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     model, config, tokenizer, state = load_model(args.run, args.checkpoint)
-    prefix = args.corpus or config.corpus.valid
-    if not prefix:
-        raise UserError(f"{args.run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
-    if not corpus_file(prefix, "json").is_file() and not Path(prefix).is_absolute():
-        raise UserError(
-            f"{prefix}: no corpus there, seen from {Path.cwd()}; start this in the folder of the training, or"
-            " name the corpus with --corpus PREFIX"
-        )
+    prefix = held_out_corpus(args.run, config, args.corpus)
     samples = config.evaluate.samples if args.samples is None else args.samples
     bounded = config.corpus.documents == "bounded"
     length = config.evaluate.seq_length or config.train.seq_length

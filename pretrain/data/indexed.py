@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.errors import UserError
+from pretrain.files import seen_from
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 TokenArray: TypeAlias = npt.NDArray[np.integer[Any]]
@@ -171,7 +172,7 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: no such file; give the prefix of a corpus (without .bin or .idx), "
+            f"{path}: no such file{seen_from(path)}; give the prefix of a corpus (without .bin or .idx), "
             "as written by python -m tools.encode_corpus"
         ) from error
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.data.indexed import NO_SOURCE, corpus_file, map_file, read_header
 from pretrain.errors import UserError
+from pretrain.files import seen_from
 
 BLOCK_BYTES = 16 << 20
 """Span of a file that one sha256 of the manifest covers."""
@@ -90,7 +91,10 @@ def load_manifest(prefix: str | Path) -> Manifest:
     """The manifest of a finished corpus; UserError where there is none or it was edited."""
     path = corpus_file(prefix, "json")
     if not path.is_file() and not corpus_file(prefix, "bin").is_file():
-        raise UserError(f"{prefix}: no such corpus (no {prefix}.bin); check the prefix, or encode it first")
+        raise UserError(
+            f"{prefix}: no such corpus (no {prefix}.bin{seen_from(prefix)}); check the prefix, or encode it"
+            " first"
+        )
     if not path.is_file():
         index = corpus_file(prefix, "idx")
         if index.is_file():  # one that cannot be read needs other advice

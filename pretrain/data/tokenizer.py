@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from pretrain.data import word_cache
 from pretrain.errors import UserError
-from pretrain.files import write_whole
+from pretrain.files import seen_from, write_whole
 
 IdArray: TypeAlias = npt.NDArray[np.int32]
 Lengths: TypeAlias = npt.NDArray[np.int64]
@@ -350,7 +350,7 @@ def _vocabulary_file(folder: Path) -> Path:
     hint = "make one with python -m tools.train_tokenizer"
     if any((folder / name).is_file() for name in ("vocab.json", "encoder.json")):
         hint = f"convert its files with python -m tools.train_tokenizer --import {folder} --output DIR"
-    raise UserError(f"{folder}: no {MODEL_FILE} or {JSON_FILE} there; {hint}")
+    raise UserError(f"{folder}: no {MODEL_FILE} or {JSON_FILE} there{seen_from(folder)}; {hint}")
 
 
 def train_sentencepiece(

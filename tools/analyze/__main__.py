@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from pretrain.config import method_of
-from pretrain.errors import UserError
 from tools.analyze import rank as analyze_rank
 from tools.analyze import variance as analyze_variance
 from tools.shared import console, outputs
-from tools.shared.run_model import load_model
+from tools.shared.run_model import held_out_corpus, load_model
 from tools.shared.tables import table_files, write_table
 
 FIELDS = dict.fromkeys(("run", "method", "checkpoint", "corpus"), "")
@@ -84,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one run."""
     loaded = load_model(run, args.checkpoint)
-    corpus = args.corpus or loaded.config.corpus.valid
-    if not corpus:
-        raise UserError(f"{run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
+    corpus = held_out_corpus(run, loaded.config, args.corpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device)
     about = {

@@ -12,6 +12,7 @@ pre-training model itself is asked for: then the folder brings the code that it 
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
-from pretrain.files import check_folder, digest, try_lock
+from pretrain.files import check_folder, digest, seen_from, try_lock
 from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
@@ -384,10 +385,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _corpora(config: Config) -> list[tuple[float, Manifest]]:
-    """Weight and manifest of each training corpus, if all are still where the run found them."""
+    """Return weight and manifest of each training corpus; none, with a word of it, where one is gone."""
     blend = config.corpus.blend
-    present = all(corpus_file(prefix, "json").is_file() for _, prefix in blend)
-    return [(weight, load_manifest(prefix)) for weight, prefix in blend] if present else []
+    for _, prefix in blend:
+        if not corpus_file(prefix, "json").is_file():
+            print(
+                f"warning: {prefix}: no corpus there{seen_from(prefix)}; the model card says nothing of the"
+                " training data",
+                file=sys.stderr,
+            )
+            return []
+    return [(weight, load_manifest(prefix)) for weight, prefix in blend]
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from ``--tokenizer``. ``--html FILE`` writes the same as a page.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,11 @@ def find_tokenizer(manifest: Manifest | None, directory: str | None) -> Tokenize
     if directory is None and record and Path(record.path).exists():
         directory = record.path
     if directory is None:
+        if record:
+            print(
+                f"no text is shown: its tokenizer is not at {record.path} any more; name it with --tokenizer",
+                file=sys.stderr,
+            )
         return None
     tokenizer = load_tokenizer(directory, need_specials=False)
     if record and tokenizer.hash != record.hash:

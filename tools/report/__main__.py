@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 from pretrain import __version__
 from pretrain.account import budget, costs, flops, ledger
-from pretrain.config import Config, CorpusOptions, build_config, method_of, phase_configs, read_yaml
+from pretrain.config import Config, CorpusOptions, method_of, phase_configs
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import seen_from
 from pretrain.monitor import Metrics, read_metrics
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
 from tools.report import pages as report_pages
 from tools.shared import console, outputs
@@ -158,7 +159,7 @@ def _read_run(path: str, name: str) -> Run:
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
-    config = build_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    config = run_config(folder)
     begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
     logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
     return Run(
@@ -198,7 +199,7 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
     return {
         "version": __version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "warnings": _warnings(described),
+        "warnings": [*_warnings(described), *_gone(runs, described)],
         "runs": described,
     }
 
@@ -402,6 +403,16 @@ def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:
         elif unknown := [name for name, value in values.items() if value is None]:
             found.append(f"Not checked that the runs have the same {what}: unknown for {', '.join(unknown)}.")
     return found
+
+
+def _gone(runs: Sequence[Run], described: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not shown, as a run's held-out corpus cannot be opened."""
+    return [
+        f"{run.name}: its held-out corpus cannot be read at {prefix}{seen_from(prefix)}, so the score of"
+        " guessing by frequency is not shown."
+        for run, shown in zip(runs, described, strict=True)
+        if (prefix := run.config.corpus.valid) and shown["held_out"] and not shown["unigram"]
+    ]
 
 
 def _abbreviated(value: Any) -> str:

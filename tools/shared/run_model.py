@@ -9,12 +9,14 @@ from torch.utils.hooks import RemovableHandle
 
 from pretrain import checkpoint
 from pretrain.checkpoint import State
-from pretrain.config import Config, build_config, read_yaml
+from pretrain.config import Config
 from pretrain.data.corpora import tokenizer_folder
+from pretrain.data.indexed import corpus_file
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import seen_from
 from pretrain.model.late_mask import Batch, Decoder, LateMaskModel
-from pretrain.run_folder import TOKENIZER
+from pretrain.run_folder import run_config
 
 
 class RunModel(NamedTuple):
@@ -43,13 +45,17 @@ def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
     return RunModel(model.eval(), config, tokenizer, state)
 
 
-def run_config(run: str | Path) -> Config:
-    """The resolved config that a run keeps; its tokenizer is the copy in the run's folder."""
-    path, kept = Path(run) / "config.yaml", Path(run) / TOKENIZER
-    config = build_config(read_yaml(path), str(path))
-    if not kept.is_dir():
-        return config
-    return config.model_copy(update={"corpus": config.corpus.model_copy(update={"tokenizer": str(kept)})})
+def held_out_corpus(run: str | Path, config: Config, given: str | None) -> str:
+    """Return the prefix of the corpus that is given, else of the run's own; UserError where there is none."""
+    prefix = given or config.corpus.valid
+    if not prefix:
+        raise UserError(f"{run}: its config has no corpus.valid; name a corpus with --corpus PREFIX")
+    if not corpus_file(prefix, "bin").is_file():
+        raise UserError(
+            f"{prefix}: no corpus there{seen_from(prefix)}; start this in the folder of the training, or name"
+            " the corpus with --corpus PREFIX"
+        )
+    return prefix
 
 
 def masked_batch(model: LateMaskModel, ids_BL: torch.Tensor) -> Batch:
