@@ -203,7 +203,7 @@ def score_pairs(encoder: "Encoder", pairs: Sequence[Pair], metric: str) -> list[
 
     places = [(number_of(pair.good, pair.place), number_of(pair.bad, pair.place)) for pair in pairs]
     count = sum(word is not None for tokens in sentences for word in tokens.words)
-    with console.counter(f"score {encoder.name}", count, "tokens") as done:
+    with console.counter(f"score {Path(encoder.name).name}", count, "tokens") as done:
         scores = pseudo_log_likelihoods(encoder, sentences, metric, done)
     if not all(map(math.isfinite, scores)):
         raise UserError(f"{encoder.name}: some of its scores are no numbers; its weights are broken")
@@ -221,7 +221,7 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def shares(encoder: "Encoder", scored: Iterable[Scored], metric: str) -> list[Share]:
+def shares(model: str, step: int | None, scored: Iterable[Scored], metric: str) -> list[Share]:
     """Return the rows of a model: each file, then its fields, each followed by its paradigms."""
     groups = dict[tuple[str, str, str], list[Scored]]()
     for each in scored:
@@ -239,7 +239,7 @@ def shares(encoder: "Encoder", scored: Iterable[Scored], metric: str) -> list[Sh
         group = groups[data, field, paradigm]
         right = sum(each.point for each in group)
         ties = sum(each.good == each.bad for each in group)
-        about = (encoder.name, encoder.step, data, field, paradigm, len(group))
+        about = (model, step, data, field, paradigm, len(group))
         rows.append(Share(*about, right / len(group), *wilson(right, len(group)), ties, metric))
     return rows
 
@@ -260,16 +260,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     register_late_models()
     rows, scored = list[Share](), list[dict[str, Any]]()
-    for model in args.models:
+    for model, label in console.labels(args.models).items():
         encoder = open_encoder(model, args.checkpoint, head=True)
         folder = args.output if encoder.step is None else model
         if folder:
             check_folder(folder)
         found = score_pairs(encoder, pairs, args.metric)
-        rows += (of_model := shares(encoder, found, args.metric))
-        scored += [{"model": model, **_line(each)} for each in found]
+        rows += (of_model := shares(label, encoder.step, found, args.metric))
+        scored += [{"model": label, **_line(each)} for each in found]
         if folder:
-            downstream.record(folder, _downstream(of_model))
+            downstream.record(folder, _downstream(of_model, model))
     if args.output:
         write_table(Path(args.output), NAME, [asdict(row) for row in rows], FIELDS)
         lines = "".join(json.dumps(line) + "\n" for line in scored)
@@ -312,7 +312,7 @@ def _line(scored: Scored) -> dict[str, Any]:
     return about | {"score_good": scored.good, "score_bad": scored.bad}
 
 
-def _downstream(rows: Iterable[Share]) -> list[Score]:
+def _downstream(rows: Iterable[Share], path: str) -> list[Score]:
     """Return the scores of whole files."""
     return [
         Score(
@@ -322,7 +322,7 @@ def _downstream(rows: Iterable[Share]) -> list[Score]:
             score=row.accuracy,
             n=row.pairs,
             protocol=f"minimal_pairs {row.metric}",
-            model=row.model if row.step is None else "",
+            model=path if row.step is None else "",
         )
         for row in rows
         if row.field == ALL

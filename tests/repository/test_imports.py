@@ -148,6 +148,7 @@ WITHOUT_TORCH = [
     "tools.train_tokenizer",
     "tools.import_fairseq",
     "tools.minimal_pairs",
+    "tools.probe",
     "slurm.submit",
     "slurm.attempts",
     "slurm.status",

@@ -134,7 +134,7 @@ def test_a_tie_is_half_right(runs: dict[str, Path]) -> None:
     pair = Pair("The end", "the end", "case", "none", "made", "made:1")
     same = minimal_pairs.score_pairs(encoder, [replace(pair, bad="The  end"), pair], METRICS[0])
     assert same[0].point == 0.5 and same[1].point in (0, 1)  # two spaces are one to this tokenizer
-    total, *_ = minimal_pairs.shares(encoder, [same[0], Scored(pair, -1.0, -2.0)], METRICS[0])
+    total, *_ = minimal_pairs.shares("a", None, [same[0], Scored(pair, -1.0, -2.0)], METRICS[0])
     assert (total.accuracy, total.ties, total.pairs) == (0.75, 1, 2)
 
 
@@ -151,7 +151,7 @@ def test_the_program_writes_the_table_and_the_line_of_the_run_once(
     assert (other.step, other.model) == (None, models[1])
     with (tmp_path / "out" / "minimal_pairs.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = [(row["field"], row["paradigm"]) for row in rows if row["model"] == models[0]]
+    names = [(row["field"], row["paradigm"]) for row in rows if row["model"] == "late"]
     assert names == [
         ("all", "all"),
         ("morphology", "all"),
