@@ -49,8 +49,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SST-2: whether a sentence is a question; STS-B: how many words of two are the same."""
     folder = tmp_path_factory.mktemp("glue")
     sentences = [f"{who} went to the {place}" for who in PEOPLE for place in PLACES]
-    write(folder, "SST-2", ["sentence", "label"],
-          [row for text in sentences for row in ((text + " ?", "1"), (text + " .", "0"))])  # fmt: skip
+    asked = [(f"{text} {mark}", label) for mark, label in (("?", "1"), (".", "0")) for text in sentences]
+    write(folder, "SST-2", ["sentence", "label"], asked)
     pairs = [(one, other) for one in sentences for other in sentences[:: len(PLACES) + 1]]
     scored = [(one, other, str(len({*one.split()} & {*other.split()}))) for one, other in pairs]
     write(folder, "STS-B", ["sentence1", "sentence2", "score"], scored)
