@@ -410,6 +410,7 @@ def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
     """The checkpoint to go on from and the stamps of its files, as JSON, "" for none; the config becomes that
     of the folder."""
     start = ""
+    checkpoint.refuse_gone(folder.path)
     if checkpoint.steps(folder.path):
         path, stamps = checkpoint.find_verified(folder.path)
         state = checkpoint.read_state(path, stamps)

@@ -201,6 +201,14 @@ def steps(run: str | Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
+def refuse_gone(run: str | Path) -> None:
+    """Raise UserError where a pointer says that a run has saved, but no checkpoint is left."""
+    if not steps(run) and (latest := pointed(run, "latest")):
+        raise UserError(
+            f"{latest}: is gone, and no other is there; restore one, or move checkpoints/ away to start over"
+        )
+
+
 def pointed(run: str | Path, pointer: str) -> Path | None:
     """The checkpoint that `latest` or `best` names; None without a readable pointer."""
     path = Path(run) / "checkpoints" / pointer
@@ -229,6 +237,7 @@ def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, S
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
     it on one rank.
     """
+    refuse_gone(run)
     known = steps(run)
     if not known:
         what = "has no checkpoint yet" if Path(run).is_dir() else "no such folder"
@@ -252,6 +261,8 @@ def _explicit(run: Path, which: str | int) -> Path | None:
 def _newest_good(run: Path, known: list[int]) -> tuple[Path, Stamps]:
     candidates = [run / "checkpoints" / _name(step) for step in reversed(known)]
     latest = pointed(run, "latest")
+    if latest and latest not in candidates:
+        log.warning("%s: is gone, though it is the latest; looking for another", latest)
     candidates.sort(key=lambda path: path != latest)  # stable: the pointed one, then the newest
     for path in candidates:
         found = verify(path)

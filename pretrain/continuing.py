@@ -55,6 +55,7 @@ def refuse_changes(config: Config, data: Data | None) -> None:
     What only a start knows, such as the precision of its device, is taken to be as it was.
     """
     RunFolder(config.run.dir).refuse_foreign()
+    checkpoint.refuse_gone(config.run.dir)
     state = _newest(Path(config.run.dir))
     if state is None:
         return

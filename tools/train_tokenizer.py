@@ -35,7 +35,7 @@ from pretrain.errors import UserError
 from pretrain.files import write_whole
 from tools.encode_corpus.parts import file_state, held_out, refuse_changed
 from tools.shared import console, outputs
-from tools.text.files import find_files, spool_stdin
+from tools.text.files import find_files, missing_parts, spool_stdin
 from tools.text.readers import MAX_DOCUMENT_BYTES, Document, Rejected, open_reader, suspicions
 
 _HELD_OUT = 0.01
@@ -212,6 +212,8 @@ def _train(args: Namespace) -> dict[str, Any]:
     measure = Measure()
     with tempfile.TemporaryDirectory() as spool:
         files = find_files(spool_stdin(args.input, args.stdin, Path(spool)))
+        for line in missing_parts(files):
+            print(f"warning: {line}", file=sys.stderr)
         text = Text(files, args)
         texts, total = sample(measure.split(text), int(args.max_megabytes * 1e6))
     if not any(text.strip() for text in texts):

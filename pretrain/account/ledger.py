@@ -17,6 +17,7 @@ Only rank 0 keeps the ledger. Imports no torch.
 import copy
 import hashlib
 import json
+import logging
 import os
 import resource
 import sys
@@ -31,6 +32,8 @@ from typing import Any
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
 from pretrain.files import sync, truncate_torn_line
+
+log = logging.getLogger(__name__)
 
 CATEGORIES = ("productive", "evaluate", "checkpoint", "startup", "idle")
 COUNTERS = (
@@ -331,6 +334,12 @@ class Ledger:
             self.note("start", **details)
             return
         lost_steps = self._account["step"] - step
+        if lost_steps and not head:
+            log.warning(
+                "%s: begins anew, as there is no checkpoint; %d updates are lost",
+                self._path.parent,
+                lost_steps,
+            )
         if self._last["event"] not in LAST_WORDS:
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
         self._go_back({**empty_statement(), **branch})

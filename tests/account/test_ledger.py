@@ -144,13 +144,15 @@ def test_what_a_killed_attempt_did_after_the_checkpoint_is_lost(tmp_path):
     assert ledger.check(tmp_path) == 5
 
 
-def test_a_run_without_a_checkpoint_starts_over_and_keeps_the_bill(tmp_path):
+def test_a_run_without_a_checkpoint_starts_over_and_keeps_the_bill(tmp_path, caplog):
     clock = Clock()
     account = opened(tmp_path, clock)
     account.begin()
     clock.work(account, 6)  # the heartbeat of step 5 is the last word
     again = opened(tmp_path, clock, ranks=4)
+    assert not caplog.messages
     again.begin()
+    assert caplog.messages == [f"{tmp_path}: begins anew, as there is no checkpoint; 5 updates are lost"]
     totals = again.totals()
     assert totals["steps"] == 0 and totals["samples"] == 0 and totals["flops"]["total"] == 0
     assert totals["lost_flops"] == 5 * COST.flops.total

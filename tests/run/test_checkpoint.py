@@ -27,7 +27,7 @@ from pretrain.account.flops import Flops, StepCost
 from pretrain.checkpoint import FILES, State
 from pretrain.config import build_config, load_config
 from pretrain.errors import UserError
-from pretrain.files import TEMPORARY, truncate_torn_line
+from pretrain.files import TEMPORARY, remove, truncate_torn_line
 from pretrain.provenance import code_revision
 from pretrain.run_folder import RunFolder
 
@@ -220,6 +220,21 @@ def test_without_a_usable_pointer_the_newest_is_taken(folder, pointer):
     else:
         (folder.checkpoints / "latest").write_bytes(os.fsencode(pointer))
     assert_holds(checkpoint.find(folder.path), 2)
+
+
+def test_a_latest_that_is_gone_is_named(folder, caplog):
+    """Taken away by a cleaner, say: nothing there is not the same as nothing yet."""
+    save(folder, 1)
+    gone = save(folder, 2)
+    remove(gone)
+    assert_holds(checkpoint.find(folder.path), 1)
+    assert f"{gone}: is gone, though it is the latest" in caplog.text
+    remove(folder.checkpoints / "step-00000001")
+    with pytest.raises(UserError, match=f"^{gone}: is gone, and no other is there; .* to start over$"):
+        checkpoint.find(folder.path)
+    remove(folder.checkpoints)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        checkpoint.find(folder.path)
 
 
 def swapped(path):

@@ -275,6 +275,17 @@ def test_changed_config_is_refused(words: Words, tiny: Path, other: Path, tmp_pa
     finish(words("a", "train.micro_batch_size=4", "checkpoint.every_steps=2", "monitor.log_every=2"))
 
 
+def test_checkpoints_that_are_gone_are_no_new_start(words: Words, tmp_path: Path) -> None:
+    """Taken away by a cleaner, which leaves the small pointer; a dry run says so too."""
+    finish(words("a", "budget.steps=2"))
+    for path in (tmp_path / "a" / "checkpoints").glob("step-*"):
+        shutil.rmtree(path)
+    for more in ([], ["--dry-run"]):
+        outcome = attempt([*words("a", "budget.steps=4"), *more])
+        assert outcome.codes == [2] and "step-00000002: is gone, and no other is there" in outcome.text
+    assert RunFolder(tmp_path / "a").status()["state"] == "finished"
+
+
 def test_folder_in_use_is_refused(words: Words, tmp_path: Path) -> None:
     first = Attempt(words("a", "budget.steps=100000"))
     while not (tmp_path / "a" / "metrics.jsonl").exists():

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from pretrain.errors import UserError
 from tools.shared import console
 from tools.text import readers as text_files
-from tools.text.files import Unit, find_files
+from tools.text.files import Unit, find_files, missing_parts
 from tools.text.readers import Document, Rejected, cut, open_reader
 
 PACK = {
@@ -235,6 +235,27 @@ def test_one_file_under_two_names_is_named_twice(
     for names in ([str(here / "a.txt"), other], [other, other]):
         with pytest.raises(UserError, match="the same file as"):
             find_files(names)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "count", "missing"),
+    [
+        ("0 1 3", "5", "2, 4"),
+        ("1 2 4", "4", "3"),  # counted from 1
+        ("0 1 2 3 4", "5", None),
+        ("1 2 3", "3", None),
+        ("7", "20", None),  # one alone was meant
+        ("0 1", "100000000000", "2, 3, 4, 5, 6, ..."),
+    ],
+)
+def test_missing_parts_are_told(numbers: str, count: str, missing: str | None, tmp_path: Path) -> None:
+    """Absence is not the end: a download may have been cut short."""
+    for number in numbers.split():
+        (tmp_path / f"train-{number:0>5}-of-{count:0>5}.jsonl").touch()
+    (tmp_path / "other-00009-of-00002").with_suffix(".txt").touch()
+    held = f"{len(numbers.split())} of {count} parts"
+    told = [f"{tmp_path}/train-*-of-{count:0>5}.jsonl: {held}; missing: {missing}"] if missing else []
+    assert missing_parts(find_files([str(tmp_path)])) == told
 
 
 def test_a_folder_is_searched_for_text_alone(tmp_path: Path) -> None:

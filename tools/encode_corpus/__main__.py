@@ -67,7 +67,7 @@ from tools.encode_corpus.parts import (
 from tools.encode_corpus.workers import run_tasks
 from tools.shared import console
 from tools.shared.corpus import summary
-from tools.text.files import STDIN, find_files, is_compressed, spool_stdin
+from tools.text.files import STDIN, find_files, is_compressed, missing_parts, spool_stdin
 from tools.text.readers import MAX_DOCUMENT_BYTES, Rejected, cut, suspicions
 from tools.text.special import literal_ids
 
@@ -488,6 +488,8 @@ def _command(args: Namespace) -> str:
 
 def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
     files = find_files(spool_stdin(args.input, args.stdin, folder))
+    for line in missing_parts(files):
+        print(f"warning: {line}", file=sys.stderr)
     outputs = [Path(f"{args.output}{side}.{end}") for side in ("", "-valid") for end in EXTENSIONS]
     refuse_inputs([*outputs, Path(f"{args.output}.rejected.jsonl")], files)
     tokenizer = load_tokenizer(args.tokenizer, need_specials=False)

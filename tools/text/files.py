@@ -1,8 +1,10 @@
 """Finds the text files that are named: files, folders, patterns, lists, standard input."""
 
 import glob
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -49,6 +51,31 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         check_name(str(file.resolve()))
     console.refuse_twice(map(str, files), "file")
     return files
+
+
+_PART = re.compile("(.*?)([0-9]+)(-of-)([0-9]+)(.*)", re.DOTALL)
+
+
+def missing_parts(files: Sequence[Path]) -> list[str]:
+    """Return a line for each set of files NUMBER-of-COUNT that lacks some, as when a copy was cut short.
+
+    A single file of a set was meant.
+    """
+    sets: dict[tuple[str, ...], list[int]] = {}
+    for file in files:
+        if found := _PART.fullmatch(str(file)):
+            before, number, *rest = found.groups()
+            sets.setdefault((before, *rest), []).append(int(number))
+    lines = []
+    for (before, of, count, after), numbers in sets.items():
+        first, held = int(0 not in numbers), {*numbers}  # some count from 1
+        gone = (str(i) for i in range(first, int(count) + first) if i not in held)
+        if len(held) > 1 and (listed := ", ".join(itertools.islice(gone, 5))):
+            more = ", ..." if next(gone, None) else ""
+            lines.append(
+                f"{before}*{of}{count}{after}: {len(held)} of {int(count)} parts; missing: {listed}{more}"
+            )
+    return lines
 
 
 def _matches(pattern: str) -> list[str]:
