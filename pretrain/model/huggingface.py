@@ -11,6 +11,7 @@ all values].
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from pretrain.errors import UserError
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 SHARDS = "model.safetensors.index.json"
 """In its place where a model is saved in several files: which tensor is in which."""
+
+log = logging.getLogger(__name__)
 
 _HEADS = {
     "roberta": ("roberta.", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
@@ -212,6 +215,8 @@ def load_folder(model: torch.nn.Module, m: ModelOptions, tokenizer: Tokenizer) -
         )
     if problems:
         raise UserError("\n".join(f"model.init_from = {folder}: {problem}" for problem in problems))
+    if pooler := sorted(name for name in theirs if _is_pooler(m, name)):
+        log.info("init_from   %s; passed over, as masked LMs have none: %s", folder, ", ".join(pooler))
     ours = our_state(m, theirs, len(model.get_parameter("tok.weight")), tokenizer.pad)
     model.load_state_dict(ours, strict=False)
     return [name for name, _ in model.named_parameters() if name not in ours]
@@ -397,9 +402,13 @@ def _other_tensors(
         counting = inner == "embeddings.position_ids" and torch.equal(
             theirs[name].flatten(), torch.arange(theirs[name].numel()).float()
         )
-        if not counting and not inner.startswith("pooler.dense."):
+        if not counting and not _is_pooler(m, name):
             found.append(f"{name}: no place for it")
     return _few(sorted(found))
+
+
+def _is_pooler(m: ModelOptions, name: str) -> bool:
+    return name.removeprefix(_HEADS[model_type(m)][0]).startswith("pooler.dense.")
 
 
 def _few(found: list[str]) -> list[str]:

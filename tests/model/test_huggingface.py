@@ -221,7 +221,11 @@ def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
         load_folder(model, config.model, tokenizer)
 
 
-def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_older_files_have_more(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies and counts are shown equal; a pooler, which no masked LM reads, is named."""
+    caplog.set_level("INFO")
     save(tmp_path, "post", tokenizer)
     stored = load_file(tmp_path / "model.safetensors")
     extra = {
@@ -233,6 +237,35 @@ def test_older_files_have_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_file(stored | extra, tmp_path / "model.safetensors")
     config = options_of("mlm", "post", tmp_path)
     assert load_folder(make(config, tokenizer), config.model, tokenizer) == []
+    assert caplog.messages == [
+        f"init_from   {tmp_path}; passed over, as masked LMs have none: roberta.pooler.dense.weight"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("block", "bias", "copy"),
+    [("post", "lm_head.bias", "lm_head.decoder.bias"), ("modern", "decoder.bias", None)],
+)
+def test_the_bias_of_a_head_under_another_name_or_none(
+    block: str, bias: str, copy: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Older RoBERTas have it as the decoder's alone; a ModernBERT without one computes as with zeros."""
+    save(tmp_path, block, tokenizer)
+    config, path = options_of("mlm", block, tmp_path), tmp_path / "model.safetensors"
+    stored = load_file(path)
+    expected = stored.pop(bias)
+    model = make(config, tokenizer)
+    if copy:
+        save_file(stored | {copy: expected}, path)
+    else:
+        save_file(stored, path)
+        with pytest.raises(UserError, match="head.dense.weight: no place for it"):
+            load_folder(model, config.model, tokenizer)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"decoder_bias": False}))
+        expected = torch.zeros_like(expected)
+    assert load_folder(model, config.model, tokenizer) == []
+    assert torch.equal(model.head.bias[: tokenizer.vocab_size], expected)
 
 
 @pytest.mark.parametrize(
