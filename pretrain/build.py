@@ -470,13 +470,18 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in given.items() if value} if given["job_id"] else {}
 
 
+def dropout_changes(config: Config, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what of a layout is other than before, in words, if dropout depends on it (`seed_dropout`)."""
+    if not (config.model.dropout or config.model.decoder_dropout):
+        return ""
+    names = ("ranks", "tensor", "micro_batch", "compile")
+    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name])
+
+
 def _note_changes(ledger: Ledger, run: Run, state: State, now_laid: dict[str, Any]) -> None:
     """Says and records what is other than in the attempt before; the ledger has noted another layout."""
     config, segments = run.config, run.segments
-    before_laid = {**now_laid, **(state.layout or {})}
-    moved = [name for name in ("ranks", "tensor", "micro_batch") if before_laid[name] != now_laid[name]]
-    if moved and (config.model.dropout or config.model.decoder_dropout):
-        changes = ", ".join(f"{name} {before_laid[name]} -> {now_laid[name]}" for name in moved)
+    if changes := dropout_changes(config, {**now_laid, **(state.layout or {})}, now_laid):
         logging.info("dropout     other elements are dropped from here on than would have been: %s", changes)
     before = build_config(state.config, "config of the checkpoint").budget.amount
     now = config.budget.amount

@@ -154,7 +154,9 @@ def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
 def seed_dropout(run: Run, number: int) -> None:
     """Dropout is a function of (seed, step, micro-batch, data rank) too: nothing to save.
 
-    Ranks that share a model draw alike, so that replicated activations lose the same elements.
+    Ranks that share a model draw alike, so that replicated activations lose the same elements. It is none of
+    the sample: a GPU's fused attention draws for a whole batch, so scores would have to be in memory (as on a
+    CPU, where it would cost nothing), and compiled code draws in a way of its own.
     """
     if run.config.model.dropout or run.config.model.decoder_dropout:
         name = f"dropout {run.step} {number} {run.topology.data_rank}"

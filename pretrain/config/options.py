@@ -155,7 +155,7 @@ class ModelOptions(Section):
     transition): at 1 there are no late masks, and without a decoder that is `mlm`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of hidden states and attention weights (RoBERTa: 0.1). It is drawn for each micro-batch of each
-    data-parallel rank: another layout or micro-batch drops other elements."""
+    data-parallel rank: another layout, micro-batch, `compile` or kind of device drops other elements."""
     decoder_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout inside the decoder; default: `dropout`."""
     init_from: Place | None = None
@@ -218,7 +218,8 @@ class TrainOptions(Section):
     batch_size: int = Field(256, ge=1)
     """Sequences per update, over all ranks and micro-batches."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences per forward pass of one data-parallel rank; default: no accumulation."""
+    """Sequences per forward pass of one data-parallel rank; default: no accumulation. Without dropout it
+    changes nothing but memory, speed and rounding."""
     seq_length: int = Field(128, ge=8)
     """Window length L in tokens, <s> and </s> included."""
     phases: list[PhaseOptions] = []

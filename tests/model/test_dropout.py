@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import train
+from pretrain.build import dropout_changes
 from pretrain.model.attention import Attention, CrossAttention
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel import tensor_parallel, topology
@@ -76,6 +77,28 @@ def on_ranks(size: int) -> None:
 
 def test_dropout_under_tensor_parallelism() -> None:
     ranks.run(2, on_ranks, 2)
+
+
+def test_what_drops_other_elements() -> None:
+    """Where a run goes on in another layout: not another engine or ZeRO stage, nor recomputation."""
+    before = {"ranks": 2, "tensor": 1, "zero": 1, "engine": "deepspeed", "micro_batch": 8, "compile": "none"}
+    before |= {"recompute": "none"}
+    config = small(model={"dropout": 0.1})
+    for name, value in {"ranks": 4, "tensor": 2, "micro_batch": 4, "compile": "default"}.items():
+        said = dropout_changes(config, before, before | {name: value})
+        assert said == f"{name} {before[name]} -> {value}"
+        assert dropout_changes(small(), before, before | {name: value}) == ""
+    for name, value in (("zero", 0), ("engine", "torch"), ("recompute", "block")):
+        assert dropout_changes(config, before, before | {name: value}) == ""
+
+
+def test_compiled_code_drops_other_elements() -> None:
+    """Which is why `train.compile` is among them."""
+    drop, x, found = torch.nn.Dropout(0.5), torch.ones(1000), []
+    for function in (drop, torch.compile(drop)):
+        torch.manual_seed(11)
+        found.append(function(x))
+    assert not torch.equal(*found)
 
 
 def draw(step: int = 0, micro_batch: int = 0, data_rank: int = 0, seed: int = 0, **place: Any) -> float:
