@@ -17,6 +17,7 @@ from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.terminal import wrapped
 from slurm import cluster, scheduler
 from slurm.cluster import Cluster
 from tools.plan import estimate as plan_estimate
@@ -60,7 +61,7 @@ def read_site(args: argparse.Namespace) -> Cluster:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(wrapped(f"warning: {message}", sys.stderr), file=sys.stderr)
 
 
 def shape(config: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:

@@ -260,6 +260,12 @@ def cancel(words: Sequence[str]) -> int:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = console.parser("submit", "Put a run, a pipeline or an array into Slurm's queue", True, "slurm")
+    parser.usage = (
+        "%(prog)s CONFIG [section.key=value ...] [options]\n"
+        "       %(prog)s --status | --cancel [RUN ...]\n"
+        "       %(prog)s --array FILE --output DIR [options]\n"
+        "       %(prog)s --runs CONFIG ... --output DIR [options]"
+    )
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="YAML file; or RUN for --status, --cancel"
     )
@@ -303,8 +309,16 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     chain.add_argument(
         "--encode", default="", metavar="OPTIONS", help="more for tools.encode_corpus: '--dedup'"
     )
-    chain.add_argument("--corpus-nodes", type=whole(1), default=1, metavar="N", help="(%(default)s)")
-    chain.add_argument("--corpus-tasks-per-node", type=whole(1), default=8, metavar="N", help="(%(default)s)")
+    chain.add_argument(
+        "--corpus-nodes", type=whole(1), default=1, metavar="N", help="nodes that encode (%(default)s)"
+    )
+    chain.add_argument(
+        "--corpus-tasks-per-node",
+        type=whole(1),
+        default=8,
+        metavar="N",
+        help="processes of such a node (%(default)s)",
+    )
     args = parser.parse_intermixed_args(_joined(sys.argv[1:] if words is None else words))
     if not (args.config or args.status or args.cancel or args.array or args.runs):
         parser.error("name a CONFIG, or ask for --status, --cancel, --array or --runs")

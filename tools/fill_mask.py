@@ -61,8 +61,8 @@ def _answer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("fill_mask", "Fill in the masks of a text", reports=True)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("text", help='such as "The weather is <mask> today."')
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("text", metavar="TEXT", help='such as "The weather is <mask> today."')
     console.add_checkpoint(parser)
     parser.add_argument("--top", type=console.whole(1), default=TOP, help="answers per mask (%(default)s)")
     args = parser.parse_args(arguments)

@@ -147,7 +147,9 @@ def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("import_fairseq", "Make a corpus of a fairseq data-bin", True)
     parser.add_argument("prefix", metavar="PREFIX", help="such as data-bin/train")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the same vocabulary, for us")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="tokenizer folder of the same vocabulary"
+    )
     console.add_output_prefix(parser)
     parser.add_argument("--dict", metavar="FILE", help="its dictionary (default: the dict.txt beside it)")
     args = parser.parse_args(arguments)

@@ -222,7 +222,7 @@ _SCORES = ("held_out_loss", "held_out_accuracy", "held_out_bits_per_byte")
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """The table for people."""
+    """Return the table for people, without columns that have nothing yet."""
     head = ["variant", "method", "state", "steps", "FLOPs", "held-out loss", "accuracy"]
     lines = [head]
     for row in rows:
@@ -234,8 +234,9 @@ def text(rows: list[dict[str, Any]]) -> str:
         )
         shown = ["-" if value is None else format(value, how) for value, how in figures]
         lines.append([row["name"], row["method"] or "-", row["state"], *shown])
+    told = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
     refused = [f"{row['name']} was left out: {row['reason']}" for row in rows if row["state"] == "refused"]
-    return "\n".join([aligned(lines), *map(wrapped, refused)])
+    return "\n".join([aligned(list(zip(*told, strict=True))), *(wrapped(line, indent=4) for line in refused)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -150,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="pass over unreadable lines instead of stopping at the first",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder")
-    parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
+    parser.add_argument(
+        "--kind", choices=("unigram", "bpe"), default="unigram", help="of model (%(default)s)"
+    )
     parser.add_argument(
         "--vocab-size",
         type=console.whole(SMALLEST),

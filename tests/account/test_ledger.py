@@ -482,7 +482,7 @@ def rewrite(run, change, last=1):
 def test_a_run_that_ended_is_held_to_its_last_line(ended, words):
     (report,), text = program.check([str(ended)])
     assert report["held"] == report["lines"] and report["checkpoints"] == 1
-    assert text.endswith(f"{report['lines']} lines and 1 checkpoints agree")
+    assert text.endswith(f"{report['lines']} lines and 1 checkpoint agree")
     path = ended / "ledger.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)

@@ -1,5 +1,6 @@
 """What the programs leave on a terminal of a fixed width: whole words, whole columns, no dead bars."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import terminal
+from tests.support.runs import finish
 from tests.support.terminal import ROOT, on_terminal
+from tools.benchmark.__main__ import SUBJECTS
 from tools.shared.tables import aligned
 
 ROWS = [
@@ -43,6 +46,56 @@ def test_the_plan_keeps_to_the_terminal(width: int) -> None:
     assert screen.code == 0 and max(map(len, screen.lines)) <= width
     titles = " ".join(line for line in screen.lines if line.startswith(("config", "devices")))
     assert {"GFLOPs", "layout", "activ", "total", "MFU", "efficiency"} <= set(titles.split())
+
+
+PROGRAMS = [
+    "pretrain",
+    "slurm.submit",
+    *(f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("[a-z]*.py"))),
+    *(f"tools.{path.parent.name}" for path in sorted((ROOT / "tools").glob("*/__main__.py"))),
+    *(f"tools.benchmark {subject}" for subject in SUBJECTS),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_keeps_to_a_terminal_of_80_columns(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list of choices runs over the edge, for one."""
+    monkeypatch.setenv("COLUMNS", "80")
+    module, *words = program.split()
+    monkeypatch.setattr(sys, "argv", [module, *words, "--help"])
+    package = (ROOT / module.replace(".", "/")).is_dir() and not module.startswith("slurm")
+    with pytest.raises(SystemExit, match="^0$"):
+        importlib.import_module(module + ".__main__" * package).main()
+    said = capsys.readouterr().out
+    assert f"python -m {module}" in said and max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_ledger_evaluate_and_sweep_keep_to_the_terminal(width: int, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a-run"
+    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3"])
+    sweep = [
+        "tools.sweep",
+        str(tiny / "tiny.yaml"),
+        "--over",
+        "model.mask_from=0,1,7",
+        "masking.rate=0.15,0.5",
+    ]
+    for words in (
+        ["tools.ledger", "show", str(run)],
+        ["tools.ledger", "check", str(run)],
+        ["tools.ledger", "energy", str(run), "--region", "DEU"],
+        ["tools.evaluate", str(run)],
+        [*sweep, "--dry-run"],
+    ):
+        screen = on_terminal([sys.executable, "-m", *words], width, {"OMP_NUM_THREADS": "1"})
+        assert screen.code == 0, screen.raw
+        long = [line for line in screen.lines if len(line) > width]
+        assert not [line for line in long if " " in line.strip()], long  # a path alone cannot be broken
+    table = [line for line in screen.lines if line.startswith("variant")]
+    assert [line.split() for line in table] == [["variant", "method", "state"]]
 
 
 @pytest.mark.parametrize("width", [80, 120])

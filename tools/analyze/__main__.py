@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--measure",
         choices=analyze_rank.MEASURES,
+        metavar="NAME",
         default=analyze_rank.MEASURES[0],
-        help="rank: which of the six the figure shows (%(default)s); the table has all",
+        help=f"rank: what the figure shows, of {', '.join(analyze_rank.MEASURES)} (%(default)s); the table"
+        " has all",
     )
     parser.add_argument(
         "--tokens",

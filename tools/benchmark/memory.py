@@ -22,7 +22,12 @@ from tools.shared.measure import Done, Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmark_task.add_arguments(parser)
     parser.add_argument(
-        "--methods", nargs="+", choices=RATE, default=["mlm", "3ml-self"], help="(%(default)s)"
+        "--methods",
+        nargs="+",
+        choices=RATE,
+        metavar="NAME",
+        default=["mlm", "3ml-self"],
+        help=f"of {', '.join(RATE)} (mlm 3ml-self)",
     )
 
 

@@ -34,12 +34,29 @@ _ON_GPU = {"hugging face trainer", "megatron-core"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmark_task.add_arguments(parser)
     late = [method for method in RATE if method != "mlm"]
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all that this device can run")
     parser.add_argument(
-        "--methods", nargs="*", choices=late, default=["3ml-self", "3ml-query"], help="(%(default)s)"
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, PEERS))} (all that this device can run)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=late,
+        metavar="NAME",
+        default=["3ml-self", "3ml-query"],
+        help=f"of {', '.join(late)} (3ml-self 3ml-query)",
     )
     modes = TrainOptions.model_fields["compile"].annotation.__args__  # type: ignore[union-attr]
-    parser.add_argument("--compile", choices=modes, default="none", help="our train.compile (%(default)s)")
+    parser.add_argument(
+        "--compile",
+        choices=modes,
+        metavar="MODE",
+        default="none",
+        help=f"our train.compile, of {', '.join(modes)} (%(default)s)",
+    )
     parser.add_argument(
         "--repeat", type=console.whole(1), help="updates of a side in a round (CPU 1, GPU 20)"
     )

@@ -346,7 +346,7 @@ def _outputs(model: LateMaskModel, ids: Tensor, vocab_size: int, form: Form) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("export", "Write a run's encoder as a Hugging Face folder", reports=True)
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     console.add_checkpoint(parser)
     parser.add_argument(

@@ -283,7 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--top", type=console.whole(0), default=20, help="frequent tokens to show (%(default)s)"
     )
     parser.add_argument("--samples", type=console.whole(0), default=3, help="documents to show (%(default)s)")
-    parser.add_argument("--rate", type=console.share, default=0.15, help="one more mask rate to show")
+    parser.add_argument(
+        "--rate", type=console.share, default=0.15, help="one more mask rate to show (%(default)s)"
+    )
     parser.add_argument("--html", metavar="FILE", help="write the report as a page as well")
     args = parser.parse_args(arguments)
     if args.html:

@@ -19,6 +19,7 @@ from pretrain.account.flops import StepCost
 from pretrain.config import Config, load_config, phase_configs
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
+from pretrain.terminal import wrapped
 from tools.ledger import emissions, reconcile
 from tools.ledger.reconcile import SACCT
 from tools.shared import console
@@ -76,7 +77,7 @@ def _arguments() -> argparse.Namespace:
 def check(runs: list[str]) -> tuple[Any, str]:
     """Lines and checkpoints of each run; UserError at the first thing that does not hold."""
     report = [_checked(Path(run)) for run in runs]
-    return report, "\n".join(map(_verdict, report))
+    return report, wrapped("\n".join(map(_verdict, report)), indent=4)
 
 
 def _checked(run: Path) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def _checked(run: Path) -> dict[str, Any]:
 
 def _verdict(one: dict[str, Any]) -> str:
     """In words; what follows the last line that something else refers to can be cut off unnoticed."""
-    text = f"{one['run']}: {one['lines']} lines and {one['checkpoints']} checkpoints agree"
+    checkpoints = f"{one['checkpoints']} checkpoint{'s' * (one['checkpoints'] != 1)}"
+    text = f"{one['run']}: {one['lines']} lines and {checkpoints} agree"
     loose = one["lines"] - one["held"]
     return f"{text}, but nothing holds the last {loose} lines: they could have been more" if loose else text
 
@@ -161,7 +163,7 @@ def show(runs: list[str]) -> tuple[Any, str]:
     found = {run: ledger.read(run) for run in runs}
     rows = [f"{'time (UTC)':19}  try  {'event':14} {'step':>9} {'dev. hours':>10} {'lost':>7} {'FLOPs':>9}"]
     for run, lines in found.items():
-        rows += [run, *map(_row, _telling(lines))]
+        rows += [run, *(wrapped(_row(line), indent=26) for line in _telling(lines))]
     return [{"run": run, "lines": lines} for run, lines in found.items()], "\n".join(rows)
 
 

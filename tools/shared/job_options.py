@@ -16,7 +16,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         "--tasks-per-node", type=whole(1), metavar="R", help="ranks of a node (one for each GPU)"
     )
     jobs.add_argument("--time", metavar="T", help="limit of one job; a run takes as many as it needs")
-    jobs.add_argument("--partition", metavar="P")
+    jobs.add_argument("--partition", metavar="P", help="queue of the jobs")
     jobs.add_argument(
         "--at-once", type=whole(1), metavar="N", help="tasks of an array that run at the same time"
     )

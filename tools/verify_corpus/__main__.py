@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="make the missing PREFIX.json of Megatron files that another program wrote",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="theirs, with --write-manifest")
+    parser.add_argument("--tokenizer", metavar="DIR", help="of those files, with --write-manifest")
     parser.add_argument(
         "--check-overlap",
         metavar="OTHER",
