@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.config import load_config
@@ -61,6 +62,16 @@ def steps(home: Path, overrides: Sequence[str]) -> list[tuple[str, list[str], Pa
             None,
         )
     )
+    todo.append(
+        (
+            "how often the grammatical sentence of two is the more likely",
+            ["tools.minimal_pairs", *runs, "--data", f"{SAMPLE / 'pairs.jsonl'}"],
+            None,
+        )
+    )
+    if find_spec("sklearn"):  # an extra
+        words = ["--data", f"{SAMPLE / 'labels'}", "--output", f"{home / 'demo-probe'}"]
+        todo.append(("what each layer knows of the kind of a text", ["tools.probe", *runs, *words], None))
     todo += [
         (f"{name} fills in a masked word", ["tools.fill_mask", run, TEXT], None)
         for name, run in zip(RUNS, runs, strict=True)

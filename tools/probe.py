@@ -97,6 +97,8 @@ class Result:
     rows: int
     """Of dev."""
     train_rows: int
+    cut: int
+    """Texts whose end the model did not take."""
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -144,7 +146,9 @@ class Features:
 
         texts = list(dict.fromkeys(data.texts()))
         self._places = {text: place for place, text in enumerate(texts)}
-        tokens = [encoder.cut(encoder.tokens(text)) for text in texts]
+        whole = [encoder.tokens(text) for text in texts]
+        tokens = [encoder.cut(each) for each in whole]
+        self.cut = sum(len(each.ids) > encoder.max_length for each in whole)
         found = dict[int, Array]()
         with console.counter(title, len(texts), "texts") as done:
             for batch in by_shape([(len(each.ids),) for each in tokens]):
@@ -237,11 +241,11 @@ def probe(encoder: "Encoder", label: str, weights: str, data: Data) -> list[Resu
     results = list[Result]()
     with console.counter(f"fit {name}", len(places), "probes") as done:
         for states, layer in places:
-            results += _probed(found, data, _About(label, encoder.step, weights, states, layer))
+            results += _probed(found, data, _About(label, encoder.step, weights, states, layer, found.cut))
             done(1)
     if data.task.is_regression and len(data.task.texts) == 2:
         for layer in range(found.layers):
-            results += _cosines(found, data, _About(label, encoder.step, weights, COSINE, layer))
+            results += _cosines(found, data, _About(label, encoder.step, weights, COSINE, layer, found.cut))
     return results
 
 
@@ -254,6 +258,7 @@ class _About:
     weights: str
     states: str
     layer: int
+    cut: int
 
 
 def _probed(found: Features, data: Data, about: _About) -> Iterator[Result]:
@@ -306,7 +311,19 @@ def majority(data: Data) -> Iterator[Result]:
         for metric in data.task.metrics:
             score = scored(metric, [row.target for row in rows], [float(answer)] * len(rows))
             yield Result(
-                MAJORITY, None, MAJORITY, title, metric, "", None, score, None, None, len(rows), len(targets)
+                MAJORITY,
+                None,
+                MAJORITY,
+                title,
+                metric,
+                "",
+                None,
+                score,
+                None,
+                None,
+                len(rows),
+                len(targets),
+                0,
             )
 
 
@@ -337,6 +354,8 @@ def text(results: Sequence[Result]) -> str:
         if rows := [result for result in results if result.states == states]:
             title = {MEAN: "tokens averaged", FIRST: "first token", COSINE: "cosine of the averages"}[states]
             parts += ["", title, "", aligned(_matrix(rows), names=2)]
+    for (name, task), cut in {(_name(each), each.task): each.cut for each in results if each.cut}.items():
+        parts += ["", f"{name}, {task}: {cut:,} texts were cut to the length that it takes"]
     return "\n".join(parts)
 
 

@@ -14,6 +14,7 @@ SAMPLE = ROOT / "tools" / "sample"
 
 # What makes the commands quick and feeds them the sample; nothing else of them is changed.
 REPLACED = {"text/*.jsonl.gz": str(SAMPLE / "*.jsonl.gz"), "32000": "700", "0.005": "0.1"}
+REPLACED |= {f"tools/sample/{name}": str(SAMPLE / name) for name in ("pairs.jsonl", "labels")}
 SMALL = [
     "model.num_layers=2",
     "model.mask_from=2",

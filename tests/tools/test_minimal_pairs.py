@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tools.minimal_pairs import METRICS, Pair, Scored, read_pairs, wilson
 from tools.shared import downstream
 from tools.shared.encoders import Encoder, open_encoder
 
+SAMPLE = Path(__file__).parents[2] / "tools" / "sample"
 RUNS = {
     "mlm": (),
     "late": ("model.mask_from=2", "model.decoder_layers=2", "model.norm=pre"),
@@ -206,3 +208,11 @@ def test_other_mistakes_are_told_in_one_line(runs: dict[str, Path], data: Path, 
     long = dict(zip(minimal_pairs.KEYS, ("so " * 40, "b", "u", "f"), strict=True))
     (tmp_path / "long.jsonl").write_text(json.dumps(long), encoding="utf-8")
     assert "long.jsonl:1: a sentence of" in mistake(late, "--data", str(tmp_path / "long.jsonl"))
+
+
+def test_the_sample_has_as_many_pairs_of_each_paradigm() -> None:
+    pairs = list(read_pairs(SAMPLE / "pairs.jsonl"))
+    counts = Counter(pair.paradigm for pair in pairs)
+    assert len(pairs) == 70 and set(counts.values()) == {10}
+    assert len({pair.good for pair in pairs}) == len({pair.bad for pair in pairs}) == 70
+    assert not {pair.good for pair in pairs} & {pair.bad for pair in pairs}

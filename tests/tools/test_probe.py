@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def test_mistakes_are_told_before_anything_is_computed(
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert "sklearn: not installed; pip install" in mistake("--data", str(data))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_sample_has_as_many_rows_of_each_class() -> None:
+    folder = Path(__file__).parents[2] / "tools" / "sample" / "labels"
+    assert probe.tasks_of(folder) == ["kinds"]
+    data = probe.read_task(folder, "kinds", 1000)
+    dev = data.splits["kinds"]
+    for rows, count in ((data.train, 80), (dev, 40)):
+        assert Counter(row.label for row in rows) == dict.fromkeys(data.task.classes, count)
+    assert not {row.texts for row in data.train} & {row.texts for row in dev}
 
 
 SIMILAR = [
