@@ -35,7 +35,7 @@ from tests.support.terminal import on_terminal
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.report import __main__ as report
 from tools.report import pages as report_pages
-from tools.shared import plots
+from tools.shared import downstream, plots
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 600
@@ -587,6 +587,30 @@ def test_energy_downstream_scores_and_mfu_are_shown_where_there_are_some(
     assert speed["MFU"] == f"{100 * made.cost.flops.total / 2 / 2 / 1e9:.1f} %"
     html = Page(report_pages.html(document))
     assert len(html.addresses) == 2 * (3 * 4 + 2)  # loss, accuracy and score against four costs; two speeds
+    more = [
+        ("probe", 1, 0.5),
+        *(("finetune", seed, score) for seed, score in enumerate((0.5, 0.6, 0.7, 0.9, 0.8))),
+    ]
+    downstream.record(
+        tmp_path / "run",
+        [
+            downstream.Score(3, "STS-B", metric, score + off, None if name == "probe" else seed, 9, name)
+            for name, seed, score in more
+            for metric, off in (("pearson", -0.1), ("spearman", 0.1))
+        ],
+    )
+    (run,) = (document := report.gather([str(made.path)]))["runs"]
+    found = [
+        (one["protocol"], one["seeds"], one["low"], one["score"], one["high"]) for one in run["downstream"]
+    ]
+    assert found[2:] == [
+        ("finetune", 5, pytest.approx(0.6), pytest.approx(0.7), pytest.approx(0.8)),
+        ("probe", 1, pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5)),
+    ]
+    cell = cells(report_pages.markdown(document), "Held-out result")["run"]["downstream"]
+    assert cell == "70.0 %; finetune 70.0 % (60.0 to 80.0); probe 50.0 %"
+    html = Page(report_pages.html(document))
+    assert len(html.addresses) == 2 * (5 * 4 + 2)  # protocols do not share a panel
     (tmp_path / "run" / "downstream.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="downstream.jsonl:1: expected step, task and score"):
         report.gather([str(made.path)])

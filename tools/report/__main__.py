@@ -2,7 +2,7 @@
 
 Writes report.md, report.html (one file, nothing fetched), loss.png and speed.png, from the config, ledger
 and metrics in the run folders; while a run trains, its figures are those up to now. Where a run has a
-downstream.jsonl (lines of {"step", "task", "score"}, scores in [0, 1]), its scores are shown too.
+downstream.jsonl (see `tools.shared.downstream`), its scores are shown too.
 
 The one idea: one document is gathered first; the pages only show it and ``--json`` prints it.
 The trap: held-out losses compare only where the questions are the same, so whatever differs in them is
@@ -10,7 +10,6 @@ said in a warning.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +32,8 @@ from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
 from tools.report import pages as report_pages
-from tools.shared import console, outputs
+from tools.shared import console, downstream, outputs
+from tools.shared.downstream import Score
 
 MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
 
@@ -113,8 +113,8 @@ class Run:
     lines: list[ledger.Line]
     metrics: list[Metrics]
     """One line a logged step, oldest first."""
-    downstream: list[dict[str, Any]]
-    """Scores of fine-tuning."""
+    downstream: list[Score]
+    """Scores on tasks."""
 
     @property
     def devices(self) -> list[str]:
@@ -170,23 +170,8 @@ def _read_run(path: str, name: str) -> Run:
         ledger.total([folder] if begun else []),
         ledger.read(folder) if begun else [],
         read_metrics(folder) if logged else [],
-        _read_downstream(folder / "downstream.jsonl"),
+        downstream.read(folder),
     )
-
-
-def _read_downstream(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            found.append(
-                {"step": int(line["step"]), "task": str(line["task"]), "score": float(line["score"])}
-            )
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
-    return found
 
 
 # ---- the document --------------------------------------------------------------------------------
@@ -253,16 +238,37 @@ def _evaluation(line: Metrics) -> dict[str, Any]:
 
 
 def _downstream(run: Run) -> list[dict[str, Any]]:
-    """Mean score over the tasks of each step that has some, and what that step had cost."""
-    by_step: dict[int, dict[str, float]] = {}
+    """Return what each step that has some scores by each protocol, and what that step had cost.
+
+    The score is the mean over the tasks, of which one with several metrics has their mean (as in GLUE); of
+    several seeds it is the median, `low` and `high` the quartiles.
+    """
+    groups: dict[tuple[str, int], list[Score]] = {}
     for one in run.downstream:
-        by_step.setdefault(one["step"], {})[one["task"]] = one["score"]
+        if one.step is not None:
+            groups.setdefault((one.protocol, one.step), []).append(one)
     lines = {line["step"]: line for line in run.metrics}
     return [
-        {**_spent(lines[step]), "score": statistics.mean(scores.values()), "tasks": scores}
-        for step, scores in sorted(by_step.items())
+        {**_spent(lines[step]), "protocol": protocol, **_mean_scores(scores)}
+        for (protocol, step), scores in sorted(groups.items())
         if step in lines
     ]
+
+
+def _mean_scores(scores: Sequence[Score]) -> dict[str, Any]:
+    by_seed: dict[int | None, dict[str, list[float]]] = {}
+    for one in scores:
+        by_seed.setdefault(one.seed, {}).setdefault(one.task, []).append(one.score)
+    tasks: dict[str, list[float]] = {}
+    means = []
+    for of_task in by_seed.values():
+        found = {task: statistics.mean(values) for task, values in of_task.items()}
+        for task, value in found.items():
+            tasks.setdefault(task, []).append(value)
+        means.append(statistics.mean(found.values()))
+    low, middle, high = statistics.quantiles(means, n=4, method="inclusive") if means[1:] else means * 3
+    medians = {task: statistics.median(values) for task, values in tasks.items()}
+    return {"score": middle, "low": low, "high": high, "seeds": len(means), "tasks": medians}
 
 
 RATES = ("slots_per_second", "real_tokens_per_second", "predictions_per_second", "mfu", "step_seconds")

@@ -66,6 +66,16 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _tasks(scores: Sequence[Described]) -> str:
+    """The latest scores, each after the first word of its protocol."""
+    latest = {one["protocol"]: one for one in scores}
+    found = []
+    for protocol, one in latest.items():
+        spread = f" ({100 * one['low']:.1f} to {100 * one['high']:.1f})" if one["seeds"] > 1 else ""
+        found.append(f"{protocol.partition(':')[0]} {_share(one['score'])}{spread}".strip())
+    return "; ".join(found) or NONE
+
+
 def _score(run: Described, part: str, name: str) -> str:
     """A figure of the last evaluation (held_out) or of the unigram baseline, where there is one."""
     value = run[part] and run[part][name]
@@ -172,8 +182,9 @@ RESULT = Table(
         ),
         Column(
             "downstream",
-            lambda r: _share(r["downstream"][-1]["score"]) if r["downstream"] else NONE,
-            "mean score over the tasks of the latest step that was fine-tuned (a dash: none was)",
+            lambda r: _tasks(r["downstream"]),
+            "mean score over the tasks at the latest step that has some, by each protocol, with the quartiles"
+            " of several seeds (a dash: there are none)",
         ),
     ),
 )
@@ -419,12 +430,28 @@ class Measure(NamedTuple):
 QUALITIES = (
     Measure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r["evaluations"]),
     Measure("accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r["evaluations"], 100.0),
-    Measure("score", "Downstream score", "mean downstream score (%)", lambda r: r["downstream"], 100.0),
 )
 RATES = (
     Measure("slots_per_second", "Throughput", "slots a second", lambda r: r["speed"]),
     Measure("mfu", "MFU", "MFU (%)", lambda r: r["speed"], 100.0),
 )
+
+
+def _qualities(runs: Sequence[Described]) -> list[Measure]:
+    """Held-out loss and accuracy, and what was scored on tasks, each protocol apart: they do not compare."""
+    protocols = sorted({one["protocol"] for run in runs for one in run["downstream"]})
+    return [*QUALITIES, *map(_of_protocol, protocols)]
+
+
+def _of_protocol(protocol: str) -> Measure:
+    name = protocol.partition(":")[0] or "downstream"
+    return Measure(
+        "score",
+        f"{protocol or 'downstream'} score",
+        f"mean score, {name} (%)",
+        lambda run: [one for one in run["downstream"] if one["protocol"] == protocol],
+        100.0,
+    )
 
 
 def _points(run: Described, measure: Measure, axis: Axis) -> Points:
@@ -486,7 +513,16 @@ def _drawn(runs: Sequence[Described], rows: Sequence[Measure], columns: Sequence
             found = [_points(run, measure, axis) for run in runs]
             label, places = _scaled(axis, [[one[axis.key] for one in points] for points in found])
             lines = [
-                plots.Line(run["name"], x, [measure.factor * one[measure.key] for one in points])
+                plots.Line(
+                    run["name"],
+                    x,
+                    [measure.factor * one[measure.key] for one in points],
+                    [
+                        (measure.factor * one["low"], measure.factor * one["high"])
+                        for one in points
+                        if "low" in one
+                    ],
+                )
                 for run, x, points in zip(runs, places, found, strict=True)
             ]
             levels = _levels(runs, measure)
@@ -501,7 +537,7 @@ def picture(document: dict[str, Any]) -> bytes:
     """loss.png: held-out loss, accuracy and downstream score against what they cost."""
     runs = document["runs"]
     with plots.theme("light"):
-        return _drawn(runs, _measured(runs, QUALITIES), _axes(runs), "png")
+        return _drawn(runs, _measured(runs, _qualities(runs)), _axes(runs), "png")
 
 
 def speed_picture(document: dict[str, Any]) -> bytes:
@@ -603,7 +639,7 @@ def html(document: dict[str, Any]) -> str:
     for table in TABLES:
         body += [f"<h2>{table.title}</h2>", _html_table(table, document["runs"])]
         if table is RESULT:
-            body.append(_html_figures(runs, _measured(runs, QUALITIES), _axes(runs)))
+            body.append(_html_figures(runs, _measured(runs, _qualities(runs)), _axes(runs)))
         if table is SPEED:
             body.append(_html_figures(runs, _measured(runs, RATES), [AXES[2]]))
         terms = "\n".join(

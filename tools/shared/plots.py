@@ -44,6 +44,8 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    spread: Sequence[tuple[float, float]] = ()
+    """Lowest and highest of each point, where it stands for several."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
             markersize=4.5,
             linewidth=1.6,
         )
+        if line.spread:
+            axes.vlines(line.x, *zip(*line.spread, strict=True), color=f"C{number}", linewidth=3, alpha=0.4)
     if any(len(line.x) for line in lines):
         axes.set_xlim(left=0)
         ends = [line.y[-1] for line in lines if len(line.y)]
@@ -187,7 +191,10 @@ def _make_room(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], below
 
     By the limits of the data: those of the axes are for all panels of the row to find.
     """
-    values = [y for line in lines for y in _settled(line.y)] + [level.y for level in levels]
+    values = [
+        y for line in lines for y in (*_settled(line.y), *(end for ends in line.spread for end in ends))
+    ]
+    values += [level.y for level in levels]
     low, high = min(values, default=0.0), max(values, default=0.0)
     more = max(0.0, _LEAST * max(abs(low), abs(high)) - (high - low)) / 2
     name = _NAME * (high - low + 2 * more)
