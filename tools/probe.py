@@ -48,8 +48,6 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 5
 """One row of so many."""
 _TRAIN_ROWS = 5000
-_PANELS = 4
-"""Side by side in the picture."""
 
 
 @dataclass(frozen=True)
@@ -392,21 +390,16 @@ def _matrix(results: Sequence[Result]) -> list[list[str]]:
 
 
 def figure(results: Sequence[Result]) -> bytes:
-    """Return a PNG with a panel for each task and kind of states, a line for each encoder."""
+    """Return a PNG: a row for each task, a panel for each kind of states, a line for each encoder."""
     from tools.shared import plots  # start-up time
 
     titles = list(dict.fromkeys(result.task for result in results))
-    chunks = [titles[start : start + _PANELS] for start in range(0, len(titles), _PANELS)]
     with plots.theme("light"):
-        drawn, grid = plots.grid(len(chunks[0]), len(chunks) * len(STATES))
-        places = [(chunk, states) for chunk in chunks for states in STATES]
-        for row, (chunk, states) in zip(grid, places, strict=True):
-            for axes in row[len(chunk) :]:
-                axes.set_axis_off()
-            for axes, task in zip(row, chunk, strict=False):
-                shown = [result for result in results if result.task == task]
-                shown = [result for result in shown if result.metric == shown[0].metric]
-                _draw(axes, shown, states)
+        drawn, grid = plots.grid(len(STATES), len(titles))
+        for row, task in zip(grid, titles, strict=True):
+            shown = [result for result in results if result.task == task]
+            for axes, states in zip(row, STATES, strict=True):
+                _draw(axes, [result for result in shown if result.metric == shown[0].metric], states)
         plots.legend(drawn, grid[0][0])
         return plots.encode(drawn, "png")
 
