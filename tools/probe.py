@@ -487,7 +487,7 @@ def _downstream(results: Sequence[Result], path: str, train_rows: int) -> list[S
             metric=result.metric,
             score=result.score,
             n=result.rows,
-            protocol=f"probe, {train_rows:,} rows",
+            protocol=f"probe: {train_rows:,} rows at most",
             model=path if result.step is None else "",
         )
         for result in best(results)

@@ -141,9 +141,9 @@ def test_the_program_records_each_run_once(
         assert probe.main(words) == 0
     lines, others = downstream.read(run), downstream.read(output)
     assert [(line.step, line.task, line.metric, line.protocol, line.model) for line in lines] == [
-        (3, "SST-2", "accuracy", "probe, 60 rows", ""),
-        (3, "STS-B", "pearson", "probe, 60 rows", ""),
-        (3, "STS-B", "spearman", "probe, 60 rows", ""),
+        (3, "SST-2", "accuracy", "probe: 60 rows at most", ""),
+        (3, "STS-B", "pearson", "probe: 60 rows at most", ""),
+        (3, "STS-B", "spearman", "probe: 60 rows at most", ""),
     ]
     assert [line.score for line in lines] == pytest.approx([line.score for line in others], abs=0.02)
     assert {(line.step, line.model) for line in others} == {(None, str(run / "export"))}
