@@ -9,8 +9,11 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from contextlib import nullcontext
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -171,9 +174,48 @@ def _dry_run(config: Config) -> int:
         length = config.evaluate.seq_length or config.train.seq_length
         HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples)
     print(dump_config(config))
-    masks = f"masks       {_masks(config, blend, data.tokenizer)}"
-    print(wrapped(f"{plan(config, 1, blend)}\n{masks}", indent=12))
+    lines = [plan(config, 1, blend), f"masks       {_masks(config, blend, data.tokenizer)}"]
+    if text := foreseen(config, _products_rate(config.train.precision or "fp32")):
+        lines.append(f"estimate    {text}")
+    print(wrapped("\n".join(lines), indent=12))
     return 0
+
+
+def foreseen(config: Config, rate: float) -> str:
+    """Return the least time that a budget takes, or the most updates that its hours buy; "" for kWh, of which
+    nobody knows before.
+
+    rate: FLOP/s that matrix products reach.
+    """
+    run = budget.Budget(config)
+    costs = [cost.hardware_flops for cost in run.costs]
+    how = f"on one device here, were all of it matrix products ({rate / 1e9:,.0f} GFLOP/s)"
+    unit, amount = config.budget.amount
+    if not run.measured:
+        seconds = sum(number * cost for number, cost in zip(run.updates(), costs, strict=True)) / rate
+        least = timedelta(seconds=round(seconds)) if seconds >= 10 else f"{seconds:.1g} seconds"
+        return f"at least {least} {how}"
+    if unit != "device_hours":
+        return ""
+    edges = [0.0, *(phase.until for phase in config.train.phases), 1.0]
+    shares = [end - begin for begin, end in pairwise(edges)]
+    updates = sum(int(share * amount * 3600 * rate / cost) for share, cost in zip(shares, costs, strict=True))
+    return f"at most {updates:,} updates {how}"
+
+
+def _products_rate(precision: str) -> float:
+    """Return the FLOP/s of large matrix products on this machine's GPU, else its cores: the best of three."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024  # some CPUs are slow at bf16
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), []
+    for _ in range(4):  # the first warms up
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds[1:])
 
 
 def _masks(config: Config, blend: Blend, tokenizer: Tokenizer) -> str:

@@ -196,11 +196,10 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
 def epochs_of(config: Config, estimate: Mapping[str, Any]) -> str:
     """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
     warns if that is absurd."""
-    config, words, updates = plan_estimate.with_vocabulary(config)[0], "", None
-    if config.budget.amount[0] in MEASURED and estimate["steps"]:
-        words = f", about {estimate['steps']:,} updates"
-        updates = [estimate["steps"]] if not config.train.phases else None
-    read = epochs.epochs(config, updates)
+    words, steps = "", estimate["steps"]
+    if config.budget.amount[0] in MEASURED and steps:
+        words = f", about {steps:,} updates"
+    read = plan_estimate.epochs_read(config, steps)
     if text := epochs.warning(read):
         warn(text)
     return words if read is None else f"{words}, {read:,.2f} epochs"

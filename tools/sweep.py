@@ -20,16 +20,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pretrain.account import ledger
+from pretrain.account import epochs, ledger
 from pretrain.config import Config, dump_config, load_config, method_of, parse_overrides
 from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
+from tools.plan.estimate import epochs_read
 from tools.shared import console, outputs
 from tools.shared.job_options import add_job_options, job_words
 from tools.shared.tables import aligned, table_files, write_table
@@ -155,6 +157,19 @@ def check_outputs(args: argparse.Namespace, possible: Sequence[Variant]) -> None
     outputs.check(table_files(args.output, "sweep"), fields=FIELDS)
 
 
+def warn_of_epochs(possible: Sequence[Variant]) -> None:
+    """Tell once what is absurd in the budget of several variants."""
+    told: dict[str, list[str]] = {}
+    for each in possible:
+        assert each.config
+        with suppress(UserError):  # which its run tells
+            if text := epochs.warning(epochs_read(each.config, None)):
+                told.setdefault(text, []).append(each.name)
+    for text, names in told.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(wrapped(f"warning: {names[0]}{others}: {text}", sys.stderr), file=sys.stderr)
+
+
 def run(variant: Variant, output: Path) -> int:
     """Starts or continues a variant unless it is done; the exit code of its run."""
     file = prepare(variant, output)
@@ -266,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not possible:
         raise UserError(f"--over: no combination is possible; the first: {todo[0].refusal}")
     check_outputs(args, possible)
+    warn_of_epochs(possible)
     code = queue(possible, args) if args.slurm else 0
     if code:
         return code

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import count, pairwise
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -18,7 +19,7 @@ import yaml
 
 from pretrain import __main__, checkpoint, run_folder, train
 from pretrain import build as build_module
-from pretrain.account import ledger, schedule
+from pretrain.account import budget, ledger, schedule
 from pretrain.account.budget import step_cost
 from pretrain.build import Run, build, raise_on_all_ranks
 from pretrain.config import build_config, load_config
@@ -151,6 +152,36 @@ def test_an_absurd_number_of_epochs_is_warned_of(words: Words) -> None:
     started = attempt(words("a", "budget.steps=900000"), strike=Strike(SIGTERM, 2))
     assert started.codes == [75] and "times (epochs); lower the budget" in started.text
     assert "(epochs)" not in attempt(words("a", "--dry-run")).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], "at least {:.1g} seconds on one device here"),
+        (["budget.steps=4000000"], "at least "),
+        (["train.recompute=block"], "at least {:.1g} seconds"),
+        (["budget.steps=null", "budget.device_hours=0.5"], "at most {} updates on one device here"),
+        (["budget.steps=null", "budget.kwh=1"], ""),
+    ],
+)
+def test_a_dry_run_bounds_the_time(changes: list[str], expected: str, words: Words) -> None:
+    """By the FLOPs of an update, recomputation included, and what products reach."""
+    path, *overrides = words("a", *changes)
+    config = budget.resolve(load_config(path, [*overrides, "model.vocab_size=400"]))
+    cost = budget.step_cost(config).hardware_flops
+    if "budget.steps=4000000" in changes:
+        expected = f"at least {timedelta(seconds=round(4_000_000 * cost / 1e9))} on one device here"
+    most = f"{int(0.5 * 3600 * 1e9 / cost):,}"
+    text = __main__.foreseen(config, 1e9)
+    assert text.startswith(expected.format(most if "most" in expected else 8 * cost / 1e9))
+    assert bool(text) == bool(expected)
+
+
+def test_a_dry_run_says_what_the_bound_is_of(words: Words) -> None:
+    shown = finish(words("a", "--dry-run")).text
+    assert re.search(
+        r"^estimate    at least .* were all of it matrix products \([\d,]+ GFLOP/s\)$", shown, re.M
+    )
 
 
 # ---- what is refused leaves the run as it was ----------------------------------------------------

@@ -39,6 +39,14 @@ def planned(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
+def test_an_absurd_budget_is_warned_of(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["budget.steps=900000"], ["budget.steps=null", "budget.device_hours=900", "--device=H100"]):
+        assert plan.main([str(tiny / "tiny.yaml"), *words]) == 0
+        assert f"warning: {tiny}/tiny.yaml: the budget reads the corpus " in capsys.readouterr().err
+    assert plan.main([str(tiny / "tiny.yaml")]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_the_promised_keys(capsys):
     for one in planned(capsys, *map(str, CONFIGS), "--device", "H100", "--gpus", "8", "--fastest"):
         assert set(one["parameters"]) == {"encoder", "decoder", "head", "embeddings", "total"}

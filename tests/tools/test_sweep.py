@@ -119,6 +119,15 @@ def test_a_failed_run_does_not_end_the_sweep(
     assert states == ["failed", "finished"]
 
 
+def test_absurd_budgets_are_told_once(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = [word.replace("steps=4", "steps=900000") for word in words(tiny, tmp_path, "--dry-run")]
+    sweep.main(many)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "times (epochs)" in line]
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {NAMES[0]} and {len(NAMES) - 1} more: ")
+    sweep.main(words(tiny, tmp_path, "--dry-run"))
+    assert "epochs" not in capsys.readouterr().err
+
+
 def test_values_with_commas_and_names() -> None:
     assert sweep._axis("masking.corruption=[0.8,0.1,0.1],[1,0,0]")[1] == ["[0.8,0.1,0.1]", "[1,0,0]"]
     assert sweep._axis("model.decoder=self, cross") == ("model.decoder", ["self", "cross"])

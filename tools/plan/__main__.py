@@ -6,16 +6,19 @@ is not imported, so that a plan takes less than two seconds.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.account import epochs
 from pretrain.account.devices import DEVICES, Device
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
+from pretrain.terminal import wrapped
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
-from tools.plan.estimate import Tariff, methods, plan, scaling
+from tools.plan.estimate import Tariff, epochs_read, methods, plan, scaling
 from tools.shared import console, outputs
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -75,7 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("no CONFIG; give one or more, such as configs/*.yaml")
     if args.plot:
         outputs.check([args.plot], paths)
-    plans = [_planned(args, path, load_config(path, changes), device) for path in paths]
+    configs = [load_config(path, changes) for path in paths]
+    plans = [_planned(args, path, config, device) for path, config in zip(paths, configs, strict=True)]
+    for path, config, one in zip(paths, configs, plans, strict=True):
+        if text := epochs.warning(epochs_read(config, one["steps"])):
+            print(wrapped(f"warning: {path}: {text}", sys.stderr), file=sys.stderr)
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second
 

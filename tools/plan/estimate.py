@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.account import budget, costs, flops
+from pretrain.account import budget, costs, epochs, flops
 from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
 from pretrain.config import Config, method_of, phase_configs
@@ -50,6 +50,16 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
         pieces, source = layouts.ROBERTA_PIECES, "assumed"
     model = config.model.model_copy(update={"vocab_size": pieces})
     return budget.resolve(config.model_copy(update={"model": model})), source
+
+
+def epochs_read(config: Config, steps: int | None) -> float | None:
+    """Return how often a run reads its corpora, as far as they are there; None where that is not known.
+
+    steps: that the plan says its hours buy.
+    """
+    config = with_vocabulary(config)[0]
+    by_hours = config.budget.amount[0] in budget.MEASURED and not config.train.phases
+    return epochs.epochs(config, [steps] if steps and by_hours else None)
 
 
 def plan(
