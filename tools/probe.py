@@ -82,20 +82,20 @@ class Result:
     """trained, random, or majority, which is no encoder."""
     task: str
     metric: str
-    states: str
-    """mean (of all tokens), first, or cosine (of the means of two sentences)."""
-    layer: int | None
-    """0: the embeddings."""
     score: float
     """On dev."""
-    held_out: float | None
-    """Of a probe that was fitted to the rest of train."""
-    strength: float | None
-    """The chosen one of STRENGTHS."""
     rows: int
     """Of dev."""
     train_rows: int
-    cut: int
+    states: str = ""
+    """mean (of all tokens), first, or cosine (of the means of two sentences)."""
+    layer: int | None = None
+    """0: the embeddings."""
+    held_out: float | None = None
+    """Of a probe that was fitted to the rest of train."""
+    strength: float | None = None
+    """The chosen one of STRENGTHS."""
+    cut: int = 0
     """Texts whose end the model did not take."""
 
 
@@ -155,9 +155,10 @@ class Features:
                 for place, each in zip(batch, pooled.cpu().numpy().transpose(2, 1, 0, 3), strict=True):
                     found[place] = each
                 done(len(batch))
-        self._states = np.stack(
-            [found[place] for place in range(len(texts))], 2
-        )  # [means and firsts, layers, texts, D]
+        # [means and firsts, layers, texts, D]
+        self._states = np.stack([found[place] for place in range(len(texts))], 2)
+        if not np.isfinite(self._states).all():
+            raise UserError(f"{encoder.name}: some of its states are no numbers; its weights are broken")
         self.layers = self._states.shape[1]
 
     def of(self, rows: Sequence[glue.Row], states: str, layer: int) -> Array:
@@ -308,21 +309,7 @@ def majority(data: Data) -> Iterator[Result]:
     for title, rows in data.splits.items():
         for metric in data.task.metrics:
             score = scored(metric, [row.target for row in rows], [float(answer)] * len(rows))
-            yield Result(
-                MAJORITY,
-                None,
-                MAJORITY,
-                title,
-                metric,
-                "",
-                None,
-                score,
-                None,
-                None,
-                len(rows),
-                len(targets),
-                0,
-            )
+            yield Result(MAJORITY, None, MAJORITY, title, metric, score, len(rows), len(targets))
 
 
 def best(results: Sequence[Result]) -> list[Result]:

@@ -83,3 +83,12 @@ def test_a_bar_of_finished_work_is_full(capfd: pytest.CaptureFixture[str]) -> No
         advance(1200)
     told = capfd.readouterr().err
     assert "2.0/2.0 kB" in told and "?" not in told
+
+
+def test_models_are_named_by_their_folders_where_these_differ() -> None:
+    assert console.labels(["runs/a", "b/"]) == {"runs/a": "a", "b/": "b"}
+    assert console.labels(["a/export", "b/export", "c"]) == {
+        "a/export": "a/export",
+        "b/export": "b/export",
+        "c": "c",
+    }

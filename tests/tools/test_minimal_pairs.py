@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from pretrain.errors import UserError
@@ -188,6 +190,16 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, reason: str) -> None:
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"bad.jsonl:2: {reason}"):
         list(read_pairs(path))
+
+
+def test_broken_weights_are_told(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(runs["mlm"] / "export", broken)
+    tensors = load_file(broken / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("lm_head.dense.bias"))
+    save_file(tensors | {name: tensors[name] * torch.nan}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="broken: some of its scores are no numbers"):
+        minimal_pairs.main([str(broken), "--data", str(data)])
 
 
 def test_other_mistakes_are_told_in_one_line(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

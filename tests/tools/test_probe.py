@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -68,6 +70,17 @@ def test_states_of_texts_of_all_lengths_are_kept_apart(run: Path, data: Path) ->
             (mean,), (first,) = found.of([row], MEAN, layer), found.of([row], FIRST, layer)
             assert mean == pytest.approx(state[0].mean(0).numpy(), abs=1e-5)
             assert first == pytest.approx(state[0, 0].numpy(), abs=1e-5)
+
+
+def test_broken_weights_are_told(run: Path, data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "export", broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("dense.bias"))
+    save_file(tensors | {name: tensors[name] * torch.nan}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="broken: some of its states are no numbers"):
+        probe.main([str(broken), "--data", str(data), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_sentences_are_compared(run: Path, data: Path) -> None:

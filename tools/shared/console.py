@@ -184,7 +184,7 @@ def refuse_twice(names: Iterable[str], what: str = "folder", suffix: str = "") -
 
 def labels(paths: Sequence[str]) -> dict[str, str]:
     """Return a name for each path: that of its folder, or where several have that, the path."""
-    short = {path: os.path.basename(os.path.realpath(path)) for path in paths}
+    short = {path: os.path.basename(os.path.abspath(path)) for path in paths}
     taken = list(short.values())
     return {path: name if taken.count(name) == 1 else path for path, name in short.items()}
 
