@@ -15,6 +15,7 @@ those of one paradigm come from one template, so between templates there is more
 
 import argparse
 import json
+import lzma
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.errors import UserError
-from pretrain.files import check_folder
+from pretrain.files import check_folder, named
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import Score
 from tools.shared.tables import aligned, table_files, write_table
@@ -98,10 +99,10 @@ def read_pairs(path: Path) -> Iterator[Pair]:
     """Yield the pairs of a JSON-lines file, compressed or not; UserError names the first bad line."""
     data = path.name.partition(".json")[0]
     try:
-        with path.open("rb") as raw:
+        with named(path), path.open("rb") as raw:
             for number, line in enumerate(decompressed(path, raw), 1):
                 yield _pair(line, data, f"{path}:{number}")
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: its compressed data end early or are damaged ({error})") from error
 
 
@@ -118,9 +119,11 @@ def _pair(line: bytes, data: str, place: str) -> Pair:
 
 def _text(record: Any, key: str, place: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
-    if isinstance(value, str) and value.strip():
-        return value
-    raise UserError(f"{place}: no text in {key!r}; a line has {', '.join(KEYS)}")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{place}: no text in {key!r}; a line has {', '.join(KEYS)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{place}: half a surrogate pair in {key!r}, which is no character")
+    return value
 
 
 def read_all(paths: Sequence[str]) -> list[Pair]:

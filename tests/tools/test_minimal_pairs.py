@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +184,7 @@ def test_the_program_writes_the_table_and_the_line_of_the_run_once(
         (GOOD.replace('"a"', '" "'), "no text in 'sentence_good'"),
         (GOOD.replace('"u"', "3"), "no text in 'UID'"),
         (GOOD.replace("field", "Field"), "no text in 'field'"),
+        (GOOD.replace('"b"', r'"\ud800"'), "half a surrogate pair in 'sentence_bad'"),
         (GOOD.replace('"b"', '"a"'), "both sentences are the same"),
     ],
 )
@@ -212,6 +215,12 @@ def test_other_mistakes_are_told_in_one_line(runs: dict[str, Path], data: Path, 
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(data.read_bytes()[:-20])
     assert "end early or are damaged" in mistake(late, "--data", str(cut))
+    for suffix in ("gz", "bz2", "xz", "zst"):
+        no = tmp_path / f"no.jsonl.{suffix}"
+        no.write_bytes(b"no such thing, but long enough to be read")
+        command = ["-m", "tools.minimal_pairs", late, "--data", str(no)]
+        done = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8", check=False)
+        assert done.returncode == 2 and str(no) in done.stderr and done.stderr.count("\n") == 1, done.stderr
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl: no pairs" in mistake(late, "--data", str(tmp_path / "empty.jsonl"))
     (tmp_path / "b").mkdir()
