@@ -20,8 +20,10 @@ from typing import NoReturn
 import numpy as np
 
 from pretrain import __version__, streams
-from pretrain.account import budget, epochs, flops
-from pretrain.config import Config, config_warnings, dump_config, load_config, method_of, phase_configs
+from pretrain.account import epochs, flops
+from pretrain.account.budget import Budget
+from pretrain.account.recipe import Phase, Recipe
+from pretrain.config import Config, config_warnings, dump_config, load_config, method_of
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
@@ -55,38 +57,40 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def plan(config: Config, data_size: int, blend: Blend) -> str:
-    """What the run will do and the arithmetic behind it, for the reader of a log."""
-    from pretrain.build import micro_batch
-    from pretrain.data.masking import counts
-
-    m = config.model
-    assert m.vocab_size
-    size = flops.parameters(m, m.vocab_size)
+def plan(recipe: Recipe, data_size: int, blend: Blend) -> str:
+    """Return what the run will do and the arithmetic behind it, for the reader of a log."""
+    config, model = recipe.config, recipe.config.model
+    size = flops.parameters(model, recipe.vocab_size)
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
     lines = [
-        f"method      {method_of(config)}: {m.num_layers} + {m.decoder_layers} layers x {m.hidden_size},"
-        f" {m.block} {m.norm}-LN, {m.vocab_size} pieces",
+        f"method      {method_of(config)}: {model.num_layers} + {model.decoder_layers} layers x"
+        f" {model.hidden_size}, {model.block} {model.norm}-LN, {recipe.vocab_size} pieces",
         f"parameters  {parts}",
     ]
-    untils = [phase.until for phase in config.train.phases]
-    for phase, begin in zip(phase_configs(config), [0.0, *untils], strict=True):
-        t, c = phase.train, counts(config.masking, phase.train.seq_length)
-        update, micro = budget.step_cost(phase).flops, micro_batch(phase, data_size)
-        shares = "  ".join(
-            f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
-        )
-        if untils:
+    for phase, begin in zip(recipe.phases, [0.0, *recipe.budget.phase_ends], strict=True):
+        if len(recipe.phases) > 1:
             lines.append(f"phase       from {begin:.4g} of the budget on")
-        lines += [
-            f"sequence    {c.length} rows: {c.predicted} predicted ({c.masked} [MASK], {c.random} random,"
-            f" {c.predicted - c.masked - c.random} kept); the encoder sees"
-            f" {c.length - (flops.late_masks(m, c.masked) if m.mask_from else 0)}",
-            f"update      {t.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
-            f" x {t.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
-        ]
+        lines += _phase(phase, data_size)
     lines.append(f"documents   {config.corpus.documents}; {_documents(blend)}")
-    return "\n".join([*lines, f"budget      {_budget(config, blend)}"])
+    return "\n".join([*lines, f"budget      {_budget(recipe, blend)}"])
+
+
+def _phase(phase: Phase, data_size: int) -> list[str]:
+    """Return what an update of a phase is."""
+    from pretrain.data.masking import counts
+
+    model, train, update = phase.config.model, phase.config.train, phase.cost.flops
+    count, micro = counts(phase.config.masking, train.seq_length), phase.micro_batch(data_size)
+    shares = "  ".join(
+        f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
+    )
+    return [
+        f"sequence    {count.length} rows: {count.predicted} predicted ({count.masked} [MASK],"
+        f" {count.random} random, {count.predicted - count.masked - count.random} kept); the encoder sees"
+        f" {count.length - (flops.late_masks(model, count.masked) if model.mask_from else 0)}",
+        f"update      {train.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
+        f" x {train.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
+    ]
 
 
 def _documents(blend: Blend) -> str:
@@ -99,27 +103,24 @@ def _documents(blend: Blend) -> str:
     return f"{numbers[:, -2].mean() + 1:.2f} a window, {pairs:.0%} of the pairs of rows are within one"
 
 
-def _budget(config: Config, blend: Blend) -> str:
-    from pretrain.account.budget import Budget, planned
-
-    unit, total = config.budget.amount
-    given = f"{total:.7g} {unit}"
-    if config.budget.relative_to:
-        given += f" ({config.budget.fraction:g} of {config.budget.relative_to}'s)"
-    budget = Budget(config)
+def _budget(recipe: Recipe, blend: Blend) -> str:
+    budget, given = recipe.budget, recipe.config.budget
+    said = f"{budget.total:.7g} {budget.unit}"
+    if given.relative_to:
+        said += f" ({given.fraction:g} of {given.relative_to}'s)"
     if budget.measured:
-        return given
+        return said
     steps = budget.updates()
-    text = f"{given} = {' + '.join(f'{number:,}' for number in steps)} updates"
-    text += f" = {planned(config, 'flops'):.3g} FLOPs = {planned(config, 'tokens'):.3g} rows"
+    said += f" = {' + '.join(f'{number:,}' for number in steps)} updates"
+    said += f" = {budget.planned('flops'):.3g} FLOPs = {budget.planned('tokens'):.3g} rows"
     if len(steps) > 1:
-        return text
+        return said
     windows = {sampler.corpus.prefix: sampler.samples_per_epoch for sampler in blend.samplers}
     epochs = [
         f"{count:.2f} epochs of {windows[prefix]:,} windows" + (f" of {prefix}" if len(windows) > 1 else "")
         for prefix, count in blend.epochs(steps[0] * budget.costs[0].samples).items()
     ]
-    return f"{text} = {', '.join(epochs)}"
+    return f"{said} = {', '.join(epochs)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,60 +147,52 @@ def _say(error: UserError) -> int:
     return USER
 
 
-def _warn_of_epochs(config: Config) -> None:
-    if text := epochs.warning(epochs.epochs(config)):
+def _warn_of_epochs(recipe: Recipe) -> None:
+    if text := epochs.warning(epochs.epochs(recipe)):
         logging.warning("warning: %s", text)
 
 
 def _dry_run(config: Config) -> int:
     import torch
 
-    from pretrain.build import check_start, resolve
+    from pretrain.build import check_start
     from pretrain.continuing import refuse_changes
-    from pretrain.data.corpora import open_blend, open_data
-    from pretrain.evaluate import HeldOut
+    from pretrain.data.corpora import open_blend
+    from pretrain.inputs import open_inputs
 
     for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
-    data = open_data(config.corpus)
-    given = config
-    config = resolve(config, data.tokenizer.vocab_size, torch.device("cpu"))
-    refuse_changes(given.model_copy(update={"model": config.model}), data)
-    _warn_of_epochs(config)
-    phases = phase_configs(config)
-    budget.check(config)
-    check_start(config, data)
-    blend = [open_blend(phase, data) for phase in phases][-1]
-    if config.corpus.valid:
-        length = config.evaluate.seq_length or config.train.seq_length
-        HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples)
-    print(dump_config(config))
-    lines = [plan(config, 1, blend), f"masks       {_masks(config, blend, data.tokenizer)}"]
-    if text := foreseen(config, _products_rate(config.train.precision or "fp32")):
+    inputs = open_inputs(config, torch.device("cpu"), 1)
+    recipe, data = inputs.recipe, inputs.data
+    refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
+    _warn_of_epochs(recipe)
+    check_start(inputs)
+    blend = open_blend(recipe.phases[-1].config, data)
+    print(dump_config(recipe.config))
+    lines = [plan(recipe, 1, blend), f"masks       {_masks(recipe.config, blend, data.tokenizer)}"]
+    if text := foreseen(recipe.budget, _products_rate(recipe.config.train.precision or "fp32")):
         lines.append(f"estimate    {text}")
     print(wrapped("\n".join(lines), indent=12))
     return 0
 
 
-def foreseen(config: Config, rate: float) -> str:
+def foreseen(budget: Budget, rate: float) -> str:
     """Return the least time that a budget takes, or the most updates that its hours buy; "" for kWh, of which
     nobody knows before.
 
     rate: FLOP/s that matrix products reach.
     """
-    run = budget.Budget(config)
-    costs = [cost.hardware_flops for cost in run.costs]
+    costs = [cost.hardware_flops for cost in budget.costs]
     how = f"on one device here, were all of it matrix products ({rate / 1e9:,.0f} GFLOP/s)"
-    unit, amount = config.budget.amount
-    if not run.measured:
-        seconds = sum(number * cost for number, cost in zip(run.updates(), costs, strict=True)) / rate
+    if not budget.measured:
+        seconds = sum(number * cost for number, cost in zip(budget.updates(), costs, strict=True)) / rate
         least = timedelta(seconds=round(seconds)) if seconds >= 10 else f"{seconds:.1g} seconds"
         return f"at least {least} {how}"
-    if unit != "device_hours":
+    if budget.unit != "device_hours":
         return ""
-    edges = [0.0, *(phase.until for phase in config.train.phases), 1.0]
-    shares = [end - begin for begin, end in pairwise(edges)]
-    updates = sum(int(share * amount * 3600 * rate / cost) for share, cost in zip(shares, costs, strict=True))
+    shares = [end - begin for begin, end in pairwise([0.0, *budget.phase_ends, 1.0])]
+    flops = budget.total * 3600 * rate
+    updates = sum(int(share * flops / cost) for share, cost in zip(shares, costs, strict=True))
     return f"at most {updates:,} updates {how}"
 
 
@@ -235,7 +228,8 @@ def _masks(config: Config, blend: Blend, tokenizer: Tokenizer) -> str:
 def _run(config: Config, local_rank: int | None) -> int:
     signals = Signals()
     from pretrain.build import build
-    from pretrain.parallel.topology import Topology, connect
+    from pretrain.inputs import open_inputs
+    from pretrain.parallel.topology import Topology, connect, on_main, raise_on_all_ranks
     from pretrain.run_folder import RunFolder
     from pretrain.train import close, train
 
@@ -244,10 +238,13 @@ def _run(config: Config, local_rank: int | None) -> int:
     folder, topology = RunFolder(config.run.dir), Topology()
     try:
         topology = connect(config.parallel.tensor, config.train.engine == "deepspeed", local_rank)
-        run = build(config, topology, folder, signals)
+        on_main(topology, folder.claim)
+        with raise_on_all_ranks(topology):
+            inputs = open_inputs(config, topology.device, topology.data_size)
+        run = build(inputs, topology, folder, signals)
         if topology.is_main:
-            logging.info(wrapped(plan(run.config, topology.data_size, run.blend), sys.stderr, indent=12))
-            _warn_of_epochs(run.config)
+            logging.info(wrapped(plan(run.recipe, topology.data_size, run.blend), sys.stderr, indent=12))
+            _warn_of_epochs(run.recipe)
             if run.step:
                 logging.info("continues   from step %d", run.step)
         with run.monitor or nullcontext():  # whatever happens, its bar is gone before anything is said of it

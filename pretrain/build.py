@@ -1,4 +1,4 @@
-"""Makes a run that can step from a config and the ranks: reads, checks, restores."""
+"""Makes a run that can step from its inputs and the ranks, and restores its newest checkpoint."""
 
 import ctypes
 import hashlib
@@ -7,8 +7,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.account import budget, energy, flops
-from pretrain.account.budget import Budget, Course, step_cost
+from pretrain.account import energy, flops
+from pretrain.account.budget import Course
 from pretrain.account.ledger import Ledger, process_start
+from pretrain.account.recipe import Phase, Recipe
 from pretrain.checkpoint import State
-from pretrain.config import Config, build_config, method_of, phase_configs
+from pretrain.config import Config, build_config, method_of
 from pretrain.continuing import carried, check_continues, rates, run_segments
-from pretrain.data.corpora import Data, open_blend, open_data
+from pretrain.data.corpora import Data, open_blend
 from pretrain.data.masking import masker
 from pretrain.data.sampler import Blend, Segment
 from pretrain.data.tokenizer import Tokenizer
@@ -31,37 +32,37 @@ from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut
 from pretrain.feed import Feed, prepare
 from pretrain.files import check_folder, write_atomic
+from pretrain.inputs import Inputs
 from pretrain.model import float8, huggingface
-from pretrain.model import late_mask as model
-from pretrain.model.late_mask import LateMaskModel
+from pretrain.model.late_mask import LateMaskModel, init_weights
 from pretrain.model.loss import ExternalCrossEntropy
 from pretrain.monitor import Monitor
-from pretrain.parallel import engine, tensor_parallel
-from pretrain.parallel.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from pretrain.parallel import tensor_parallel
+from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
 from pretrain.parallel.engine import Engine, TorchEngine, compile_mode
 from pretrain.parallel.launchers import job_end
-from pretrain.parallel.topology import Topology, device_name, device_uuid
+from pretrain.parallel.topology import Topology, device_name, device_uuid, on_main, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 
 
-def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro: int) -> "Engine":
+def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro: int) -> Engine:
     """Divides an initialised model over the ranks and gives it an optimizer.
 
     micro: sequences of a micro-batch. UserError if keys of `deepspeed` contradict others, or a kernel is
     not here.
     """
-    t, known = config.train, model.cross_entropy.vocab_size
-    if t.cross_entropy != "own":
-        model.cross_entropy = ExternalCrossEntropy(known, t.cross_entropy, topology.device)
+    train, known = config.train, model.cross_entropy.vocab_size
+    if train.cross_entropy != "own":
+        model.cross_entropy = ExternalCrossEntropy(known, train.cross_entropy, topology.device)
     tensor_parallel.shard(model, topology)
     model.to(topology.device)
-    if t.float8:
+    if train.float8:
         float8.convert(model, topology.device)
-    if t.compile != "none":
+    if train.compile != "none":
         for layer in model.all_layers():
             layer.compile(mode=compile_mode(config), dynamic=False)
-    if t.engine == "deepspeed":
+    if train.engine == "deepspeed":
         return DeepSpeedEngine(config, model, topology, micro)
     return TorchEngine(config, model, topology)
 
@@ -69,65 +70,17 @@ def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 
-def resolve(config: Config, vocab_size: int, device: torch.device) -> Config:
-    """The config with the defaults that depend on the vocabulary and the device filled in."""
-    if config.model.vocab_size not in (None, vocab_size):
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer has {vocab_size} pieces; leave"
-            " it out"
-        )
-    train = config.train
-    precision = train.precision or ("bf16" if _has_bf16(device) else "fp32")
-    deterministic = device.type == "cpu" if train.deterministic is None else train.deterministic
-    sized = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
-            "train": train.model_copy(update={"precision": precision, "deterministic": deterministic}),
-        }
-    )
-    return budget.resolve(sized)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def micro_batch(config: Config, data_size: int) -> int:
-    """Sequences per forward pass of one data-parallel rank; UserError if the batch does not divide."""
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    if batch % (data_size * (micro or 1)):
-        raise UserError(
-            f"train.batch_size = {batch} is no multiple of data-parallel ranks x micro_batch_size ="
-            f" {data_size} x {micro or 1}; change one of them"
-        )
-    return micro or batch // data_size
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the run with one length and batch size."""
-
-    config: Config
-    """`train` has the values that hold here."""
-    cost: flops.StepCost
-    micro: int
-
-
 @dataclass
 class Run:
     """The parts, and the numbers that move."""
 
-    config: Config
+    recipe: Recipe
     topology: Topology
     folder: RunFolder
     data: Data
-    budget: Budget
     course: Course
     """Followed on rank 0."""
-    phases: list[Phase]
-    engine: engine.Engine
+    engine: Engine
     heldout: HeldOut | None
     ledger: Ledger | None
     """On rank 0."""
@@ -157,30 +110,22 @@ class Run:
     """Of the last update, before clipping; None where the engine does not tell."""
 
     @property
+    def config(self) -> Config:
+        """Return the config, of which nothing is open."""
+        return self.recipe.config
+
+    @property
     def cost(self) -> flops.StepCost:
-        """Of an update of this phase."""
-        return self.phases[self.phase].cost
+        """Return the cost of an update of this phase."""
+        return self.recipe.phases[self.phase].cost
 
 
-def build(config: Config, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
-    """Reads, checks and makes everything, and restores the newest checkpoint if there is one."""
-    on_main(topology, folder.claim)
+def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
+    """Make all parts of a run, and restore the newest checkpoint if there is one; the folder is claimed."""
+    recipe, config, data = inputs.recipe, inputs.recipe.config, inputs.data
     meter = open_meter(topology)
     with raise_on_all_ranks(topology):
-        data = open_data(config.corpus)
-        config = resolve(config, data.tokenizer.vocab_size, topology.device)
-        phases = [
-            Phase(phase, step_cost(phase), micro_batch(phase, topology.data_size))
-            for phase in phase_configs(config)
-        ]
-        check_sensors(config, topology.device, meter.parts)
-        budget.check(config)
-        for phase in phases:
-            open_blend(phase.config, data)  # refuses a corpus that is too small for its length
-        if config.train.engine == "deepspeed":
-            for phase in phases:
-                deepspeed_config(phase.config, topology.data_size, phase.micro, pin=False)
-        heldout = _open_heldout(config, data)
+        check_sensors(recipe.budget.unit, topology.device, meter.parts)
     # Up to here nothing is touched: what is refused leaves the run as it was.
     start = on_main(topology, lambda: _starting_point(folder, config, data))
     path, stamps = json.loads(start) if start else ("", None)
@@ -188,48 +133,56 @@ def build(config: Config, topology: Topology, folder: RunFolder, signals: Signal
         state = checkpoint.read_state(Path(path), stamps) if path else None
     if state:
         data = replace(data, rules=state.rules)
-    ledger = _open_ledger(config, topology, folder, state, meter)
+    number = state.phase if state else 0
+    phase = recipe.phases[number]
+    ledger = _open_ledger(recipe, topology, folder, state, meter)
     with timed(ledger, "startup"):
+        prepare_torch(bool(config.train.deterministic))
+        if topology.device.type == "cpu":
+            keep_freed_memory()
         segments = run_segments(config, data, state)
         with raise_on_all_ranks(topology):
-            module = _module(config, data.tokenizer, fresh=state is None)
+            module = make_module(config, data.tokenizer, fresh=state is None)
         if config.model.init_from and state is None:
             refuse_other_weights(config.model.init_from, module, topology)
-        run = _assemble(
-            config,
-            topology,
-            folder,
-            data,
-            phases,
-            state.phase if state else 0,
-            segments,
-            ledger,
-            module,
-            heldout,
-            signals,
-            meter,
+        engine = build_engine(phase.config, module, topology, phase.micro_batch(topology.data_size))
+        if engine.deepspeed_json and topology.is_main:
+            write_atomic(folder.path / "deepspeed.json", engine.deepspeed_json)
+        blend, feed = read_phase(phase, topology, data, segments)
+        run = Run(
+            recipe=recipe,
+            topology=topology,
+            folder=folder,
+            data=data,
+            course=Course(recipe.budget, carried(state, config) if state else None),
+            engine=engine,
+            heldout=inputs.heldout,
+            ledger=ledger,
+            monitor=_open_monitor(config, topology, ledger),
+            meter=meter,
+            signals=signals,
+            deadline=_deadline(config) if topology.is_main else None,
+            segments=segments,
+            phase=number,
+            blend=blend,
+            feed=feed,
         )
         if state:
-            run.course = Course(run.budget, carried(state, config))
-            with raise_on_all_ranks(topology):
-                checkpoint.load(Path(path), run.engine, stamps)
-            run.engine.optimizer_step = state.optimizer_step
-            if run.engine.loss_scale and state.loss_scale:
-                run.engine.loss_scale.load(state.loss_scale)
-            run.step, run.samples, run.saved = state.step, state.samples, state.step
-            run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
+            _restore(run, state, Path(path), stamps)
     if ledger and state:
-        _note_changes(ledger, run, state, layout(config, topology))
+        _note_changes(ledger, run, state, layout(recipe, topology))
     return run
 
 
-def _open_heldout(config: Config, data: Data) -> HeldOut | None:
-    """The held-out windows, if the config names a corpus of them."""
-    if not config.corpus.valid:
-        return None
-    length = config.evaluate.seq_length or config.train.seq_length
-    bounded = config.corpus.documents == "bounded"
-    return HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples, bounded)
+def _restore(run: Run, state: State, path: Path, stamps: checkpoint.Stamps | None) -> None:
+    """Give a run the tensors and the numbers of a checkpoint."""
+    with raise_on_all_ranks(run.topology):
+        checkpoint.load(path, run.engine, stamps)
+    run.engine.optimizer_step = state.optimizer_step
+    if run.engine.loss_scale and state.loss_scale:
+        run.engine.loss_scale.load(state.loss_scale)
+    run.step, run.samples, run.saved = state.step, state.samples, state.step
+    run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
 
 
 def open_meter(topology: Topology) -> energy.Meter:
@@ -243,71 +196,26 @@ def open_meter(topology: Topology) -> energy.Meter:
     return meter
 
 
-def check_sensors(config: Config, device: torch.device, parts: Sequence[str]) -> None:
-    """UserError if the budget is of energy that nobody measures."""
+def check_sensors(unit: str, device: torch.device, parts: Sequence[str]) -> None:
+    """Raise UserError if the budget is of energy that nobody measures."""
     needed, sensor = ("gpu", "NVML") if device.type == "cuda" else ("cpu", "RAPL")
-    if config.budget.amount[0] == "kwh" and needed not in parts:
+    if unit == "kwh" and needed not in parts:
         raise UserError(
             f"budget.kwh: no energy sensor can be read here on every node ({sensor}); have it made readable,"
             " or take another unit"
         )
 
 
-def _assemble(
-    config: Config,
-    topology: Topology,
-    folder: RunFolder,
-    data: Data,
-    phases: list[Phase],
-    number: int,
-    segments: list[Segment],
-    ledger: Ledger | None,
-    module: model.LateMaskModel,
-    heldout: HeldOut | None,
-    signals: Signals,
-    meter: energy.Meter,
-) -> Run:
-    """The parts of a run that has not started."""
-    prepare_torch(bool(config.train.deterministic))
-    if topology.device.type == "cpu":
-        keep_freed_memory()
-    phase = phases[number]
-    built = build_engine(phase.config, module, topology, phase.micro)
-    if built.deepspeed_json and topology.is_main:
-        write_atomic(folder.path / "deepspeed.json", built.deepspeed_json)
-    blend, feed = read_phase(phase, topology, data, segments)
-    limit = Budget(config)
-    return Run(
-        config=config,
-        topology=topology,
-        folder=folder,
-        data=data,
-        budget=limit,
-        course=Course(limit),
-        phases=phases,
-        engine=built,
-        heldout=heldout,
-        ledger=ledger,
-        monitor=_open_monitor(config, topology, ledger),
-        meter=meter,
-        signals=signals,
-        deadline=_deadline(config) if topology.is_main else None,
-        segments=segments,
-        phase=number,
-        blend=blend,
-        feed=feed,
-    )
-
-
 def read_phase(
     phase: Phase, topology: Topology, data: Data, segments: Sequence[Segment]
 ) -> tuple[Blend, Feed]:
-    """What reads and masks the samples of a phase."""
-    o = phase.config
-    blend = open_blend(o, data, segments)
-    bounded = o.corpus.documents == "bounded"
-    mask = masker(o.masking, o.train.seq_length, data.tokenizer, bounded, data.rules)
-    return blend, Feed(prepare(o, topology, blend, mask, phase.micro), o.train.batch_size)
+    """Make what reads and masks the samples of a phase."""
+    config, batch_size = phase.config, phase.config.train.batch_size
+    blend = open_blend(config, data, segments)
+    bounded = config.corpus.documents == "bounded"
+    mask = masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
+    micro = phase.micro_batch(topology.data_size)
+    return blend, Feed(prepare(batch_size, micro, topology, blend, mask), batch_size)
 
 
 def _deadline(config: Config) -> float | None:
@@ -327,11 +235,11 @@ def _deadline(config: Config) -> float | None:
     return end - min(60 * config.checkpoint.end_margin_minutes, 0.2 * (end - now))
 
 
-def _module(config: Config, tokenizer: Tokenizer, fresh: bool) -> model.LateMaskModel:
-    """The whole model; where a run is `fresh`, with the weights that `model.init_from` has."""
-    t = config.train
-    module = model.LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask, t.recompute == "block")
-    model.init_weights(module, config.run.seed)
+def make_module(config: Config, tokenizer: Tokenizer, fresh: bool) -> LateMaskModel:
+    """Make the whole model; where a run is `fresh`, with the weights that `model.init_from` has."""
+    recompute = config.train.recompute == "block"
+    module = LateMaskModel(config.model, tokenizer.vocab_size, tokenizer.mask, recompute)
+    init_weights(module, config.run.seed)
     if fresh and config.model.init_from:
         new = huggingface.load_folder(module, config.model, tokenizer)
         parts = Counter(name.partition(".")[0] for name in new)
@@ -374,36 +282,12 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, -1)
 
 
-def check_start(config: Config, data: Data) -> None:
-    """What a first start would refuse but `open_data` and the budget do not know of; leaves nothing."""
+def check_start(inputs: Inputs) -> None:
+    """Refuse what a first start would, but for its inputs; leaves nothing."""
+    config = inputs.recipe.config
     check_folder(config.run.dir)
-    for phase in phase_configs(config):
-        micro = micro_batch(phase, 1)
-        if config.train.engine == "deepspeed":
-            deepspeed_config(phase, 1, micro, pin=False)
     if config.model.init_from:
-        _module(config, data.tokenizer, fresh=True)
-
-
-def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
-    """Runs `action` on rank 0 and gives its result to all; its UserError is raised everywhere."""
-    result = ""
-    with raise_on_all_ranks(topology):
-        if topology.is_main:
-            result = action() or ""
-    return topology.broadcast_text(result)
-
-
-@contextmanager
-def raise_on_all_ranks(topology: Topology) -> Iterator[None]:
-    """A user's error of one rank is raised on all, which would wait for that rank for ever."""
-    problem = ""
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    if problem := topology.first_text(problem):
-        raise UserError(problem)
+        make_module(config, inputs.data.tokenizer, fresh=True)
 
 
 def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
@@ -422,7 +306,7 @@ def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
 
 
 def _open_ledger(
-    config: Config,
+    recipe: Recipe,
     topology: Topology,
     folder: RunFolder,
     state: State | None,
@@ -434,7 +318,7 @@ def _open_ledger(
     device, ranks = device_name(topology.device), topology.world_size
     folder.add_provenance(device=device, ranks=ranks, launcher=topology.launcher)
     ledger = Ledger.open(folder.path, ranks, device)
-    about: dict[str, Any] = {"layout": layout(config, topology), "job": slurm_job(os.environ)}
+    about: dict[str, Any] = {"layout": layout(recipe, topology), "job": slurm_job(os.environ)}
     about["sensors"] = {part: meter.methods[part] for part in meter.parts}  # rank 0 has one of each
     if "cpu" in meter.parts:
         about["host_share"] = round(meter.share, 4)
@@ -446,20 +330,20 @@ def _open_ledger(
     return ledger
 
 
-def layout(config: Config, topology: Topology) -> dict[str, Any]:
+def layout(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """How the model is spread and computed, which may differ between attempts."""
-    t, p = config.train, config.parallel
+    train, parallel = recipe.config.train, recipe.config.parallel
     return {
-        "engine": t.engine,
+        "engine": train.engine,
         "ranks": topology.world_size,
-        "tensor": p.tensor,
-        "zero": p.zero,
+        "tensor": parallel.tensor,
+        "zero": parallel.zero,
         "device": device_name(topology.device),
-        "micro_batch": micro_batch(phase_configs(config)[0], topology.data_size),
-        "recompute": t.recompute,
-        "deterministic": t.deterministic,
-        "compile": t.compile,
-        "cross_entropy": t.cross_entropy,
+        "micro_batch": recipe.phases[0].micro_batch(topology.data_size),
+        "recompute": train.recompute,
+        "deterministic": train.deterministic,
+        "compile": train.compile,
+        "cross_entropy": train.cross_entropy,
     }
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pretrain import checkpoint
 from pretrain.account import schedule
-from pretrain.account.budget import Budget, Totals
+from pretrain.account.budget import Totals
+from pretrain.account.recipe import make_recipe
 from pretrain.checkpoint import State
 from pretrain.config import Config, build_config, phase_configs
 from pretrain.data.corpora import Data
@@ -91,7 +92,7 @@ def rates(state: State, config: Config, progress: float, totals: Totals) -> tupl
     """The learning rate at the checkpoint by its own budget, and by that of `options`, now at `progress`."""
     before = state.progress
     if before is None:
-        before = Budget(build_config(state.config, _WHOSE)).progress(totals)
+        before = make_recipe(build_config(state.config, _WHOSE)).budget.progress(totals)
     return schedule.rate(config, before), schedule.rate(config, progress)
 
 

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from pretrain.config import Config
 from pretrain.data.masking import Masker
 from pretrain.data.sampler import Blend, share_of_rank
 from pretrain.model.late_mask import Batch
@@ -38,10 +37,12 @@ class Feed:
 
 
 def prepare(
-    config: Config, topology: Topology, blend: Blend, mask: Masker, micro: int
+    batch_size: int, micro: int, topology: Topology, blend: Blend, mask: Masker
 ) -> Callable[[int], list[Batch]]:
+    """Return what reads and masks this rank's micro-batches of the update that starts at a sample."""
+
     def prepare(first: int) -> list[Batch]:
-        batch_size, rank, ranks = config.train.batch_size, topology.data_rank, topology.data_size
+        rank, ranks = topology.data_rank, topology.data_size
         s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
         batches = []
         for start in range(0, len(s.keys), micro):

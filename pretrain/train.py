@@ -17,11 +17,12 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.account import energy, schedule
 from pretrain.account.ledger import peak_resident
-from pretrain.build import Run, layout, raise_on_all_ranks, read_phase, timed
+from pretrain.build import Run, layout, read_phase, timed
 from pretrain.checkpoint import State
 from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
 from pretrain.model.loss_scale import LEAST, scale_exhausted
+from pretrain.parallel.topology import raise_on_all_ranks
 
 _TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
@@ -47,20 +48,21 @@ class StepDecision(NamedTuple):
 
 def train(run: Run) -> int:
     """Updates until the budget is spent or somebody asks to stop; returns the exit code."""
-    o = run.config
+    config, budget = run.config, run.recipe.budget
     loss_sum, logged = torch.zeros((), device=run.topology.device), run.step
     while True:
         turn = decide_step(run)
         if not (turn.step_fits or turn.stop or run.step):
-            unit, total = o.budget.amount
-            raise UserError(f"budget.{unit} = {total:g} is spent before the first update; raise it")
+            raise UserError(
+                f"budget.{budget.unit} = {budget.total:g} is spent before the first update; raise it"
+            )
         if turn.late and turn.step_fits and not run.seen:  # nor would it be otherwise another time
             raise UserError(
                 f"{_TIME_LIMIT} leaves no time for an update: raise it, or lower"
-                f" checkpoint.end_margin_minutes = {o.checkpoint.end_margin_minutes:g}"
+                f" checkpoint.end_margin_minutes = {config.checkpoint.end_margin_minutes:g}"
             )
         ending = turn.stop or not turn.step_fits
-        if run.step > logged and (ending or run.step % o.monitor.log_every == 0):
+        if run.step > logged and (ending or run.step % config.monitor.log_every == 0):
             write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
         if evaluation_due(run, turn):
@@ -79,7 +81,7 @@ def train(run: Run) -> int:
         for number, batch in enumerate(batches):
             seed_dropout(run, number)
             loss_sum += run.engine.backward(batch, 1 / len(batches)) / len(batches)
-        run.rate = schedule.rate(o, turn.middle)
+        run.rate = schedule.rate(config, turn.middle)
         run.grad_norm = run.engine.step(run.rate)
         run.step += 1
         run.samples += run.cost.samples
@@ -93,13 +95,13 @@ def train(run: Run) -> int:
 
 def start_phase(run: Run, number: int) -> None:
     """Makes updates of phase `number` from here on; another length begins another segment."""
-    phase = run.phases[number]
+    phase = run.recipe.phases[number]
     length, batch_size = phase.config.train.seq_length, phase.config.train.batch_size
     if run.segments[-1].length != length:
         run.segments.append(run.segments[-1]._replace(first=run.samples, length=length))
     run.feed.close()
     run.blend, run.feed = read_phase(phase, run.topology, run.data, run.segments)
-    run.engine.accumulate(batch_size // (phase.micro * run.topology.data_size))
+    run.engine.accumulate(batch_size // (phase.micro_batch(run.topology.data_size) * run.topology.data_size))
     run.phase = number
     if run.ledger:
         logging.info("phase       %d: %d sequences of %d tokens", number, batch_size, length)
@@ -116,12 +118,12 @@ def decide_step(run: Run) -> StepDecision:
     if run.ledger:
         totals = run.ledger.totals()
         update, end = held_back(run, totals)
-        fits = int(run.budget.allows_step(totals, update + end))
+        fits = int(run.recipe.budget.allows_step(totals, update + end))
         share = run.course.follow(totals, end)
         progress = int(share * _PROGRESS_UNITS)
         # Runs that began by the first rules take the rate at the update's start.
         middle = int((share if run.data.rules < 2 else run.course.middle(totals)) * _PROGRESS_UNITS)
-        due, phase = int(save_due(run)), run.budget.phase_at(share)
+        due, phase = int(save_due(run)), run.recipe.budget.phase_at(share)
     joules = run.meter.joules()
     mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
     stop, late, fits, progress, middle, due, phase, *millijoules = run.topology.add_up(
@@ -143,7 +145,7 @@ def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
     step = run.ledger.step_hours
     untimed = step * run.heldout.samples / run.cost.samples if run.heldout else 0.0
     end = (run.ledger.block_hours("evaluate") or untimed) + run.ledger.block_hours("checkpoint")
-    if run.budget.unit != "kwh":
+    if run.recipe.budget.unit != "kwh":
         return step, end
     late = step + run.topology.world_size * 2 * energy.PERIOD / 3600
     metered = totals["metered_device_seconds"]
@@ -231,10 +233,11 @@ def evaluate(run: Run, turn: StepDecision) -> None:
     assert run.heldout
     begin = time.monotonic()
     with timed(run.ledger, "evaluate"):
-        t = run.topology
+        here = run.topology
+        micro = run.recipe.phases[-1].micro_batch(here.data_size)
         run.engine.module.eval()
         score = run.heldout.score(
-            run.engine.forward, run.phases[-1].micro, t.device, t.data_rank, t.data_size, t.sum_over_data
+            run.engine.forward, micro, here.device, here.data_rank, here.data_size, here.sum_over_data
         )
         run.engine.module.train()
     run.scored = run.step, score.loss
@@ -259,13 +262,13 @@ def evaluate(run: Run, turn: StepDecision) -> None:
 
 def save_due(run: Run) -> bool:
     """By steps or by rank 0's clock."""
-    c = run.config.checkpoint
+    every = run.config.checkpoint
     if run.step == run.saved or run.step == 0:
         return False
-    if run.budget.measured and run.ledger and not run.ledger.block_hours("checkpoint"):
+    if run.recipe.budget.measured and run.ledger and not run.ledger.block_hours("checkpoint"):
         return True  # once early, to know how long a save takes
-    late = c.every_minutes and time.monotonic() - run.saved_at >= 60 * c.every_minutes
-    return bool(late or (c.every_steps and run.step % c.every_steps == 0))
+    late = every.every_minutes and time.monotonic() - run.saved_at >= 60 * every.every_minutes
+    return bool(late or (every.every_steps and run.step % every.every_steps == 0))
 
 
 def save(run: Run) -> None:
@@ -280,7 +283,7 @@ def save(run: Run) -> None:
         segments=[list(segment) for segment in run.segments],
         ledger_head=run.ledger.save() if run.ledger else "",
         loss=run.scored[1] if run.scored[0] == run.step else None,
-        layout=layout(run.config, t),
+        layout=layout(run.recipe, t),
         phase=run.phase,
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
         rules=run.data.rules,
@@ -313,10 +316,10 @@ def finish(run: Run, turn: StepDecision) -> int:
 
 def unused(run: Run, totals: dict[str, Any]) -> str:
     """What of a budget that only a run can tell was held back for the end and then not needed, in words."""
-    left = run.budget.total - run.budget.spent(totals)
-    if not run.budget.measured or left <= 0:
+    left = run.recipe.budget.total - run.recipe.budget.spent(totals)
+    if not run.recipe.budget.measured or left <= 0:
         return ""
-    of = f"{left:.2g} of {run.budget.total:g} {run.budget.unit}"
+    of = f"{left:.2g} of {run.recipe.budget.total:g} {run.recipe.budget.unit}"
     return f"; {of} was held back for evaluation and save and not needed"
 
 

@@ -116,7 +116,8 @@ def vocabulary(config: Config, args: argparse.Namespace) -> int:
 def settled(config: Config, planned: Config | None = None) -> Config:
     """The config with an amount for a budget that is relative to another recipe, which may be edited or
     go on before a job reads it. planned: the config with the vocabulary that it is going to have."""
-    return config.model_copy(update={"budget": plan_estimate.with_vocabulary(planned or config)[0].budget})
+    recipe, _ = plan_estimate.planned_recipe(planned or config)
+    return config.model_copy(update={"budget": recipe.config.budget})
 
 
 def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
@@ -158,7 +159,8 @@ def refuse_changes(config: Config) -> None:
         data = open_data(config.corpus)
     except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
         data = None
-    continuing.refuse_changes(plan_estimate.with_vocabulary(config)[0], data)
+    recipe, _ = plan_estimate.planned_recipe(config)
+    continuing.refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
 
 
 def tokenizer_of(config: Config) -> Path | None:

@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.account import costs
 from pretrain.account.devices import Device
-from pretrain.config import Config, load_config
+from pretrain.account.recipe import Recipe
+from pretrain.config import load_config
 from tools.plan import layouts
-from tools.plan.estimate import with_vocabulary
+from tools.plan.estimate import planned_recipe
 from tools.shared import console, measure, outputs
 from tools.shared.tables import aligned
 
@@ -85,19 +85,17 @@ CASES = (
 # ---- on the ranks --------------------------------------------------------------------------------
 
 
-def step_of(config: Config, micro: int, here: "Topology") -> Callable[[], None]:
+def step_of(recipe: Recipe, micro: int, here: "Topology") -> Callable[[], None]:
     """One update of a new engine in this process."""
     import torch
 
     from pretrain.build import build_engine
     from pretrain.model import late_mask as model
 
-    pieces = config.model.vocab_size
-    assert pieces
+    config, pieces, rows = recipe.config, recipe.vocab_size, recipe.phases[0].rows
     built = model.LateMaskModel(config.model, pieces, pieces - 1, config.train.recompute == "block")
     model.init_weights(built, config.run.seed)
     made = build_engine(config, built, here, micro)
-    rows = costs.rows(config)
     accumulation = config.train.batch_size // (micro * here.data_size)
 
     def batch() -> model.Batch:
@@ -114,21 +112,23 @@ def step_of(config: Config, micro: int, here: "Topology") -> Callable[[], None]:
     return step
 
 
-def measured(config: Config, micro: int, peak: float) -> tuple[float, float, int]:
+def measured(recipe: Recipe, micro: int, peak: float) -> tuple[float, float, int]:
     """(seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32 FLOP/s."""
     from pretrain.parallel import topology
 
-    here = topology.connect(config.parallel.tensor, needs_group=config.train.engine == "deepspeed")
-    seconds, pace = timed(config, micro, peak, here)
+    here = topology.connect(
+        recipe.config.parallel.tensor, needs_group=recipe.config.train.engine == "deepspeed"
+    )
+    seconds, pace = timed(recipe, micro, peak, here)
     gc.collect()
-    return seconds, pace, held(config, micro, here)
+    return seconds, pace, held(recipe, micro, here)
 
 
-def timed(config: Config, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
+def timed(recipe: Recipe, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
     """(median seconds of a step at full pace, median pace), from when all ranks are ready until all are."""
     import torch
 
-    step = step_of(config, micro, here)
+    step = step_of(recipe, micro, here)
     matrix = torch.randn(SIZE, SIZE)
 
     def lasts(action: Callable[[], Any]) -> float:
@@ -149,12 +149,12 @@ def timed(config: Config, micro: int, peak: float, here: "Topology") -> tuple[fl
     return statistics.median(full), statistics.median(paces)
 
 
-def held(config: Config, micro: int, here: "Topology") -> int:
+def held(recipe: Recipe, micro: int, here: "Topology") -> int:
     """Bytes of tensors at the fullest moment of a step."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step = step_of(config, micro, here)
+        step = step_of(recipe, micro, here)
         for number in range(STEPS):
             with record_function(f"step {number}"):
                 step()
@@ -261,12 +261,11 @@ def this_device() -> Device:
 def observed(case: Case, device: Device) -> dict[str, Any]:
     """A case's layout, its seconds and bytes, and the bytes that the plan says."""
     config = load_config(CONFIGS / f"{case.config}.yaml", list(case.overrides))
-    config, _ = with_vocabulary(config)
-    assert config.model.vocab_size
-    job = layouts.job(config, config.model.vocab_size, device)
-    layout = layouts.configured(config, case.ranks, job.precision, gpu=False)
+    recipe, _ = planned_recipe(config, device)
+    job = layouts.job(recipe.phases[0], device)
+    layout = layouts.configured(recipe.config, case.ranks, job.precision, gpu=False)
     peak = device.peak["fp32"]  # of the products that tell the pace
-    seconds, pace, held_bytes = launch(case.ranks, measured, config, layout.micro_batch, peak)
+    seconds, pace, held_bytes = launch(case.ranks, measured, recipe, layout.micro_batch, peak)
     return {
         "name": case.name,
         "job": job,

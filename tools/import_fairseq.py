@@ -115,7 +115,7 @@ def _renamed(tokens: npt.NDArray[Any], ids: npt.NDArray[np.int64], name: str) ->
 
 def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: bool) -> Manifest:
     """Write the corpus."""
-    inputs = [f"{prefix}.idx", f"{prefix}.bin", dictionary]
+    inputs = [Path(f"{prefix}.idx"), Path(f"{prefix}.bin"), dictionary]
     refuse_inputs([corpus_file(output, extension) for extension in EXTENSIONS], inputs)
     dtype, sizes = read_index(Path(f"{prefix}.idx"))
     path = Path(f"{prefix}.bin")
@@ -135,10 +135,10 @@ def convert(prefix: str, dictionary: Path, folder: str, output: str, overwrite: 
         for some, sequences, ends in documents(tokens, sizes, ids, str(path)):
             writer.append(some, sequences, ends)
             advance(len(some) * dtype.itemsize)
-        ends = int(np.count_nonzero(_ends_in_eos(tokens, sizes)))
-        if writer.tokens + ends != len(tokens):
+        left_out = int(np.count_nonzero(_ends_in_eos(tokens, sizes)))
+        if writer.tokens + left_out != len(tokens):
             raise UserError(
-                f"{path}: {writer.tokens} tokens and {ends} ends of the {len(tokens)} that it holds; a"
+                f"{path}: {writer.tokens} tokens and {left_out} ends of the {len(tokens)} that it holds; a"
                 " defect, please report it"
             )
         return writer.finish(origin)

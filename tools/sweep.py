@@ -63,7 +63,7 @@ def variants(path: str, overrides: list[str], over: list[str], output: Path) -> 
             raise UserError(f"--over {key}: given twice; give all its values at once")
     leaves = [key.rpartition(".")[2] for key in keys]
     names = [key if leaves.count(leaf) > 1 else leaf for key, leaf in zip(keys, leaves, strict=True)]
-    found = []
+    found: list[Variant] = []
     for combination in itertools.product(*(texts for _, texts in axes)):
         name = "_".join(f"{key}-{_slug(text)}" for key, text in zip(names, combination, strict=True))
         if any(variant.name == name for variant in found):

@@ -2,7 +2,7 @@
 
 The one idea: a budget has one unit, its spent share is the run's progress, and everything that changes on
 the way (learning rate, phase, stop) is a function of that one number. Where the unit is not of time or
-energy, what a recipe costs is known before it starts: `updates` takes the same decisions in closed form.
+energy, what a run costs is known before it starts: `updates` takes the same decisions in closed form.
 
 The trap: hours and kWh go on while a run ends, so an update is let in only if it and what follows it (the
 last evaluation, the last save) fit.
@@ -11,12 +11,10 @@ Imports no torch.
 """
 
 import math
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from pretrain.account import costs, flops, ledger
 from pretrain.account.flops import StepCost
-from pretrain.config import Config, load_config, phase_configs
 from pretrain.errors import UserError
 
 JOULES_PER_KWH = 3.6e6
@@ -28,13 +26,6 @@ UNTIMED = 1e-3
 """Share of the budget that an update is taken for until one was timed."""
 
 Totals = dict[str, Any]  # of Ledger.totals
-
-
-def step_cost(config: Config) -> StepCost:
-    """What one update of a resolved config costs; of a phase, if it has some."""
-    assert config.model.vocab_size
-    t, rows = config.train, costs.rows(config)
-    return flops.step_cost(config.model, rows, config.model.vocab_size, t.batch_size, t.recompute)
 
 
 def spent(totals: Totals, unit: str) -> float:
@@ -61,45 +52,52 @@ def price(cost: StepCost, unit: str) -> float | None:
     }.get(unit)
 
 
-def check(config: Config) -> None:
-    """UserError if the budget of a resolved config does not pay for a single update."""
-    unit, total = config.budget.amount
-    one = price(step_cost(phase_configs(config)[0]), unit)
-    if one is not None and total * (1 + TOLERANCE) < one:
-        raise UserError(f"budget.{unit} = {total:g} is less than one update costs ({one:g}); raise it")
-
-
+@dataclass(frozen=True)
 class Budget:
-    """The budget of a resolved config.
+    """What a recipe may spend, and what its updates cost.
 
     Steps, tokens, FLOPs and token-layers charge surviving work, so a killed run ends where an undisturbed
     one does; hours and kWh charge everything, over all attempts.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.unit, self.total = config.budget.amount
-        self.costs = [step_cost(phase) for phase in phase_configs(config)]
-        self._untils = [phase.until for phase in config.train.phases]
-        self.measured = self.unit in MEASURED
+    unit: str
+    total: float
+    costs: tuple[StepCost, ...]
+    """Of an update of each phase."""
+    phase_ends: tuple[float, ...]
+    """Share of the budget at which each phase but the last ends."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether only a run can tell what an update costs."""
+        return self.unit in MEASURED
+
+    def check(self) -> None:
+        """Raise UserError if the budget does not pay for a single update."""
+        one = price(self.costs[0], self.unit)
+        if one is not None and self.total * (1 + TOLERANCE) < one:
+            raise UserError(
+                f"budget.{self.unit} = {self.total:g} is less than one update costs ({one:g}); raise it"
+            )
 
     def spent(self, totals: Totals) -> float:
-        """In the budget's unit."""
+        """Return what a statement amounts to in the budget's unit."""
         return spent(totals, self.unit)
 
     def progress(self, totals: Totals) -> float:
-        """Share of the budget that is spent, in [0, 1]."""
+        """Return the share of the budget that is spent, in [0, 1]."""
         return min(1.0, self.spent(totals) / self.total)
 
     def phase(self, totals: Totals) -> int:
-        """Number of the phase that the next update belongs to, by the spent share."""
+        """Return the index of the phase that the next update belongs to, by the spent share."""
         return self.phase_at(self.progress(totals))
 
     def phase_at(self, progress: float) -> int:
-        """Number of the phase of an update that starts at `progress`."""
-        return sum(until - TOLERANCE <= progress for until in self._untils)
+        """Return the index of the phase of an update that starts at `progress`."""
+        return sum(end - TOLERANCE <= progress for end in self.phase_ends)
 
     def allows_step(self, totals: Totals, held_back: float = 0.0) -> bool:
-        """Whether one more update stays within the budget.
+        """Tell whether one more update stays within the budget.
 
         held_back: device-hours or kWh, whatever the unit is, that it and the end of the run will take.
         """
@@ -107,19 +105,24 @@ class Budget:
         return self.spent(totals) + (held_back if each is None else each) <= self.total * (1 + TOLERANCE)
 
     def updates(self) -> list[int]:
-        """How many updates each phase has; UserError if only a run can tell."""
+        """Return how many updates each phase has; UserError if only a run can tell."""
         prices = [price(cost, self.unit) for cost in self.costs]
         if None in prices:
             raise UserError(f"budget.{self.unit}: how many updates it pays for is known only once it has run")
         made, paid = [], 0.0
-        for each, until in zip(prices, [*self._untils, None], strict=True):
+        for each, end in zip(prices, [*self.phase_ends, None], strict=True):
             assert each
             number = math.floor((self.total * (1 + TOLERANCE) - paid) / each)
-            if until is not None:
-                number = min(number, math.ceil(((until - TOLERANCE) * self.total - paid) / each))
+            if end is not None:
+                number = min(number, math.ceil(((end - TOLERANCE) * self.total - paid) / each))
             made.append(max(0, number))
             paid += made[-1] * each
         return made
+
+    def planned(self, unit: str) -> float:
+        """Return what will be spent of another unit than time or energy; UserError as in `updates`."""
+        prices = [price(cost, unit) or 0.0 for cost in self.costs]
+        return sum(number * each for number, each in zip(self.updates(), prices, strict=True))
 
 
 class Course:
@@ -170,59 +173,3 @@ class Course:
             steps, progress = totals["steps"] - self._begin[0], self.progress - self._begin[1]
             share = progress / steps if steps and progress else UNTIMED
         return min(1.0, self.progress + share / 2)
-
-
-# ---- a share of another recipe -------------------------------------------------------------------
-
-
-def resolve(config: Config) -> Config:
-    """The config with `budget.relative_to` turned into an amount; the vocabulary size is known."""
-    b = config.budget
-    if b.relative_to is None or getattr(b, b.measured_unit) is not None:
-        return config
-    amount = b.fraction * _cost_of(b.relative_to, b.measured_unit, config)
-    return config.model_copy(update={"budget": b.model_copy(update={b.measured_unit: amount})})
-
-
-def _cost_of(reference: str, unit: str, config: Config) -> float:
-    where = f"budget.relative_to = {reference}"
-    if (Path(reference) / "ledger.jsonl").exists():
-        return _spent_by(reference, unit, where)
-    if not Path(reference).is_file():
-        raise UserError(f"{where}: no such config, and no run that has begun; name its config, or wait")
-    other = load_config(reference)
-    if other.budget.relative_to:
-        raise UserError(f"{where}: its own budget is relative too; name what that is relative to")
-    if other.budget.amount[0] == unit:
-        return other.budget.amount[1]
-    vocab_size = other.model.vocab_size or config.model.vocab_size
-    other = other.model_copy(update={"model": other.model.model_copy(update={"vocab_size": vocab_size})})
-    if unit in MEASURED or other.budget.amount[0] in MEASURED:
-        raise UserError(
-            f"{where}: its {unit} are not known before it has run; name the folder of a run of it, or take"
-            " another budget.measure"
-        )
-    return planned(other, unit)
-
-
-def _spent_by(run: str, unit: str, where: str) -> float:
-    """What a run has spent; UserError while that still grows, or if it was not measured throughout."""
-    lines = ledger.read(run)
-    if not lines or lines[-1]["event"] != "finish":
-        raise UserError(f"{where}: this run has not finished yet; wait for it, or name a config")
-    totals = ledger.total([run])
-    spans = totals["device_seconds"]
-    worked = spans["productive"] + spans["evaluate"] + spans["checkpoint"] + spans["lost"]
-    # A kill may hide a heartbeat of joules, not more.
-    if unit == "kwh" and totals["metered_device_seconds"] < 0.99 * worked:
-        raise UserError(f"{where}: this run's energy was not all measured; take another budget.measure")
-    if not spent(totals, unit):
-        raise UserError(f"{where}: this run has spent nothing; take another, or a config")
-    return spent(totals, unit)
-
-
-def planned(config: Config, unit: str) -> float:
-    """What a config, its vocabulary size known, will spend of another unit than time or energy."""
-    budget = Budget(config)
-    prices = [price(cost, unit) or 0.0 for cost in budget.costs]
-    return sum(number * each for number, each in zip(budget.updates(), prices, strict=True))

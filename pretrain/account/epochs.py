@@ -5,8 +5,7 @@ Imports no torch.
 
 from collections.abc import Sequence
 
-from pretrain.account.budget import Budget
-from pretrain.config import Config, phase_configs
+from pretrain.account.recipe import Recipe
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 
@@ -14,23 +13,22 @@ ABSURD = 100
 """Epochs from which a plan is more likely a slip than a wish."""
 
 
-def epochs(config: Config, updates: Sequence[int] | None = None) -> float | None:
-    """How often a run whose vocabulary is known reads its corpora, on average; None where that is not known.
+def epochs(recipe: Recipe, updates: Sequence[int] | None = None) -> float | None:
+    """How often a recipe reads its corpora, on average; None where that is not known.
 
     updates: of each phase, where the budget does not tell.
     """
-    budget = Budget(config)
-    if updates is None and budget.measured:
+    if updates is None and recipe.budget.measured:
         return None
     try:
-        tokens = sum(load_manifest(prefix).tokens for _, prefix in config.corpus.blend)
+        tokens = sum(load_manifest(prefix).tokens for _, prefix in recipe.config.corpus.blend)
     except UserError:  # what is not there yet, or not good, is for others to say
         return None
-    k = config.masking
-    once = k.views if k.views_mode == "batch" else 1  # samples of one text
+    masking = recipe.config.masking
+    once = masking.views if masking.views_mode == "batch" else 1  # samples of one text
     read = sum(
-        number * phase.train.batch_size // once * (phase.train.seq_length - 2)
-        for number, phase in zip(updates or budget.updates(), phase_configs(config), strict=True)
+        number * phase.cost.tokens_real // once
+        for number, phase in zip(updates or recipe.budget.updates(), recipe.phases, strict=True)
     )
     return read / tokens if tokens else None
 

@@ -30,6 +30,6 @@ def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
 
 
 def rate(config: Config, progress: float) -> float:
-    """The learning rate at `progress`."""
-    s = config.schedule
-    return config.optimizer.lr * scale(s.kind, progress, s.warmup, s.floor)
+    """Return the learning rate at `progress`."""
+    schedule = config.schedule
+    return config.optimizer.lr * scale(schedule.kind, progress, schedule.warmup, schedule.floor)

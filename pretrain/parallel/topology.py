@@ -18,6 +18,8 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -286,3 +288,24 @@ def device_uuid(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
+    """Runs `action` on rank 0 and gives its result to all; its UserError is raised everywhere."""
+    result = ""
+    with raise_on_all_ranks(topology):
+        if topology.is_main:
+            result = action() or ""
+    return topology.broadcast_text(result)
+
+
+@contextmanager
+def raise_on_all_ranks(topology: Topology) -> Iterator[None]:
+    """A user's error of one rank is raised on all, which would wait for that rank for ever."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    if problem := topology.first_text(problem):
+        raise UserError(problem)

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from pretrain.account import budget, ledger
-from pretrain.account.budget import Budget, Course
+from pretrain.account.budget import Course
 from pretrain.account.ledger import Ledger
-from pretrain.config import BUDGET_UNITS, build_config, load_config, phase_configs
+from pretrain.account.recipe import make_recipe
+from pretrain.config import BUDGET_UNITS, build_config, load_config
 from pretrain.errors import UserError
 from tests.account.test_ledger import Clock, opened
 
@@ -32,7 +33,7 @@ def with_budget(unit, amount, **sections):
 
 def spend(config, account, clock, seconds=2.0):
     """Takes every update that the budget allows; returns (phase, progress before it) of each."""
-    limit, made = Budget(config), []
+    limit, made = make_recipe(config).budget, []
     while limit.allows_step(totals := account.totals(), account.step_hours):
         phase = limit.phase(totals)
         made.append((phase, limit.progress(totals)))
@@ -50,7 +51,7 @@ def begun(run: Path, clock: Clock, step=0, head="") -> Ledger:
 # ---- the stop ------------------------------------------------------------------------------------
 
 
-ONE = budget.step_cost(recipe())
+ONE = make_recipe(recipe()).phases[0].cost
 EACH = {unit: budget.price(ONE, unit) for unit in BUDGET_UNITS[:5]}
 
 
@@ -64,7 +65,7 @@ def test_a_step_that_would_exceed_the_budget_is_not_taken(tmp_path, unit, update
     assert [share for _, share in made] == pytest.approx(
         [n * EACH[unit] / amount for n in range(7)], rel=1e-9
     )
-    assert Budget(config).updates() == [7]
+    assert make_recipe(config).budget.updates() == [7]
     assert budget.spent(account.totals(), unit) == pytest.approx(7 * EACH[unit], rel=1e-12)
 
 
@@ -74,9 +75,9 @@ def test_hours_hold_back_the_next_step(tmp_path, hours, updates):
     account = begun(tmp_path, clock)
     config = with_budget("device_hours", 2 * hours / 3600)  # 2 ranks, 2 s a step
     assert len(spend(config, account, clock)) == updates
-    assert Budget(config).spent(account.totals()) <= 2 * hours / 3600
+    assert make_recipe(config).budget.spent(account.totals()) <= 2 * hours / 3600
     with pytest.raises(UserError, match="known only once it has run"):
-        Budget(config).updates()
+        make_recipe(config).budget.updates()
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens", "flops"])
@@ -90,13 +91,13 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, unit):
     for _ in range(3):
         account.step(ONE)
     again = begun(tmp_path, clock, 4, head)
-    assert Budget(config).progress(again.totals()) == 4 / 9
+    assert make_recipe(config).budget.progress(again.totals()) == 4 / 9
     assert len(spend(config, again, clock)) == 5
 
 
 def test_device_hours_charge_lost_work_and_restarts(tmp_path):
     config, clock = with_budget("device_hours", 1.0), Clock()
-    limit = Budget(config)
+    limit = make_recipe(config).budget
     account = begun(tmp_path, clock)
     head = account.save()
     clock.work(account, 1, 900)
@@ -114,7 +115,7 @@ def test_hours_of_another_number_of_ranks_are_counted_by_theirs(tmp_path):
     config, clock = with_budget("device_hours", 1.0), Clock()
     account = begun(tmp_path, clock)
     clock.work(account, 9, 100)
-    assert Budget(config).progress(account.totals()) == 0.5
+    assert make_recipe(config).budget.progress(account.totals()) == 0.5
     head = account.save()
     wide = opened(tmp_path, clock, ranks=8)
     wide.begin(9, head)
@@ -126,16 +127,16 @@ def test_hours_of_another_number_of_ranks_are_counted_by_theirs(tmp_path):
 def test_a_budget_of_energy_is_of_measured_joules(tmp_path):
     config, clock = with_budget("kwh", 0.001), Clock()
     account = begun(tmp_path, clock)
-    assert Budget(config).progress(account.totals()) == 0.0
+    assert make_recipe(config).budget.progress(account.totals()) == 0.0
     account.meter({"gpu": 1800.0})
-    assert Budget(config).progress(account.totals()) == 0.5
-    assert Budget(config).allows_step(account.totals(), 0.0005)
-    assert not Budget(config).allows_step(account.totals(), 0.00051)
+    assert make_recipe(config).budget.progress(account.totals()) == 0.5
+    assert make_recipe(config).budget.allows_step(account.totals(), 0.0005)
+    assert not make_recipe(config).budget.allows_step(account.totals(), 0.00051)
 
 
 def made_one_by_one(config):
     """Updates of each phase by the loop's own decisions, with costs added up as the ledger does."""
-    limit = Budget(config)
+    limit = make_recipe(config).budget
     totals, made = ledger.total([]), [0] * len(limit.costs)
     while limit.allows_step(totals):
         phase = limit.phase(totals)
@@ -156,10 +157,10 @@ def test_all_of_another_recipe_is_as_many_updates(unit, phases):
         model |= {"decoder": ("self", "cross", "query")[number % 3]}
         train, masking = {"phases": phases}, {"rate": 0.15 + number % 7 / 20}
         theirs = recipe(model=model, train=train, masking=masking, budget={"steps": 40 + 3 * number})
-        amount = budget.planned(theirs, unit)
+        amount = make_recipe(theirs).budget.planned(unit)
         config = with_budget(unit, amount, model=model, train=train, masking=masking)
         made = made_one_by_one(config)
-        assert Budget(config).updates() == made
+        assert make_recipe(config).budget.updates() == made
         if not phases:
             assert made == [40 + 3 * number]
 
@@ -185,7 +186,7 @@ def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
     account = opened(tmp_path, clock)
     clock.now += 500
     account.begin()
-    course = Course(Budget(config))
+    course = Course(make_recipe(config).budget)
     first = follow(course, account, clock, 100)
     assert first[:2] == [0.0, 0.0] and first == sorted(first)
     left = 1.0 - 0.01 - 2 * 562 / 3600
@@ -197,10 +198,12 @@ def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
     again = opened(tmp_path, clock)
     clock.now += 200
     again.begin(100, head)
-    course = Course(Budget(config), carried)
+    course = Course(make_recipe(config).budget, carried)
     second = follow(course, again, clock, 2)
-    assert second == [carried, carried] and carried < Budget(config).progress(again.totals()) - 0.1
-    while Budget(config).allows_step(again.totals(), 4 / 3600 + 0.01):
+    assert (
+        second == [carried, carried] and carried < make_recipe(config).budget.progress(again.totals()) - 0.1
+    )
+    while make_recipe(config).budget.allows_step(again.totals(), 4 / 3600 + 0.01):
         last, middle = course.follow(again.totals(), 0.01), course.middle(again.totals())
         clock.work(again, 1)
     assert 0.98 < last < middle < course.follow(again.totals(), 0.01) <= 1.0
@@ -210,12 +213,12 @@ def test_hours_drive_the_schedule_from_the_first_update_to_the_last(tmp_path):
 
 def test_an_update_has_the_rate_of_its_middle(tmp_path):
     account = begun(tmp_path, Clock())
-    course = Course(Budget(recipe()))
+    course = Course(make_recipe(recipe()).budget)
     for number in range(7):
         assert course.follow(account.totals()) == pytest.approx(number / 7)
         assert course.middle(account.totals()) == pytest.approx((number + 0.5) / 7)
         account.step(ONE)
-    course = Course(Budget(with_budget("device_hours", 9.0)))
+    course = Course(make_recipe(with_budget("device_hours", 9.0)).budget)
     assert course.follow({**account.totals(), "steps": 0}) == 0.0
     assert course.middle({**account.totals(), "steps": 0}) > 0.0
 
@@ -224,7 +227,7 @@ def test_progress_of_an_older_checkpoint_is_what_was_spent(tmp_path):
     clock = Clock()
     account = begun(tmp_path, clock)
     clock.work(account, 9, 100)
-    assert Course(Budget(with_budget("device_hours", 1.0))).follow(account.totals()) == 0.5
+    assert Course(make_recipe(with_budget("device_hours", 1.0)).budget).follow(account.totals()) == 0.5
 
 
 # ---- phases --------------------------------------------------------------------------------------
@@ -239,18 +242,18 @@ def test_updates_of_each_phase_are_known_before_and_right(tmp_path, unit, amount
     config, clock = with_budget(unit, total, train={"phases": PHASES}), Clock()
     account = begun(tmp_path, clock)
     made = spend(config, account, clock)
-    updates = Budget(config).updates()
+    updates = make_recipe(config).budget.updates()
     assert updates == [sum(phase == n for phase, _ in made) for n in range(3)]
     assert [phase for phase, _ in made] == sorted(phase for phase, _ in made)
     for phase, share in made:
         assert [0.0, 0.3, 0.71][phase] <= share < [0.3, 0.71, 1.0][phase]
-    costs = Budget(config).costs
+    costs = make_recipe(config).budget.costs
     assert [(cost.samples, cost.tokens_seen) for cost in costs] == [(4, 48), (8, 96), (8, 192)]
     for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops"):
         counted = sum(n * getattr(cost, name) for n, cost in zip(updates, costs, strict=True))
         assert account.totals()[name] == counted
-    assert account.totals()["flops"]["total"] == budget.planned(config, "flops")
-    last = costs[Budget(config).phase(account.totals())]
+    assert account.totals()["flops"]["total"] == make_recipe(config).budget.planned("flops")
+    last = costs[make_recipe(config).budget.phase(account.totals())]
     left = total - budget.spent(account.totals(), unit)
     assert 0 <= left < budget.price(last, unit)
 
@@ -299,17 +302,17 @@ def relative(reference, **keys):
 
 @pytest.mark.parametrize("measure", ["flops_with_head", "flops_without_head", "token_layers", "tokens"])
 def test_a_share_of_another_recipe_is_spent(other, measure):
-    config = budget.resolve(relative(other, fraction=0.68, measure=measure))
+    config = make_recipe(relative(other, fraction=0.68, measure=measure)).config
     unit, amount = config.budget.amount
     theirs = load_config(other, ["model.vocab_size=400"])
-    halves = [budget.price(budget.step_cost(phase), unit) for phase in phase_configs(theirs)]
+    halves = [budget.price(phase.cost, unit) for phase in make_recipe(theirs).phases]
     assert unit == ("flops" if measure == "flops_with_head" else measure)
     assert amount == pytest.approx(0.68 * 5 * sum(halves), rel=1e-12)
-    made = budget.planned(config, unit)
-    assert amount - budget.price(budget.step_cost(config), unit) < made <= amount
+    made = make_recipe(config).budget.planned(unit)
+    assert amount - budget.price(make_recipe(config).phases[0].cost, unit) < made <= amount
     kept = build_config(json.loads(json.dumps(config.model_dump(mode="json"))))
     other.unlink()
-    assert budget.resolve(kept).budget == config.budget  # a resolved config stands alone
+    assert make_recipe(kept).config.budget == config.budget  # a resolved config stands alone
 
 
 def test_a_share_of_what_a_run_has_spent(tmp_path):
@@ -319,10 +322,10 @@ def test_a_share_of_what_a_run_has_spent(tmp_path):
     account.meter({"gpu": 7.2e6})
     account.note("finish")
     for measure, amount in (("device_hours", 0.5), ("kwh", 1.0)):
-        config = budget.resolve(relative(tmp_path, fraction=0.5, measure=measure))
+        config = make_recipe(relative(tmp_path, fraction=0.5, measure=measure)).config
         assert config.budget.amount == (measure, amount)
     with pytest.raises(UserError, match="this run has spent nothing"):
-        budget.resolve(relative(tmp_path))
+        make_recipe(relative(tmp_path))
 
 
 def test_a_run_that_still_spends_is_no_reference(tmp_path):
@@ -330,7 +333,7 @@ def test_a_run_that_still_spends_is_no_reference(tmp_path):
     for event in ("heartbeat", "stop"):
         account.note(event)
         with pytest.raises(UserError, match="this run has not finished yet; wait for it, or name a config"):
-            budget.resolve(relative(tmp_path, measure="tokens"))
+            make_recipe(relative(tmp_path, measure="tokens"))
 
 
 def test_energy_that_was_measured_in_part_is_no_reference(tmp_path):
@@ -340,21 +343,21 @@ def test_energy_that_was_measured_in_part_is_no_reference(tmp_path):
     spend(recipe(), account, clock)
     account.note("finish")
     with pytest.raises(UserError, match="this run's energy was not all measured"):
-        budget.resolve(relative(tmp_path, measure="kwh"))
+        make_recipe(relative(tmp_path, measure="kwh"))
 
 
 def test_what_is_not_known_before_a_run_is_refused(other):
     for measure in ("device_hours", "kwh"):
         with pytest.raises(UserError, match="not known before it has run; name the folder of a run of it"):
-            budget.resolve(relative(other, measure=measure))
+            make_recipe(relative(other, measure=measure))
     tree = yaml.safe_load(other.read_text())
     other.write_text(yaml.safe_dump({**tree, "budget": {"device_hours": 3}}))
     with pytest.raises(UserError, match="not known before it has run"):
-        budget.resolve(relative(other))
-    assert budget.resolve(relative(other, measure="device_hours")).budget.amount == ("device_hours", 3)
+        make_recipe(relative(other))
+    assert make_recipe(relative(other, measure="device_hours")).config.budget.amount == ("device_hours", 3)
     other.write_text(yaml.safe_dump({**tree, "budget": {"relative_to": "x.yaml"}}))
     with pytest.raises(UserError, match="its own budget is relative too"):
-        budget.resolve(relative(other))
+        make_recipe(relative(other))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pretrain.account import ledger
 from pretrain.build import build, build_engine
 from pretrain.config import load_config
 from pretrain.errors import UserError
+from pretrain.inputs import open_inputs
 from pretrain.model import loss_scale
 from pretrain.model.loss import ChunkedCrossEntropy
 from pretrain.model.loss_scale import FIRST, LEAST, LossScale
@@ -164,7 +165,10 @@ def test_all_ranks_skip_what_overflows_on_one() -> None:
 def run_here(command: list[str], folder: Path, stop_after: int = 0) -> int:
     """A run in this process, asked to stop after so many updates."""
     signals: Any = SimpleNamespace(received=None)
-    run = build(load_config(command[0], command[1:]), topology.Topology(), RunFolder(folder), signals)
+    inputs = open_inputs(load_config(command[0], command[1:]), torch.device("cpu"), 1)
+    claimed = RunFolder(folder)
+    claimed.claim()
+    run = build(inputs, topology.Topology(), claimed, signals)
     step = run.engine.step
 
     def counted(lr: float) -> Tensor:

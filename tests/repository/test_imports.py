@@ -19,7 +19,7 @@ LAW = [
     ("model",),
     ("parallel",),
     ("checkpoint", "run_folder", "evaluate", "monitor", "feed"),
-    ("continuing",),
+    ("continuing", "inputs"),
     ("build",),
     ("train",),
     ("__main__",),

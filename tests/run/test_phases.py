@@ -10,7 +10,8 @@ import pytest
 
 from pretrain import checkpoint
 from pretrain.account import budget, ledger
-from pretrain.config import MaskingOptions, load_config, phase_configs
+from pretrain.account.recipe import make_recipe
+from pretrain.config import MaskingOptions, load_config
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler, Segment, used_samples
 from pretrain.monitor import read_metrics
@@ -30,7 +31,7 @@ def test_everything_is_counted_and_noted(words: Words, tmp_path: Path) -> None:
     assert "phase       1: 8 sequences of 16 tokens" in outcome.text
     totals, lines = ledger.total([tmp_path / "a"]), ledger.read(tmp_path / "a")
     config = load_config(tmp_path / "a" / "config.yaml")
-    costs = [budget.step_cost(phase) for phase in phase_configs(config)]
+    costs = [phase.cost for phase in make_recipe(config).phases]
     assert totals["samples"] == 3 * 4 + 5 * 8 + 4 * 8
     assert totals["tokens_seen"] == 3 * 4 * 16 + 5 * 8 * 16 + 4 * 8 * 24
     assert totals["tokens_real"] == 3 * 4 * 14 + 5 * 8 * 14 + 4 * 8 * 22
@@ -66,12 +67,12 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["tokens", "flops"])
 def test_any_unit_gives_the_phases(unit: str, words: Words, tmp_path: Path) -> None:
     config = load_config(words("a")[0], [PHASES, "model.vocab_size=400"])
-    cost = budget.price(budget.step_cost(config), unit) or 0
+    cost = budget.price(make_recipe(config).phases[0].cost, unit) or 0
     finish(words("a", PHASES, "budget.steps=null", f"budget.{unit}={5.5 * cost}"))
     resolved = load_config(tmp_path / "a" / "config.yaml")
     totals = ledger.total([tmp_path / "a"])
-    assert totals["steps"] == sum(budget.Budget(resolved).updates())
-    assert budget.spent(totals, unit) == budget.planned(resolved, unit)
+    assert totals["steps"] == sum(make_recipe(resolved).budget.updates())
+    assert budget.spent(totals, unit) == make_recipe(resolved).budget.planned(unit)
     assert 0 <= 5.5 * cost - budget.spent(totals, unit) < cost
 
 

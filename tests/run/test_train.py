@@ -15,18 +15,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pretrain import __main__, checkpoint, run_folder, train
 from pretrain import build as build_module
-from pretrain.account import budget, ledger, schedule
-from pretrain.account.budget import step_cost
-from pretrain.build import Run, build, raise_on_all_ranks
+from pretrain.account import ledger, schedule
+from pretrain.account.recipe import make_recipe
+from pretrain.build import Run, build
 from pretrain.config import build_config, load_config
 from pretrain.errors import UserError
 from pretrain.files import digest
+from pretrain.inputs import open_inputs
 from pretrain.monitor import read_metrics
-from pretrain.parallel.topology import Topology, connect
+from pretrain.parallel.topology import Topology, connect, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
 from slurm.attempts import judge
 from tests.conftest import encode
@@ -42,7 +44,7 @@ QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query")
 def cost(words: list[str]) -> Any:
     """Of an update of tiny.yaml with these overrides."""
     config = load_config(words[0], [*words[1:], "model.vocab_size=400"])
-    return step_cost(config)
+    return make_recipe(config).phases[0].cost
 
 
 def complain() -> str:
@@ -167,12 +169,12 @@ def test_an_absurd_number_of_epochs_is_warned_of(words: Words) -> None:
 def test_a_dry_run_bounds_the_time(changes: list[str], expected: str, words: Words) -> None:
     """By the FLOPs of an update, recomputation included, and what products reach."""
     path, *overrides = words("a", *changes)
-    config = budget.resolve(load_config(path, [*overrides, "model.vocab_size=400"]))
-    cost = budget.step_cost(config).hardware_flops
+    recipe = make_recipe(load_config(path, [*overrides, "model.vocab_size=400"]))
+    cost = recipe.phases[0].cost.hardware_flops
     if "budget.steps=4000000" in changes:
         expected = f"at least {timedelta(seconds=round(4_000_000 * cost / 1e9))} on one device here"
     most = f"{int(0.5 * 3600 * 1e9 / cost):,}"
-    text = __main__.foreseen(config, 1e9)
+    text = __main__.foreseen(recipe.budget, 1e9)
     assert text.startswith(expected.format(most if "most" in expected else 8 * cost / 1e9))
     assert bool(text) == bool(expected)
 
@@ -235,7 +237,10 @@ def test_the_status_follows_the_run(words: Words, tmp_path: Path, monkeypatch: p
 def build_here(command: list[str], run: Path) -> Run:
     """A run in this process, whose signals are left alone."""
     deaf: Any = SimpleNamespace(received=None)
-    return build(load_config(command[0], command[1:]), Topology(), RunFolder(run), deaf)
+    folder = RunFolder(run)
+    folder.claim()
+    inputs = open_inputs(load_config(command[0], command[1:]), torch.device("cpu"), 1)
+    return build(inputs, Topology(), folder, deaf)
 
 
 @pytest.mark.parametrize("what", ["hours", "signal"])

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pretrain import checkpoint
-from pretrain.account import budget
+from pretrain.account.recipe import make_recipe
 from pretrain.config import Config, dump_config, load_config
 from pretrain.data import corpora, documents
 from pretrain.data.corpora import mapped, open_blend, open_data
@@ -609,14 +609,14 @@ def frozen(run: Path, vocab_size: int) -> tuple[Config, float]:
     """The config of a submitted run, and the FLOPs that it may spend once its vocabulary is known."""
     config = load_config(run / "slurm" / "config.yaml")
     model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config, budget.resolve(config.model_copy(update={"model": model})).budget.amount[1]
+    return config, make_recipe(config.model_copy(update={"model": model})).config.budget.amount[1]
 
 
 @pytest.mark.usefixtures("queue")
 def test_a_budget_is_frozen_as_an_amount(share: list[str], tmp_path: Path) -> None:
     """What it is relative to may be edited while the job waits."""
     assert submit.main([*share, "--cluster", str(site(tmp_path))]) == 0
-    cost = budget.planned(load_config(tmp_path / "ref.yaml", ["model.vocab_size=400"]), "flops")
+    cost = make_recipe(load_config(tmp_path / "ref.yaml", ["model.vocab_size=400"])).budget.planned("flops")
     (tmp_path / "ref.yaml").unlink()
     config, amount = frozen(tmp_path / "run", 400)
     assert amount == pytest.approx(cost, rel=1e-12)
@@ -632,7 +632,9 @@ def test_a_budget_is_that_of_the_vocabulary_to_come(
     words = [*share, f"corpus.train={tmp_path}/train", f"corpus.tokenizer={tiny / tokenizer}"]
     words += ["--pipeline", "corpus,train", "--input", str(tiny / "train.jsonl"), "--vocab-size", "700"]
     assert submit.main([*words, "--cluster", str(site(tmp_path))]) == 0
-    cost = budget.planned(load_config(tmp_path / "ref.yaml", [f"model.vocab_size={pieces}"]), "flops")
+    cost = make_recipe(load_config(tmp_path / "ref.yaml", [f"model.vocab_size={pieces}"])).budget.planned(
+        "flops"
+    )
     assert frozen(tmp_path / "run", pieces)[1] == pytest.approx(cost, rel=1e-12)
 
 

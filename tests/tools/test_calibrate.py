@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pretrain.account import devices
+from pretrain.account.recipe import make_recipe
 from pretrain.errors import UserError
 from pretrain.parallel import topology
 from tools import calibrate
@@ -15,7 +16,8 @@ from tools.plan import pages as plan_pages
 def observed(size, seconds_at, factor=1.0):
     """A row of a device whose products reach `seconds_at` of the peak, `factor` slower than planned."""
     device = devices.find("H100")
-    job = layouts.job(layouts.recipe(size, 128), layouts.ROBERTA_PIECES, device)
+    recipe = make_recipe(layouts.recipe(size, 128), layouts.ROBERTA_PIECES)
+    job = layouts.job(recipe.phases[0], device)
     layout = layouts.Layout(micro_batch=64, accumulation=32)
     planned = layouts.memory_of(job, layout).total
     return {

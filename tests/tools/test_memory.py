@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.account import costs
+from pretrain.account.recipe import make_recipe
 from pretrain.model import loss
 from pretrain.parallel import engine, topology
 from tests.support import ranks
@@ -81,7 +81,7 @@ def held(cases):
     found = {}
     for name, config in cases.items():
         gc.collect()
-        found[name] = calibrate.held(config, config.train.micro_batch_size, here)
+        found[name] = calibrate.held(make_recipe(config, VOCAB), config.train.micro_batch_size, here)
     return found
 
 
@@ -95,7 +95,9 @@ def test_planned_bytes_are_the_allocators(world, cases):
     planned = {}
     for name, config in cases.items():
         layout = layouts.configured(config, world, config.train.precision, gpu=False)
-        planned[name] = layouts.memory_of(layouts.job(config, VOCAB, None), layout).total
+        planned[name] = layouts.memory_of(
+            layouts.job(make_recipe(config, VOCAB).phases[0], None), layout
+        ).total
     assert planned == pytest.approx(counted, rel=CLOSE)
 
 
@@ -139,7 +141,7 @@ def test_state_by_stage():
     base = Layout(data=4, engine="deepspeed", precision="fp32")
 
     def per_parameter(**change):
-        found = memory.per_rank(o.model, costs.rows(o), VOCAB, replace(base, **change))
+        found = memory.per_rank(o.model, make_recipe(o, VOCAB).phases[0].rows, VOCAB, replace(base, **change))
         return [
             round(part / P, 2) for part in (found.parameters, found.gradients, found.optimizer, found.host)
         ]

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.account import budget, costs, devices, flops
+from pretrain.account import devices, flops
+from pretrain.account.recipe import baseline, make_recipe
 from pretrain.config import dump_config, load_config, method_of, phase_configs
 from pretrain.data import documents
 from pretrain.data.corpora import open_blend, open_data
@@ -72,7 +73,8 @@ def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
     """Against torch's counters on the whole model, of tensors that have shapes and no values."""
     for config in phase_configs(load_config(path)):
         made = estimate.plan(config)
-        pieces, rows = made["vocab_size"], costs.rows(config)
+        pieces = made["vocab_size"]
+        rows = make_recipe(config, pieces).phases[0].rows
         with FakeTensorMode():
             whole = model.LateMaskModel(config.model, pieces, pieces - 1).train()
             ids = torch.zeros(1, rows.length, dtype=torch.long)
@@ -221,10 +223,11 @@ def test_bad_words(words, problem):
 def test_relative_costs_are_against_mlm_at_15_percent(method):
     o = small(method, model={"vocab_size": 500})
     made = estimate.plan(o)["relative"]
-    rows = costs.rows(costs.baseline(o))
-    assert (rows.predicted, method_of(costs.baseline(o))) == (3, "mlm")
-    whole = flops.training(costs.baseline(o).model, rows, 500).total
-    own = flops.training(o.model, costs.rows(o), 500).total
+    (mine,) = make_recipe(o).phases
+    plain = baseline(mine)
+    assert (plain.rows.predicted, method_of(plain.config)) == (3, "mlm")
+    whole = flops.training(plain.config.model, plain.rows, 500).total
+    own = flops.training(o.model, mine.rows, 500).total
     assert made["flops_with_head"] == own / whole
 
 
@@ -248,9 +251,9 @@ def test_phases_are_counted_apart():
     phases = [{"until": 0.5, "seq_length": 12, "batch_size": 16}]
     o = small(model={"vocab_size": 500}, train={"phases": phases}, budget={"tokens": 24 * 8 * 100})
     made, (short, long) = estimate.plan(o, device="H100"), phase_configs(o)
-    first, second = budget.Budget(o).updates()
+    first, second = make_recipe(o).budget.updates()
     assert first * 12 * 16 == pytest.approx(24 * 8 * 50, rel=0.02) and second > 0
-    work = [budget.step_cost(one).flops.total for one in (short, long)]
+    work = [make_recipe(one).phases[0].cost.flops.total for one in (short, long)]
     assert made["steps"] == first + second
     assert made["flops_total"] == first * work[0] + second * work[1]
     alone = [estimate.plan(one, device="H100")["step_seconds"] for one in (short, long)]
@@ -264,14 +267,14 @@ def test_costs_of_phases_are_those_of_the_report():
     phases = [{"until": 0.5, "seq_length": 12, "batch_size": 16}]
     o = small("3ml-query", model={"vocab_size": 500}, train={"phases": phases}, budget={"steps": 10})
     made = estimate.plan(o)
-    steps = budget.Budget(o).updates()
+    steps = make_recipe(o).budget.updates()
     border, samples = steps[0] * 16, steps[0] * 16 + steps[1] * o.train.batch_size
     spent = {"device_seconds": {"productive": 1.0}}
     lines = [
         {"event": "phase-change", "phase": 1, "samples": border, **spent},
         {"event": "finish", "samples": samples, **spent},
     ]
-    run = report.Run("", "", o, {}, {"samples": samples}, lines, [], [])
+    run = report.Run("", "", make_recipe(o), {}, {"samples": samples}, lines, [], [])
     expected = report._relative(run)
     assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)
     of_last = estimate.plan(phase_configs(o)[-1])["relative"]
@@ -305,8 +308,7 @@ def test_a_share_of_another_recipe_is_planned(tmp_path):
 def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
     """Over every micro-batch, not the largest that fits; by the margins that stages have."""
     device = devices.find(name)
-    o = load_config(LARGE)
-    job = layouts.job(o, 50265, device)
+    job = layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)
     share, _ = layouts.achieved(device, job.precision)
     (chosen,) = layouts.fastest([job], gpus, device, share)
     best = float("inf")
@@ -338,7 +340,7 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
 def test_zero_is_not_preferred_for_less_than_its_margin(gpus):
     """Memory does not ask for it here: what is chosen is plain, or faster by more than what is doubted."""
     device = devices.find("H100")
-    jobs = [layouts.job(load_config(LARGE), 50265, device)]
+    jobs = [layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)]
     (chosen,) = layouts.fastest(jobs, gpus, device, 0.4)
     plain = [one for (one,) in layouts.candidates(jobs, gpus, device) if one.zero == 0]
     seconds = min(layouts.step_seconds(jobs[0], one, device, 0.4) for one in plain)
@@ -353,14 +355,14 @@ def test_what_hides_is_what_deepspeed_overlaps(stage):
     o = load_config(LARGE, [f"parallel.zero={stage}"])
     ours = deepspeed_config(o, 8, 16, pin=False)["zero_optimization"]
     layout = memory.Layout(data=8, micro_batch=16, accumulation=16, engine="deepspeed", zero=stage)
-    calls = traffic.step(o.model, costs.rows(o), 50265, layout)
+    calls = traffic.step(o.model, make_recipe(o, 50265).phases[0].rows, 50265, layout)
     assert all(bool(call.beside) == DeepSpeedZeroConfig(**ours).overlap_comm for call in calls)
 
 
 def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
     """On a link so slow that all but that part shows."""
     device = replace(devices.find("H100"), link=1e9)
-    job = layouts.job(load_config(LARGE), 50265, device)
+    job = layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)
     layout = memory.Layout(data=8, micro_batch=32, accumulation=8, engine="deepspeed", zero=3)
     computing = 8 * layouts.micro_seconds(job, layout, device, 0.4)
     calls = traffic.step(job.model, job.rows, job.vocab_size, layout)

@@ -19,9 +19,10 @@ import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from pretrain.account import budget, costs, flops
+from pretrain.account import flops
 from pretrain.account.ledger import Ledger
-from pretrain.config import Config, method_of, phase_configs
+from pretrain.account.recipe import baseline, make_recipe
+from pretrain.config import Config, method_of
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest
 from pretrain.data.masking import counts
@@ -195,8 +196,9 @@ def test_costs_are_relative_to_mlm_at_15_percent(pair: list[str]) -> None:
 def test_baseline_is_the_mlm_config_of_that_size(method: str) -> None:
     modern = {"block": "modern", "norm": None}
     mine, plain = options_of(None, method, model=modern), options_of(None, "mlm", model=modern)
-    assert costs.of_sequence(costs.baseline(mine), VOCABULARY) == costs.of_sequence(plain, VOCABULARY)
-    assert method_of(costs.baseline(mine)) == "mlm"
+    (one,), (other,) = (make_recipe(each, VOCABULARY).phases for each in (mine, plain))
+    assert baseline(one).sequence_costs == other.sequence_costs
+    assert method_of(baseline(one).config) == "mlm"
 
 
 def test_device_time_only_against_the_same_size_device_and_precision(
@@ -231,9 +233,9 @@ HALVES = {"phases": [{"until": 0.5, "seq_length": 12}]}
 
 def phased(made: MadeRun, *parts: tuple[int, float]) -> MadeRun:
     """Works through the phases of a run: of each the updates and the seconds of one."""
-    phases = phase_configs(made.config)
+    phases = make_recipe(made.config).phases
     for number, (steps, seconds) in enumerate(parts):
-        made.cost = budget.step_cost(phases[number])
+        made.cost = phases[number].cost
         made.step_seconds = seconds
         if number:
             made.ledger.note("phase-change", phase=number)
@@ -266,7 +268,7 @@ def test_device_time_of_phases_only_against_the_same_lengths(corpora: Corpora, t
 def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) -> None:
     """Killed in the second phase after a save in the first: until it is there again it has begun nothing."""
     made = MadeRun(tmp_path / "run", options_of(corpora, "3ml-self", train=HALVES))
-    first = made.cost = budget.step_cost(phase_configs(made.config)[0])
+    first = made.cost = make_recipe(made.config).phases[0].cost
     head = made.work(2).ledger.save()
     phased(made, (1, 2.0), (1, 2.0))
     made.ledger = Ledger.open(made.path, 2, "cpu", made.clock, made.clock.now)
@@ -276,13 +278,13 @@ def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) 
     made.cost = first
     made.work(2)
     made.ledger.note("phase-change", phase=1)
-    made.cost = budget.step_cost(phase_configs(made.config)[1])
+    made.cost = make_recipe(made.config).phases[1].cost
     made.work(1)
     made.ledger.note("phase-change", phase=0)  # a larger budget, of which this is the first half
     made.cost = first
     made.work(1)
     (run,) = report.read_runs([str(made.path)])
-    lengths = [done.config.train.seq_length for done in run.stretches]
+    lengths = [done.phase.config.train.seq_length for done in run.stretches]
     assert (lengths, [done.samples for done in run.stretches]) == ([12, 24, 12], [32, 8, 8])
     assert [done.seconds for done in run.stretches] == [16.0, 4.0, 4.0]
 
@@ -293,9 +295,10 @@ def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
     config = options_of(corpora, "3ml-cross")
     module = LateMaskModel(config.model, VOCABULARY, VOCABULARY - 1)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    found = report._parameters(config)
+    recipe = make_recipe(config, VOCABULARY)
+    found = report._parameters(recipe)
     assert found["total"] == sum(sizes.values()) == found["encoder"] + found["discarded"]
-    plain = LateMaskModel(costs.baseline(config).model, VOCABULARY, VOCABULARY - 1)
+    plain = LateMaskModel(baseline(recipe.phases[0]).config.model, VOCABULARY, VOCABULARY - 1)
     head = VOCABULARY // 128 * 128 + 128 + 32 * 32 + 32 + 64
     assert found["encoder"] == sum(parameter.numel() for parameter in plain.parameters()) - head
 
@@ -632,7 +635,7 @@ def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> 
         corpora, "3ml-self", train={"phases": [{"until": 0.5, "seq_length": 12, "batch_size": 4}]}
     )
     made = MadeRun(tmp_path / "run", config)
-    first, second = (budget.step_cost(phase) for phase in phase_configs(config))
+    first, second = (phase.cost for phase in make_recipe(config).phases)
     for cost, steps in ((first, 3), (second, 2)):
         if cost is second:
             made.ledger.note("phase-change", phase=1)
@@ -641,7 +644,7 @@ def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> 
     made.ledger.note("stop")
     (run,) = report.gather([str(made.path)])["runs"]
     assert run["costs"]["flops_with_head"] == 3 * first.flops.total + 2 * second.flops.total
-    plain = [budget.step_cost(costs.baseline(phase)) for phase in phase_configs(config)]
+    plain = [baseline(phase).cost for phase in make_recipe(config).phases]
     reference = 3 * plain[0].flops.total + 2 * plain[1].flops.total
     assert run["relative"]["flops_with_head"] == run["costs"]["flops_with_head"] / reference
     row = cells(report_pages.markdown(report.gather([str(made.path)])), "Model")["run"]

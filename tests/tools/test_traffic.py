@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.account import costs
+from pretrain.account.recipe import make_recipe
 from pretrain.build import build_engine
 from pretrain.model import late_mask as model
 from pretrain.parallel import topology
@@ -139,7 +139,7 @@ def trained(here, config, micro, accumulation):
     built = model.LateMaskModel(config.model, VOCAB, VOCAB - 1, config.train.recompute == "block")
     model.init_weights(built, 0)
     made = build_engine(config, built, here, micro)
-    rows = costs.rows(config)
+    rows = make_recipe(config, VOCAB).phases[0].rows
     ids = torch.randint(4, VOCAB - 1, (micro, rows.length))
     positions = torch.arange(rows.length).expand(micro, -1)
     masked = rows.length - rows.visible
@@ -209,7 +209,7 @@ def test_ranks_send_what_the_plan_says(counts):
     assert gloo["reduce-scatter"] == pytest.approx(2, rel=0.01)
     for name, one in cases.items():
         config, where = one[0], layout(world, *one)
-        calls = traffic.step(config.model, costs.rows(config), VOCAB, where)
+        calls = traffic.step(config.model, make_recipe(config, VOCAB).phases[0].rows, VOCAB, where)
         expected = world * sum(traffic.sent(call, where) * gloo.get(call.kind, 1) for call in calls)
         # ZeRO-3 keeps parameters of less than 100,000 elements gathered between micro-batches.
         slack = 0.02 if where.zero == 3 else 0.005

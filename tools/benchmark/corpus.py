@@ -99,7 +99,8 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
 
 def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
     """The first documents of the input."""
-    texts, size = [], 0
+    texts: list[str] = []
+    size = 0
     for batch in batches(find_files(patterns)):
         for text in batch:
             if size >= max_bytes:

@@ -78,10 +78,9 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
         for name in list(heads)[1:]:
             packages = ["torch", *(["liger-kernel"] if name == "liger" else [])]
             title = f"head against {name}, {shape[0]} x {shape[1]} x {shape[2]}, {precision}"
-            times = [seconds[side] for side in ("ours", name)]
-            yield measure.row(f"{title}: time", "s", *times, packages, **common)
-            sizes = [[memory[side]] for side in ("ours", name)]
-            yield measure.row(f"{title}: peak memory", "MB", *sizes, packages, **common)
+            yield measure.row(f"{title}: time", "s", seconds["ours"], seconds[name], packages, **common)
+            sizes = [memory["ours"]], [memory[name]]
+            yield measure.row(f"{title}: peak memory", "MB", sizes[0], sizes[1], packages, **common)
 
 
 def available(device: torch.device) -> dict[str, Head]:

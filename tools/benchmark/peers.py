@@ -65,7 +65,7 @@ def training_loop(task: Task, model: nn.Module, loss_of: Callable[[], Tensor]) -
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def hugging_face_model(task: Task, attention: str = "sdpa") -> nn.Module:
+def hugging_face_model(task: Task, attention: str = "sdpa") -> Any:
     """RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -82,9 +82,9 @@ def hugging_face_model(task: Task, attention: str = "sdpa") -> nn.Module:
         layer_norm_eps=config.model.norm_eps,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation=attention,
     )
-    model = RobertaForMaskedLM(theirs)
+    theirs._attn_implementation = attention
+    model: Any = RobertaForMaskedLM(theirs)
     state = hugging_face_state(config.model, task.module(config).state_dict(), VOCAB, head=True)
     model.load_state_dict(state, strict=False)  # tied names apart
     return model.to(task.device).train()
@@ -145,7 +145,7 @@ def hugging_face_trainer(task: Task) -> Update:
             losses[0] = super().training_step(*args, **kwargs)
             return losses[0]
 
-    class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    class Batches(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             while True:
                 yield from (

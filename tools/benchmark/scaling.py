@@ -52,7 +52,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
             done(1)
             packages = ["torch", "megatron-core", "deepspeed"]
             settings = {**task.settings(), "threads": 1, "ranks": ranks}
-            common = {"dtype": task.precision, "device_name": device_name(task.device)}
+            common: dict[str, Any] = {"dtype": task.precision, "device_name": device_name(task.device)}
             yield measure.row(f"{name}, {what}", unit, *seconds, packages, settings=settings, **common)
 
 

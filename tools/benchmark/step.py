@@ -125,7 +125,11 @@ def table(task: Task, seconds: Mapping[str, list[float]], mode: str) -> Iterator
     """The rows of one task's measured rounds."""
     what = f"{task.size} {task.length}, {task.precision}"
     settings = {**task.settings(), "compile": mode}
-    common = {"dtype": task.precision, "device_name": device_name(task.device), "settings": settings}
+    common: dict[str, Any] = {
+        "dtype": task.precision,
+        "device_name": device_name(task.device),
+        "settings": settings,
+    }
     for name, times in seconds.items():
         rates = [task.slots / time for time in times]
         if name in PEERS:

@@ -14,9 +14,9 @@ from typing import Any
 
 from pretrain import checkpoint
 from pretrain.account import ledger
-from pretrain.account.budget import step_cost
 from pretrain.account.flops import StepCost
-from pretrain.config import Config, load_config, phase_configs
+from pretrain.account.recipe import make_recipe
+from pretrain.config import Config, load_config
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
@@ -135,11 +135,9 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
 
 
 def _costs(config: Config, recompute: str) -> list[StepCost]:
-    """Cost of an update of each phase, with recomputation or without."""
-    return [
-        step_cost(phase.model_copy(update={"train": phase.train.model_copy(update={"recompute": recompute})}))
-        for phase in phase_configs(config)
-    ]
+    """Return the cost of an update of each phase, with recomputation or without."""
+    train = config.train.model_copy(update={"recompute": recompute})
+    return [phase.cost for phase in make_recipe(config.model_copy(update={"train": train})).phases]
 
 
 def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str | None:

@@ -131,7 +131,7 @@ def show_methods(length: int, device: Device | None, achieved: float | None, as_
     if as_json:
         console.print_json(rows)
     else:
-        print(plan_pages.methods_text(rows, device and device.name))
+        print(plan_pages.methods_text(rows, device.name if device else None))
     return 0
 
 

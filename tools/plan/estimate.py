@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.account import budget, costs, epochs, flops
+from pretrain.account import epochs, flops
 from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
-from pretrain.config import Config, method_of, phase_configs
+from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
+from pretrain.config import Config, method_of
 from pretrain.data.corpora import mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -16,6 +17,9 @@ from tools.plan import layouts, traffic
 from tools.plan.layouts import Job
 from tools.plan.memory import Layout, Memory
 
+TIMES: tuple[str, ...] = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "price", "watts")
+TIMES += ("achieved", "achieved_from")
+"""What is said of a device's time."""
 MOST = 4096
 """Devices of the largest cluster that is tried."""
 
@@ -38,9 +42,9 @@ class Tariff:
         return device_hours * watts / 1000 if watts else None
 
 
-def with_vocabulary(config: Config) -> tuple[Config, str]:
-    """The config with its number of pieces and what its budget is relative to, and where the number is from:
-    the config, the tokenizer, or RoBERTa."""
+def planned_recipe(config: Config, device: Device | None = None) -> tuple[Recipe, str]:
+    """Return the recipe of a config, and where its number of pieces is from: the config, the tokenizer, or
+    RoBERTa. Without a device one that has bf16 is taken."""
     pieces, source = config.model.vocab_size, "config"
     prefix = config.corpus.blend[0][1]
     if pieces is None and (config.corpus.tokenizer or Path(f"{prefix}.json").exists()):
@@ -48,8 +52,7 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
         pieces = load_tokenizer(source).vocab_size
     if pieces is None:
         pieces, source = layouts.ROBERTA_PIECES, "assumed"
-    model = config.model.model_copy(update={"vocab_size": pieces})
-    return budget.resolve(config.model_copy(update={"model": model})), source
+    return make_recipe(config, pieces, bf16=device is None or "bf16" in device.peak), source
 
 
 def epochs_read(config: Config, steps: int | None) -> float | None:
@@ -57,9 +60,9 @@ def epochs_read(config: Config, steps: int | None) -> float | None:
 
     steps: that the plan says its hours buy.
     """
-    config = with_vocabulary(config)[0]
-    by_hours = config.budget.amount[0] in budget.MEASURED and not config.train.phases
-    return epochs.epochs(config, [steps] if steps and by_hours else None)
+    recipe, _ = planned_recipe(config)
+    by_hours = recipe.budget.measured and len(recipe.phases) == 1
+    return epochs.epochs(recipe, [steps] if steps and by_hours else None)
 
 
 def plan(
@@ -84,59 +87,46 @@ def plan(
     budget pays for no update.
     """
     device = layouts.named(device) if isinstance(device, str) else device
-    config, source = with_vocabulary(config)
-    run = Run(config, device, tariff, achieved)
-    last, pieces = run.phases[-1], run.pieces
+    recipe, source = planned_recipe(config, device)
+    run = PlannedRun(recipe, device, tariff, achieved)
+    last = recipe.phases[-1]
     try:
-        budget.check(config)
+        recipe.budget.check()
         chosen = run.layouts(gpus or config.parallel.tensor, fastest)
         totals = run.totals(chosen)
         if totals["steps"] == 0:
-            unit, amount = config.budget.amount
-            raise UserError(f"budget.{unit} = {amount:g} pays for no update; raise it")
+            limit = recipe.budget
+            raise UserError(f"budget.{limit.unit} = {limit.total:g} pays for no update; raise it")
     except UserError as error:
         raise UserError(f"{name}: {error}" if name else str(error)) from None
     return {
         "config": name,
         "method": method_of(config),
-        "vocab_size": pieces,
+        "vocab_size": recipe.vocab_size,
         "vocab_size_from": source,
-        "parameters": flops.parameters(last.model, pieces),
+        "parameters": flops.parameters(config.model, recipe.vocab_size),
         **totals,
         "relative": run.relative(chosen),
         "memory_bytes_per_rank": asdict(run.memory(chosen)),
         "mapped_bytes_per_node": _mapped(config),
-        "bytes_sent_per_rank": _sent(run.job(last), chosen[-1]),
-        "layout": _described(last, chosen[-1], device),
+        "bytes_sent_per_rank": _sent(layouts.job(last, device), chosen[-1]),
+        "layout": _described(last.config, chosen[-1], device),
     }
 
 
 @dataclass(frozen=True)
-class Run:
-    """A config with its vocabulary, on a device or none."""
+class PlannedRun:
+    """A recipe on a device or none."""
 
-    config: Config
+    recipe: Recipe
     device: Device | None
     tariff: Tariff
     achieved: float | None = None
     """Share of the device's peak that products reach; None: what layouts.achieved says."""
 
     @property
-    def pieces(self) -> int:
-        assert self.config.model.vocab_size
-        return self.config.model.vocab_size
-
-    @property
-    def phases(self) -> list[Config]:
-        """The config of each stretch."""
-        return phase_configs(self.config)
-
-    def job(self, phase: Config) -> Job:
-        return layouts.job(phase, self.pieces, self.device)
-
-    @property
     def _jobs(self) -> list[Job]:
-        return [self.job(phase) for phase in self.phases]
+        return [layouts.job(phase, self.device) for phase in self.recipe.phases]
 
     @property
     def _device(self) -> Device:
@@ -158,7 +148,7 @@ class Run:
                 return found
             raise UserError(self._refusal(gpus))
         precision, gpu = self._jobs[-1].precision, self.device is None or self.device.gpu
-        found = [layouts.configured(phase, gpus, precision, gpu) for phase in self.phases]
+        found = [layouts.configured(phase.config, gpus, precision, gpu) for phase in self.recipe.phases]
         needed = layouts.needs(self.memory(found))
         if self.device and needed > self.device.memory:
             raise UserError(
@@ -191,7 +181,7 @@ class Run:
         """The fewest devices on which something fits, in words."""
         for gpus in layouts.powers(MOST):
             if found := self.fastest(gpus):
-                words = layouts.changes(self.phases[-1], found[-1]) or "as it is"
+                words = layouts.changes(self.recipe.phases[-1].config, found[-1]) or "as it is"
                 return f"the smallest layout that fits: {gpus} x {self._device.name}, {words}"
         return f"no layout on up to {MOST:,} of them fits"
 
@@ -211,52 +201,54 @@ class Run:
         """Costs over those of the baseline on the same sequences."""
         ours = dict.fromkeys(("token_layers", "flops_without_head", "flops_with_head"), 0.0)
         theirs = dict.fromkeys(ours, 0.0)
-        baselines = [costs.baseline(phase) for phase in self.phases]
+        phases = self.recipe.phases
+        baselines = [baseline(phase) for phase in phases]
         counts = _counts(self._steps(chosen), len(chosen))
-        for steps, phase, baseline in zip(counts, self.phases, baselines, strict=True):
-            for sums, config in ((ours, phase), (theirs, baseline)):
-                for name, value in asdict(costs.of_sequence(config, self.pieces)).items():
-                    sums[name] += steps * phase.train.batch_size * value
+        for steps, phase, reference in zip(counts, phases, baselines, strict=True):
+            for sums, one in ((ours, phase), (theirs, reference)):
+                for name, value in asdict(one.sequence_costs).items():
+                    sums[name] += steps * phase.cost.samples * value
         time = None
         if self.device is not None:
             # In the same layouts.
-            time = _mean(counts, self._seconds(self.phases, chosen)) / _mean(
+            time = _mean(counts, self._seconds(phases, chosen)) / _mean(
                 counts, self._seconds(baselines, chosen)
             )
         return {**{name: ours[name] / theirs[name] for name in ours}, "device_time": time}
 
-    def _seconds(self, phases: Sequence[Config], chosen: Sequence[Layout]) -> list[float]:
+    def _seconds(self, phases: Sequence[Phase], chosen: Sequence[Layout]) -> list[float]:
         """Of an update of each phase."""
         share, _ = self.share()
         return [
-            layouts.step_seconds(self.job(phase), layout, self._device, share)
+            layouts.step_seconds(layouts.job(phase, self.device), layout, self._device, share)
             for phase, layout in zip(phases, chosen, strict=True)
         ]
 
     def _steps(self, chosen: Sequence[Layout]) -> list[int] | None:
         """Updates of each phase."""
-        unit, amount = self.config.budget.amount
-        if unit not in budget.MEASURED:
-            return budget.Budget(self.config).updates()
+        budget = self.recipe.budget
+        if not budget.measured:
+            return budget.updates()
         if self.device is None:
             return None
-        hours = amount
-        if unit == "kwh":
+        hours = budget.total
+        if budget.unit == "kwh":
             each = self.tariff.kwh(self.device, 1.0)
             if each is None:
                 return None
-            hours = amount / each
-        edges = [0.0, *(phase.until for phase in self.config.train.phases), 1.0]
+            hours = budget.total / each
+        edges = [0.0, *budget.phase_ends, 1.0]
         shares = [after - before for before, after in zip(edges, edges[1:], strict=False)]
         return [
             int(share * hours * 3600 // (chosen[-1].ranks * seconds))
-            for share, seconds in zip(shares, self._seconds(self.phases, chosen), strict=True)
+            for share, seconds in zip(shares, self._seconds(self.recipe.phases, chosen), strict=True)
         ]
 
     def _work(self, steps: Sequence[int] | None) -> dict[str, Any]:
         """FLOPs, tokens and token-layers."""
-        counts = _counts(steps, len(self.phases))
-        spent = [(number, budget.step_cost(phase)) for number, phase in zip(counts, self.phases, strict=True)]
+        phases = self.recipe.phases
+        counts = _counts(steps, len(phases))
+        spent = [(number, phase.cost) for number, phase in zip(counts, phases, strict=True)]
         whole = Flops(
             encoder=sum(number * cost.flops.encoder for number, cost in spent),
             decoder=sum(number * cost.flops.decoder for number, cost in spent),
@@ -276,14 +268,12 @@ class Run:
         }
 
     def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> dict[str, Any]:
-        names = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "achieved", "achieved_from")
-        names += ("price", "watts")
         if self.device is None:
-            return dict.fromkeys(names)
-        seconds, ranks = self._seconds(self.phases, chosen), chosen[-1].ranks
+            return dict.fromkeys(TIMES)
+        seconds, ranks = self._seconds(self.recipe.phases, chosen), chosen[-1].ranks
         counts = _counts(steps, len(seconds))
         step = _mean(counts, seconds)
-        work = _mean(counts, [budget.step_cost(phase).flops.total for phase in self.phases])
+        work = _mean(counts, [phase.cost.flops.total for phase in self.recipe.phases])
         hours = None if steps is None else sum(steps) * step / 3600
         device_hours = None if hours is None else hours * ranks
         share, source = self.share()
@@ -351,7 +341,7 @@ def scaling(
     efficiency: device-hours of the smallest count over those of this one. gain: how much faster than
     half as many.
     """
-    run = Run(with_vocabulary(config)[0], device, tariff, achieved)
+    run = PlannedRun(planned_recipe(config, device)[0], device, tariff, achieved)
     rows: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     for gpus in layouts.powers(MOST):
@@ -369,7 +359,7 @@ def scaling(
                 **found,
                 "efficiency": share / (gpus * seconds),
                 "gain": half["step_seconds"] / seconds if half else None,
-                "layout": _described(run.phases[-1], chosen[-1], device),
+                "layout": _described(run.recipe.phases[-1].config, chosen[-1], device),
             }
         )
     if not rows:

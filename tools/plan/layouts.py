@@ -21,8 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pretrain.account import costs, devices, flops
+from pretrain.account import devices, flops
 from pretrain.account.devices import Device
+from pretrain.account.recipe import Phase
 from pretrain.config import Config, ModelOptions, build_config
 from pretrain.errors import UserError
 from tools.plan import memory, traffic
@@ -72,16 +73,16 @@ class Job:
     precision: str
 
 
-def job(config: Config, vocab_size: int, device: Device | None) -> Job:
-    """The job of a config; where it leaves the precision open, bf16 on a device that has it."""
-    t = config.train
-    precision = t.precision or ("bf16" if device is None or "bf16" in device.peak else "fp32")
+def job(phase: Phase, device: Device | None) -> Job:
+    """Return the job of a phase; UserError if the device is not known to have its precision."""
+    precision = phase.config.train.precision
+    assert precision
     if device is not None and precision not in device.peak:
         raise UserError(
             f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
             f" {', '.join(device.peak)}"
         )
-    return Job(config.model, costs.rows(config), vocab_size, t.batch_size, precision)
+    return Job(phase.config.model, phase.rows, phase.vocab_size, phase.config.train.batch_size, precision)
 
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain import __version__
-from pretrain.account import budget, costs, flops, ledger
-from pretrain.config import Config, CorpusOptions, method_of, phase_configs
+from pretrain.account import flops, ledger
+from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
+from pretrain.config import Config, CorpusOptions, method_of
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
@@ -91,8 +92,7 @@ def write(document: dict[str, Any], output: Path) -> list[Path]:
 class Stretch(NamedTuple):
     """What surviving updates of one phase took."""
 
-    config: Config
-    """Of the phase."""
+    phase: Phase
     samples: int
     seconds: float
     """Device-seconds of updates."""
@@ -105,7 +105,7 @@ class Run:
     path: str
     name: str
     """Unique in the report."""
-    config: Config
+    recipe: Recipe
     status: dict[str, Any]
     """{} before the run has begun."""
     totals: dict[str, Any]
@@ -130,7 +130,7 @@ class Run:
             if line["event"] == "phase-change":
                 borders.append((line["phase"], *_surviving(line)))
         ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
-        phases = phase_configs(self.config)
+        phases = self.recipe.phases
         return [
             Stretch(phases[phase], samples - before, seconds - since)
             for (phase, before, since), (_, samples, seconds) in pairwise([*borders, *ends])
@@ -159,13 +159,13 @@ def _read_run(path: str, name: str) -> Run:
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
-    config = run_config(folder)
+    recipe = make_recipe(run_config(folder))
     begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
     logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
     return Run(
         path,
         name,
-        config,
+        recipe,
         RunFolder(folder).status(),
         ledger.total([folder] if begun else []),
         ledger.read(folder) if begun else [],
@@ -190,22 +190,22 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
-    o, totals = run.config, run.totals
+    recipe, config, totals = run.recipe, run.recipe.config, run.totals
     evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
     return {
         "run": run.path,
         "name": run.name,
-        "method": method_of(o),
-        "model": {name: getattr(o.model, name) for name in ("block", "num_layers", "hidden_size")},
-        "seq_length": [phase.train.seq_length for phase in phase_configs(o)],
-        "batch_size": [phase.train.batch_size for phase in phase_configs(o)],
-        "rate": o.masking.rate,
-        "parameters": _parameters(o),
+        "method": method_of(config),
+        "model": {name: getattr(config.model, name) for name in ("block", "num_layers", "hidden_size")},
+        "seq_length": [phase.config.train.seq_length for phase in recipe.phases],
+        "batch_size": [phase.config.train.batch_size for phase in recipe.phases],
+        "rate": config.masking.rate,
+        "parameters": _parameters(recipe),
         "state": run.status.get("state"),
         "devices": run.devices,
         "ranks": run.lines[-1]["ranks"] if run.lines else None,
         "totals": totals,
-        "budget": _budget(o, totals),
+        "budget": _budget(recipe, totals),
         "costs": {
             "token_layers": totals["token_layers"],
             "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
@@ -215,16 +215,16 @@ def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "relative": {**_relative(run), "device_time": _relative_time(run, runs)},
         "questions": _questions(run),
         "held_out": evaluations[-1] if evaluations else None,
-        "unigram": unigram(o.corpus, held_out_length(o), o.evaluate.samples),
+        "unigram": unigram(config.corpus, held_out_length(config), config.evaluate.samples),
         "evaluations": evaluations,
         "downstream": _downstream(run),
         "speed": _speed(run),
     }
 
 
-def held_out_length(o: Config) -> int:
-    """L of the held-out windows."""
-    return o.evaluate.seq_length or o.train.seq_length
+def held_out_length(config: Config) -> int:
+    """Return the length L of the held-out windows."""
+    return config.evaluate.seq_length or config.train.seq_length
 
 
 def _spent(line: Metrics) -> dict[str, Any]:
@@ -295,17 +295,22 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _parameters(o: Config) -> dict[str, int]:
-    """Those that fine-tuning starts from, and those that only pre-training has."""
-    parts = flops.parameters(o.model, o.model.vocab_size or 0)
+def _parameters(recipe: Recipe) -> dict[str, int]:
+    """Count the parameters that fine-tuning starts from, and those that only pre-training has."""
+    parts = flops.parameters(recipe.config.model, recipe.vocab_size)
     kept = parts["encoder"] + parts["embeddings"]
     return {"encoder": kept, "discarded": parts["total"] - kept, "total": parts["total"]}
 
 
-def _budget(o: Config, totals: dict[str, Any]) -> dict[str, Any]:
-    unit, total = o.budget.amount
-    relative_to = o.budget.relative_to and f"{o.budget.fraction:g} of {o.budget.relative_to}"
-    return {"unit": unit, "total": total, "spent": budget.spent(totals, unit), "relative_to": relative_to}
+def _budget(recipe: Recipe, totals: dict[str, Any]) -> dict[str, Any]:
+    budget, given = recipe.budget, recipe.config.budget
+    relative_to = given.relative_to and f"{given.fraction:g} of {given.relative_to}"
+    return {
+        "unit": budget.unit,
+        "total": budget.total,
+        "spent": budget.spent(totals),
+        "relative_to": relative_to,
+    }
 
 
 # ---- costs against the baseline ------------------------------------------------------------------
@@ -315,16 +320,12 @@ def _relative(run: Run) -> dict[str, float]:
     """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
     ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
     # Before the first update: of one sequence of the first phase.
-    for done in run.stretches or [Stretch(phase_configs(run.config)[0], 1, 0.0)]:
-        mine, reference = _sequence_costs(done.config), _sequence_costs(costs.baseline(done.config))
+    for done in run.stretches or [Stretch(run.recipe.phases[0], 1, 0.0)]:
+        mine, reference = asdict(done.phase.sequence_costs), asdict(baseline(done.phase).sequence_costs)
         for name in MEASURES:
             ours[name] += done.samples * mine[name]
             theirs[name] += done.samples * reference[name]
     return {name: ours[name] / theirs[name] for name in MEASURES}
-
-
-def _sequence_costs(o: Config) -> dict[str, float]:
-    return asdict(costs.of_sequence(o, o.model.vocab_size or 0))
 
 
 def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
@@ -336,8 +337,8 @@ def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
     known = [done for other in runs if _is_baseline(other, run) for done in other.stretches if done.seconds]
     theirs = 0.0
     for mine in run.stretches:
-        wanted = _sequence_costs(costs.baseline(mine.config))
-        same = [done for done in known if _sequence_costs(done.config) == wanted]
+        wanted = baseline(mine.phase).sequence_costs
+        same = [done for done in known if done.phase.sequence_costs == wanted]
         if not same:
             return None
         each = sum(done.seconds for done in same) / sum(done.samples for done in same)
@@ -348,9 +349,9 @@ def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
 def _is_baseline(other: Run, run: Run) -> bool:
     """Whether `other` may be what `run` is measured against: same arithmetic, same device."""
     return (
-        method_of(other.config) == "mlm"
-        and other.config.model.block == run.config.model.block
-        and other.config.train.precision == run.config.train.precision
+        method_of(other.recipe.config) == "mlm"
+        and other.recipe.config.model.block == run.recipe.config.model.block
+        and other.recipe.config.train.precision == run.recipe.config.train.precision
         and other.devices == run.devices
     )
 
@@ -380,11 +381,11 @@ def _questions(run: Run) -> dict[str, Any]:
     scores = [line["held_out"] for line in run.lines if "held_out" in line]
     last = scores[-1] if scores else {}
     known: dict[str, Any] = {
-        "seq_length": held_out_length(run.config),
+        "seq_length": held_out_length(run.recipe.config),
         **{name: last.get(name) for name in ("predicted_tokens", "tokenizer", "corpus")},
     }
     try:
-        manifest = load_manifest(run.config.corpus.valid or "")
+        manifest = load_manifest(run.recipe.config.corpus.valid or "")
     except UserError:
         return known
     hashed = manifest.tokenizer.hash if manifest.tokenizer else None
@@ -417,7 +418,7 @@ def _gone(runs: Sequence[Run], described: Sequence[dict[str, Any]]) -> list[str]
         f"{run.name}: its held-out corpus cannot be read at {prefix}{seen_from(prefix)}, so the score of"
         " guessing by frequency is not shown."
         for run, shown in zip(runs, described, strict=True)
-        if (prefix := run.config.corpus.valid) and shown["held_out"] and not shown["unigram"]
+        if (prefix := run.recipe.config.corpus.valid) and shown["held_out"] and not shown["unigram"]
     ]
 
 

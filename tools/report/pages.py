@@ -62,6 +62,16 @@ def _hours(seconds: float) -> str:
     return f"{hours:,.1f}" if hours >= 100 else f"{hours:.3g}"
 
 
+def _flops_of(part: str) -> Callable[[Described], str]:
+    """Return the cell of the FLOPs of a part of the model."""
+    return lambda run: _scientific(run["totals"]["flops"][part])
+
+
+def _hours_of(part: str) -> Callable[[Described], str]:
+    """Return the cell of the device-hours that something took."""
+    return lambda run: _hours(run["totals"]["device_seconds"][part])
+
+
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -243,7 +253,7 @@ WORK = Table(
             "places that the training loss asks about",
         ),
         *(
-            Column(f"FLOPs {part}", lambda r, part=part: _scientific(r["totals"]["flops"][part]), meaning)
+            Column(f"FLOPs {part}", _flops_of(part), meaning)
             for part, meaning in (
                 ("encoder", "matrix products of the layers that are kept, 2 a multiply-add, 3 x forward"),
                 ("decoder", "the same of the layers that are thrown away"),
@@ -334,7 +344,7 @@ HOURS = Table(
     (
         Column("attempts", lambda r: f"{r['totals']['attempts']}", "how often the run was started"),
         *(
-            Column(name, lambda r, part=part: _hours(r["totals"]["device_seconds"][part]), meaning)
+            Column(name, _hours_of(part), meaning)
             for part, name, meaning in (
                 ("productive", "updates", "device-hours of updates that the model is made of"),
                 ("evaluate", "evaluation", "of held-out evaluation"),

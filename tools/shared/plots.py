@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from cycler import cycler
@@ -98,7 +98,7 @@ def theme(name: str) -> Iterator[None]:
         "legend.frameon": False,
         "svg.hashsalt": "plots",  # the same figure is the same bytes
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(cast(Any, settings)):
         yield
 
 
@@ -111,7 +111,7 @@ def figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
 def grid(columns: int, rows: int) -> tuple[Figure, Sequence[Sequence[Axes]]]:
     """Rows of panels; those of a row share their vertical scale."""
     made = Figure(figsize=(5.4 * columns, 3.9 * rows), layout="constrained")
-    return made, made.subplots(rows, columns, sharey="row", squeeze=False)
+    return made, cast(Any, made.subplots(rows, columns, sharey="row", squeeze=False))
 
 
 def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: str, y_label: str) -> None:

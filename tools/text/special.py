@@ -42,14 +42,14 @@ class SpecialText:
         self.tokenizer, self.ids, self.end = tokenizer, ids, end
         self.counts: Counter[str] = Counter()
         names = sorted({*tokenizer.special_names(), *ids}, key=len, reverse=True)
-        self._find = re.compile("|".join(map(re.escape, names))).findall if names else lambda text: []
+        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")  # which nothing matches
         mapped = sorted(ids, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, mapped))})").split
 
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
         """Token ids of all texts end to end (int32), and ids per text [n]."""
         for text in texts:
-            self.counts.update(self._find(text))
+            self.counts.update(self._names.findall(text))
         tokens, lengths = self._encode_mapped(texts) if self.ids else self.tokenizer.encode_flat(texts)
         if self.end is not None:
             filled = lengths > 0

@@ -26,16 +26,16 @@ def _check_overlap(args: Namespace) -> int:
     """Print how much of each corpus stands in the other one."""
     reports = []
     for prefix in args.prefixes:
-        readers = [IndexedReader(name) for name in (prefix, args.check_overlap)]
+        mine, other = IndexedReader(prefix), IndexedReader(args.check_overlap)
         record = load_manifest(prefix).tokenizer
         if record is None or record.hash != getattr(
             load_manifest(args.check_overlap).tokenizer, "hash", None
         ):
             raise UserError(f"{prefix}: not of the same tokenizer as {args.check_overlap}")
         tokenizer = load_tokenizer(args.tokenizer or record.path, need_specials=False)
-        total = sum(reader.tokens.nbytes for reader in readers)
+        total = mine.tokens.nbytes + other.tokens.nbytes
         with console.progress("compare", total) as advance:
-            reports.append({"prefix": prefix} | overlap(*readers, tokenizer, advance))
+            reports.append({"prefix": prefix} | overlap(mine, other, tokenizer, advance))
     if args.json:
         console.print_json(reports)
         return 0
