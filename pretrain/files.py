@@ -127,6 +127,17 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def locked(file: IO[Any], path: Path) -> Iterator[None]:
+    """Wait for the lock of an open file, and give it back: closing does not while a map has the file open."""
+    try_lock(file, path, wait=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # there are no locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def try_lock(file: IO[Any], path: Path, wait: bool = False) -> bool:
     """Lock an open file for this process; False where another has it, which with `wait` is waited for.
     Without locks: a warning."""

@@ -23,7 +23,7 @@ from pretrain.data import rng
 from pretrain.data.indexed import CHUNK, IndexedReader
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.files import named, own_folder, try_lock
+from pretrain.files import locked, named, own_folder
 
 Int64 = npt.NDArray[np.int64]
 Parts = Iterator[tuple[int, Int64]]
@@ -148,8 +148,8 @@ class Order:
 def _map_table(path: Path, size: int, key: bytes, parts: Callable[[], Parts]) -> Int64:
     """Return the table in the file, which is written where it is not there whole; an error names the file."""
     for _ in range(_ATTEMPTS):
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file, named(path):
-            try_lock(file, path, wait=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "r+b") as file, named(path), locked(file, path):
             if file.read(_SEAL).strip(b"\0") == b"" or os.fstat(file.fileno()).st_size != size:
                 try:
                     _write_table(file, size, key, parts())

@@ -13,6 +13,7 @@ from pretrain.data import documents as place
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler
 from pretrain.data.writer import CorpusWriter
+from tests.support.ranks import PATIENCE
 
 SPAWN = get_context("spawn")
 
@@ -80,11 +81,17 @@ def test_orders_are_each_of_one_corpus_seed_and_epoch(many, tmp_path):
 
 
 def start_together(barrier, prefix, folder, found):
-    """Reads at the same time as others do; tells what it read, and how often it wrote an order."""
+    """Reads at the same time as others do, twice, as a run in phases does, and stays until all have; tells
+    what it read, and how often it wrote an order."""
     place.MANY, said = 0, []
     place.log.info = lambda *args: said.append(args)
-    barrier.wait()
-    found.put((read(prefix, folder).tobytes(), len(said)))
+    corpus = IndexedReader(prefix)
+    samplers = [Sampler(corpus, MaskingOptions(), 12, 3, 1, 2, folder=folder) for _ in range(2)]
+    barrier.wait(PATIENCE)
+    one, other = (sampler.read(np.arange(sampler.samples_per_epoch)).tokens for sampler in samplers)
+    assert np.array_equal(one, other)
+    barrier.wait(PATIENCE)
+    found.put((one.tobytes(), len(said)))
 
 
 def test_one_of_many_starts_writes_the_order(many, tmp_path):
@@ -94,7 +101,7 @@ def test_one_of_many_starts_writes_the_order(many, tmp_path):
     processes = [SPAWN.Process(target=start_together, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
-    answers = [found.get(timeout=300) for _ in processes]
+    answers = [found.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
         process.join()
     assert {tokens for tokens, _ in answers} == {expected.tobytes()}
