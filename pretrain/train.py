@@ -104,8 +104,11 @@ def start_phase(run: Run, number: int) -> None:
     run.engine.accumulate(batch_size // (phase.micro_batch(run.topology.data_size) * run.topology.data_size))
     run.phase = number
     if run.ledger:
-        logging.info("phase       %d: %d sequences of %d tokens", number, batch_size, length)
-        run.ledger.note("phase-change", phase=number, seq_length=length, batch_size=batch_size)
+        rate = phase.config.masking.rate
+        said = "phase       %d: %d sequences of %d tokens, %.3g hidden"
+        logging.info(said, number, batch_size, length, rate)
+        about = {"phase": number, "seq_length": length, "batch_size": batch_size, "rate": rate}
+        run.ledger.note("phase-change", **about)
 
 
 def decide_step(run: Run) -> StepDecision:

@@ -58,6 +58,11 @@ def _check_masking(config: Config) -> list[str]:
             f"masking.rate = {k.rate} of train.seq_length = {config.train.seq_length} predicts nothing;"
             " raise either"
         )
+    elif k.predict is not None and not 1 / (config.train.seq_length - 2) <= k.predict <= k.rate:
+        found.append(
+            f"masking.predict = {k.predict}: a token of a window at least, and no more than masking.rate ="
+            f" {k.rate}, the share that is hidden"
+        )
     elif k.views > 1 and (config.train.seq_length - 2) // k.views < 1:
         found.append(f"masking.views = {k.views} is more than the tokens of a sequence")
     if k.views > 1 and k.views_mode == "batch" and config.train.batch_size % k.views:

@@ -156,6 +156,7 @@ def build_config(tree: dict[str, Any], where: str = "config", overridden: Sequen
     A problem that names an `overridden` key is said to be of the command line, any other of `where`.
     """
     found: list[str] = []
+    tree = _with_phases(tree, found)
     sections: dict[str, Any] = {}
     for name in tree.keys() - Config.model_fields.keys():
         found.append(f"unknown section {name!r}{_nearest(name, list(Config.model_fields))}")
@@ -169,6 +170,33 @@ def build_config(tree: dict[str, Any], where: str = "config", overridden: Sequen
     if found:
         raise UserError("\n".join(f"{_origin(problem, where, overridden)}: {problem}" for problem in found))
     return _complete(config)
+
+
+def _with_phases(tree: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    """Return the tree with a `masking.rate` that falls, or rises, written out as phases."""
+    masking, train = tree.get("masking"), tree.get("train") or {}
+    if not (isinstance(masking, dict) and isinstance(masking.get("rate"), dict) and isinstance(train, dict)):
+        return tree
+    ramp, rates = masking["rate"], []
+    try:
+        first, last, steps = (float(ramp[name]) for name in ("from", "to", "steps"))
+        rates = [first + (last - first) * index / (steps - 1) for index in range(int(steps))]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        pass
+    if len(ramp) != 3 or len(rates) < 2 or steps != int(steps) or train.get("phases"):
+        why = "should be {from: 0.5, to: 0.15, steps: 8}"
+        if train.get("phases"):
+            why = "train.phases are given too; keep one of them"
+        found.append(f"masking.rate = {ramp}: {why}")
+        return {**tree, "masking": {**masking, "rate": None}}
+    phases = [
+        {"until": (index + 1) / len(rates), "rate": round(rate, 6)} for index, rate in enumerate(rates[:-1])
+    ]
+    return {
+        **tree,
+        "masking": {**masking, "rate": last},
+        "train": {**train, "phases": phases},
+    }
 
 
 def _doubtful(path: str, given: Any) -> Iterator[str]:

@@ -180,7 +180,11 @@ class MaskingOptions(Section):
     """Which tokens are predicted, and what stands in their place. Counts are exact, the same in every row."""
 
     rate: float = Field(0.15, gt=0, lt=1)
-    """Share of a window's tokens that is predicted."""
+    """Share of a window's tokens that is hidden, and predicted. `{from: 0.5, to: 0.15, steps: 8}` is short
+    for so many `train.phases` of equal budget."""
+    predict: float | None = Field(None, gt=0, lt=1)
+    """Share of a window's tokens that is predicted, where it is less than `rate`: the other hidden tokens
+    are in no layer and no head (partial prediction, CrossMAE, arXiv 2401.14391)."""
     scheme: Literal["uniform", "whole_word", "span"] = "uniform"
     """What is drawn as one: a token, a whole word, or a span of 1 to `span_max` whole words (SpanBERT,
     arXiv 1907.10529). Counts stay exact: the last word or span is cut."""
@@ -200,7 +204,7 @@ class MaskingOptions(Section):
 
 
 class PhaseOptions(Section):
-    """What is other than in `train` until a share of the budget is spent."""
+    """What is other than in `train` and `masking` until a share of the budget is spent."""
 
     until: float = Field(gt=0, lt=1)
     """Share of the budget at which the phase ends."""
@@ -210,6 +214,10 @@ class PhaseOptions(Section):
     """As in `train`, whose value it takes if not given."""
     seq_length: int | None = Field(None, ge=8)
     """As in `train`, whose value it takes if not given."""
+    rate: float | None = Field(None, gt=0, lt=1)
+    """As in `masking`, whose value it takes if not given."""
+    predict: float | None = Field(None, gt=0, lt=1)
+    """As in `masking`, whose value it takes if not given."""
 
 
 class TrainOptions(Section):
@@ -223,8 +231,9 @@ class TrainOptions(Section):
     seq_length: int = Field(128, ge=8)
     """Window length L in tokens, <s> and </s> included."""
     phases: list[PhaseOptions] = []
-    """Short sequences or small batches first: `[{until: 0.9, seq_length: 128}]` trains on 128 tokens until
-    90 % of the budget is spent. After the last phase the values above hold. Shares ascend."""
+    """Short sequences, small batches or high masking rates first: `[{until: 0.9, seq_length: 128}]` trains on
+    128 tokens until 90 % of the budget is spent. After the last phase the values above and those of `masking`
+    hold. Shares ascend."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Arithmetic of the matrix products, over float32 parameters; default: bf16 where the device has it, else
     fp32. `fp16` is for GPUs without bf16: its loss is scaled, and an update whose gradients overflow is
@@ -411,11 +420,13 @@ def replays_graphs(config: Config) -> bool:
 
 
 def phase_configs(config: Config) -> list[Config]:
-    """The config of each stretch of the run, in order: `train` has the values that hold there. The last one
-    is what holds when all phases are over."""
+    """Return the config of each stretch of the run, in order: `train` and `masking` have the values that hold
+    there. The last one is what holds when all phases are over."""
     stretches = []
-    for phase in config.train.phases:
-        other = {name: value for name, value in phase if name != "until" and value is not None}
-        stretches.append(config.train.model_copy(update={**other, "phases": []}))
-    stretches.append(config.train.model_copy(update={"phases": []}))
-    return [config.model_copy(update={"train": train}) for train in stretches]
+    for phase in [*config.train.phases, None]:
+        given = {name: value for name, value in phase or () if name != "until" and value is not None}
+        masked: dict[str, Any] = {name: given.pop(name) for name in ("rate", "predict") if name in given}
+        train = config.train.model_copy(update={**given, "phases": []})
+        masking = config.masking.model_copy(update=masked)
+        stretches.append(config.model_copy(update={"train": train, "masking": masking}))
+    return stretches

@@ -3,10 +3,11 @@
 Counts are exact and the same for every row, so shapes are static and the loss is a plain mean. A mask is
 a function of (data seed, text, visit): every unit (a token, a whole word or a span of words) draws a
 random key, the tokens of the units with the largest keys are the predicted rows, and among them the
-largest are [MASK], then come random pieces, then kept tokens. So units are taken whole, in random order,
-and only the last may be cut, from either side: else the ends of words and spans would be predicted more
-often than their beginnings. Sequence specials get the smallest keys, so that they are chosen only where
-nothing else is left.
+largest are [MASK], then come random pieces, then kept tokens. Where fewer tokens are predicted than hidden
+(`masking.predict`), those with the next keys are no rows at all. So units are taken whole, in random
+order, and only the last may be cut, from either side: else the ends of words and spans would be predicted
+more often than their beginnings. Sequence specials get the smallest keys, so that they are chosen only
+where nothing else is left.
 
 K disjoint masks of a text (fully-explored masking, Zheng et al. 2020, arXiv 2010.06040) are K
 consecutive stretches of the same order; in the contiguous form, of the order of the text.
@@ -44,6 +45,8 @@ class Counts(NamedTuple):
     """M, rows that are [MASK]."""
     random: int
     """R, predicted rows that show a random piece; the other P - M - R show their own."""
+    dropped: int = 0
+    """Tokens of a window that are hidden and not predicted: they are no rows at all."""
 
     @property
     def visible(self) -> int:
@@ -52,20 +55,22 @@ class Counts(NamedTuple):
 
 
 def counts(masking: MaskingOptions, length: int) -> Counts:
-    """Rows of each kind for sequences of `length`; halves are rounded up.
+    """Return the rows of each kind for windows of `length` tokens; halves are rounded up.
 
     80/10/10 of P: M = round(0.8 P), of the rest the larger half is random where the shares are equal.
     """
     tokens = length - 2
-    predicted = _round(masking.rate * tokens)
+    hidden = _round(masking.rate * tokens)
     if masking.views > 1:
-        predicted = min(predicted, tokens // masking.views)
+        hidden = min(hidden, tokens // masking.views)
+    predicted = hidden if masking.predict is None else min(hidden, _round(masking.predict * tokens))
     mask_share, random_share, keep_share = masking.corruption
     masked = _round(mask_share * predicted)
     rest = predicted - masked
     visible_share = random_share + keep_share
     random = _round(rest * random_share / visible_share) if visible_share else 0
-    return Counts(length, predicted, masked, random)
+    dropped = hidden - predicted
+    return Counts(length - dropped, predicted, masked, random, dropped)
 
 
 def _round(x: float) -> int:
@@ -77,7 +82,7 @@ class Masked(NamedTuple):
     """A batch in permuted row order: context | kept | random | [MASK]."""
 
     ids: Int64
-    """[B, L] pieces as the model sees them."""
+    """[B, L] pieces as the model sees them; L less the dropped tokens here and below."""
     positions: Int64
     """[B, L] place of each row in its sequence."""
     targets: Int64
@@ -113,7 +118,7 @@ class Masker:
         rules: int = rng.RULES,
     ) -> None:
         self.rules = rules
-        self.counts = counts(masking, length)
+        self.counts, self.window = counts(masking, length), length
         self.masking = masking
         self.mask_id, self.document_end = mask_id, document_end
         self.random_ids = np.asarray(random_ids, np.int64)
@@ -129,7 +134,7 @@ class Masker:
     def __call__(self, tokens: Tokens, keys: rng.Uint64, view: Int64) -> Masked:
         """tokens [B, L] natural order; keys [B] one per (seed, text, partition); view [B] in [0, views)."""
         c, (B, L) = self.counts, tokens.shape
-        assert c.length == L
+        assert self.window == L
         special = self._is_special(tokens)
         words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
         unit, low = self._units(tokens, special, keys), self._place
@@ -140,16 +145,18 @@ class Masker:
         if unit is not None and self.rules > 1:
             self._draw_kinds(ordered, unit, special, low, keys)
         positions = self._places(ordered, low)
+        specials = int(np.count_nonzero(ordered[:, L - c.predicted :] < _ORDINARY))
+        cut = 0 if unit is None else _cut(np.take_along_axis(unit, positions, 1), c.predicted)
+        if c.dropped:
+            positions = np.delete(positions, np.s_[c.length - c.predicted : L - c.predicted], axis=1)
         # `clip`, because looking for places out of bounds would take longer than the gather.
         ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
-        targets = ids[:, L - c.predicted :].copy()
+        targets = ids[:, c.length - c.predicted :].copy()
         shared = self.rules == 1 or self.masking.views == 1
         self._corrupt(ids, keys if shared else rng.key(keys, view))
         documents = None
         if self.document_end is not None:
             documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)
-        specials = int(np.count_nonzero(ordered[:, L - c.predicted :] < _ORDINARY))
-        cut = 0 if unit is None else _cut(np.take_along_axis(unit, positions, 1), c.predicted)
         return Masked(ids, positions, targets, c.masked, documents, specials, cut)
 
     # -- units: what is drawn as one
@@ -223,7 +230,7 @@ class Masker:
         places = (rows & self._low).astype(np.int64)
         if low.ndim == 1:
             return places
-        return np.where(low[:, :1] > 0, self.counts.length - 1 - places, places)
+        return np.where(low[:, :1] > 0, self.window - 1 - places, places)
 
     def _sort_keys(self, words: Keys, special: Bools, low: Keys) -> Keys:
         """The highest bit says "no special", the next are those of `words`, the lowest are `low`."""
@@ -237,24 +244,23 @@ class Masker:
         All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
         and the order of the rows is then the same on every machine.
         """
-        c, k = self.counts, self.masking
+        L, k, hidden = self.window, self.masking, self.counts.predicted + self.counts.dropped
         if k.views == 1:
             ordered.sort(axis=1)
             return ordered
         contiguous = k.views_partition == "contiguous"
         by_view = self._ring(special, low, keys) if contiguous else ordered
-        stretch = (np.arange(c.length) - (view * c.predicted)[:, None]) % c.length
+        stretch = (np.arange(L) - (view * hidden)[:, None]) % L
         rows = np.take_along_axis(np.sort(by_view, 1), stretch, 1)
         if contiguous:  # where to look is settled; what becomes [MASK] there is still to be drawn
-            predicted = rows[:, c.length - c.predicted :]
-            places = self._places(predicted, low)
-            predicted[...] = np.sort(np.take_along_axis(ordered, places, 1), 1)
+            drawn = rows[:, L - hidden :]
+            drawn[...] = np.sort(np.take_along_axis(ordered, self._places(drawn, low), 1), 1)
         return rows
 
     def _draw_kinds(self, rows: Keys, unit: Int64, special: Bools, low: Keys, keys: rng.Uint64) -> None:
         """Sort the predicted rows by other keys of their units: the cut one, which has the smallest key of
         all, becomes [MASK] as often as another."""
-        L, P = self.counts.length, self.counts.predicted
+        L, P = self.window, self.counts.predicted
         with np.errstate(over="ignore"):
             words = rng.stream(rng.mix(keys + np.uint64(5)), (L + 1) // 2).view(np.uint32)[:, :L]
         drawn = self._sort_keys(np.take_along_axis(words, unit, 1), special, low)
@@ -263,7 +269,7 @@ class Masker:
 
     def _ring(self, special: Bools, low: Keys, keys: rng.Uint64) -> Keys:
         """Sort keys [B, L] for the order of the text, from a random place on and round its end."""
-        inner = np.uint32(self.counts.length - 2)  # <s> and </s> do not count: they come first anyway
+        inner = np.uint32(self.window - 2)  # <s> and </s> do not count: they come first anyway
         with np.errstate(over="ignore"):
             turn = (rng.mix(keys + np.uint64(3)) % np.uint64(inner)).astype(np.uint32)
         ring = (self._place - np.uint32(1) + inner + turn[:, None]) % inner
@@ -302,7 +308,7 @@ def _span_length_odds(stop: float, longest: int) -> tuple[npt.NDArray[np.float64
 
 
 def _cut(unit_rows: Int64, predicted: int) -> int:
-    """How many of the units [B, L] in row order have both predicted and context rows."""
+    """Count the units [B, L] in row order that have both predicted rows and others."""
     border = unit_rows.shape[1] - predicted
     inside, outside = np.zeros(unit_rows.shape, bool), np.zeros(unit_rows.shape, bool)
     np.put_along_axis(inside, unit_rows[:, border:], True, 1)

@@ -42,6 +42,14 @@ def test_training_flops_equal_torchs_counter(method, block, rate):
     assert counted(built, batch).get_total_flops() == expected.total
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_predicted_costs_nothing(method):
+    config, built, rows, batch = build(method, "modern", masking={"rate": 0.5, "predict": 0.2})
+    assert (batch.ids.shape[1], rows.length, rows.predicted) == (24 - 7, 24 - 7, 4)
+    expected = flops.training(config.model, rows, VOCAB) * 3
+    assert counted(built, batch).get_total_flops() == expected.total
+
+
 @pytest.mark.parametrize("leak", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_equal_torchs_counter(method, leak):

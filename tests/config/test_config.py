@@ -156,6 +156,12 @@ def test_what_is_no_number_is_refused(tmp_path, key, text):
         ("optimizer.betas=[true, 0.9]", "should be a number"),
         ("corpus.train=[[true, a], [1, b]]", "should be a prefix"),
         ("train.phases=[{until: .5, batch_size: 1:30}]", "should be a number"),
+        ("masking.rate={from: 0.5, to: 0.1}", "masking.rate = .*: should be {from: 0.5, to: 0.15, steps: 8}"),
+        ("masking.rate={from: 0.5, to: 0.1, steps: 1}", "should be {from: 0.5, to: 0.15, steps: 8}"),
+        ("masking.rate={from: 0.5, to: 0.1, steps: 2.5}", "should be {from: 0.5, to: 0.15, steps: 8}"),
+        ("masking.rate={from: 1.5, to: 0.1, steps: 3}", "train.phases.0.rate = 1.5"),
+        ("masking.predict=0.3", "masking.predict = 0.3: a token of a window at least, and no more than"),
+        ("train.phases=[{until: .5, predict: .2}]", "train.phases.0: masking.predict = 0.2: a token"),
         ("deepspeed.fp16.enabled=off", "deepspeed.fp16.enabled = 'off': should be true or false"),
         ("optimizer.betas=[0.9, 0.98] # usual", "is not YAML"),
         ("optimizer.lr=1e-4 # usual", "should be a number"),
@@ -167,6 +173,19 @@ def test_a_value_of_another_kind_is_refused(word, message, tmp_path):
     path.write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(UserError, match=message):
         load_config(path, ["train.engine=deepspeed", word])
+
+
+def test_a_rate_that_falls_is_phases_of_equal_budget(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "masking": {"rate": {"from": 0.5, "to": 0.2, "steps": 4}}}))
+    config = load_config(path)
+    assert [(one.until, one.rate) for one in config.train.phases] == [(0.25, 0.5), (0.5, 0.4), (0.75, 0.3)]
+    assert config.masking.rate == 0.2
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert load_config(path, ["train.phases=[]", "masking.rate=0.3"]).masking.rate == 0.3
+    with pytest.raises(UserError, match="train.phases are given too; keep one of them"):
+        load_config(path, ["masking.rate={from: 0.5, to: 0.2, steps: 4}"])
 
 
 def test_a_number_that_is_a_name_is_to_be_quoted(tmp_path):

@@ -33,7 +33,7 @@ def windows(batch, length, seed=0):
 
 
 def run(masker, batch=256, seed=0, view=0):
-    tokens = windows(batch, masker.counts.length, seed)
+    tokens = windows(batch, masker.window, seed)
     keys = rng.key(seed, np.arange(batch))
     return tokens, masker(tokens, keys, np.full(batch, view))
 
@@ -93,6 +93,31 @@ def test_rows_are_a_permutation_with_the_right_content(rate, scheme):
     replaced = m.ids[:, L - c.masked - c.random : L - c.masked]
     assert np.isin(replaced, RANDOM_IDS).all()
     assert m.specials_chosen == 0 and m.num_masked == c.masked
+
+
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
+@pytest.mark.parametrize(("views", "partition"), [(1, "random"), (2, "random"), (2, "contiguous")])
+def test_what_is_hidden_and_not_predicted_is_no_row(scheme, views, partition):
+    """Context and hidden tokens are those of the mask that predicts them all, whichever are left out."""
+    keys = {"rate": 0.45, "scheme": scheme, "views": views, "views_partition": partition}
+    whole, part = make(**keys), make(predict=0.2, **keys)
+    tokens, full = run(whole, view=views - 1)
+    _, some = run(part, view=views - 1)
+    hidden, c = whole.counts.predicted, part.counts
+    assert (hidden, c.predicted, c.dropped, c.length) == (28, 12, 16, 48)
+    assert part.counts.visible == 48 - c.masked and some.ids.shape == (256, 48)
+    assert (some.positions[:, :-12] == full.positions[:, :-hidden]).all()
+    for row, within in zip(some.positions[:, -12:], full.positions[:, -hidden:], strict=True):
+        assert len(set(row)) == 12 and set(row) <= set(within)
+    true = np.take_along_axis(tokens, some.positions, 1)
+    assert (some.targets == true[:, -12:]).all() and (some.ids[:, :-12] == true[:, :-12]).all()
+    assert (some.ids[:, -c.masked :] == MASK).all() and some.num_masked == c.masked
+
+
+def test_all_hidden_tokens_are_predicted_where_nothing_else_is_said():
+    _, one = run(make(rate=0.45))
+    _, other = run(make(rate=0.45, predict=0.45))
+    assert all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
 
 def test_positions_are_chosen_uniformly():

@@ -64,6 +64,24 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
     program.check([str(tmp_path / "cut")])  # the counts of every line, by the phases it was in
 
 
+def test_a_falling_rate_is_phases_and_killed_in_each_of_them(words: Words, tmp_path: Path) -> None:
+    ramp = ("masking.rate={from: 0.5, to: 0.2, steps: 3}", "masking.predict=0.2", "budget.steps=6")
+    outcome = finish(words("whole", *ramp, "model.mask_from=2", "model.decoder_layers=1"))
+    for hidden in (11, 8, 4):
+        assert f"sequence    {24 - hidden + 4} rows: 4 predicted" in outcome.text
+    recipe = make_recipe(load_config(tmp_path / "whole" / "config.yaml"))
+    assert [phase.config.masking.rate for phase in recipe.phases] == [0.5, 0.35, 0.2]
+    totals = ledger.total([tmp_path / "whole"])
+    assert totals["tokens_seen"] == 2 * 8 * (17 + 20 + 24) and totals["tokens_predicted"] == 6 * 8 * 4
+    assert totals["flops"]["total"] == recipe.budget.planned("flops")
+    program.check([str(tmp_path / "whole")])
+    late = ("model.mask_from=2", "model.decoder_layers=1")
+    for code in (-SIGKILL, -SIGKILL, 0):
+        cut = attempt(words("cut", "checkpoint.every_steps=1", *ramp, *late), strike=Strike(SIGKILL, 3))
+        assert cut.codes == [code], cut.text
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("unit", ["tokens", "flops"])
 def test_any_unit_gives_the_phases(unit: str, words: Words, tmp_path: Path) -> None:
     config = load_config(words("a")[0], [PHASES, "model.vocab_size=400"])
