@@ -352,6 +352,19 @@ def read_state(path: Path, stamps: Stamps | None = None) -> State:
         raise UserError(f"{path / STATE}: unreadable ({error}); take another checkpoint") from None
 
 
+def verified_state(path: Path) -> State:
+    """Return the state of a checkpoint, its file compared with the manifest; UserError where they differ."""
+    found: list[int] | str
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        found = _verify_file(path / STATE, files[STATE])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = f"{MANIFEST} is missing or unreadable"
+    if isinstance(found, str):
+        raise UserError(f"{path}: {found}; restore it, or move it away")
+    return read_state(path, {STATE: found})
+
+
 def load(path: Path, engine: Engine, stamps: Stamps | None = None) -> None:
     """Gives the engine its tensors, on every rank; both come from `find_verified`, on one of them."""
     for kind, name in FILES.items():

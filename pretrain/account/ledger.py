@@ -146,6 +146,11 @@ def read(run: str | Path) -> list[Line]:
     return list(chain(run).values())
 
 
+def head(run: str | Path) -> str:
+    """Return the hash of the newest line, which stands for all before it; "" for a ledger without a line."""
+    return next(reversed(chain(run)), "")
+
+
 def check(run: str | Path) -> int:
     """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
     lines = chain(run)

@@ -482,7 +482,7 @@ def rewrite(run, change, last=1):
 def test_a_run_that_ended_is_held_to_its_last_line(ended, words):
     (report,), text = program.check([str(ended)])
     assert report["held"] == report["lines"] and report["checkpoints"] == 1
-    assert text.endswith(f"{report['lines']} lines and 1 checkpoint agree")
+    assert text.endswith(f"{report['lines']} lines and 1 checkpoint agree; head {report['head']}")
     path = ended / "ledger.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -633,7 +633,7 @@ def test_program_reads_a_ledger_without_a_line(tmp_path):
     """So it is between a run's first look at its folder and its first line."""
     Ledger.open(tmp_path, 2, "cpu", Clock(), started=1000.0)
     runs = [str(tmp_path)]
-    assert program.check(runs)[0] == [{"run": runs[0], "lines": 0, "checkpoints": 0, "held": 0}]
+    assert program.check(runs)[0] == [{"run": runs[0], "lines": 0, "checkpoints": 0, "held": 0, "head": ""}]
     assert program.total(runs)[0]["steps"] == 0
     assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
     assert program.emissions.report(runs, None, None)[0]["attempts"] == []

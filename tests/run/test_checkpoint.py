@@ -222,6 +222,19 @@ def test_without_a_usable_pointer_the_newest_is_taken(folder, pointer):
     assert_holds(checkpoint.find(folder.path), 2)
 
 
+def test_a_state_that_was_changed_is_not_believed(folder):
+    """By the ledger's check, which reads no more of a checkpoint than this."""
+    path = save(folder, 1)
+    assert checkpoint.verified_state(path).step == 1
+    state = path / "state.json"
+    state.write_text(state.read_text(encoding="utf-8").replace('"samples": ', '"samples": 1'))
+    with pytest.raises(UserError, match=f"^{path}: state.json has .* bytes instead of"):
+        checkpoint.verified_state(path)
+    remove(path / "manifest.json")
+    with pytest.raises(UserError, match="manifest.json is missing or unreadable"):
+        checkpoint.verified_state(path)
+
+
 def test_a_latest_that_is_gone_is_named(folder, caplog):
     """Taken away by a cleaner, say: nothing there is not the same as nothing yet."""
     save(folder, 1)

@@ -2,6 +2,7 @@
 
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
+from pretrain.account import ledger
 from pretrain.config import Config
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -31,6 +33,8 @@ from tools.export.__main__ import ExportError, export_folder
 from tools.export.model_card import model_card
 from tools.export.tokenizer import CHECK_TEXTS, hugging_face_tokenizer, write_tokenizer
 from tools.fill_mask import fill_mask
+from tools.ledger import __main__ as ledger_program
+from tools.report import __main__ as report
 from tools.shared.run_model import load_model, mask_logits
 
 SAMPLE = Path(__file__).parents[2] / "tools" / "sample"
@@ -708,6 +712,31 @@ def test_program(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for fact in (f"{report['parameters_left_out']:,}", "| updates | 4 |", tokens, "36 documents", "novels"):
         assert fact in card, fact
     assert str(finished_run.parent) not in card  # no path of this machine
+
+
+def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) -> None:
+    """By who has a model card or a report alone: a chain that was made anew is another one."""
+    export.main([str(finished_run), "--output", str(tmp_path / "m")])
+    (head,) = re.findall("`([0-9a-f]{64})`, which stands for", (tmp_path / "m" / "README.md").read_text())
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    report.main([str(run), "--output", str(tmp_path / "report")])
+    for page in ("report.md", "report.html"):
+        assert head[:16] in (tmp_path / "report" / page).read_text(encoding="utf-8")
+    said, text = ledger_program.check([str(run)], head[:16])
+    assert said[0]["head"] == head and text.endswith(f"; head {head}")
+    first, *others = ledger.chain(run).values()
+    (run / "ledger.jsonl").unlink()
+    before = ""
+    for line in ({**first, "time": first["time"] - 60}, *others):
+        text = json.dumps({**line, "previous": before}).encode()
+        with (run / "ledger.jsonl").open("ab") as file:
+            file.write(text + b"\n")
+        before = hashlib.sha256(text).hexdigest()
+    shutil.rmtree(run / "checkpoints")
+    (run / "status.json").unlink()
+    ledger_program.check([str(run)])
+    with pytest.raises(UserError, match=f"^{run}: no line {head} in its ledger"):
+        ledger_program.check([str(run)], head)
 
 
 def test_the_code_of_a_decoder_is_not_asked_about(

@@ -372,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state,
         _corpora(config),
         ledger.total([args.run]),
+        ledger.head(args.run),
         args.license,
         args.with_decoder,
     )

@@ -44,14 +44,15 @@ def model_card(
     state: State | None = None,
     corpora: Sequence[tuple[float, Manifest]] = (),
     totals: dict[str, Any] | None = None,
+    ledger_head: str = "",
     licence: str | None = None,
     with_decoder: bool = False,
 ) -> str:
     """Markdown with Hugging Face's front matter.
 
     name: its title. left_out: parameters of the pre-training model that are not exported. state: the
-    checkpoint; corpora: weight and manifest of each that it was trained on; totals: of the ledger. What is
-    None or empty is said to be unknown.
+    checkpoint; corpora: weight and manifest of each that it was trained on; totals: of the ledger;
+    ledger_head: hash of its newest line. What is None or empty is said to be unknown.
     with_decoder: the folder holds the whole model of a late method.
     """
     head = method_of(config) == "mlm" or with_decoder
@@ -63,7 +64,7 @@ def model_card(
         f"## Use\n\n```python\n{example}```\n\n{_advice(config)}",
         f"## Training data\n\n{_data(corpora, state)}",
         f"## Training\n\n{_training(config, state)}",
-        f"## Cost\n\n{_cost(totals)}",
+        f"## Cost\n\n{_cost(totals, ledger_head)}",
         f"## Licence\n\n{_licence(licence)}",
         f"## Configuration\n\n```yaml\n{_configuration(config)}```",
     ]
@@ -157,7 +158,7 @@ def _training(config: Config, state: State | None) -> str:
     return text
 
 
-def _cost(totals: dict[str, Any] | None) -> str:
+def _cost(totals: dict[str, Any] | None, ledger_head: str) -> str:
     if totals is None:
         return "Not recorded."
     spent = totals["device_seconds"]
@@ -172,7 +173,13 @@ def _cost(totals: dict[str, Any] | None) -> str:
     if totals.get("joules") is not None:
         rows.append(("energy, kWh", f"{totals['joules'] / 3.6e6:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"From the ledger of the whole run, all attempts:\n\n| | |\n|---|---|\n{table}"
+    text = f"From the ledger of the whole run, all attempts:\n\n| | |\n|---|---|\n{table}"
+    if ledger_head:
+        text += (
+            f"\n\nThe ledger's newest line then had the hash `{ledger_head}`, which stands for all before it:"
+            " `python -m tools.ledger check RUN --head HASH` says whether a ledger is still that one."
+        )
+    return text
 
 
 def _licence(licence: str | None) -> str:

@@ -25,19 +25,22 @@ from tools.ledger.reconcile import SACCT
 from tools.shared import console
 
 ACTIONS = {
-    "check": "verify the chain to its end, the sums, and the counts against the config",
+    "check": "verify the chain to its end, the sums, and the counts against the config; with --head, that a"
+    " report's or model card's line is in it",
     "show": "list the events of each run",
     "total": "add the runs up",
     "energy": "kWh of each attempt and, with --region, carbon; --csv writes CodeCarbon's columns",
     "reconcile": "compare with Slurm's account of the jobs and explain the difference",
 }
+SHORT = 16
+"""Letters of a hash that a report shows: enough to tell lines apart."""
 
 
 def main() -> None:
     arguments = _arguments()
     runs = arguments.runs
     report, text = {
-        "check": lambda: check(runs),
+        "check": lambda: check(runs, arguments.head),
         "show": lambda: show(runs),
         "total": lambda: total(runs),
         "energy": lambda: emissions.report(runs, arguments.region, arguments.csv),
@@ -57,6 +60,7 @@ def _arguments() -> argparse.Namespace:
         help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--head", metavar="HASH", help="check: of a report or a model card")
     parser.add_argument(
         "--region", metavar="ISO", help="energy: country (ISO 3166, such as DEU) of the power"
     )
@@ -68,15 +72,22 @@ def _arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     console.refuse_twice(args.runs)
-    for name, action in (("region", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
+    for name, action in (("head", "check"), ("region", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
         if getattr(args, name) is not None and args.action != action:
             raise UserError(f"--{name} belongs to `{action}`; leave it out")
+    if args.head is not None and (len(args.runs) > 1 or len(args.head) < SHORT):
+        raise UserError(f"--head {args.head}: takes {SHORT} letters or more of a hash, and a single RUN")
     return args
 
 
-def check(runs: list[str]) -> tuple[Any, str]:
-    """Lines and checkpoints of each run; UserError at the first thing that does not hold."""
+def check(runs: list[str], said: str | None = None) -> tuple[Any, str]:
+    """Lines and checkpoints of each run; UserError at the first thing that does not hold.
+
+    said: hash of a line, or its first letters, that must be in the ledger.
+    """
     report = [_checked(Path(run)) for run in runs]
+    if said and not any(head.startswith(said) for head in ledger.chain(runs[0])):
+        raise UserError(f"{runs[0]}: no line {said} in its ledger, which was another when that was written")
     return report, wrapped("\n".join(map(_verdict, report)), indent=4)
 
 
@@ -85,7 +96,7 @@ def _checked(run: Path) -> dict[str, Any]:
     lines = ledger.chain(run)
     check_counts(run, lines)
     saves = [run / "checkpoints" / f"step-{step:08d}" for step in checkpoint.steps(run)]
-    heads = {path: checkpoint.read_state(path).ledger_head for path in saves}
+    heads = {path: checkpoint.verified_state(path).ledger_head for path in saves}
     if last := RunFolder(run).status().get("ledger_head"):
         heads[run / "status.json"] = last
     for path, head in heads.items():
@@ -98,6 +109,7 @@ def _checked(run: Path) -> dict[str, Any]:
         "lines": len(lines),
         "checkpoints": len(saves),
         "held": held,
+        "head": next(reversed(order), ""),
     }
 
 
@@ -106,7 +118,9 @@ def _verdict(one: dict[str, Any]) -> str:
     checkpoints = f"{one['checkpoints']} checkpoint{'s' * (one['checkpoints'] != 1)}"
     text = f"{one['run']}: {one['lines']} lines and {checkpoints} agree"
     loose = one["lines"] - one["held"]
-    return f"{text}, but nothing holds the last {loose} lines: they could have been more" if loose else text
+    if loose:
+        text += f", but nothing holds the last {loose} lines: they could have been more"
+    return f"{text}; head {one['head'] or 'none'}"
 
 
 def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:

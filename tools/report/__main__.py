@@ -111,6 +111,8 @@ class Run:
     totals: dict[str, Any]
     """Of the ledger."""
     lines: list[ledger.Line]
+    ledger_head: str | None
+    """Hash of the last of them."""
     metrics: list[Metrics]
     """One line a logged step, oldest first."""
     downstream: list[Score]
@@ -161,6 +163,7 @@ def _read_run(path: str, name: str) -> Run:
         raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
     recipe = make_recipe(run_config(folder))
     begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
+    chain = ledger.chain(folder) if begun else {}
     logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
     return Run(
         path,
@@ -168,7 +171,8 @@ def _read_run(path: str, name: str) -> Run:
         recipe,
         RunFolder(folder).status(),
         ledger.total([folder] if begun else []),
-        ledger.read(folder) if begun else [],
+        list(chain.values()),
+        next(reversed(chain), None),
         read_metrics(folder) if logged else [],
         downstream.read(folder),
     )
@@ -202,6 +206,7 @@ def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "rate": config.masking.rate,
         "parameters": _parameters(recipe),
         "state": run.status.get("state"),
+        "ledger_head": run.ledger_head,
         "devices": run.devices,
         "ranks": run.lines[-1]["ranks"] if run.lines else None,
         "totals": totals,

@@ -323,6 +323,12 @@ ACCOUNT = Table(
             "ranks x hours from start to exit, over all attempts, whatever the time went into",
         ),
         Column(
+            "ledger",
+            lambda r: (r["ledger_head"] or "-")[:16],
+            "hash of the newest line of its ledger, which stands for all before it: `tools.ledger check RUN"
+            " --head HASH` says whether a ledger is still that one",
+        ),
+        Column(
             "energy",
             _energy,
             "what GPUs (NVML) and hosts (RAPL) have counted, in kWh (a dash: no sensor could be read)",
