@@ -130,7 +130,9 @@ def own_folder(folder: Path) -> Path:
 @contextmanager
 def locked(file: IO[Any], path: Path) -> Iterator[None]:
     """Wait for the lock of an open file, and give it back: closing does not while a map has the file open."""
-    try_lock(file, path, wait=True)
+    if not try_lock(file, path):
+        log.info("%s: another process has it; waits for that", path)
+        try_lock(file, path, wait=True)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from pretrain.data import documents as place
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler
 from pretrain.data.writer import CorpusWriter
+from tests.support import runs
 from tests.support.ranks import PATIENCE
 
 SPAWN = get_context("spawn")
@@ -106,6 +107,25 @@ def test_one_of_many_starts_writes_the_order(many, tmp_path):
         process.join()
     assert {tokens for tokens, _ in answers} == {expected.tobytes()}
     assert sorted(written for _, written in answers) == [0, 0, 0, 1]
+
+
+def test_ranks_train_on_one_order(tiny, words, tmp_path):
+    """In phases, so that each opens it twice, and as a rank does that has it for itself."""
+    assert place.MANY == 1_000_000
+    tokens = np.random.default_rng(0).integers(5, 390, place.MANY, np.uint16)
+    with CorpusWriter(tmp_path / "many", tokens.dtype) as writer:
+        writer.append_documents(tokens, np.ones(place.MANY, np.int64))
+        writer.finish()
+    options = [f"corpus.train={tmp_path / 'many'}", f"corpus.tokenizer={tiny / 'tokenizer'}"]
+    options += ["train.phases=[{until: 0.5, seq_length: 16}]", "budget.steps=4"]
+    said = runs.finish(words("two", *options, f"corpus.copies={tmp_path / 'orders'}"), ranks=2)
+    (order,) = (tmp_path / "orders").iterdir()
+    assert order.stat().st_size == place.order_bytes(place.MANY)
+    assert said.text.count("order       of the documents of an epoch") == 1
+    said = runs.finish(words("one", *options, f"corpus.copies={order}"))
+    assert "each process has the order of 1,000,000 documents for itself, 0.016 GB" in said.text
+    one, two = (np.array(runs.losses(tmp_path / name), float) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 def die_while_writing(prefix, folder):
