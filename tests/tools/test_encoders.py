@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from pretrain.errors import UserError
 from tests.support.runs import finish
@@ -91,6 +92,14 @@ def test_what_is_no_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> N
         (broken / name).write_text(cause, encoding="utf-8")
         with pytest.raises(UserError, match="transformers cannot load it"):
             open_encoder(str(broken))
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "slow"
+    shutil.copytree(runs["mlm"] / "export", folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    transformers.CanineTokenizer().save_pretrained(folder)
+    with pytest.raises(UserError, match="slow: its tokenizer does not tell words apart"):
+        open_encoder(str(folder))
 
 
 def test_code_of_a_folder_is_not_run(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ class _HuggingFace(Encoder):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{path}: transformers cannot load it ({reason})") from error
+        if not tokenizer.is_fast:
+            raise UserError(f"{path}: its tokenizer does not tell words apart; it needs a tokenizer.json")
         # Base classes bring a pooler that many encoders do without, and that is not used here.
         if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
             what = "no masked LM" if head else "not a whole model"
