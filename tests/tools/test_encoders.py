@@ -1,14 +1,18 @@
 """Encoders of runs against the folders exported from them, and folders that are refused."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
+from pretrain.data.tokenizer import SPECIALS
 from pretrain.errors import UserError
+from tests.conftest import SAMPLE, encode
 from tests.support.runs import finish
 from tools.export import __main__ as export
 from tools.shared.encoders import Encoder, by_shape, open_encoder
@@ -46,6 +50,28 @@ def test_states_are_those_of_the_exported_encoder(runs: dict[str, Path], name: s
     for found, expected in zip(ours.states(ids), theirs.states(ids), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert len(ours.states(ids)) == 3
+
+
+def test_words_of_byte_level_tokenizers_end_before_punctuation(tiny: Path, tmp_path: Path) -> None:
+    with gzip.open(SAMPLE / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"][:2000] for line in file]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(SPECIALS), initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    encode(texts, tmp_path / "tokenizer", tmp_path / "corpus")
+    corpus = [f"corpus.{part}={tmp_path / 'corpus'}" for part in ("train", "valid")]
+    finish([str(tiny / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "budget.steps=2", *corpus])
+    export.main([str(tmp_path / "run"), "--output", str(tmp_path / "export")])
+    ours, theirs = (open_encoder(str(tmp_path / name)).tokens(TEXT) for name in ("run", "export"))
+    assert ours == theirs
+    assert len(set(ours.words)) > len(TEXT.split()) + 5
 
 
 @pytest.mark.parametrize("name", ["mlm", "modern"])

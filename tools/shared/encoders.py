@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pretrain.data.tokenizer import read_json_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.late_mask import LateMaskModel, init_weights
 from tools.shared.run_model import RunModel, listen, load_model, masked_batch, vocabulary_logits
@@ -120,9 +121,17 @@ class _Run(Encoder):
         self.max_length, self.mask_id = run.config.train.seq_length, run.tokenizer.mask
         self.device = _device()
         self._model = run.model.to(self.device)
+        self._json: Any = None
+        if run.tokenizer.kind == "json":  # it cuts punctuation off words, as only the package tells
+            path = run.tokenizer.path
+            self._json = read_json_tokenizer(path, path.read_bytes())
+            self._json.encode_special_tokens = True
 
     def tokens(self, text: str) -> Tokens:
         tokenizer = self._run.tokenizer
+        if self._json:
+            found = self._json.encode(text, add_special_tokens=False)
+            return Tokens([tokenizer.bos, *found.ids, tokenizer.eos], [None, *found.word_ids, None])
         ids = tokenizer.encode(text)
         words: list[int | None] = [*(tokenizer.word_starts[ids].cumsum() - 1).tolist()]
         return Tokens([tokenizer.bos, *ids.tolist(), tokenizer.eos], [None, *words, None])
