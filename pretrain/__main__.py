@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import nullcontext
@@ -167,9 +168,10 @@ def _dry_run(config: Config) -> int:
     refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
     _warn_of_epochs(recipe)
     check_start(inputs)
-    blend = open_blend(recipe.phases[-1].config, data)
+    with tempfile.TemporaryDirectory() as folder:  # for the order of many documents: nothing is to be left
+        blend = open_blend(recipe.phases[-1].config, data, folder=Path(folder))
+        lines = [plan(recipe, 1, blend), f"masks       {_masks(recipe.config, blend, data.tokenizer)}"]
     print(dump_config(recipe.config))
-    lines = [plan(recipe, 1, blend), f"masks       {_masks(recipe.config, blend, data.tokenizer)}"]
     if text := foreseen(recipe.budget, _products_rate(recipe.config.train.precision or "fp32")):
         lines.append(f"estimate    {text}")
     print(wrapped("\n".join(lines), indent=12))

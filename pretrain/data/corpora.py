@@ -106,13 +106,15 @@ def open_data(corpus: CorpusOptions) -> Data:
     return Data(tokenizer, corpora, blend, fingerprints)
 
 
-def open_blend(config: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
-    """What reads the samples of a run, in the last of its segments."""
+def open_blend(
+    config: Config, data: Data, segments: Sequence[Segment] = (), folder: Path | None = None
+) -> Blend:
+    """What reads the samples of a run, in the last of its segments. folder: as `Sampler`'s."""
     k, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
     seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.
     began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
-    folder = scratch(config.corpus.copies)
+    folder = folder or scratch(config.corpus.copies)
     samplers = [
         Sampler(corpus, k, length, seed, bos, eos, "" if name == began_with else name, data.rules, folder)
         for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)

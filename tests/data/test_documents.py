@@ -3,11 +3,13 @@
 import os
 import resource
 import signal
+import tempfile
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
+from pretrain import __main__ as pretrain
 from pretrain.config import MaskingOptions
 from pretrain.data import documents as place
 from pretrain.data.indexed import IndexedReader
@@ -126,6 +128,14 @@ def test_ranks_train_on_one_order(tiny, words, tmp_path):
     assert "each process has the order of 1,000,000 documents for itself, 0.016 GB" in said.text
     one, two = (np.array(runs.losses(tmp_path / name), float) for name in ("one", "two"))
     np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_a_dry_run_leaves_no_order(tiny, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "MANY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for more in ([], [f"corpus.copies={tmp_path / 'copies'}"]):
+        assert pretrain.main([*words("a", *more), "--dry-run"]) == 0
+        assert not list(tmp_path.rglob("*.order"))
 
 
 def die_while_writing(prefix, folder):
