@@ -731,3 +731,11 @@ def test_program_prints_only_json_and_replaces_whole_files(pair: list[str], tmp_
     assert (output / "report.md").stat().st_ino != first
     bad = subprocess.run([*command[:3], "nowhere", *command[-2:]], cwd=ROOT, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "") and "nowhere" in bad.stderr
+
+
+def test_a_single_point_has_room_for_its_mark() -> None:
+    drawn, (axes,) = plots.figure(1)
+    plots.draw(axes, [plots.Line("run", [2e13], [0.5], [(0.4, 0.6)])], [], "FLOPs", "score")
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left == 0 and right > 2.05e13
+    assert low < 0.4 and high > 0.6

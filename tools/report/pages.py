@@ -464,7 +464,7 @@ def _of_protocol(protocol: str) -> Measure:
     return Measure(
         "score",
         f"{protocol or 'downstream'} score",
-        f"mean score, {name} (%)",
+        f"{name} (%)",
         lambda run: [one for one in run["downstream"] if one["protocol"] == protocol],
         100.0,
     )

@@ -130,7 +130,8 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
         if line.spread:
             axes.vlines(line.x, *zip(*line.spread, strict=True), color=f"C{number}", linewidth=3, alpha=0.4)
     if any(len(line.x) for line in lines):
-        axes.set_xlim(left=0)
+        right = max(x for line in lines for x in line.x)
+        axes.set_xlim(0, 1.04 * right or None)  # the margin of a single point would not hold its mark
         ends = [line.y[-1] for line in lines if len(line.y)]
         below = [sum(ends) / len(ends) > level.y for level in levels]
         for level, under in zip(levels, below, strict=True):
