@@ -149,6 +149,7 @@ WITHOUT_TORCH = [
     "tools.import_fairseq",
     "tools.minimal_pairs",
     "tools.probe",
+    "tools.finetune.__main__",
     "slurm.submit",
     "slurm.attempts",
     "slurm.status",

@@ -163,7 +163,7 @@ class _HuggingFace(Encoder):
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         self.name, self.step, self._tokenizer = name, None, tokenizer
         self.mask_id = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
-        self.max_length = min(tokenizer.model_max_length, _positions(model))
+        self.max_length = min(tokenizer.model_max_length, positions(model))
         self.device = _device()
         self._model = model.eval().to(self.device)
 
@@ -231,7 +231,7 @@ class _HuggingFace(Encoder):
         return _HuggingFace(self.name, model, self._tokenizer)
 
 
-def _positions(model: Any) -> int:
+def positions(model: Any) -> int:
     """Return the most tokens that a model takes; RoBERTa's table begins with rows of no position."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

@@ -24,4 +24,6 @@ def scored(metric: str, targets: Sequence[float], predictions: Sequence[float]) 
         return float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(t, p).statistic)
     if metric == "f1":
         return float(metrics.f1_score(t == 1, p == 1, zero_division=0))
-    return float((metrics.matthews_corrcoef if metric == "matthews" else metrics.accuracy_score)(t, p))
+    if metric == "matthews":
+        return float(metrics.matthews_corrcoef(t, p)) if np.ptp(t) and np.ptp(p) else 0.0
+    return float(metrics.accuracy_score(t, p))

@@ -158,13 +158,17 @@ def read(path: Path, task: Task, bad: list[str] | None = None) -> list[Row]:
         try:
             rows.append(_row(fields, task))
         except UserError as error:
-            reason = f"{path}:{line}: {error}"
-            if bad is None:
-                raise UserError(reason) from None
-            bad.append(reason)
+            reject(bad, f"{path}:{line}: {error}")
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
+
+
+def reject(bad: list[str] | None, reason: str) -> None:
+    """Add to the list what is wrong with a row; a UserError if there is no list."""
+    if bad is None:
+        raise UserError(reason)
+    bad.append(reason)
 
 
 def with_classes(path: Path, task: Task) -> Task:

