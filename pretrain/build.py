@@ -226,13 +226,18 @@ def _deadline(config: Config) -> float | None:
     end, now = job_end(os.environ), time.time()
     if end is None:
         return None
-    if end <= min(process_start(), now):  # two clocks, of which one may be set
+    if _is_over(end, now):
         logging.warning(
             "warning: SLURM_JOB_ID or SLURM_JOB_END_TIME is of a job that ended before this process began:"
             " its time limit is ignored; unset them"
         )
         return None
     return end - min(60 * config.checkpoint.end_margin_minutes, 0.2 * (end - now))
+
+
+def _is_over(end: float, now: float) -> bool:
+    """Return whether a job ended before this process began; by two clocks, of which one may be set."""
+    return end <= min(process_start(), now)
 
 
 def make_module(config: Config, tokenizer: Tokenizer, fresh: bool) -> LateMaskModel:
@@ -348,10 +353,15 @@ def layout(recipe: Recipe, topology: Topology) -> dict[str, Any]:
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about."""
+    """Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about.
+
+    {} too where a shell has kept the names of a job that is over.
+    """
     names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "STEP_ID", "CLUSTER_NAME")
     given = {name.lower(): environ.get(f"SLURM_{name}", "") for name in names}
-    return {name: value for name, value in given.items() if value} if given["job_id"] else {}
+    if not given["job_id"] or ((end := job_end(environ)) is not None and _is_over(end, time.time())):
+        return {}
+    return {name: value for name, value in given.items() if value}
 
 
 def dropout_changes(config: Config, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the file that defines its vocabulary."""
+_REFUSED = 2
+"""Exit code: the user must change something."""
 _REPLACED = ("config.yaml", "deepspeed.json", "metrics.jsonl", "provenance.json", "status.json")
 FOLLOW_SECONDS = 5.0
 """Between two rewritings of status.json while a run goes on."""
@@ -70,6 +72,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None
         self._told: float | None = None  # when this process wrote status.json
+        self._before: dict[str, Any] = {}  # what it said before that
 
     def claim(self) -> None:
         """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
@@ -129,6 +132,8 @@ class RunFolder:
         ledger_head: hash of the ledger's line with an attempt's last word; it stays until the next one.
         """
         assert state in ("running", "finished", "stopped", "failed"), state
+        if self._told is None:
+            self._before = self.status()
         status = {
             "state": state,
             "exit_code": exit_code,
@@ -146,10 +151,13 @@ class RunFolder:
             self.write_status("running", step)
 
     def write_failure(self, state: str, reason: str, exit_code: int) -> None:
-        """Tells a queue how this attempt ended early. One that was refused before it began leaves all as it
-        was, but for a word of itself (`attempt`)."""
+        """Tells a queue how this attempt ended early. One that was refused before it went on with a run that
+        had ended leaves all as it was, but for a word of itself (`attempt`)."""
         status = self.status()
-        if self._told is not None or not status:
+        ended = self._before.get("state") in ("finished", "stopped") and exit_code == _REFUSED
+        if self._told is not None and ended and self._before["step"] == status.get("step"):
+            status = {**self._before, "ledger_head": status["ledger_head"]}
+        elif self._told is not None or not status:
             self.write_status(state, status.get("step", 0), reason, exit_code)
             return
         attempt = {"time": time.time(), "exit_code": exit_code, "reason": reason}

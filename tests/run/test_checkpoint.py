@@ -437,6 +437,22 @@ def test_config_status_and_provenance(folder):
     )
 
 
+def test_a_refusal_after_the_start_leaves_the_status_of_a_run_that_had_ended(folder):
+    folder.write_status("finished", 7, "the budget is spent", 0, "a" * 64)
+    before = folder.status()
+    again = RunFolder(folder.path)
+    again.write_status("running", 7)
+    again.write_failure("failed", "no room", 2)
+    assert {**before, "attempt": again.last_attempt()} == again.status()
+    assert again.last_attempt()["reason"] == "no room" and again.last_attempt()["exit_code"] == 2
+    for step, code in ((8, 2), (7, 1)):  # it went on; a defect
+        folder.write_status("finished", 7, "the budget is spent", 0, "a" * 64)
+        other = RunFolder(folder.path)
+        other.write_status("running", step)
+        other.write_failure("failed", "no room", code)
+        assert other.status()["state"] == "failed"
+
+
 def test_the_commit_is_that_of_this_code():
     root = Path(checkpoint.__file__).parent.parent
     if not (root / ".git").exists():

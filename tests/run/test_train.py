@@ -461,10 +461,12 @@ def test_a_job_that_is_over_has_no_say(
 ) -> None:
     """A shell of tmux or salloc keeps its variables."""
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1600000000")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     run = build_here(words("a", "budget.steps=2"), tmp_path / "a")
     assert "its time limit is ignored; unset them" in caplog.text
     assert train.train(run) == 0
     train.close(run)
+    assert ledger.read(tmp_path / "a")[0]["job"] == {}
 
 
 @pytest.mark.parametrize("margin", [0, 5, 1000])

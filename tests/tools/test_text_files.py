@@ -133,6 +133,16 @@ def test_bad_bytes_in_plain_text_have_a_line(tmp_path: Path) -> None:
     assert str(bad) == f"{path}:5: not UTF-8"
 
 
+@pytest.mark.parametrize("mark", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_json_lines_of_another_encoding_are_told(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "fine"}\n{"text": "good"}\n'.encode(mark))
+    first, *_ = whole(tmp_path / "a.jsonl", text_key="text")
+    assert isinstance(first, Rejected) and first.reason.endswith("; UTF-16? save it as UTF-8")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    (bad,) = whole(tmp_path / "b.jsonl", text_key="text")
+    assert bad.reason == "not UTF-8 (byte 10 of the line)"
+
+
 @pytest.mark.parametrize("unit", ["json", "line", "blank-line", "file"])
 def test_long_documents_are_never_held(unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "_BLOCK_BYTES", 1 << 10)

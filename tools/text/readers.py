@@ -69,6 +69,11 @@ def suspicions(seen: Mapping[str, int]) -> list[str]:
     return found
 
 
+def _of_utf16(line: bytes) -> str:
+    """Return a hint for a bad line that is likely of another encoding: every second byte of Latin is NUL."""
+    return "; UTF-16? save it as UTF-8" if 4 * line.count(0) > len(line) else ""
+
+
 class Batch(NamedTuple):
     """Consecutive documents of one piece."""
 
@@ -257,9 +262,9 @@ class _TextReader(Reader):
             item = self._document(number, record[self.text_key], record.get("source"))
             return item if isinstance(item, Document) else rejected(item.reason)
         except UnicodeDecodeError as error:
-            return rejected(f"not UTF-8 (byte {error.start} of the line)")
+            return rejected(f"not UTF-8 (byte {error.start} of the line){_of_utf16(line)}")
         except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-            return rejected(f"not JSON ({error})")
+            return rejected(f"not JSON ({error}){_of_utf16(line)}")
         except KeyError:
             return rejected(f"no key {self.text_key!r} (it has {', '.join(sorted(record))})")
 
