@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.account import energy, flops
-from pretrain.account.budget import Course
+from pretrain.account.budget import TOLERANCE, Course, price
 from pretrain.account.ledger import Ledger, process_start
 from pretrain.account.recipe import Phase, Recipe
 from pretrain.checkpoint import State
@@ -106,6 +106,8 @@ class Run:
     """(step, loss) of the last evaluation."""
     rate: float = 0.0
     """Learning rate of the last update."""
+    milestones: set[float] = field(default_factory=set)
+    """Shares of `checkpoint.keep` that are done with: kept, or passed before this attempt."""
     grad_norm: Tensor | None = None
     """Of the last update, before clipping; None where the engine does not tell."""
 
@@ -169,6 +171,8 @@ def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signal
         )
         if state:
             _restore(run, state, Path(path), stamps)
+    if ledger:
+        run.milestones = _milestones(ledger, run)
     if ledger and state:
         _note_changes(ledger, run, state, layout(recipe, topology))
     return run
@@ -183,6 +187,23 @@ def _restore(run: Run, state: State, path: Path, stamps: checkpoint.Stamps | Non
         run.engine.loss_scale.load(state.loss_scale)
     run.step, run.samples, run.saved = state.step, state.samples, state.step
     run.scored = (state.step, state.loss) if state.loss is not None else (-1, None)
+
+
+def _milestones(ledger: Ledger, run: Run) -> set[float]:
+    """Return the milestones that are done with, and say which were passed before anybody asked for them.
+
+    One that the last update passed is none of these: the weights are its.
+    """
+    checkpoint.retire_weights(run.folder, run.step)
+    asked, names = run.config.checkpoint.keep, checkpoint.named_weights(run.folder.path)
+    there = {share for share in asked if f"{checkpoint.MILESTONE}{share:g}" in names}
+    budget, totals = run.recipe.budget, ledger.totals()
+    before = budget.progress(totals) - (price(run.cost, budget.unit) or 0.0) / budget.total
+    passed = {share for share in asked if run.step and share <= before + TOLERANCE} - there
+    if passed:
+        said = ", ".join(f"{share:g}" for share in sorted(passed))
+        logging.warning("warning: checkpoint.keep: %s of the budget are past; nothing is kept of them", said)
+    return there | passed
 
 
 def open_meter(topology: Topology) -> energy.Meter:

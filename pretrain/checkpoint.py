@@ -2,7 +2,8 @@
 
 A checkpoint is three safetensors files (parameters and both moments of AdamW: full fp32 tensors
 under the model's own names, whatever TP x DP x ZeRO layout wrote them), `state.json` and a
-manifest of sizes and hashes. Nothing is ever unpickled.
+manifest of sizes and hashes. Nothing is ever unpickled. What is kept of milestones, or averaged, is
+weights alone: the same without moments, by name, in `weights/`; no run goes on from it.
 
 The one idea: a checkpoint becomes visible by one rename, after every byte of it is on disk, and
 becomes the one to resume from by a second rename, that of the pointer `latest`. A kill at any
@@ -19,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,7 +44,12 @@ FILES = {
     "exp_avg": "exp_avg.safetensors",
     "exp_avg_sq": "exp_avg_sq.safetensors",
 }
+WEIGHTS = ("param",)
+"""Kinds of tensors of a checkpoint without moments."""
 STATE, MANIFEST = "state.json", "manifest.json"
+
+MILESTONE = "share-"
+"""What the names of milestones begin with: `share-0.1` is what a tenth of the budget gave."""
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +93,8 @@ class State:
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
     progress: float | None = None
     """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
+    averaged: list[str] = field(default_factory=list)
+    """Of weights that are a mean: the checkpoints that they are the mean of."""
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -112,6 +120,25 @@ def save(folder: RunFolder, engine: Engine, state: State, keep_last: int, is_mai
     if failure:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: cannot be saved ({failure}); free space or fix the disk, then start again")
+    return final
+
+
+def save_weights(folder: RunFolder, state: State, name: str, tensors: dict[str, "Tensor"]) -> Path:
+    """Write weights alone under a name, in place of those that had it; for one rank."""
+    final = folder.weights / name
+    temporary = final.with_name(TEMPORARY + name)
+    try:
+        folder.weights.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write_tensors(temporary, state, "param", tensors)
+        _seal(temporary, WEIGHTS)
+        if final.exists():
+            _retire(final)
+        os.replace(temporary, final)
+        sync(folder.weights)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{final}: cannot be saved ({error}); free space or fix the disk") from None
     return final
 
 
@@ -148,9 +175,9 @@ def _publish(folder: RunFolder, temporary: Path, state: State, keep_last: int) -
     _retain(folder, state.step, keep_last)
 
 
-def _seal(temporary: Path) -> None:
-    """Brings every file to disk and writes the manifest, last."""
-    paths = [temporary / name for name in (*FILES.values(), STATE)]
+def _seal(temporary: Path, kinds: Iterable[str] = FILES) -> None:
+    """Bring every file to disk and write the manifest, last."""
+    paths = [temporary / name for name in (*(FILES[kind] for kind in kinds), STATE)]
     with ThreadPoolExecutor(len(paths)) as pool:
         digests = list(pool.map(digest, paths))
         list(pool.map(sync, paths))
@@ -201,6 +228,20 @@ def steps(run: str | Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
+def named_weights(run: str | Path) -> list[str]:
+    """Return the names of the weights that are kept apart from checkpoints, good or bad, in order."""
+    paths = (path for path in (Path(run) / "weights").glob("*") if not path.name.startswith(TEMPORARY))
+    return sorted(path.name for path in paths)
+
+
+def retire_weights(folder: RunFolder, step: int) -> None:
+    """Delete milestones of a later step: those that a run went back from make others."""
+    for name in named_weights(folder.path):
+        path = folder.weights / name
+        if name.startswith(MILESTONE) and read_state(path).step > step:
+            _retire(path)
+
+
 def refuse_gone(run: str | Path) -> None:
     """Raise UserError where a pointer says that a run has saved, but no checkpoint is left."""
     if not steps(run) and (latest := pointed(run, "latest")):
@@ -231,24 +272,26 @@ def find(run: str | Path, which: str | int = "latest") -> Path:
 
 def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, Stamps]:
     """The folder of a checkpoint, every byte of it verified, and the stamps of its files, by which those who
-    read them know that they read what was verified; `which` is latest, best or a step.
+    read them know that they read what was verified; `which` is latest, best, a step or the name of weights.
 
     For `latest` a bad checkpoint is named in a warning and the newest good other one is taken; a
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
     it on one rank.
     """
     refuse_gone(run)
-    known = steps(run)
-    if not known:
+    known, names = steps(run), named_weights(run)
+    if not known and which not in names:
         what = "has no checkpoint yet" if Path(run).is_dir() else "no such folder"
         raise UserError(f"{run}: {what}; give the run.dir of a run that has saved")
     if which == "latest":
         return _newest_good(Path(run), known)
     path = pointed(run, "best") if which == "best" else _explicit(Path(run), which)
+    if which in names:
+        path = Path(run) / "weights" / str(which)
     if path is None or not path.is_dir():
-        have = ", ".join(map(str, known))
-        raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or a step of {have}")
-    found = verify(path)
+        have = ", ".join(map(str, [*known, *names]))
+        raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or one of {have}")
+    found = verify(path, WEIGHTS if which in names else FILES)
     if isinstance(found, str):
         raise UserError(f"{path}: {found}; take another (--checkpoint latest, or a step)")
     return path, found
@@ -275,17 +318,18 @@ def _newest_good(run: Path, known: list[int]) -> tuple[Path, Stamps]:
     )
 
 
-def problem(path: Path) -> str | None:
+def problem(path: Path, kinds: Iterable[str] = FILES) -> str | None:
     """What is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
-    found = verify(path)
+    found = verify(path, kinds)
     return found if isinstance(found, str) else None
 
 
-def verify(path: Path) -> Stamps | str:
+def verify(path: Path, kinds: Iterable[str] = FILES) -> Stamps | str:
     """Stamps of a checkpoint's files, every byte of which was read; else what is wrong, as in `problem`."""
+    names = (STATE, *(FILES[kind] for kind in kinds))
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = [(path / name, manifest["files"][name]) for name in (STATE, *FILES.values())]
+        expected = [(path / name, manifest["files"][name]) for name in names]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     with ThreadPoolExecutor(len(expected)) as pool:

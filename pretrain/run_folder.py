@@ -70,6 +70,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.weights = self.path / "weights"
         self._lock: IO[str] | None = None
         self._told: float | None = None  # when this process wrote status.json
         self._before: dict[str, Any] = {}  # what it said before that
@@ -89,8 +90,9 @@ class RunFolder:
             ) from None
         _lock_or_refuse(lock, self.path)
         self._lock = lock
-        for remains in (*self.path.glob(TEMPORARY + "*"), *self.checkpoints.glob(TEMPORARY + "*")):
-            remove(remains)
+        for place in (self.path, self.checkpoints, self.weights):
+            for remains in place.glob(TEMPORARY + "*"):
+                remove(remains)
 
     def refuse_foreign(self) -> None:
         """Raise UserError where a file that a run would replace is there, but no run."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.account import energy, schedule
+from pretrain.account.budget import TOLERANCE
 from pretrain.account.ledger import peak_resident
 from pretrain.build import Run, layout, read_phase, timed
 from pretrain.checkpoint import State
@@ -41,6 +42,8 @@ class StepDecision(NamedTuple):
     """Of the next update."""
     late: bool
     """It is the job's time limit that says stop."""
+    milestone: int
+    """Index of the share in `checkpoint.keep` at which the weights stay now; -1: none."""
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -65,6 +68,8 @@ def train(run: Run) -> int:
         if run.step > logged and (ending or run.step % config.monitor.log_every == 0):
             write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
+        if turn.milestone >= 0:
+            keep_milestone(run, config.checkpoint.keep[turn.milestone])
         if evaluation_due(run, turn):
             evaluate(run, turn)
             continue  # it took time, which may be what the budget is made of, or what a signal gives
@@ -117,7 +122,7 @@ def decide_step(run: Run) -> StepDecision:
         run.signals.received = run.signals.received or _TIME_LIMIT
     late = int(run.signals.received == _TIME_LIMIT)
     stop = int(run.signals.received is not None)
-    fits, progress, middle, due, phase = 0, 0, 0, 0, 0
+    fits, progress, middle, due, phase, milestone = 0, 0, 0, 0, 0, 0
     if run.ledger:
         totals = run.ledger.totals()
         update, end = held_back(run, totals)
@@ -127,15 +132,16 @@ def decide_step(run: Run) -> StepDecision:
         # Runs that began by the first rules take the rate at the update's start.
         middle = int((share if run.data.rules < 2 else run.course.middle(totals)) * _PROGRESS_UNITS)
         due, phase = int(save_due(run)), run.recipe.budget.phase_at(share)
+        milestone = 1 + milestone_due(run, share if fits else 1.0)
     joules = run.meter.joules()
     mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
-    stop, late, fits, progress, middle, due, phase, *millijoules = run.topology.add_up(
-        [stop, late, fits, progress, middle, due, phase, *mine]
+    stop, late, fits, progress, middle, due, phase, milestone, *millijoules = run.topology.add_up(
+        [stop, late, fits, progress, middle, due, phase, milestone, *mine]
     )
     if run.ledger:
         run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
     shares = progress / _PROGRESS_UNITS, middle / _PROGRESS_UNITS
-    return StepDecision(bool(stop), bool(fits), bool(due), *shares, phase, bool(late))
+    return StepDecision(bool(stop), bool(fits), bool(due), *shares, phase, bool(late), milestone - 1)
 
 
 def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
@@ -274,29 +280,55 @@ def save_due(run: Run) -> bool:
     return bool(late or (every.every_steps and run.step % every.every_steps == 0))
 
 
+def milestone_due(run: Run, share: float) -> int:
+    """Return the index of the first share of the budget whose weights should have been kept by now; -1: none.
+
+    Those that were passed before this attempt began are not made up for: its weights are not theirs.
+    """
+    asked = run.config.checkpoint.keep
+    due = (index for index, at in enumerate(asked) if at <= share + TOLERANCE and at not in run.milestones)
+    return next(due, -1)
+
+
+def keep_milestone(run: Run, share: float) -> None:
+    """Write the weights, which stay; all ranks take part."""
+    main = run.topology.is_main
+    name = f"{checkpoint.MILESTONE}{share:g}"
+    head = run.ledger.note("milestone", share=share) if run.ledger else ""
+    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
+        tensors = {name: tensor for name, tensor in run.engine.tensors("param") if main}
+        if main:
+            checkpoint.save_weights(run.folder, state_of(run, head), name, tensors)
+    run.milestones.add(share)
+
+
 def save(run: Run) -> None:
-    """Writes a checkpoint; all ranks take part."""
-    t = run.topology
-    state = State(
+    """Write a checkpoint; all ranks take part."""
+    main, state = run.topology.is_main, state_of(run, run.ledger.save() if run.ledger else "")
+    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
+        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main)
+    run.saved, run.saved_at = run.step, time.monotonic()
+    if main:
+        run.folder.write_status("running", run.step)
+
+
+def state_of(run: Run, head: str) -> State:
+    """Return what a checkpoint says of a run; head: of the ledger."""
+    return State(
         step=run.step,
         samples=run.samples,
         optimizer_step=run.engine.optimizer_step,
         config=run.config.model_dump(mode="json"),
         fingerprints=run.data.fingerprints,
         segments=[list(segment) for segment in run.segments],
-        ledger_head=run.ledger.save() if run.ledger else "",
+        ledger_head=head,
         loss=run.scored[1] if run.scored[0] == run.step else None,
-        layout=layout(run.recipe, t),
+        layout=layout(run.recipe, run.topology),
         phase=run.phase,
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
         rules=run.data.rules,
         progress=run.course.progress,
     )
-    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(t):
-        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, t.is_main)
-    run.saved, run.saved_at = run.step, time.monotonic()
-    if t.is_main:
-        run.folder.write_status("running", run.step)
 
 
 def finish(run: Run, turn: StepDecision) -> int:

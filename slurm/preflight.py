@@ -91,11 +91,13 @@ def _corpus(config: Config) -> list[str]:
 
 
 def _space(config: Config, copies: str) -> list[str]:
-    """Room for two checkpoints where the run lives, and on the node's disk for a copy of the corpus and for
-    the orders of many documents."""
+    """Room for two checkpoints and the milestones where the run lives, and on the node's disk for a copy of
+    the corpus and for the orders of many documents."""
     m, run = config.model, Path(config.run.dir)
     size = flops.parameters(m, m.vocab_size or 65536)
-    found, place = _room(run, 2 * 12 * size["total"]), scratch(copies or config.corpus.copies)
+    kept = 2 * 12 + 4 * len(config.checkpoint.keep)  # bytes a parameter
+    found = _room(run, kept * size["total"])
+    place = scratch(copies or config.corpus.copies)
     try:
         orders = mapped(config.corpus).orders
         if copies or orders:

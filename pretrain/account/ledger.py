@@ -60,6 +60,7 @@ EVENTS = (
     "log",  # a line of metrics, at most one every 10 s
     "evaluate",
     "save",  # written just before the checkpoint that carries its hash
+    "milestone",  # the same, before weights that stay
     "signal",
     "finish",  # the budget is spent
     "stop",  # ended early; start again

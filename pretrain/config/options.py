@@ -348,6 +348,9 @@ class CheckpointOptions(Section):
     """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept; the best by held-out loss is kept besides."""
+    keep: list[Annotated[float, Field(ge=0, le=1)]] = []
+    """Shares of the budget at which the weights stay, as milestones: `[0, 0.1, 1.0]` keeps the untrained
+    model, that of a tenth, and the last. `--checkpoint share-0.1` of other programs takes them."""
 
 
 class EvaluateOptions(Section):

@@ -9,6 +9,7 @@ pre-training model itself is asked for: then the folder brings the code that it 
 (modeling_latemask.py), and loads with trust_remote_code.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.config import Config, method_of
 from pretrain.data.indexed import corpus_file
@@ -355,14 +357,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the whole pre-training model of a late method, which can fill in masks (needs"
         " trust_remote_code to load)",
     )
+    parser.add_argument(
+        "--milestones",
+        action="store_true",
+        help="all weights that checkpoint.keep kept, a folder in DIR each",
+    )
     parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     args = parser.parse_args(arguments)
-    output = Path(args.output).resolve()
+    if not args.milestones:
+        report = _export(args, args.checkpoint, Path(args.output))
+    else:
+        names = [name for name in checkpoint.named_weights(args.run) if name.startswith(checkpoint.MILESTONE)]
+        if not names:
+            raise UserError(f"{args.run}: kept no milestones; checkpoint.keep says which a run keeps")
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        report = {name: _export(args, name, Path(args.output) / name) for name in names}
+    if args.json:
+        console.print_json(report)
+    else:
+        print("\n".join(map(_text, report.values() if args.milestones else [report])))
+    return 0
+
+
+def _export(args: argparse.Namespace, which: str, folder: Path) -> dict[str, Any]:
+    """Write one checkpoint, and return what was written."""
+    output = folder.resolve()
     _mend(output)
     _refuse(output, args.overwrite)  # before minutes of reading
     check_folder(output.parent)
-    model, config, tokenizer, state = load_model(args.run, args.checkpoint)
+    model, config, tokenizer, state = load_model(args.run, which)
     form = form_of(config, args.with_decoder)
     card = model_card(
         Path(args.run).absolute().name,
@@ -376,13 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.license,
         args.with_decoder,
     )
-    report = export_folder(model, config, tokenizer, args.output, card, args.overwrite, args.with_decoder)
-    report = {"checkpoint": state.step, **report}
-    if args.json:
-        console.print_json(report)
-    else:
-        print(_text(report))
-    return 0
+    report = export_folder(model, config, tokenizer, str(folder), card, args.overwrite, args.with_decoder)
+    return {"checkpoint": state.step, **report}
 
 
 def _corpora(config: Config) -> list[tuple[float, Manifest]]:

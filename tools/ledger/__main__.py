@@ -96,7 +96,8 @@ def _checked(run: Path) -> dict[str, Any]:
     lines = ledger.chain(run)
     check_counts(run, lines)
     saves = [run / "checkpoints" / f"step-{step:08d}" for step in checkpoint.steps(run)]
-    heads = {path: checkpoint.verified_state(path).ledger_head for path in saves}
+    kept = [run / "weights" / name for name in checkpoint.named_weights(run)]
+    heads = {path: checkpoint.verified_state(path).ledger_head for path in [*saves, *kept]}
     if last := RunFolder(run).status().get("ledger_head"):
         heads[run / "status.json"] = last
     for path, head in heads.items():

@@ -236,9 +236,12 @@ def add_document_limit(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint latest|best|STEP``."""
+    """Add ``--checkpoint latest|best|STEP|NAME``."""
     parser.add_argument(
-        "--checkpoint", default="latest", metavar="WHICH", help="latest, best or a step (%(default)s)"
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest, best, a step, or the name of kept weights: share-0.1, average (%(default)s)",
     )
 
 
