@@ -73,6 +73,10 @@ PROGRAMS = [
         "{run} --data {pairs} --output {out}",
         "minimal_pairs.csv minimal_pairs.json pairs.jsonl",
     ),
+    Program(
+        "tools.probe", "{run} --data {tasks} --output {out}", "probe.csv probe.json probe.png", quick=False
+    ),
+    Program("tools.finetune", "{run} --data {tasks} --tasks Mine --output {out}", "table.md", quick=False),
     Program("tools.export", "{run} --overwrite --output {out}/model", "model"),
 ]
 
@@ -91,8 +95,23 @@ def start(run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pairs.write_text(json.dumps(pair) + "\n")
     text.write_text("\n\n".join(f"Document {n} of a small corpus, of {n + 1} words." for n in range(200)))
 
+    tasks = tmp_path / "tasks"
+    (tasks / "Mine").mkdir(parents=True)
+    (tasks / "Mine" / "task.yaml").write_text("texts: [text]\nlabel: good\n")
+    for part in ("train", "dev"):
+        rows = [json.dumps({"text": f"Sentence {n}.", "good": n % 2 == 0}) for n in range(8)]
+        (tasks / "Mine" / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
+
     def start(program: Program, out: Path) -> int | None:
-        places = {"run": run, "tiny": tiny, "out": out, "text": text, "pairs": pairs, "root": ROOT}
+        places = {
+            "run": run,
+            "tiny": tiny,
+            "out": out,
+            "text": text,
+            "pairs": pairs,
+            "root": ROOT,
+            "tasks": tasks,
+        }
         words = program.words.format(**places).split()
         monkeypatch.setattr(sys, "argv", [program.module, *words])
         package = (ROOT / program.module.replace(".", "/")).is_dir()
