@@ -455,9 +455,10 @@ def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.usefixtures("signals")
 def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3"])
+    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3", "checkpoint.keep=[0, 1.0]"])
     sentences(tmp_path / "data")
     words = [str(run), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}", "--seeds=2"]
+    words += ["--checkpoint=share-1"]  # weights without a step of that name
     words += ["--epochs=1", "--tasks", "SST-2"]
     shared(words)
     assert program.main(words) == 0

@@ -160,9 +160,10 @@ def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
     if (path / "config.yaml").is_file():
         place, stamps = checkpoint.find_verified(path, args.checkpoint)
         step = checkpoint.read_state(place, stamps).step
-        folder = args.output / "encoders" / f"{name}-{step}"
+        which = place.name if place.parent.name == "weights" else step
+        folder = args.output / "encoders" / f"{name}-{which}"
         if not folder.exists():
-            words = ["tools.export", str(path), f"--output={folder}", f"--checkpoint={step}"]
+            words = ["tools.export", str(path), f"--output={folder}", f"--checkpoint={which}"]
             done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.DEVNULL, check=False)
             if done.returncode:
                 raise UserError(f"{path}: cannot be exported; see above")
