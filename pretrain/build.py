@@ -195,11 +195,11 @@ def _milestones(ledger: Ledger, run: Run) -> set[float]:
     One that the last update passed is none of these: the weights are its.
     """
     checkpoint.retire_weights(run.folder, run.step)
-    asked, names = run.config.checkpoint.keep, checkpoint.named_weights(run.folder.path)
-    there = {share for share in asked if f"{checkpoint.MILESTONE}{share:g}" in names}
+    shares, names = run.config.checkpoint.keep, checkpoint.named_weights(run.folder.path)
+    there = {share for share in shares if f"{checkpoint.MILESTONE}{share:g}" in names}
     budget, totals = run.recipe.budget, ledger.totals()
     before = budget.progress(totals) - (price(run.cost, budget.unit) or 0.0) / budget.total
-    passed = {share for share in asked if run.step and share <= before + TOLERANCE} - there
+    passed = {share for share in shares if run.step and share <= before + TOLERANCE} - there
     if passed:
         said = ", ".join(f"{share:g}" for share in sorted(passed))
         logging.warning("warning: checkpoint.keep: %s of the budget are past; nothing is kept of them", said)

@@ -54,7 +54,7 @@ MILESTONE = "share-"
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class TensorSource(Protocol):
     """What a checkpoint needs from an engine. `tensors` is collective: every rank iterates to the end."""
 
     def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor"]]:
@@ -100,7 +100,7 @@ class State:
 # ---- saving --------------------------------------------------------------------------------------
 
 
-def save(folder: RunFolder, engine: Engine, state: State, keep_last: int, is_main: bool = True) -> Path:
+def save(folder: RunFolder, engine: TensorSource, state: State, keep_last: int, is_main: bool = True) -> Path:
     """Writes a checkpoint, moves the pointers to it and retires old ones; collective over all ranks.
 
     Only the main rank writes, one kind of tensor at a time in memory. A step whose good
@@ -409,7 +409,7 @@ def verified_state(path: Path) -> State:
     return read_state(path, {STATE: found})
 
 
-def load(path: Path, engine: Engine, stamps: Stamps | None = None) -> None:
+def load(path: Path, engine: TensorSource, stamps: Stamps | None = None) -> None:
     """Gives the engine its tensors, on every rank; both come from `find_verified`, on one of them."""
     for kind, name in FILES.items():
         with _tensors(path / name, stamps) as file:

@@ -31,7 +31,7 @@ _RULES = 1
 
 
 @dataclass(frozen=True)
-class Score:
+class HeldOutScore:
     """How well masked tokens are predicted."""
 
     loss: float
@@ -82,7 +82,7 @@ class HeldOut:
         rank: int = 0,
         ranks: int = 1,
         add_up: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> Score:
+    ) -> HeldOutScore:
         """Scores `model(batch, score=True)`, data-parallel rank `rank` of `ranks` doing its share.
 
         add_up sums a float64 tensor over those ranks. Every rank calls the model equally often, as
@@ -100,7 +100,7 @@ class HeldOut:
         loss, right = (add_up(total) / self.predicted_tokens).tolist()
         return self._result(loss, right)
 
-    def unigram(self, train_prefix: str, vocab_size: int) -> Score:
+    def unigram(self, train_prefix: str, vocab_size: int) -> HeldOutScore:
         """The score of guessing by frequency in the training corpus (add-one smoothing): no context."""
         frequency = np.ones(vocab_size)
         tokens = IndexedReader(train_prefix).tokens
@@ -110,6 +110,6 @@ class HeldOut:
         loss = -np.log(frequency / frequency.sum())[targets].mean()
         return self._result(float(loss), float((targets == frequency.argmax()).mean()))
 
-    def _result(self, loss: float, accuracy: float) -> Score:
+    def _result(self, loss: float, accuracy: float) -> HeldOutScore:
         bits = loss / math.log(2) * self.tokens_per_byte if self.tokens_per_byte else None
-        return Score(loss, accuracy, self.predicted_tokens, bits)
+        return HeldOutScore(loss, accuracy, self.predicted_tokens, bits)

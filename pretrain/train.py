@@ -285,8 +285,8 @@ def milestone_due(run: Run, share: float) -> int:
 
     Those that were passed before this attempt began are not made up for: its weights are not theirs.
     """
-    asked = run.config.checkpoint.keep
-    due = (index for index, at in enumerate(asked) if at <= share + TOLERANCE and at not in run.milestones)
+    shares = run.config.checkpoint.keep
+    due = (index for index, at in enumerate(shares) if at <= share + TOLERANCE and at not in run.milestones)
     return next(due, -1)
 
 

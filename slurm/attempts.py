@@ -32,7 +32,7 @@ def progress(run: Path, stage: str) -> int:
     return sum(1 for _, prefix in config.corpus.blend for _ in Path(f"{prefix}.parts").glob("*.json"))
 
 
-def fruitless(lines: list[journal.Line], stage: str, reached: int) -> int:
+def failed_attempts(lines: list[journal.Line], stage: str, reached: int) -> int:
     """Attempts that began where the run still is, since it was submitted or had stopped."""
     count = 0
     for line in reversed([line for line in lines if line["stage"] == stage]):
@@ -48,7 +48,7 @@ def fruitless(lines: list[journal.Line], stage: str, reached: int) -> int:
 def begin(run: Path, stage: str, job: str, nodes: str, limit: int) -> int:
     """Notes the attempt; exit code 1 if there were enough of them without progress."""
     reached = progress(run, stage)
-    tried = fruitless(journal.read(run), stage, reached)
+    tried = failed_attempts(journal.read(run), stage, reached)
     if tried >= limit:
         reason = f"{tried} attempts without progress"
         journal.note(run, "end", stage, job, verdict=STOP, reason=reason)
@@ -65,7 +65,7 @@ def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
         (line["time"] for line in lines if line["event"] == "begin" and line["job"] == job), default=0
     )
     verdict, reason = judge(run, stage, code, began)
-    tried = fruitless(lines, stage, progress(run, stage))
+    tried = failed_attempts(lines, stage, progress(run, stage))
     if verdict == AGAIN and tried >= limit:
         verdict, reason = STOP, f"{tried} attempts without progress; the last: {reason}"
     journal.note(run, "end", stage, job, verdict=verdict, reason=reason, code=code)

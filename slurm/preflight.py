@@ -47,7 +47,7 @@ MEMORY_BYTES = 1 << 30
 # ---- a rank looks round --------------------------------------------------------------------------
 
 
-def look(config: Config, copies: str, gpus: int) -> list[str]:
+def check_alone(config: Config, copies: str, gpus: int) -> list[str]:
     """What this rank finds wrong without the others."""
     return [*_device(gpus), *_memory(config), *_corpus(config), *_space(config, copies)]
 
@@ -135,7 +135,7 @@ def _room(folder: Path, wanted: int) -> list[str]:
     return [] if free >= wanted else [few]
 
 
-def meet(config: Config) -> list[str]:
+def check_together(config: Config) -> list[str]:
     """What shows only together: an all-reduce with a known answer, and the clocks."""
     import torch
     import torch.distributed as dist
@@ -174,7 +174,7 @@ def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
 
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    _note(folder, me.rank, look(config, copies, gpus))
+    _note(folder, me.rank, check_alone(config, copies, gpus))
     end = time.monotonic() + PATIENCE
     while len(_said(folder)) < me.world_size and time.monotonic() < end:
         time.sleep(0.2)
@@ -182,7 +182,7 @@ def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
     if len(others) < me.world_size or any(note["problems"] for note in others):
         return 1
     with console.signals_kill():
-        problems = meet(config)
+        problems = check_together(config)
     if problems:
         _note(folder, me.rank, problems)
     return 1 if problems else 0
@@ -226,7 +226,7 @@ def judge(run: Path, job: str, nodes: list[str], folder: Path, limit: int) -> st
     reason = "pre-flight: " + (
         "on every node: " + next(iter(bad.values())) if everywhere else ", ".join(words)
     )
-    tried = attempts.fruitless(journal.read(run), "train", attempts.progress(run, "train"))
+    tried = attempts.failed_attempts(journal.read(run), "train", attempts.progress(run, "train"))
     stop = everywhere or tried >= limit
     verdict = attempts.STOP if stop else f"{attempts.AGAIN} {','.join(bad)}".strip()
     journal.note(run, "end", "train", job, verdict=verdict.split()[0], reason=reason)

@@ -53,7 +53,7 @@ def submit(script: Path, after: str | None = None) -> str:
     return done.stdout.strip().partition(";")[0]  # a federation adds its cluster's name
 
 
-def look(jobs: Sequence[str]) -> dict[str, list[Seen]]:
+def query(jobs: Sequence[str]) -> dict[str, list[Seen]]:
     """Job id -> the job, or the tasks of the array; what the queue has forgotten is missing."""
     found: dict[str, list[Seen]] = {}
     if not jobs:

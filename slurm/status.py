@@ -41,7 +41,7 @@ def rows(runs: Sequence[Path]) -> list[Row]:
     """One for each stage of each run: its newest job, its state and, for training, how far it is."""
     journals = {run: journal.read(run) for run in runs}
     newest = {run: newest_jobs(lines) for run, lines in journals.items()}
-    seen = scheduler.look([job for stages in newest.values() for jobs in stages.values() for job in jobs])
+    seen = scheduler.query([job for stages in newest.values() for jobs in stages.values() for job in jobs])
     return [
         _row(run, stage, jobs, journals[run], [one for job in jobs for one in seen.get(job, [])])
         for run, stages in newest.items()
@@ -101,8 +101,8 @@ def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> list[str]:
     """How each task of an array stands, by what the queue knows of it and what is done on disk."""
     count, done = commands(run)
     words = {int(one.job.partition("_")[2]): state(one) for one in seen}  # who took a task's place comes last
-    asked = [line["event"] for line in lines if line["event"] in ("submit", "cancel")]
-    unknown = "cancelled" if asked[-1] == "cancel" else "failed"
+    events = [line["event"] for line in lines if line["event"] in ("submit", "cancel")]
+    unknown = "cancelled" if events[-1] == "cancel" else "failed"
     size = min(count, scheduler.MAX_ARRAY)
     return [
         "finished"

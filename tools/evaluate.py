@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.manifest import load_manifest, read_sources
-from pretrain.evaluate import HeldOut, Score
+from pretrain.evaluate import HeldOut, HeldOutScore
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.terminal import wrapped
 from tools.shared import console
@@ -121,7 +121,7 @@ def counted(model: Callable[..., Tensor], done: Callable[[int], None]) -> Callab
 
 
 def report(
-    score: Score, sources: dict[str, dict[str, Any]], name: str, step: int, prefix: str, as_json: bool
+    score: HeldOutScore, sources: dict[str, dict[str, Any]], name: str, step: int, prefix: str, as_json: bool
 ) -> None:
     """Prints the score, and that of each source."""
     document: dict[str, Any] = {

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pretrain.errors import UserError
 from pretrain.files import check_folder, named
 from tools.shared import console, downstream, outputs
-from tools.shared.downstream import Score
+from tools.shared.downstream import DownstreamScore
 from tools.shared.tables import aligned, table_files, write_table
 from tools.text.compression import decompressed
 
@@ -315,10 +315,10 @@ def _line(scored: Scored) -> dict[str, Any]:
     return about | {"score_good": scored.good, "score_bad": scored.bad}
 
 
-def _downstream(rows: Iterable[Share], path: str) -> list[Score]:
+def _downstream(rows: Iterable[Share], path: str) -> list[DownstreamScore]:
     """Return the scores of whole files."""
     return [
-        Score(
+        DownstreamScore(
             step=row.step,
             task=row.data,
             metric="accuracy",

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pretrain.errors import UserError
 from pretrain.files import check_folder
 from tools.shared import console, downstream, outputs
-from tools.shared.downstream import Score
+from tools.shared.downstream import DownstreamScore
 from tools.shared.metrics import scored
 from tools.shared.tables import aligned, table_files, write_table
 from tools.text import glue
@@ -51,12 +51,12 @@ _TRAIN_ROWS = 5000
 
 
 @dataclass(frozen=True)
-class Data:
+class ProbeData:
     """A task's rows."""
 
-    task: glue.Task
-    train: list[glue.Row]
-    splits: dict[str, list[glue.Row]]
+    task: glue.GlueTask
+    train: list[glue.LabelledRow]
+    splits: dict[str, list[glue.LabelledRow]]
     """By the name under which they are scored."""
 
     @cached_property
@@ -102,7 +102,7 @@ class Result:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def read_task(folder: Path, name: str, train_rows: int) -> Data:
+def read_task(folder: Path, name: str, train_rows: int) -> ProbeData:
     """Return a task's rows, at most `train_rows` of train; UserError for a bad row or a missing file."""
     task = glue.find_task(folder, name)
     file = glue.split_file(folder, task, "train")
@@ -117,7 +117,7 @@ def read_task(folder: Path, name: str, train_rows: int) -> Data:
         )
         for split in task.splits
     }
-    return Data(task, [train[place] for place in kept], splits)
+    return ProbeData(task, [train[place] for place in kept], splits)
 
 
 def tasks_of(folder: Path) -> list[str]:
@@ -137,7 +137,7 @@ def tasks_of(folder: Path) -> list[str]:
 class Features:
     """The states of texts, of all layers."""
 
-    def __init__(self, encoder: "Encoder", data: Data, title: str) -> None:
+    def __init__(self, encoder: "Encoder", data: ProbeData, title: str) -> None:
         import torch  # start-up time
 
         from tools.shared.encoders import by_shape
@@ -161,7 +161,7 @@ class Features:
             raise UserError(f"{encoder.name}: some of its states are no numbers; its weights are broken")
         self.layers = self._states.shape[1]
 
-    def of(self, rows: Sequence[glue.Row], states: str, layer: int) -> Array:
+    def of(self, rows: Sequence[glue.LabelledRow], states: str, layer: int) -> Array:
         """Return the features [rows, F] of a layer: F is D, or of two sentences 4 D."""
         known = self._states[STATES.index(states), layer]
         sides = [
@@ -173,7 +173,7 @@ class Features:
         u, v = sides
         return np.concatenate((u, v, abs(u - v), u * v), 1)
 
-    def cosines(self, rows: Sequence[glue.Row], layer: int) -> Array:
+    def cosines(self, rows: Sequence[glue.LabelledRow], layer: int) -> Array:
         """Return the cosine of the averaged states of each pair of sentences."""
         known = self._states[STATES.index(MEAN), layer]
         known = known / np.linalg.norm(known, axis=1, keepdims=True)
@@ -214,16 +214,16 @@ class Probe:
     """For the held-out rows, before it was fitted to them."""
 
 
-def choose(features: Array, targets: Sequence[float], held_out: Sequence[int], task: glue.Task) -> Probe:
+def choose(features: Array, targets: Sequence[float], held_out: Sequence[int], task: glue.GlueTask) -> Probe:
     """Return the probe of the strength that is best on the held-out rows, by the first metric; of equals, the
     least."""
     out = np.zeros(len(targets), dtype=bool)
     out[list(held_out)] = True
-    rest, asked = ([targets[place] for place in np.flatnonzero(part).tolist()] for part in (~out, out))
+    rest, truth = ([targets[place] for place in np.flatnonzero(part).tolist()] for part in (~out, out))
     best: tuple[float, float, Sequence[float]] | None = None
     for strength in STRENGTHS:
         guesses = fit(features[~out], rest, strength, task.is_regression)(features[out])
-        score = scored(task.metrics[0], asked, guesses)
+        score = scored(task.metrics[0], truth, guesses)
         if best is None or score > best[0]:
             best = score, strength, guesses
     assert best is not None
@@ -231,7 +231,7 @@ def choose(features: Array, targets: Sequence[float], held_out: Sequence[int], t
     return Probe(fit(features, targets, strength, task.is_regression), strength, guesses)
 
 
-def probe(encoder: "Encoder", label: str, weights: str, data: Data) -> list[Result]:
+def probe(encoder: "Encoder", label: str, weights: str, data: ProbeData) -> list[Result]:
     """Return the scores of all layers of an encoder on a task."""
     name = f"{data.task.name}, {label}{' (random)' if weights == RANDOM else ''}"
     found = Features(encoder, data, f"encode {name}")
@@ -260,28 +260,28 @@ class _About:
     cut: int
 
 
-def _probed(found: Features, data: Data, about: _About) -> Iterator[Result]:
+def _probed(found: Features, data: ProbeData, about: _About) -> Iterator[Result]:
     targets = [row.target for row in data.train]
     chosen = choose(found.of(data.train, about.states, about.layer), targets, data.held_out, data.task)
-    asked = [targets[place] for place in data.held_out]
+    truth = [targets[place] for place in data.held_out]
     for title, rows in data.splits.items():
         guesses = chosen.predict(found.of(rows, about.states, about.layer))
         for metric in data.task.metrics:
-            held_out = scored(metric, asked, chosen.guesses)
+            held_out = scored(metric, truth, chosen.guesses)
             yield _result(data, about, title, metric, guesses, held_out, chosen.strength)
 
 
-def _cosines(found: Features, data: Data, about: _About) -> Iterator[Result]:
+def _cosines(found: Features, data: ProbeData, about: _About) -> Iterator[Result]:
     kept = [data.train[place] for place in data.held_out]
-    asked, known = [row.target for row in kept], found.cosines(kept, about.layer).tolist()
+    truth, known = [row.target for row in kept], found.cosines(kept, about.layer).tolist()
     for title, rows in data.splits.items():
         guesses = found.cosines(rows, about.layer).tolist()
         for metric in data.task.metrics:
-            yield _result(data, about, title, metric, guesses, scored(metric, asked, known), None)
+            yield _result(data, about, title, metric, guesses, scored(metric, truth, known), None)
 
 
 def _result(
-    data: Data,
+    data: ProbeData,
     about: _About,
     title: str,
     metric: str,
@@ -302,7 +302,7 @@ def _result(
     )
 
 
-def majority(data: Data) -> Iterator[Result]:
+def majority(data: ProbeData) -> Iterator[Result]:
     """Yield the scores of the most frequent class of train, or of its mean score."""
     targets = [row.target for row in data.train]
     answer = np.mean(targets) if data.task.is_regression else Counter(targets).most_common(1)[0][0]
@@ -465,10 +465,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _downstream(results: Sequence[Result], path: str, train_rows: int) -> list[Score]:
+def _downstream(results: Sequence[Result], path: str, train_rows: int) -> list[DownstreamScore]:
     """Return what speaks for an encoder."""
     return [
-        Score(
+        DownstreamScore(
             step=result.step,
             task=result.task,
             metric=result.metric,

@@ -95,7 +95,7 @@ class Text:
         return None
 
 
-class Measure:
+class Statistic:
     """Fertility of a vocabulary on texts it was not trained on; keeps at most `_MEASURED_BYTES`."""
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _train(args: Namespace) -> dict[str, Any]:
-    measure = Measure()
+    measure = Statistic()
     with tempfile.TemporaryDirectory() as spool:
         files = find_files(spool_stdin(args.input, args.stdin, Path(spool)))
         for line in missing_parts(files):

@@ -174,9 +174,9 @@ class Meter:
 
     def _watch(self) -> None:
         while not self._over.wait(PERIOD):
-            self.look()
+            self.sample()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Reads all sensors; a part whose sensor has failed stands still."""
         with self._lock:
             for part in self.methods:

@@ -141,9 +141,9 @@ def _recomputed(model: ModelOptions, rows: Rows, once: Flops) -> int:
     The last product (F x D) of a layer that `recomputes_all` says no of is not repeated.
     """
     last = 2 * model.ffn_size * model.hidden_size
-    asking = rows.predicted if model.decoder == "query" else rows.length
+    query_rows = rows.predicted if model.decoder == "query" else rows.length
     encoder = 0 if recomputes_all(model, model.dropout) else sum(encoder_rows(rows, model))
-    decoder = 0 if recomputes_all(model, model.decoder_dropout) else model.decoder_layers * asking
+    decoder = 0 if recomputes_all(model, model.decoder_dropout) else model.decoder_layers * query_rows
     return once.encoder + once.decoder - last * (encoder + decoder)
 
 

@@ -385,7 +385,7 @@ class Ledger:
                     self._steps[-1] = self._ranks * usual / 3600
             self._warming = took if first else 0.0
             self._steps.append(self._ranks * took / 3600)
-        self.beat()
+        self.heartbeat()
 
     def _count(self, cost: StepCost) -> None:
         account, flops = self._account, self._account["flops"]
@@ -406,7 +406,7 @@ class Ledger:
             with self._lock:
                 self._claim(category, begin)
                 self._blocks[category].append(self._ranks * (self._mark - begin) / 3600)
-            self.beat()
+            self.heartbeat()
 
     @property
     def step_hours(self) -> float:
@@ -478,7 +478,7 @@ class Ledger:
         with self._lock:
             return _totals(self._statement(self._clock()))
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Writes a heartbeat if the last line is 10 s old."""
         with self._lock:
             if not self._over.is_set() and self._clock() - self._written >= HEARTBEAT:
@@ -491,7 +491,7 @@ class Ledger:
     def _heartbeats(self) -> None:
         while not self._over.wait(PULSE):
             with suppress(OSError):  # a full disk is for the main thread to tell
-                self.beat()
+                self.heartbeat()
 
     def _claim(self, category: str, begin: float) -> None:
         assert begin >= self._mark, "stretches of time overlap"

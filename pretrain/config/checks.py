@@ -109,10 +109,10 @@ def _check_evaluate(config: Config) -> list[str]:
 
 
 def _check_phases(config: Config) -> list[str]:
-    untils = [phase.until for phase in config.train.phases]
-    if untils == sorted(set(untils)):
+    phase_ends = [phase.until for phase in config.train.phases]
+    if phase_ends == sorted(set(phase_ends)):
         return []
-    return [f"train.phases: until = {untils}: each must be larger than the one before"]
+    return [f"train.phases: until = {phase_ends}: each must be larger than the one before"]
 
 
 def _check_budget(config: Config) -> list[str]:

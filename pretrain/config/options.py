@@ -425,11 +425,11 @@ def replays_graphs(config: Config) -> bool:
 def phase_configs(config: Config) -> list[Config]:
     """Return the config of each stretch of the run, in order: `train` and `masking` have the values that hold
     there. The last one is what holds when all phases are over."""
-    stretches = []
+    configs = []
     for phase in [*config.train.phases, None]:
         given = {name: value for name, value in phase or () if name != "until" and value is not None}
         masked: dict[str, Any] = {name: given.pop(name) for name in ("rate", "predict") if name in given}
         train = config.train.model_copy(update={**given, "phases": []})
         masking = config.masking.model_copy(update=masked)
-        stretches.append(config.model_copy(update={"train": train, "masking": masking}))
-    return stretches
+        configs.append(config.model_copy(update={"train": train, "masking": masking}))
+    return configs

@@ -80,7 +80,7 @@ def _empty(corpus: IndexedReader) -> Int64:
     return np.concatenate(found)
 
 
-class Order:
+class DocumentOrder:
     """The documents in the order of an epoch: the stream is that of their tokens, a </s> after each.
 
     keys: of the order, the last one the epoch's number. folder: of the file of many documents; where it

@@ -31,7 +31,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain.config import MaskingOptions
 from pretrain.data import rng
-from pretrain.data.documents import Documents, Order, scratch
+from pretrain.data.documents import DocumentOrder, Documents, scratch
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
 
@@ -103,7 +103,7 @@ class Sampler:
         if missing > 0:  # the joining </s> may make up for a few
             tokens = np.pad(tokens, (0, missing))
         self._runs = sliding_window_view(tokens, length)  # [T - L + 1, L]
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, DocumentOrder] = {}
         self._folder = folder or scratch(None)
 
     def windows_at(self, length: int) -> int:
@@ -149,7 +149,7 @@ class Sampler:
         found = np.full((len(samples), self.length), -1, np.int64)
         for partition, rows in _groups(partitions):
             mine, place = found[rows], np.arange(self.length)
-            for part in self._stretches(partition, windows[rows]):
+            for part in self._pieces(partition, windows[rows]):
                 inside = (place >= part.columns[:, None]) & (place < (part.columns + part.takes)[:, None])
                 documents = self.filled.numbers(self._order(partition).documents(part.ranks))
                 mine[part.rows] = np.where(inside, documents[:, None], mine[part.rows])
@@ -165,7 +165,7 @@ class Sampler:
         """
         place = np.arange(self.length, dtype=np.int32)
         out = np.empty((0, self.length), self.corpus.tokens.dtype)
-        for part in self._stretches(partition, windows):
+        for part in self._pieces(partition, windows):
             run = self._run(part.firsts - part.columns)
             if len(out) == 0:
                 out = run
@@ -184,7 +184,7 @@ class Sampler:
             run[row] = np.roll(run[row], near[row] - starts[row])
         return run
 
-    def _stretches(self, partition: int, windows: Int64) -> Iterator[_Stretches]:
+    def _pieces(self, partition: int, windows: Int64) -> Iterator[_Stretches]:
         """The first document of each window, then the second of those that have one, and so on."""
         order, width = self._order(partition), self.length - 2
         starts = windows * width
@@ -199,13 +199,13 @@ class Sampler:
             more = np.flatnonzero(columns <= width)
             rows, columns, ranks, starts = rows[more], columns[more], ranks[more] + 1, starts[more]
 
-    def _order(self, partition: int) -> Order:
+    def _order(self, partition: int) -> DocumentOrder:
         """Of the documents in the stream."""
         if partition not in self._orders:
             # Two at most: the current one and, around an epoch's end, the next.
             self._orders = dict(list(self._orders.items())[-1:])
             keys = self.seed, _DOCUMENTS, partition
-            self._orders[partition] = Order(self.filled, keys, self.rules, self._folder)
+            self._orders[partition] = DocumentOrder(self.filled, keys, self.rules, self._folder)
         return self._orders[partition]
 
 

@@ -39,23 +39,23 @@ class Order(NamedTuple):
     """[B, L] of the batch's rows."""
     most_documents: int
     """K."""
-    stretches: bool
+    varlen: bool
     """Attention by a kernel that takes stretches of rows, not a mask."""
 
     @classmethod
-    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, stretches: bool) -> "Order":
+    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, varlen: bool) -> "Order":
         B, L = documents_BL.shape
         visible = documents_BL[:, :V].argsort(dim=1, stable=True)
         late = torch.arange(V, L, device=visible.device).expand(B, -1)
         meeting = torch.cat((visible, late), 1)
         join = documents_BL.gather(1, meeting).argsort(dim=1, stable=True)
         rows = meeting.gather(1, join)
-        return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, stretches)
+        return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, varlen)
 
     def bounds(self, queries_BS: Tensor, keys_BT: Tensor) -> Bounds:
         """Between rows of the batch, given by their numbers."""
         queries, keys = self.documents.gather(1, queries_BS), self.documents.gather(1, keys_BT)
-        same = None if self.stretches else (queries[:, :, None] == keys[:, None, :])[:, None]
+        same = None if self.varlen else (queries[:, :, None] == keys[:, None, :])[:, None]
         return Bounds(
             same, _document_starts(queries, self.most_documents), _document_starts(keys, self.most_documents)
         )

@@ -281,8 +281,8 @@ class LateMaskModel(nn.Module):
             return None
         m, V = self.m, self._visible(batch.ids.shape[1], batch.num_masked)
         drops = self.training and bool(m.dropout or m.decoder_dropout)
-        stretches = supports_varlen(batch.documents.device) and not drops
-        return Order.of(batch.documents, V, batch.targets.shape[1], batch.most_documents, stretches)
+        varlen = supports_varlen(batch.documents.device) and not drops
+        return Order.of(batch.documents, V, batch.targets.shape[1], batch.most_documents, varlen)
 
     def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:
         """Decoder output of the predicted rows: [B, P, D]."""

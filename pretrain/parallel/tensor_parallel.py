@@ -160,7 +160,7 @@ def _megatron_layers() -> dict[str, Any]:
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import layers, mappings
 
-    class Column(layers.ColumnParallelLinear):
+    class ColumnParallel(layers.ColumnParallelLinear):
         def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
             # Rounded before it is shared, so that its gradient is summed over the ranks in 16 bits too.
             kind = input.device.type
@@ -172,7 +172,7 @@ def _megatron_layers() -> dict[str, Any]:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
 
-    class Row(layers.RowParallelLinear):
+    class RowParallel(layers.RowParallelLinear):
         def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
             return F.linear(input, weight)
 
@@ -185,7 +185,7 @@ def _megatron_layers() -> dict[str, Any]:
         "init_method": nn.init.zeros_,
     }
     return {
-        "column": partial(Column, gather_output=False, **options),
-        "row": partial(Row, input_is_parallel=True, skip_bias_add=False, **options),
+        "column": partial(ColumnParallel, gather_output=False, **options),
+        "row": partial(RowParallel, input_is_parallel=True, skip_bias_add=False, **options),
         "vocabulary": partial(layers.VocabParallelEmbedding, **options),
     }

@@ -97,9 +97,9 @@ def test_what_nvml_does_not_know_is_absent(hardware, monkeypatch):
 def test_a_lost_gpu_stands_still_and_ends_nothing(hardware):
     meter = Meter(open_gpu("GPU-a"))
     hardware.now += 1
-    meter.look()
+    meter.sample()
     hardware.broken = True
-    meter.look()
+    meter.sample()
     assert meter.joules() == {"gpu": 500.0}
 
 
@@ -116,8 +116,8 @@ def test_packages_and_their_memory_are_summed_and_wrap(tmp_path):
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000000")  # 200 J on, past the wrap
     (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("8000000")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("40000000")
-    meter.look()
-    meter.look()
+    meter.sample()
+    meter.sample()
     assert meter.joules() == {"cpu": (200 + 40) / 4, "ram": 8 / 4}
 
 
@@ -156,7 +156,7 @@ def test_every_joule_is_counted_by_one_rank(hardware, tmp_path, monkeypatch):
     hardware.now += 10
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500000000")
     for meter in meters:
-        meter.look()
+        meter.sample()
     total = {part: sum(meter.joules().get(part, 0.0) for meter in meters) for part in ("gpu", "cpu")}
     assert total == {"gpu": 8000.0, "cpu": 1000.0}
     assert [sorted(meter.methods) for meter in meters] == [["cpu", "gpu"], [], ["cpu", "gpu"], []]
@@ -216,7 +216,7 @@ class Powered(Paced):
         joules = Meter.joules
 
         def latest(meter):
-            meter.look()
+            meter.sample()
             return joules(meter)
 
         Meter.joules = latest

@@ -362,7 +362,7 @@ def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
     assert [line["event"] for line in ledger.read(tmp_path)] == ["start", *["heartbeat"] * 3]
     account.note("finish")
     clock.now += 100
-    account.beat()
+    account.heartbeat()
     assert ledger.read(tmp_path)[-1]["event"] == "finish"
     assert account.block_hours("startup") == 2 * 2 * 30 / 3600
     assert account.block_hours("evaluate") == 0

@@ -141,7 +141,7 @@ def test_a_dry_run_leaves_no_order(tiny, words, tmp_path, monkeypatch):
 def die_while_writing(prefix, folder):
     """Is killed when half of the order is written."""
     place.MANY, place.CHUNK = 0, 1024
-    whole = place.Order._parts
+    whole = place.DocumentOrder._parts
 
     def half(order):
         for number, part in enumerate(whole(order)):
@@ -149,7 +149,7 @@ def die_while_writing(prefix, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield part
 
-    place.Order._parts = half
+    place.DocumentOrder._parts = half
     read(prefix, folder)
 
 

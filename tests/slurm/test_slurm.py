@@ -593,7 +593,7 @@ def test_a_container_has_a_python_of_its_own(
 def queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue that takes every job and starts none."""
     monkeypatch.setattr(scheduler, "submit", lambda script, after=None: "7")
-    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+    monkeypatch.setattr(scheduler, "query", lambda jobs: {})
 
 
 @pytest.fixture
@@ -751,7 +751,7 @@ def meet_with_a_wrong_clock(file: str) -> list[str]:
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
     with mock.patch("time.time", lambda: 1e9 + (100 if rank == 0 else 0)):
-        return preflight.meet(load_config(file))
+        return preflight.check_together(load_config(file))
 
 
 def test_the_first_node_may_be_the_one_with_the_wrong_clock(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -891,13 +891,13 @@ def test_failed_commands_are_numbered(
     for number in set(range(count)) - set(undone):
         (run / "slurm" / "done" / str(number)).touch()
     journal.note(run, "submit", "array", "7")
-    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+    monkeypatch.setattr(scheduler, "query", lambda jobs: {})
     (row,) = status.rows([run])
     assert row["state"] == "failed" and row["tasks"]["failed"] == len(undone)
     assert row["message"] == message and status.text([row]).endswith(f"; {message}")
     # What is not over has not failed.
     running = [Seen(f"7_{task}", "RUNNING", "None", 0) for task in range(count)]
-    monkeypatch.setattr(scheduler, "look", lambda jobs: {"7": running})
+    monkeypatch.setattr(scheduler, "query", lambda jobs: {"7": running})
     assert status.rows([run])[0]["message"] == ""
 
 
@@ -922,7 +922,7 @@ def test_a_cancel_says_what_there_was(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal.note(run, "submit", "train", "7")
-    monkeypatch.setattr(scheduler, "look", lambda jobs: {})
+    monkeypatch.setattr(scheduler, "query", lambda jobs: {})
     assert submit.main(["--cancel", str(run)]) == 0
     assert capsys.readouterr().out == f"{run}: no job in the queue (train vanished)\n"
 
@@ -943,4 +943,4 @@ def test_no_answer_is_no_forgotten_job(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="^squeue: Unable to contact; try again"):
-        scheduler.look(["7"])
+        scheduler.query(["7"])

@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.head import available, growth, prepared
 from tools.benchmark.peers import PEERS, hugging_face_model
-from tools.benchmark.task import Task, in_turns, ours
+from tools.benchmark.task import BenchmarkTask, in_turns, ours
 
 CPU = torch.device("cpu")
 TINY = ["--size", "tiny", "--length", "24", "--batch-size", "2", "--runs", "1", "--threads", "1"]
@@ -24,7 +24,7 @@ CASES = [(name, "fp32") for name in ON_CPU] + [("hugging face", "bf16"), ("fairs
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_a_peer_computes_our_losses(name: str, precision: str) -> None:
     """From equal weights on equal batches, also after updates."""
-    task = Task("tiny", 24, 2, precision)
+    task = BenchmarkTask("tiny", 24, 2, precision)
     mine, theirs = ours(task), PEERS[name][0](task)
     first = float(mine())
     assert float(theirs()) == pytest.approx(first, rel=1e-6 if precision == "fp32" else 1e-4)
@@ -35,7 +35,7 @@ def test_a_peer_computes_our_losses(name: str, precision: str) -> None:
 
 
 def test_the_sides_have_equally_many_parameters() -> None:
-    task = Task("tiny")
+    task = BenchmarkTask("tiny")
     count = sum(p.numel() for p in task.module(task.config()).parameters())
     assert sum(p.numel() for p in hugging_face_model(task).parameters()) == count
 
@@ -102,8 +102,8 @@ def test_rows(words: list[str], names: list[str], tmp_path: Path, capsys: pytest
 
 def test_a_late_method_carries_its_flop_ratio() -> None:
     """Whole rows and specials that are never predicted move the papers' ratios a little."""
-    assert Task("base").flop_ratio("3ml-self") == pytest.approx(0.923, abs=0.006)
-    assert Task("large", 512).flop_ratio("3ml-query") == pytest.approx(0.693, abs=0.003)
+    assert BenchmarkTask("base").flop_ratio("3ml-self") == pytest.approx(0.923, abs=0.006)
+    assert BenchmarkTask("large", 512).flop_ratio("3ml-query") == pytest.approx(0.693, abs=0.003)
 
 
 def test_a_profile_is_a_trace_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

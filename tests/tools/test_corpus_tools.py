@@ -27,7 +27,7 @@ from tests.support.ranks import PATIENCE
 from tools import import_fairseq, merge_corpus, train_tokenizer
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.encode_corpus import parts as encode_parts
-from tools.encode_corpus.parts import Job, Task
+from tools.encode_corpus.parts import EncodeJob, EncodeTask
 from tools.inspect_corpus import __main__ as inspect_corpus
 from tools.text import readers as text_files
 from tools.text.readers import Document
@@ -475,7 +475,7 @@ def test_the_split_is_for_ever() -> None:
 def test_a_dead_worker_is_an_error_and_no_hang(folder: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     # Its start fails, as a killed one's work does.
-    job = Job(str(tmp_path), f"{folder}/none", "", "text", "line", 1000, 0.0, False, False)
-    tasks = [Task(0, str(tmp_path / "in.jsonl"), 10, 3, i, 3, (len(GOOD), 0)) for i in range(3)]
+    job = EncodeJob(str(tmp_path), f"{folder}/none", "", "text", "line", 1000, 0.0, False, False)
+    tasks = [EncodeTask(0, str(tmp_path / "in.jsonl"), 10, 3, i, 3, (len(GOOD), 0)) for i in range(3)]
     with pytest.raises(UserError, match="a worker process was killed"):
         encode_corpus.run_tasks(tasks, job, 2, lambda done: None)

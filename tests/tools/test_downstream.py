@@ -9,9 +9,9 @@ import pytest
 
 from pretrain.errors import UserError
 from tools.shared import downstream
-from tools.shared.downstream import FILE, Score
+from tools.shared.downstream import FILE, DownstreamScore
 
-SCORE = Score(step=3, task="CoLA", metric="matthews", score=0.25, seed=1, n=1043, protocol="fixed")
+SCORE = DownstreamScore(step=3, task="CoLA", metric="matthews", score=0.25, seed=1, n=1043, protocol="fixed")
 
 
 def test_a_repeated_score_replaces_its_line(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_lines_of_others_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(text + "\n", encoding="utf-8")
     downstream.record(tmp_path, [SCORE])
     assert (tmp_path / FILE).read_text(encoding="utf-8").splitlines()[0] == text
-    assert downstream.read(tmp_path) == [Score(1, "sst2", "", 0.7), SCORE]
+    assert downstream.read(tmp_path) == [DownstreamScore(1, "sst2", "", 0.7), SCORE]
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", '{"step": 1, "task": "a", "score": "high"}', '{"step": 1, "ta'])

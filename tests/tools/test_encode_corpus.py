@@ -266,9 +266,9 @@ def test_damaged_and_foreign_parts_are_made_again(
         shutil.copy(parts[2].with_suffix(f".{end}"), parts[1].with_suffix(f".{end}"))
     parts[3].with_suffix(".json").write_text("{")
     made: list[int] = []
-    write_part = encode_parts.Encoder._write
+    write_part = encode_parts.PartEncoder._write
     monkeypatch.setattr(
-        encode_parts.Encoder,
+        encode_parts.PartEncoder,
         "_write",
         lambda self, task, piece, *more: (made.append(piece), write_part(self, task, piece, *more)),
     )
@@ -305,9 +305,9 @@ def test_a_corrected_file_is_encoded_again_and_the_others_are_not(
     assert (tmp_path / "c.parts").is_dir()
     write(b, texts[5:6])
     made: list[str] = []
-    write_part = encode_parts.Encoder._write
+    write_part = encode_parts.PartEncoder._write
     monkeypatch.setattr(
-        encode_parts.Encoder,
+        encode_parts.PartEncoder,
         "_write",
         lambda self, task, *more: (made.append(task.path), write_part(self, task, *more)),
     )
@@ -330,9 +330,9 @@ def test_the_standard_input_goes_on_and_is_listed_by_its_name(
 
     with pytest.raises(UserError, match=f"^-:{line}: no key 'text'"):
         encode(data)
-    write_part = encode_parts.Encoder._write
+    write_part = encode_parts.PartEncoder._write
     monkeypatch.setattr(
-        encode_parts.Encoder,
+        encode_parts.PartEncoder,
         "_write",
         lambda self, task, piece, *more: (made.append(piece), write_part(self, task, piece, *more)),
     )
@@ -681,7 +681,7 @@ def test_what_a_part_was_made_from_is_the_same_after_json(tmp_path: Path) -> Non
     """Else every part would be made again, and the join would find none."""
     path = tmp_path / "in.jsonl"
     path.write_text("")
-    job = encode_parts.Job(
+    job = encode_parts.EncodeJob(
         folder=str(tmp_path / "c.parts"),
         tokenizer="t",
         tokenizer_hash="h",

@@ -485,7 +485,7 @@ def test_bad_rows_and_other_inputs_are_refused(tmp_path: Path, capsys: pytest.Ca
     file.write_bytes(good)
     task = find_task(tmp_path / "data", "SST-2", None)
     cell = cells.Cell("old", "tiny", "SST-2", weights="other", data=task.fingerprint)
-    old = cells.Run(cell, {"SST-2": {"accuracy": 0.5}}, {}, {"SST-2": 1})
+    old = cells.FinetuneRun(cell, {"SST-2": {"accuracy": 0.5}}, {}, {"SST-2": 1})
     cells.append(tmp_path / "out" / "runs.jsonl", old)
     with pytest.raises(UserError, match="has runs of another tiny; choose another --output"):
         program.main(words)
@@ -499,11 +499,11 @@ def test_bad_rows_and_other_inputs_are_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_settings_are_chosen_by_the_median_and_collapsed_runs_count() -> None:
-    def run(lr: float, seed: int, held: float, dev: float, collapsed: bool = False) -> cells.Run:
+    def run(lr: float, seed: int, held: float, dev: float, collapsed: bool = False) -> cells.FinetuneRun:
         setting = {"lr": lr, "epochs": 1, "batch": 8, "seed": seed}
         cell = cells.Cell("own: two rates", "tiny", "SST-2", held_out=True, **setting)
         scores = {"SST-2": {"accuracy": dev}}
-        return cells.Run(cell, scores, {"accuracy": held}, {"SST-2": 9}, 1.0, 0.6, collapsed)
+        return cells.FinetuneRun(cell, scores, {"accuracy": held}, {"SST-2": 9}, 1.0, 0.6, collapsed)
 
     runs = [run(1e-3, seed, held, 0.5) for seed, held in enumerate((0.9, 0.2, 0.3))]
     runs += [run(1e-4, 0, 0.5, 0.8), run(1e-4, 1, 0.6, 0.6), run(1e-4, 2, 0.1, 0.4, collapsed=True)]
@@ -512,7 +512,8 @@ def test_settings_are_chosen_by_the_median_and_collapsed_runs_count() -> None:
     assert entry.setting == {"lr": 1e-4, "batch": 8, "epochs": 1}
     assert "60.0 (50.0 to 70.0), 1 of 3 collapsed" in table.markdown(runs)
     best = [
-        cells.Run(replace(each.cell, protocol="own; best on dev"), each.scores, {}, each.n) for each in runs
+        cells.FinetuneRun(replace(each.cell, protocol="own; best on dev"), each.scores, {}, each.n)
+        for each in runs
     ]
     assert "SST-2, accuracy (best on dev)" in table.text(best) and "60.0" in table.text(best)
     both = table.markdown([*runs, *best])

@@ -274,7 +274,7 @@ def test_costs_of_phases_are_those_of_the_report():
         {"event": "phase-change", "phase": 1, "samples": border, **spent},
         {"event": "finish", "samples": samples, **spent},
     ]
-    run = report.Run("", "", make_recipe(o), {}, {"samples": samples}, lines, [], [])
+    run = report.ReportedRun("", "", make_recipe(o), {}, {"samples": samples}, lines, None, [], [])
     expected = report._relative(run)
     assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)
     of_last = estimate.plan(phase_configs(o)[-1])["relative"]
@@ -331,8 +331,8 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
                         precision="bf16",
                     )
                     if layouts.needs(layouts.memory_of(job, one)) <= device.memory:
-                        best = min(best, layouts.doubted(job, one, device, share))
-    assert layouts.doubted(job, chosen, device, share) <= best * (1 + layouts.TOLERANCE)
+                        best = min(best, layouts.with_margin(job, one, device, share))
+    assert layouts.with_margin(job, chosen, device, share) <= best * (1 + layouts.TOLERANCE)
     assert layouts.needs(layouts.memory_of(job, chosen)) <= device.memory
 
 

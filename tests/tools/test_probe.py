@@ -20,7 +20,7 @@ from pretrain.errors import UserError
 from tests.support.runs import finish
 from tools import probe
 from tools.export import __main__ as export
-from tools.probe import COSINE, FIRST, MEAN, RANDOM, TRAINED, Data, Features
+from tools.probe import COSINE, FIRST, MEAN, RANDOM, TRAINED, Features, ProbeData
 from tools.shared import downstream
 from tools.shared.encoders import open_encoder
 from tools.text import glue
@@ -121,7 +121,7 @@ def test_the_strength_is_chosen_on_the_held_out_rows_alone(data: Path) -> None:
 def test_nothing_is_chosen_on_dev(run: Path, data: Path) -> None:
     encoder = open_encoder(str(run))
     task = probe.read_task(data, "SST-2", 100)
-    turned = Data(
+    turned = ProbeData(
         task.task,
         task.train,
         {"SST-2": [row._replace(target=1 - row.target) for row in task.splits["SST-2"]]},
@@ -232,8 +232,8 @@ def pretrained() -> str:
 
 
 def test_a_pretrained_encoder_knows_which_sentences_are_alike(pretrained: str) -> None:
-    rows = [glue.Row((one, other), str(score), score) for one, other, score in SIMILAR]
-    data = Data(glue.TASKS["STS-B"], rows, {"STS-B": rows})
+    rows = [glue.LabelledRow((one, other), str(score), score) for one, other, score in SIMILAR]
+    data = ProbeData(glue.TASKS["STS-B"], rows, {"STS-B": rows})
     encoder = open_encoder(pretrained)
     assert encoder.max_length == 512
     found = Features(encoder, data, "encode")

@@ -274,7 +274,7 @@ def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) 
     made.ledger = Ledger.open(made.path, 2, "cpu", made.clock, made.clock.now)
     made.ledger.begin(2, head)
     (run,) = report.read_runs([str(made.path)])
-    assert [(done.samples, done.seconds) for done in run.stretches] == [(16, 8.0)]
+    assert [(done.samples, done.seconds) for done in run.spans] == [(16, 8.0)]
     made.cost = first
     made.work(2)
     made.ledger.note("phase-change", phase=1)
@@ -284,9 +284,9 @@ def test_a_phase_that_was_lost_is_not_counted(corpora: Corpora, tmp_path: Path) 
     made.cost = first
     made.work(1)
     (run,) = report.read_runs([str(made.path)])
-    lengths = [done.phase.config.train.seq_length for done in run.stretches]
-    assert (lengths, [done.samples for done in run.stretches]) == ([12, 24, 12], [32, 8, 8])
-    assert [done.seconds for done in run.stretches] == [16.0, 4.0, 4.0]
+    lengths = [done.phase.config.train.seq_length for done in run.spans]
+    assert (lengths, [done.samples for done in run.spans]) == ([12, 24, 12], [32, 8, 8])
+    assert [done.seconds for done in run.spans] == [16.0, 4.0, 4.0]
 
 
 def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
@@ -597,7 +597,9 @@ def test_energy_downstream_scores_and_mfu_are_shown_where_there_are_some(
     downstream.record(
         tmp_path / "run",
         [
-            downstream.Score(3, "STS-B", metric, score + off, None if name == "probe" else seed, 9, name)
+            downstream.DownstreamScore(
+                3, "STS-B", metric, score + off, None if name == "probe" else seed, 9, name
+            )
             for name, seed, score in more
             for metric, off in (("pearson", -0.1), ("spearman", 0.1))
         ],

@@ -145,7 +145,7 @@ class Collector:
             self.spectra[site, group].add(rows_ND)
 
     @torch.no_grad()
-    def look(self, tokens: Tensor, masked: Batch) -> None:
+    def add(self, tokens: Tensor, masked: Batch) -> None:
         """One batch of texts [B, L], without masks and with."""
         self.ids, self.clean = tokens, True
         self.model.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
@@ -168,7 +168,7 @@ def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) ->
             true = questions.ids.copy()
             true[:, -questions.targets.shape[1] :] = questions.targets
             np.put_along_axis(natural, questions.positions, true, 1)
-            collector.look(torch.from_numpy(natural).to(device), Batch.of(*questions[:5], device))
+            collector.add(torch.from_numpy(natural).to(device), Batch.of(*questions[:5], device))
             done(len(natural))
     return table(collector.spectra)
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 
 from tools.benchmark import attention, corpus, head, memory, scaling, step
 from tools.shared import console, outputs
-from tools.shared.measure import SAME, Row
+from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
 
 SUBJECTS = {
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row.unit == SAME and row.ours != row.peer for row in rows))
 
 
-def _measured(args: argparse.Namespace) -> Iterator[Row]:
+def _measured(args: argparse.Namespace) -> Iterator[BenchmarkRow]:
     """The subject's rows; each is told on standard error as soon as it is known."""
     subject = SUBJECTS[args.subject]
     with console.counter(f"benchmark {args.subject}", subject.count(args), "measurements") as done:
@@ -73,7 +73,7 @@ def _measured(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def _write(rows: Sequence[Row], prefix: str) -> None:
+def _write(rows: Sequence[BenchmarkRow], prefix: str) -> None:
     from tools.shared import plots
 
     outputs.write(f"{prefix}.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n", FIELDS)
@@ -88,7 +88,7 @@ def _write(rows: Sequence[Row], prefix: str) -> None:
             outputs.write(f"{prefix}.png", plots.encode(drawn, "png"))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[BenchmarkRow]) -> str:
     """What was measured, as columns."""
     table = [("measure", "ours", "peer", "unit", "ours / peer", "rounds", "FLOPs' ratio")]
     for row in rows:
@@ -101,12 +101,12 @@ def _table(rows: Sequence[Row]) -> str:
     return aligned(table)
 
 
-def _number(row: Row, value: float | None) -> str:
+def _number(row: BenchmarkRow, value: float | None) -> str:
     """Counts in full: one document in a million matters."""
     return f"{value:,.0f}" if row.unit == SAME else f"{value:,.4g}"
 
 
-def _line(row: Row) -> str:
+def _line(row: BenchmarkRow) -> str:
     if row.ratio is None:
         return f"{row.name}: {row.ours:,.4g} {row.unit}"
     expected = "" if row.flop_ratio is None else f", FLOPs {row.flop_ratio:.3f}"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pretrain.model.attention import Attention, Bounds, Order
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import SIZES, Task, device_name, in_turns
+from tools.benchmark.task import SIZES, BenchmarkTask, device_name, in_turns
 from tools.shared import measure
-from tools.shared.measure import Done, Row
+from tools.shared.measure import BenchmarkRow, Done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def count(args: argparse.Namespace) -> int:
     return len(benchmark_task.tasks(args)) * 4 * (1 + args.runs)
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     for task in benchmark_task.tasks(args):
         model = task.config().model
         ours = {name: Attention(model, 0.0) for name in ("packed", "bounded")}
@@ -52,15 +52,15 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
             )
 
 
-def bounds(task: Task) -> Bounds:
+def bounds(task: BenchmarkTask) -> Bounds:
     """Four documents in each window, their rows sorted."""
     numbers = (torch.arange(task.length) * 4 // task.length).expand(task.batch_size, -1).contiguous()
-    stretches = task.device.type == "cuda" and task.precision == "bf16"
-    order = Order.of(numbers.to(task.device), task.length, 1, 4, stretches)
+    varlen = task.device.type == "cuda" and task.precision == "bf16"
+    order = Order.of(numbers.to(task.device), task.length, 1, 4, varlen)
     return order.bounds(order.visible, order.visible)
 
 
-def hugging_face_attention(task: Task, kind: str) -> nn.Module:
+def hugging_face_attention(task: BenchmarkTask, kind: str) -> nn.Module:
     """Projections, attention and output projection of RobertaLayer, without its norm."""
     from transformers import RobertaConfig
     from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
@@ -85,7 +85,7 @@ def hugging_face_attention(task: Task, kind: str) -> nn.Module:
     return Layer()
 
 
-def passes(task: Task, layer: nn.Module, *bounds: Bounds | None) -> Callable[[], Tensor]:
+def passes(task: BenchmarkTask, layer: nn.Module, *bounds: Bounds | None) -> Callable[[], Tensor]:
     """One forward and backward pass of `layer` over random rows."""
     layer.to(task.device).train()
     width = SIZES[task.size]["hidden_size"]

@@ -36,7 +36,7 @@ from pretrain.data.tokenizer import SMALLEST, SPECIALS, Tokenizer, load_tokenize
 from pretrain.data.writer import CorpusWriter
 from pretrain.errors import UserError
 from tools.shared import console
-from tools.shared.measure import SAME, Done, Row, Side, compare, row
+from tools.shared.measure import SAME, BenchmarkRow, Done, Side, compare, row
 from tools.text.files import find_files
 from tools.text.readers import MAX_DOCUMENT_BYTES, Document, open_reader
 
@@ -84,7 +84,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return console.matching([name for name in MEASURED if name not in lost], [args.only])
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     """Every row, as it is measured."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
@@ -143,7 +143,7 @@ class Bench:
 
     # ---- encoding --------------------------------------------------------------------------------
 
-    def byte_level(self, name: str, use_fastokens: bool) -> Row:
+    def byte_level(self, name: str, use_fastokens: bool) -> BenchmarkRow:
         folder = self._byte_level()
         import tokenizers
 
@@ -158,7 +158,7 @@ class Bench:
         packages = ["tokenizers", "megatron-core", *(["fastokens"] if use_fastokens else [])]
         return compare(name, "MB/s", self.megabytes, ours, peer, self.runs, packages)
 
-    def sentencepiece(self, name: str, kind: Any) -> Row:
+    def sentencepiece(self, name: str, kind: Any) -> BenchmarkRow:
         folder = self._trained(kind)
 
         def peer() -> Callable[[], None]:
@@ -170,7 +170,7 @@ class Bench:
             name, "MB/s", self.megabytes, ours, peer, self.runs, ["sentencepiece", "megatron-core"]
         )
 
-    def ids(self, name: str, folder: str | Path, use_fastokens: bool = False) -> Row:
+    def ids(self, name: str, folder: str | Path, use_fastokens: bool = False) -> BenchmarkRow:
         """Documents of the whole input with the ids of the reference library, of all that were compared."""
         tokenizer = load_tokenizer(folder, use_fastokens)
         if use_fastokens and not getattr(tokenizer, "_fast", None):
@@ -238,7 +238,7 @@ class Bench:
 
     # ---- training data ---------------------------------------------------------------------------
 
-    def masking(self, name: str, make_peer: Callable[[int, int, Any], Side], rounds: int) -> Row:
+    def masking(self, name: str, make_peer: Callable[[int, int, Any], Side], rounds: int) -> BenchmarkRow:
         """Windows of ids to a whole batch: ours with its rows in order and their positions as well."""
         words = 30_000
         tokens = np.random.default_rng(0).integers(5, words - 1, (_BATCH, _LENGTH)).astype(np.uint16)
@@ -255,7 +255,7 @@ class Bench:
         amount = rounds * tokens.size / 1e6
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "transformers"])
 
-    def reading(self, name: str, batch: int, length: int) -> Row:
+    def reading(self, name: str, batch: int, length: int) -> BenchmarkRow:
         """Windows of shuffled documents that are joined, with their mask keys, against items of that length
         as they lie."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -283,7 +283,7 @@ class Bench:
         amount = batches * batch * length / 1e6
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "megatron-core"])
 
-    def reading_many(self, name: str, batch: int, length: int) -> Row:
+    def reading_many(self, name: str, batch: int, length: int) -> BenchmarkRow:
         """Windows of many documents, whose order is a mapped file, against those of an order in memory."""
         draw, batches = np.random.default_rng(0), (1 << 22) // (batch * length)
         if not corpus_file(prefix := self.folder / "many", "json").exists():
@@ -309,7 +309,7 @@ class Bench:
 
     # ---- whole programs --------------------------------------------------------------------------
 
-    def merging(self, name: str) -> Row:
+    def merging(self, name: str) -> BenchmarkRow:
         """Growth of the process over what it holds before the merge, in MB; once, for memory does not
         vary and the peer takes minutes."""
         lengths = np.full(_SHARD_DOCUMENTS, 16)
@@ -325,7 +325,7 @@ class Bench:
             side.append(float(done.stdout.split()[-1]))
         return row(name, "MB", *grown, ["megatron-core"])
 
-    def two_processes(self, name: str) -> Row:
+    def two_processes(self, name: str) -> BenchmarkRow:
         """Wall time of the whole program on one and on two processes."""
         source = self.folder / "text.jsonl"
         copies = max(1, round(self.wall_megabytes / self.megabytes))
@@ -344,7 +344,7 @@ class Bench:
                 found.append(copies * self.megabytes / (time.monotonic() - begin))
         return row(name, "MB/s", speeds[2], speeds[1], ["sentencepiece"])
 
-    def start_up(self, name: str) -> Row:
+    def start_up(self, name: str) -> BenchmarkRow:
         """CPU seconds from the start of the program to the first document encoded; no peer."""
         folder = self._trained("unigram")
         seconds = []
@@ -353,7 +353,7 @@ class Bench:
             seconds.append(float(done.stdout.split()[-1]))
         return row(name, "s", seconds, [], ["sentencepiece"])
 
-    def unseen(self, name: str, folder: str | Path, plain: bool = False) -> Row:
+    def unseen(self, name: str, folder: str | Path, plain: bool = False) -> BenchmarkRow:
         """Of the largest process of two, over random words that no cache has met; once, for memory does not
         vary; no peer. plain: without fastokens."""
         source = self.folder / "unseen.jsonl"
@@ -395,7 +395,7 @@ def write_unseen(path: Path, size: int) -> None:
             file.writelines(b'{"text": "' + document.tobytes() + b'"}\n' for document in letters)
 
 
-MEASURED: dict[str, Callable[[Bench, str], Row]] = {
+MEASURED: dict[str, Callable[[Bench, str], BenchmarkRow]] = {
     "byte-level BPE, cached, text to .bin": lambda bench, name: bench.byte_level(name, False),
     "byte-level BPE, fastokens, text to .bin": lambda bench, name: bench.byte_level(name, True),
     "sentencepiece unigram, text to .bin": lambda bench, name: bench.sentencepiece(name, "unigram"),

@@ -19,7 +19,7 @@ from pretrain.model.loss import ChunkedCrossEntropy, by_liger, by_torch
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.task import VOCAB, device_name, in_turns
 from tools.shared import console, measure
-from tools.shared.measure import Done, Row
+from tools.shared.measure import BenchmarkRow, Done
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """hidden [N, D], weight [W, D], bias [W], targets [N] -> sum of losses."""
@@ -51,7 +51,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Head]:
     return {name: heads[name] for name in (ours, *console.matching(peers, [args.only]))}
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     """Time and memory of ours beside each peer, for each precision."""
     torch.set_num_threads(args.threads or console.available_cores())
     device = benchmark_task.chosen_device(args.device)

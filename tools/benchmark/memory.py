@@ -14,9 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import RATE, Task, device_name, ours
+from tools.benchmark.task import RATE, BenchmarkTask, device_name, ours
 from tools.shared import measure
-from tools.shared.measure import Done, Row
+from tools.shared.measure import BenchmarkRow, Done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def count(args: argparse.Namespace) -> int:
     return len(benchmark_task.tasks(args)) * len(args.methods) * 2
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     for task in benchmark_task.tasks(args):
         for method in args.methods:
             found = {}
@@ -55,7 +55,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
             )
 
 
-def peak(task: Task, method: str, recompute: str) -> float:
+def peak(task: BenchmarkTask, method: str, recompute: str) -> float:
     """MB beyond what lies there between two updates."""
     if task.device.type == "cuda":
         return _peak_on_gpu(task, method, recompute)
@@ -63,7 +63,7 @@ def peak(task: Task, method: str, recompute: str) -> float:
         return pool.apply(_peak_on_cpu, (task, method, recompute, torch.get_num_threads()))
 
 
-def _peak_on_gpu(task: Task, method: str, recompute: str) -> float:
+def _peak_on_gpu(task: BenchmarkTask, method: str, recompute: str) -> float:
     update = ours(task, method, train={"recompute": recompute})
     update()
     torch.cuda.reset_peak_memory_stats(task.device)
@@ -72,7 +72,7 @@ def _peak_on_gpu(task: Task, method: str, recompute: str) -> float:
     return (torch.cuda.max_memory_allocated(task.device) - before) / 1e6
 
 
-def _peak_on_cpu(task: Task, method: str, recompute: str, threads: int) -> float:
+def _peak_on_cpu(task: BenchmarkTask, method: str, recompute: str, threads: int) -> float:
     torch.set_num_threads(threads)
     update = ours(task, method, train={"recompute": recompute})
     update()

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from pretrain.build import keep_freed_memory
 from pretrain.model.huggingface import hugging_face_state
 from pretrain.model.optimizer import build_optimizer
-from tools.benchmark.task import SIZES, VOCAB, Task, Update
+from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, Update
 
 IGNORED = -100
 """Label of a row that is not predicted."""
 
 
-def natural(task: Task) -> tuple[Tensor, Tensor, Tensor]:
+def natural(task: BenchmarkTask) -> tuple[Tensor, Tensor, Tensor]:
     """The `mlm` batch as peers want it: ids [B, L], labels [B, L] and the rows predicted [B * P].
 
     The last are places in the flattened batch.
@@ -45,7 +45,7 @@ def natural(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(array).to(task.device) for array in (ids, labels, rows))  # type: ignore[return-value]
 
 
-def training_loop(task: Task, model: nn.Module, loss_of: Callable[[], Tensor]) -> Update:
+def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], Tensor]) -> Update:
     """The plain loop that a user of torch writes."""
     parameters = list(model.parameters())
     optimizer = build_optimizer(model, task.config().optimizer)
@@ -65,7 +65,7 @@ def training_loop(task: Task, model: nn.Module, loss_of: Callable[[], Tensor]) -
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def hugging_face_model(task: Task, attention: str = "sdpa") -> Any:
+def hugging_face_model(task: BenchmarkTask, attention: str = "sdpa") -> Any:
     """RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -90,19 +90,19 @@ def hugging_face_model(task: Task, attention: str = "sdpa") -> Any:
     return model.to(task.device).train()
 
 
-def hugging_face(task: Task) -> Update:
+def hugging_face(task: BenchmarkTask) -> Update:
     model = hugging_face_model(task)
     ids, labels, _ = natural(task)
     return training_loop(task, model, lambda: model(input_ids=ids, labels=labels).loss)
 
 
-def hugging_face_keeping(task: Task) -> Update:
+def hugging_face_keeping(task: BenchmarkTask) -> Update:
     if task.device.type == "cpu":
         keep_freed_memory()
     return hugging_face(task)
 
 
-def masked_head_compiled(task: Task) -> Update:
+def masked_head_compiled(task: BenchmarkTask) -> Update:
     model = hugging_face_model(task)
     ids, labels, rows = natural(task)
     targets = labels.flatten()[rows]
@@ -115,7 +115,7 @@ def masked_head_compiled(task: Task) -> Update:
     return training_loop(task, model, torch.compile(loss, dynamic=False))
 
 
-def fairseq_style(task: Task) -> Update:
+def fairseq_style(task: BenchmarkTask) -> Update:
     model = hugging_face_model(task, attention="eager")
     ids, labels, _ = natural(task)
 
@@ -128,7 +128,7 @@ def fairseq_style(task: Task) -> Update:
     return training_loop(task, model, loss)
 
 
-def hugging_face_trainer(task: Task) -> Update:
+def hugging_face_trainer(task: BenchmarkTask) -> Update:
     """Trainer's own loop in a thread that takes one step at a time; needs the package `accelerate`."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -193,7 +193,7 @@ def hugging_face_trainer(task: Task) -> Update:
 # ---- Megatron ------------------------------------------------------------------------------------
 
 
-def megatron(task: Task) -> Update:
+def megatron(task: BenchmarkTask) -> Update:
     """BertModel with every logit computed, as it comes; one process in groups of its own."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
@@ -243,7 +243,7 @@ def megatron(task: Task) -> Update:
     return training_loop(task, model, loss)
 
 
-PEERS: dict[str, tuple[Callable[[Task], Update], tuple[str, ...]]] = {
+PEERS: dict[str, tuple[Callable[[BenchmarkTask], Update], tuple[str, ...]]] = {
     "hugging face": (hugging_face, ("transformers",)),
     "hugging face, freed memory kept": (hugging_face_keeping, ("transformers",)),
     "hugging face trainer": (hugging_face_trainer, ("transformers", "accelerate")),

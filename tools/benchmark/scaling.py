@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from pretrain.errors import UserError
 from pretrain.parallel import tensor_parallel, topology
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import SIZES, Task, device_name, in_turns, ours
+from tools.benchmark.task import SIZES, BenchmarkTask, device_name, in_turns, ours
 from tools.shared import console, measure
-from tools.shared.measure import Done, Row
+from tools.shared.measure import BenchmarkRow, Done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return console.matching(SUBJECTS, [args.only])
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     for task in benchmark_task.tasks(args):
         if task.device.type == "cuda" and torch.cuda.device_count() < 2:
             raise UserError("scaling: needs two GPUs; add --device cpu")
@@ -60,7 +60,7 @@ Seconds = tuple[list[float], list[float]]
 """Ours and the peer's, in the same rounds."""
 
 
-def tensor_block(task: Task, runs: int) -> Seconds:
+def tensor_block(task: BenchmarkTask, runs: int) -> Seconds:
     """A layer divided between the ranks, and whole; every rank times both."""
     place = topology.connect(tensor=2)
     whole, divided = (task.module(task.config()).to(place.device) for _ in range(2))
@@ -71,7 +71,7 @@ def tensor_block(task: Task, runs: int) -> Seconds:
     return found["two"], found["one"]
 
 
-def zero_update(task: Task, runs: int) -> Seconds:
+def zero_update(task: BenchmarkTask, runs: int) -> Seconds:
     place = topology.connect(needs_group=True)
     zero = ours(task, "mlm", place, train={"engine": "deepspeed"}, parallel={"zero": 1})
     plain = ours(task, "mlm", place)
@@ -79,10 +79,10 @@ def zero_update(task: Task, runs: int) -> Seconds:
     return found["zero"], found["plain"]
 
 
-def data_update(task: Task, runs: int) -> Seconds:
+def data_update(task: BenchmarkTask, runs: int) -> Seconds:
     """Slots a second: two ranks with half of the batch each, and one with half of the batch alone."""
     place = topology.connect()
-    half = Task(task.size, task.length, max(1, task.batch_size // 2), task.precision, place.device)
+    half = BenchmarkTask(task.size, task.length, max(1, task.batch_size // 2), task.precision, place.device)
     two = ours(task, "mlm", place)
     one = ours(half, "mlm", topology.Topology(device=place.device))
     found = in_turns({"two": two, "one": one}, runs, 1, place.device, wall=True)
@@ -90,7 +90,7 @@ def data_update(task: Task, runs: int) -> Seconds:
     return [task.slots / s for s in found["two"]], [half.slots / s for s in found["one"]]
 
 
-SUBJECTS: dict[str, tuple[int, str, Callable[[Task, int], Seconds]]] = {
+SUBJECTS: dict[str, tuple[int, str, Callable[[BenchmarkTask, int], Seconds]]] = {
     "a layer, tensor parallel 2 against 1": (2, "s", tensor_block),
     "an update, zero 1 against the plain engine": (1, "s", zero_update),
     "data parallel 2 against 1": (2, "slots/s", data_update),
@@ -98,7 +98,7 @@ SUBJECTS: dict[str, tuple[int, str, Callable[[Task, int], Seconds]]] = {
 """Name -> ranks, unit and what each rank does."""
 
 
-def passes(task: Task, layer: nn.Module) -> Callable[[], Tensor]:
+def passes(task: BenchmarkTask, layer: nn.Module) -> Callable[[], Tensor]:
     """One forward and backward pass of a layer over random rows, equal on all ranks."""
     device = next(layer.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def passes(task: Task, layer: nn.Module) -> Callable[[], Tensor]:
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-def on_ranks(count: int, function: Callable[..., Seconds], task: Task, runs: int) -> Seconds:
+def on_ranks(count: int, function: Callable[..., Seconds], task: BenchmarkTask, runs: int) -> Seconds:
     """What rank 0 of `count` processes returns."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,7 +129,9 @@ def on_ranks(count: int, function: Callable[..., Seconds], task: Task, runs: int
     return queue.get()
 
 
-def _rank(rank: int, count: int, port: int, queue: Any, function: Any, task: Task, runs: int) -> None:
+def _rank(
+    rank: int, count: int, port: int, queue: Any, function: Any, task: BenchmarkTask, runs: int
+) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
     torch.set_num_threads(1)

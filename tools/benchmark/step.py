@@ -22,9 +22,9 @@ from pretrain.config import TrainOptions
 from pretrain.errors import UserError
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.peers import PEERS
-from tools.benchmark.task import RATE, Task, Update, apart, device_name, ours, take_turns
+from tools.benchmark.task import RATE, BenchmarkTask, Update, apart, device_name, ours, take_turns
 from tools.shared import console, measure, outputs
-from tools.shared.measure import Done, Row
+from tools.shared.measure import BenchmarkRow, Done
 from tools.shared.tables import aligned
 
 _ON_GPU = {"hugging face trainer", "megatron-core"}
@@ -74,14 +74,16 @@ def count(args: argparse.Namespace) -> int:
     return len(tasks) * sides * (1 + args.runs)
 
 
-def rows(args: argparse.Namespace, done: Done) -> Iterator[Row]:
+def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     """Every row, when the sides of its precision have been measured."""
     for task in benchmark_task.tasks(args):
         peers = chosen_peers(args.peers, task.device)
         yield from table(task, measured(task, args, peers, done), args.compile)
 
 
-def measured(task: Task, args: argparse.Namespace, peers: list[str], done: Done) -> dict[str, list[float]]:
+def measured(
+    task: BenchmarkTask, args: argparse.Namespace, peers: list[str], done: Done
+) -> dict[str, list[float]]:
     """Seconds of an update of every side, round by round."""
     mode = {"compile": args.compile}
     makers = {method: partial(our_side, task, method, mode) for method in ["mlm", *args.methods]}
@@ -96,7 +98,7 @@ def measured(task: Task, args: argparse.Namespace, peers: list[str], done: Done)
         return take_turns(sides, args.runs, done)
 
 
-def our_side(task: Task, method: str, mode: dict[str, str]) -> Update:
+def our_side(task: BenchmarkTask, method: str, mode: dict[str, str]) -> Update:
     """Our update in the process that `python -m pretrain` makes for it."""
     if task.device.type == "cpu":
         keep_freed_memory()
@@ -121,7 +123,7 @@ def chosen_peers(names: list[str] | None, device: torch.device) -> list[str]:
     return names
 
 
-def table(task: Task, seconds: Mapping[str, list[float]], mode: str) -> Iterator[Row]:
+def table(task: BenchmarkTask, seconds: Mapping[str, list[float]], mode: str) -> Iterator[BenchmarkRow]:
     """The rows of one task's measured rounds."""
     what = f"{task.size} {task.length}, {task.precision}"
     settings = {**task.settings(), "compile": mode}

@@ -29,7 +29,7 @@ from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import topology
 from tools.shared import console, measure
-from tools.shared.measure import Done, untold
+from tools.shared.measure import Done, no_progress
 
 VOCAB = flops.padded_vocab(50_265, 128)
 MASK_ID = 50_264
@@ -46,7 +46,7 @@ Update = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchmarkTask:
     """What is trained, on what."""
 
     size: str = "base"
@@ -122,7 +122,9 @@ class Task:
         }
 
 
-def ours(task: Task, method: str = "mlm", place: topology.Topology | None = None, **sections: Any) -> Update:
+def ours(
+    task: BenchmarkTask, method: str = "mlm", place: topology.Topology | None = None, **sections: Any
+) -> Update:
     """Our engine's update; `sections` add to those of the config."""
     config = task.config(method, **sections)
     place = place or topology.Topology(device=task.device)
@@ -146,7 +148,7 @@ def in_turns(
     repeat: int,
     device: torch.device,
     wall: bool = False,
-    done: Done = untold,
+    done: Done = no_progress,
 ) -> dict[str, list[float]]:
     """Seconds of an update of each side, `runs` times, in turn; each time the mean of `repeat` updates.
 
@@ -166,7 +168,7 @@ def in_turns(
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], float]], runs: int, done: Done = untold
+    sides: Mapping[str, Callable[[], float]], runs: int, done: Done = no_progress
 ) -> dict[str, list[float]]:
     """What each side returns, `runs` times, the order reversed every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -194,7 +196,7 @@ def timed(update: Update, repeat: int, device: torch.device, clock: Callable[[],
 
 @contextmanager
 def apart(
-    makers: Mapping[str, Callable[[], Update]], repeat: int, task: "Task", done: Done
+    makers: Mapping[str, Callable[[], Update]], repeat: int, task: "BenchmarkTask", done: Done
 ) -> Iterator[dict[str, Any]]:
     """Sides for `take_turns`, each in a process of its own with its own settings and memory.
 
@@ -281,11 +283,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def tasks(args: argparse.Namespace) -> list[Task]:
+def tasks(args: argparse.Namespace) -> list[BenchmarkTask]:
     """One for each precision; sets the threads."""
     torch.set_num_threads(args.threads or console.available_cores())
     device = chosen_device(args.device)
-    return [Task(args.size, args.length, args.batch_size, dtype, device) for dtype in args.dtype]
+    return [BenchmarkTask(args.size, args.length, args.batch_size, dtype, device) for dtype in args.dtype]
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -49,8 +49,8 @@ from tools.encode_corpus.duplicates import find_duplicates
 from tools.encode_corpus.parts import (
     HASH,
     LOCK,
-    Job,
-    Task,
+    EncodeJob,
+    EncodeTask,
     check_extras,
     file_state,
     finished,
@@ -136,7 +136,7 @@ def _is_help(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and not error.code
 
 
-def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
+def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[EncodeTask]:
     """All tasks, in an order in which they can be dealt out to `workers` processes in turn.
 
     Pieces depend on the input only. A compressed file is one task, or where there are fewer of them
@@ -152,7 +152,7 @@ def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[Task]:
         step, pieces = cut(file, txt_document, piece_bytes)
         pieces = pieces if pieces is None else max(1, pieces)  # of an empty file too there is a part
         shares = -(-workers // compressed) if pieces is None else pieces
-        tasks += [Task(i, str(file), step, pieces, first, shares, state) for first in range(shares)]
+        tasks += [EncodeTask(i, str(file), step, pieces, first, shares, state) for first in range(shares)]
     return tasks
 
 
@@ -172,12 +172,12 @@ class Part(NamedTuple):
     """Offset in the file where the next part must begin."""
 
 
-def list_parts(tasks: Sequence[Task], job: Job) -> list[Part]:
+def list_parts(tasks: Sequence[EncodeTask], job: EncodeJob) -> list[Part]:
     """Return all parts in the order of their text; UserError unless they cover every input just once."""
     return [part for task in tasks if task.first == 0 for part in _parts_of_file(task, job)]
 
 
-def _parts_of_file(task: Task, job: Job) -> Iterator[Part]:
+def _parts_of_file(task: EncodeTask, job: EncodeJob) -> Iterator[Part]:
     """Each part begins where the one before ended, and the last one saw the end of the file."""
     refuse_changed(task.path, task.state)
     at, last = 0, False
@@ -339,7 +339,9 @@ def find_suspicions(parts: Sequence[Part], names: Sequence[str]) -> list[str]:
     return [f"{name}: {text}" for name, each in zip(names, seen, strict=True) for text in suspicions(each)]
 
 
-def assemble(tasks: Sequence[Task], job: Job, args: Namespace, files: Sequence[Path]) -> dict[str, Any]:
+def assemble(
+    tasks: Sequence[EncodeTask], job: EncodeJob, args: Namespace, files: Sequence[Path]
+) -> dict[str, Any]:
     """Parts -> corpora; the report."""
     parts = list_parts(tasks, job)
     sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
@@ -486,7 +488,7 @@ def _command(args: Namespace) -> str:
     return json.dumps({name: value for name, value in vars(args).items() if name not in how})
 
 
-def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], Job, list[Task]]:
+def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], EncodeJob, list[EncodeTask]]:
     files = find_files(spool_stdin(args.input, args.stdin, folder))
     for line in missing_parts(files):
         print(f"warning: {line}", file=sys.stderr)
@@ -494,7 +496,7 @@ def _prepare(args: Namespace, folder: Path, workers: int) -> tuple[list[Path], J
     refuse_inputs([*outputs, Path(f"{args.output}.rejected.jsonl")], files)
     tokenizer = load_tokenizer(args.tokenizer, need_specials=False)
     literal_ids(tokenizer, args.map_literal)  # before the work
-    job = Job(
+    job = EncodeJob(
         folder=str(folder),
         tokenizer=args.tokenizer,
         tokenizer_hash=tokenizer.hash,

@@ -40,7 +40,7 @@ HASH = np.dtype([("key", "<u8", 2), ("bytes", "<u4")])
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What a process needs to know; everything but the folder shapes the output."""
 
     folder: str
@@ -65,7 +65,7 @@ class Job:
         return ("", "-valid") if self.holdout else ("",)
 
 
-class Task(NamedTuple):
+class EncodeTask(NamedTuple):
     """Pieces first, first + stride, ... of a file."""
 
     file: int
@@ -120,12 +120,12 @@ def remove_parts(folder: Path) -> None:
         folder.rmdir()
 
 
-def input_name(job: Job, file: Path) -> str:
+def input_name(job: EncodeJob, file: Path) -> str:
     """What the user calls an input: the copy of the standard input goes with the folder of the parts."""
     return STDIN if file.parent == Path(job.folder) else str(file)
 
 
-def identity(job: Job, task: Task, piece: int) -> dict[str, Any]:
+def identity(job: EncodeJob, task: EncodeTask, piece: int) -> dict[str, Any]:
     """What a part must have been made from."""
     size, modified = task.state
     place = ("folder", "tokenizer", "stdin_hash")
@@ -153,7 +153,7 @@ def refuse_changed(path: str | Path, state: tuple[int, int]) -> None:
         )
 
 
-def finished(job: Job, task: Task, piece: int) -> Manifest | None:
+def finished(job: EncodeJob, task: EncodeTask, piece: int) -> Manifest | None:
     """The manifest of a part, if it is there and of this piece as it is now."""
     try:
         manifest = load_manifest(part_name(job.folder, task.file, piece))
@@ -163,12 +163,12 @@ def finished(job: Job, task: Task, piece: int) -> Manifest | None:
     return manifest if noted.get("identity") == identity(job, task, piece) and "span" in noted else None
 
 
-def stop_file(job: Job) -> Path:
+def stop_file(job: EncodeJob) -> Path:
     """Its presence tells all processes that one of them has failed."""
     return Path(job.folder, "stop")
 
 
-def job_tokenizer(job: Job) -> Tokenizer:
+def job_tokenizer(job: EncodeJob) -> Tokenizer:
     """Return the tokenizer that the job began with; UserError if another one has taken its place."""
     tokenizer = load_tokenizer(job.tokenizer, need_specials=False)
     if tokenizer.hash != job.tokenizer_hash:
@@ -176,17 +176,17 @@ def job_tokenizer(job: Job) -> Tokenizer:
     return tokenizer
 
 
-class Encoder:
+class PartEncoder:
     """Task -> parts; one in each process."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EncodeJob) -> None:
         self.job = job
         self.tokenizer = job_tokenizer(job)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.record = tokenizer_record(job.tokenizer, self.tokenizer)
         self.text = SpecialText(self.tokenizer, literal_ids(self.tokenizer, job.map_literal), job.end)
 
-    def __call__(self, task: Task, advance: Callable[[int], None]) -> None:
+    def __call__(self, task: EncodeTask, advance: Callable[[int], None]) -> None:
         """Write the parts that are not there yet; `advance` is told the bytes read from the disk."""
         job = self.job
         numbers = itertools.count() if task.pieces is None else range(task.pieces)
@@ -212,7 +212,7 @@ class Encoder:
             return False
         return True
 
-    def _write(self, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]) -> None:
+    def _write(self, task: EncodeTask, piece: int, reader: Reader, advance: Callable[[int], None]) -> None:
         part = part_name(self.job.folder, task.file, piece)
         try:
             with named(part):
@@ -223,7 +223,7 @@ class Encoder:
                     path.unlink()
 
     def _write_part(
-        self, part: str, task: Task, piece: int, reader: Reader, advance: Callable[[int], None]
+        self, part: str, task: EncodeTask, piece: int, reader: Reader, advance: Callable[[int], None]
     ) -> None:
         corpus_file(part, "json").unlink(missing_ok=True)  # of what is damaged, or of another text
         counts = {"lines": 0, "read": 0, "rejected": 0, "disk_bytes": 0}
@@ -268,7 +268,7 @@ class Encoder:
 _AGAIN = "it was removed or damaged; give the same command again, which makes it anew"
 
 
-def check_extras(job: Job, part: str) -> None:
+def check_extras(job: EncodeJob, part: str) -> None:
     """Raise UserError unless what lies beside a part has all of its rejected lines and hashes."""
     expected, path = load_manifest(part).history["rejected"], Path(f"{part}.rejected")
     if not path.is_file() or path.read_bytes().count(b"\n") != expected:
@@ -282,7 +282,7 @@ def check_extras(job: Job, part: str) -> None:
 class _Side:
     """The training or the held-out part of a piece, while it is written."""
 
-    def __init__(self, prefix: str, encoder: Encoder, stack: ExitStack) -> None:
+    def __init__(self, prefix: str, encoder: PartEncoder, stack: ExitStack) -> None:
         self.encoder = encoder
         self.writer = stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=True, durable=False))
         hashes = Path(f"{prefix}.hash")

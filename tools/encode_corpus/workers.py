@@ -15,14 +15,16 @@ from typing import Any
 
 from pretrain import streams
 from pretrain.errors import UserError
-from tools.encode_corpus.parts import Encoder, Job, Task, stop_file
+from tools.encode_corpus.parts import EncodeJob, EncodeTask, PartEncoder, stop_file
 
 
-def run_tasks(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
+def run_tasks(
+    tasks: Sequence[EncodeTask], job: EncodeJob, workers: int, advance: Callable[[int], None]
+) -> None:
     """Do the tasks in this process or in `workers` others."""
     try:
         if workers == 1:
-            encoder = Encoder(job)
+            encoder = PartEncoder(job)
             for task in tasks:
                 encoder(task, advance)
         else:
@@ -33,7 +35,9 @@ def run_tasks(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[
         raise
 
 
-def _run_in_workers(tasks: Sequence[Task], job: Job, workers: int, advance: Callable[[int], None]) -> None:
+def _run_in_workers(
+    tasks: Sequence[EncodeTask], job: EncodeJob, workers: int, advance: Callable[[int], None]
+) -> None:
     # spawn: the parent has threads (the progress bar), which fork would copy in an unknown state
     context = multiprocessing.get_context("spawn")
     done, told = context.Value("q", 0), 0
@@ -57,16 +61,16 @@ def _run_in_workers(tasks: Sequence[Task], job: Job, workers: int, advance: Call
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder
+_encoder: PartEncoder
 _done: Any
 
 
-def _start_worker(job: Job, done: Any) -> None:
+def _start_worker(job: EncodeJob, done: Any) -> None:
     global _encoder, _done
     streams.prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent cleans up
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _encoder, _done = Encoder(job), done
+    _encoder, _done = PartEncoder(job), done
 
 
 def _die_with_parent() -> None:
@@ -76,7 +80,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work(task: Task) -> None:
+def _work(task: EncodeTask) -> None:
     _encoder(task, _advance)
 
 

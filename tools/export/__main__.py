@@ -67,7 +67,7 @@ def export_folder(
     check fails.
     """
     output = Path(output).resolve()  # of a link, what it points to is replaced
-    _mend(output)
+    _recover(output)
     _refuse(output, overwrite)
     form = form_of(config, with_decoder)
     with _partial_folder(output) as partial:
@@ -218,7 +218,7 @@ def _aside(output: Path) -> Path:
     return output.with_name(f".old-{output.name}")
 
 
-def _mend(output: Path) -> None:
+def _recover(output: Path) -> None:
     """Remove what a kill left, or bring the earlier export back that it left aside before the new one was in
     place; UserError where anything else is in the way."""
     _remove_partial(_partial(output))
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace, which: str, folder: Path) -> dict[str, Any]:
     """Write one checkpoint, and return what was written."""
     output = folder.resolve()
-    _mend(output)
+    _recover(output)
     _refuse(output, args.overwrite)  # before minutes of reading
     check_folder(output.parent)
     model, config, tokenizer, state = load_model(args.run, which)

@@ -163,7 +163,7 @@ class Layer(nn.Module):
         seen: Tensor,
         memory: Tensor | None = None,
         seen_memory: Tensor | None = None,
-        asking: Tensor | None = None,
+        is_query: Tensor | None = None,
     ) -> Tensor:
         before = x
         h = self.attention_norm(x) if self.pre else x
@@ -174,7 +174,7 @@ class Layer(nn.Module):
             x = self._add(x, self.cross(h, memory, rotation, seen_memory), self.cross_norm)
         h = self.ffn_norm(x) if self.pre else x
         x = self._add(x, self.ffn(h), self.ffn_norm)
-        return x if asking is None else torch.where(asking[..., None], x, before)
+        return x if is_query is None else torch.where(is_query[..., None], x, before)
 
     def _add(self, x: Tensor, change: Tensor, after: nn.Module) -> Tensor:
         return x + change if self.pre else after(x + change)
@@ -282,9 +282,9 @@ class LateMaskForMaskedLM(PreTrainedModel):
         if c.block == "roberta":
             x = x + (d.positions if c.decoder_positions == "own" else self.positions)(positions)
         x = d.input_norm(x)
-        asking = ids == c.mask_token_id if c.decoder_kind == "query" else None
+        is_query = ids == c.mask_token_id if c.decoder_kind == "query" else None
         for layer in d.layers:
-            x = layer(x, rotation, text, encoded, seen, asking)
+            x = layer(x, rotation, text, encoded, seen, is_query)
         return d.final_norm(x)
 
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pretrain.errors import STOPPED, UserError
 from tools.finetune import table
-from tools.finetune.cells import MNLI, RANDOM, RUNS, Run, append, chosen, do, read_runs
+from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen, do, read_runs
 from tools.finetune.plan import PROTOCOLS, Plan, make_plan, refuse_others
 from tools.finetune.tasks import STARTED_FROM_MNLI
 from tools.shared import console, downstream, outputs
@@ -58,7 +58,7 @@ def run_share(plan: Plan) -> int:
         print(f"{_line(run)} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
 
 
-def _line(run: Run) -> str:
+def _line(run: FinetuneRun) -> str:
     """Return what is said of a run when it is done."""
     cell, scores = (
         run.cell,
@@ -133,16 +133,16 @@ MAX_SHARES = 100
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def record(plan: Plan, runs: Sequence[Run]) -> None:
+def record(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
     """Write encoders' scores to the downstream.jsonl of their run; those of other folders to OUTPUT's."""
     for source in plan.sources:
-        groups: dict[tuple[str, str], list[Run]] = {}
+        groups: dict[tuple[str, str], list[FinetuneRun]] = {}
         for run in runs:
             if run.cell.encoder == source.name and run.cell.start != RANDOM and not run.cell.kept:
                 groups.setdefault((run.cell.task, run.cell.start), []).append(run)
         is_run = source.step is not None
         scores = [
-            downstream.Score(
+            downstream.DownstreamScore(
                 step=source.step,
                 task=f"{split} from MNLI" if run.cell.start == MNLI else split,
                 metric=metric,
@@ -160,7 +160,7 @@ def record(plan: Plan, runs: Sequence[Run]) -> None:
         downstream.record(source.path if is_run else plan.args.output, scores)
 
 
-def show(runs: Sequence[Run], args: argparse.Namespace) -> None:
+def show(runs: Sequence[FinetuneRun], args: argparse.Namespace) -> None:
     """Print the tables."""
     if args.json:
         found = [asdict(entry) for entry in table.entries(runs, all_metrics=True)]

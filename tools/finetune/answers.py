@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain.errors import UserError
-from tools.finetune.task import Inputs, Task, entropy
+from tools.finetune.task import FinetuneTask, TaskInputs, entropy
 from tools.text.glue import reject
 
 SUFFIXES = (".json",)
@@ -77,7 +77,7 @@ def _question(paragraph: dict[str, Any], item: dict[str, Any]) -> Question:
     return Question(question, context, texts, item["answers"][0]["answer_start"])
 
 
-class Answers(Task):
+class Answers(FinetuneTask):
     """Begin and end of the answer in a text."""
 
     auto = "QuestionAnswering"
@@ -94,7 +94,7 @@ class Answers(Task):
     def key(self, row: Question) -> str:
         return f"{row.question}\t{row.context}"
 
-    def encode(self, rows: Sequence[Question], tokenizer: Any, max_length: int) -> Inputs:
+    def encode(self, rows: Sequence[Question], tokenizer: Any, max_length: int) -> TaskInputs:
         questions = [row.question for row in rows]
         for ids in tokenizer(questions, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
             if len(ids) > max_length // 2:  # something of the text is to be seen
@@ -120,14 +120,14 @@ class Answers(Task):
             each = {name: found[name][window] for name in found}
             features.append({**each, "start_positions": begin, "end_positions": end})
             places.append((number, spans))
-        return Inputs(features, places, 0)
+        return TaskInputs(features, places, 0)
 
-    def majority_loss(self, inputs: Inputs) -> float:
+    def majority_loss(self, inputs: TaskInputs) -> float:
         ends = ("start_positions", "end_positions")
         return sum(entropy(each[name] for each in inputs.features) for name in ends) / 2
 
     def predictions(
-        self, rows: Sequence[Question], inputs: Inputs, outputs: Sequence[np.ndarray]
+        self, rows: Sequence[Question], inputs: TaskInputs, outputs: Sequence[np.ndarray]
     ) -> list[str]:
         best = [(-np.inf, "")] * len(rows)
         none = [np.inf] * len(rows)

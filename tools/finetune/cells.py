@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from tools.finetune.task import Task
+from tools.finetune.task import FinetuneTask
 from tools.text.glue import drawn
 
 RUNS = "runs.jsonl"
@@ -58,7 +58,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinetuneRun:
     """A cell and what came of it: a line of runs.jsonl."""
 
     cell: Cell
@@ -84,9 +84,9 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_runs(path: Path) -> list[FinetuneRun]:
     """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
-    found: dict[Cell, Run] = {}
+    found: dict[Cell, FinetuneRun] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
         if not line:
             continue
@@ -98,13 +98,13 @@ def read_runs(path: Path) -> list[Run]:
             continue  # torn by a kill
         try:
             cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})
-            found[cell] = Run(cell, **record)
+            found[cell] = FinetuneRun(cell, **record)
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path}:{number}: no run of this version; choose another --output") from None
     return list(found.values())
 
 
-def append(path: Path, run: Run) -> None:
+def append(path: Path, run: FinetuneRun) -> None:
     """Add a run's line, whole, whoever else does so."""
     record = asdict(run)
     line = json.dumps(record.pop("cell") | record, allow_nan=False) + "\n"
@@ -118,7 +118,7 @@ def append(path: Path, run: Run) -> None:
         os.close(descriptor)
 
 
-def rows_of(task: Task, cell: Cell) -> tuple[list[Any], list[Any]]:
+def rows_of(task: FinetuneTask, cell: Cell) -> tuple[list[Any], list[Any]]:
     """Return the rows to train on and those to choose by, drawn by their hash: for all encoders the same."""
     rows = list(task.train)
     if cell.train_rows is not None:
@@ -132,7 +132,7 @@ def rows_of(task: Task, cell: Cell) -> tuple[list[Any], list[Any]]:
     return [row for i, row in enumerate(rows) if i not in kept], [rows[i] for i in sorted(kept)]
 
 
-def do(cell: Cell, task: Task, folder: str, device: str, keep: Path | None) -> Run:
+def do(cell: Cell, task: FinetuneTask, folder: str, device: str, keep: Path | None) -> FinetuneRun:
     """Train and score a cell. folder: of the encoder; keep: where its model is to stay."""
     train_rows, held_rows = rows_of(task, cell)
     parts = {"": held_rows, **task.splits} if held_rows else dict(task.splits)
@@ -140,20 +140,20 @@ def do(cell: Cell, task: Task, folder: str, device: str, keep: Path | None) -> R
     if cell.encoder in BASELINES:
         answer = task.majority if cell.encoder == MAJORITY else task.tfidf
         scores = {name: task.scores(name, rows, answer(train_rows, rows)) for name, rows in parts.items()}
-        return Run(cell, scores, scores.pop("", {}), n)
+        return FinetuneRun(cell, scores, scores.pop("", {}), n)
     return _fine_tuned(cell, task, folder, device, keep, train_rows, parts, n)
 
 
 def _fine_tuned(
     cell: Cell,
-    task: Task,
+    task: FinetuneTask,
     folder: str,
     device: str,
     keep: Path | None,
     train_rows: Sequence[Any],
     parts: Mapping[str, Sequence[Any]],
     n: dict[str, int],
-) -> Run:
+) -> FinetuneRun:
     import torch
     import transformers
 
@@ -178,7 +178,7 @@ def _fine_tuned(
         model.base_model.save_pretrained(keep)  # type: ignore[operator]
         tokenizer.save_pretrained(keep)
     majority_loss, place = task.majority_loss(inputs), torch.device(device)
-    return Run(
+    return FinetuneRun(
         cell,
         scores,
         scores.pop("", {}),
@@ -196,9 +196,9 @@ def _fine_tuned(
     )
 
 
-def chosen(runs: Iterable[Run], best_on_dev: bool) -> list[Run]:
+def chosen(runs: Iterable[FinetuneRun], best_on_dev: bool) -> list[FinetuneRun]:
     """Return the runs of the best setting: by the median over seeds of what it was chosen by."""
-    by_setting: dict[tuple[Any, ...], list[Run]] = {}
+    by_setting: dict[tuple[Any, ...], list[FinetuneRun]] = {}
     for run in runs:
         by_setting.setdefault(run.cell.setting, []).append(run)
 
@@ -208,7 +208,7 @@ def chosen(runs: Iterable[Run], best_on_dev: bool) -> list[Run]:
     return by_setting[max(by_setting, key=median)] if by_setting else []
 
 
-def _leading(run: Run, best_on_dev: bool) -> float:
+def _leading(run: FinetuneRun, best_on_dev: bool) -> float:
     """Return the score that settings are chosen by: the first metric, of dev the first split's."""
     scores = (
         run.held_out_scores if run.held_out_scores and not best_on_dev else next(iter(run.scores.values()))

@@ -17,8 +17,8 @@ from pathlib import Path
 from pretrain import checkpoint
 from pretrain.errors import UserError
 from tools.finetune import table
-from tools.finetune.cells import BASELINES, MNLI, RANDOM, RUNS, Cell, Run, chosen
-from tools.finetune.task import Task
+from tools.finetune.cells import BASELINES, MNLI, RANDOM, RUNS, Cell, FinetuneRun, chosen
+from tools.finetune.task import FinetuneTask
 from tools.finetune.tasks import STARTED_FROM_MNLI, find_task
 from tools.shared import outputs
 
@@ -52,7 +52,7 @@ class Plan:
     batches: list[int]
     epochs: int
     sources: list[Source]
-    tasks: list[Task]
+    tasks: list[FinetuneTask]
     args: argparse.Namespace
 
     @property
@@ -60,18 +60,18 @@ class Plan:
         """Whether a part of train is kept to choose settings by."""
         return len(self.lrs) * len(self.batches) > 1 and not self.args.best_on_dev
 
-    def cell(self, encoder: str, task: Task, **more: object) -> Cell:
+    def cell(self, encoder: str, task: FinetuneTask, **more: object) -> Cell:
         rows, longest = self.args.train_rows, self.args.max_length
         cell = Cell(self.protocol, encoder, task.name, train_rows=rows, max_length=longest)
         return replace(cell, held_out=self.chooses, data=task.fingerprint, **more)  # type: ignore[arg-type]
 
-    def grid(self, source: Source, task: Task, start: str) -> Iterator[Cell]:
+    def grid(self, source: Source, task: FinetuneTask, start: str) -> Iterator[Cell]:
         """Every setting and seed of an encoder on a task."""
         for seed, batch, lr in product(range(self.args.seeds), self.batches, self.lrs):
             setting = {"lr": lr, "batch": batch, "epochs": self.epochs, "seed": seed}
             yield self.cell(source.name, task, start=start, weights=source.weights, **setting)
 
-    def cells(self, runs: Sequence[Run]) -> list[Cell]:
+    def cells(self, runs: Sequence[FinetuneRun]) -> list[Cell]:
         """Return all cells that can be done after these runs, new ones behind the others."""
         found = [self.cell(name, task) for task in self.tasks for name in BASELINES]
         for task, source, start in product(self.tasks, self.sources, ("", RANDOM)):
@@ -84,7 +84,7 @@ class Plan:
                     found += self.grid(source, task, MNLI)
         return found
 
-    def start(self, source: Source, runs: Sequence[Run]) -> Cell | None:
+    def start(self, source: Source, runs: Sequence[FinetuneRun]) -> Cell | None:
         """Return the run whose model of MNLI is kept: of the chosen setting, once that is known."""
         (task,) = (task for task in self.tasks if task.name == MNLI)
         wanted = set(self.grid(source, task, ""))
@@ -99,7 +99,7 @@ class Plan:
         name = hashlib.blake2b(repr(cell).encode(), digest_size=4).hexdigest()
         return self.args.output / "starts" / f"{cell.encoder}-{name}"
 
-    def folder(self, cell: Cell, runs: Sequence[Run]) -> Path:
+    def folder(self, cell: Cell, runs: Sequence[FinetuneRun]) -> Path:
         """Return the Hugging Face folder that a cell begins with."""
         source = next((source for source in self.sources if source.name == cell.encoder), None)
         if source is None:
@@ -107,7 +107,7 @@ class Plan:
         start = self.start(source, runs) if cell.start == MNLI else None
         return self.kept(start) if start else source.folder
 
-    def todo(self, runs: Sequence[Run]) -> list[tuple[int, Cell]]:
+    def todo(self, runs: Sequence[FinetuneRun]) -> list[tuple[int, Cell]]:
         """Return the cells that are not done, with their place among all."""
         done = {run.cell for run in runs if not run.cell.kept or self.kept(run.cell).exists()}
         return [(place, cell) for place, cell in enumerate(self.cells(runs)) if cell not in done]
@@ -184,7 +184,7 @@ def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
     return Source(name, path, folder, step, digest.hexdigest())
 
 
-def refuse_others(plan: Plan, runs: Sequence[Run]) -> None:
+def refuse_others(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
     """UserError where the lines are of other weights or rows by the same name: a table would mix them."""
     weights = {source.name: source.weights for source in plan.sources}
     data = {task.name: task.fingerprint for task in plan.tasks}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.finetune.cells import BASELINES, MNLI, RANDOM, Run, chosen
+from tools.finetune.cells import BASELINES, MNLI, RANDOM, FinetuneRun, chosen
 from tools.shared.tables import aligned
 
 BEST_ON_DEV = "best on dev"
@@ -31,7 +31,7 @@ class Entry:
     """That were scored."""
 
 
-def entries(runs: Sequence[Run], all_metrics: bool = False) -> list[Entry]:
+def entries(runs: Sequence[FinetuneRun], all_metrics: bool = False) -> list[Entry]:
     """Return what stands in the tables, encoders in the order of their lines and baselines last.
 
     all_metrics: not the first one of each split alone.
@@ -53,7 +53,7 @@ def entries(runs: Sequence[Run], all_metrics: bool = False) -> list[Entry]:
 
 
 def _entry(
-    protocol: str, encoder: str, column: str, scores: Sequence[float], best: Sequence[Run], split: str
+    protocol: str, encoder: str, column: str, scores: Sequence[float], best: Sequence[FinetuneRun], split: str
 ) -> Entry:
     cell = best[0].cell
     if len(scores) > 1:
@@ -67,7 +67,7 @@ def _entry(
     )
 
 
-def account(runs: Sequence[Run]) -> dict[str, Any]:
+def account(runs: Sequence[FinetuneRun]) -> dict[str, Any]:
     """Return what all runs cost, also those that are in no table."""
     total: dict[str, Any] = {"runs": len(runs), "collapsed": sum(run.collapsed for run in runs)}
     for name in ("flops", "device_seconds"):
@@ -76,7 +76,7 @@ def account(runs: Sequence[Run]) -> dict[str, Any]:
     return total | {"devices": sorted({run.device for run in runs if run.device})}
 
 
-def grids(runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+def grids(runs: Sequence[FinetuneRun]) -> dict[str, list[list[str]]]:
     """Return a table of words for each protocol: they are never mixed."""
     found = {}
     known = entries(runs)
@@ -100,13 +100,13 @@ def _cell(entry: Entry | None) -> str:
     return text + (f", {entry.collapsed} of {entry.seeds} collapsed" if entry.collapsed else "")
 
 
-def text(runs: Sequence[Run]) -> str:
+def text(runs: Sequence[FinetuneRun]) -> str:
     """Return the tables for a terminal."""
     parts = [f"{protocol}\n{aligned(grid)}" for protocol, grid in grids(runs).items()]
     return "\n\n".join([*parts, summary(runs)])
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def markdown(runs: Sequence[FinetuneRun]) -> str:
     """Return the tables for a page."""
     parts = []
     for protocol, (head, *lines) in grids(runs).items():
@@ -115,7 +115,7 @@ def markdown(runs: Sequence[Run]) -> str:
     return "\n\n".join([*parts, summary(runs)]) + "\n"
 
 
-def summary(runs: Sequence[Run]) -> str:
+def summary(runs: Sequence[FinetuneRun]) -> str:
     """Return the account in a sentence."""
     total = account(runs)
     flops, seconds = total["flops"], total["device_seconds"]

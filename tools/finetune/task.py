@@ -19,7 +19,7 @@ IGNORED = -100
 """The label of what is not predicted."""
 
 
-class Inputs(NamedTuple):
+class TaskInputs(NamedTuple):
     """Rows as a model takes them."""
 
     features: list[dict[str, Any]]
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     """Rows that lost their end."""
 
 
-class Task(ABC):
+class FinetuneTask(ABC):
     """Rows to train on, rows to be scored, and what connects them with a model."""
 
     auto: str
@@ -56,11 +56,13 @@ class Task(ABC):
         """Return what a row is drawn by."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> Inputs:
+    def encode(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> TaskInputs:
         """Return the inputs of rows, each of at most `max_length` tokens."""
 
     @abstractmethod
-    def predictions(self, rows: Sequence[Any], inputs: Inputs, outputs: Sequence[np.ndarray]) -> list[Any]:
+    def predictions(
+        self, rows: Sequence[Any], inputs: TaskInputs, outputs: Sequence[np.ndarray]
+    ) -> list[Any]:
         """Return a prediction for each row. outputs: logits of each input, without those of padding."""
 
     @abstractmethod
@@ -75,7 +77,7 @@ class Task(ABC):
     def tfidf(self, train: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
         """Return the predictions of a linear model of TF-IDF features."""
 
-    def majority_loss(self, inputs: Inputs) -> float:
+    def majority_loss(self, inputs: TaskInputs) -> float:
         """Return the least training loss of a model that does not look at its input, in nats."""
         return entropy(label for each in inputs.features for label in np.ravel(each["labels"]))
 

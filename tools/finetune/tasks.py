@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain.errors import UserError
 from tools.finetune import answers, words
-from tools.finetune.task import Inputs, Task, logistic
+from tools.finetune.task import FinetuneTask, TaskInputs, logistic
 from tools.shared.metrics import scored
 from tools.text import glue
 
@@ -17,7 +17,7 @@ STARTED_FROM_MNLI = ("RTE", "MRPC", "STS-B")
 """Small tasks that are also started from a model of MNLI, as in RoBERTa's paper."""
 
 
-def find_task(data: Path, name: str, bad: list[str] | None) -> Task:
+def find_task(data: Path, name: str, bad: list[str] | None) -> FinetuneTask:
     """Return the task that DATA/NAME holds: answers, words, or sentences.
 
     bad: rows that cannot be used are left out, and added here; otherwise they are a UserError.
@@ -47,7 +47,7 @@ def one(folder: Path, files: Sequence[Path], words: Sequence[str]) -> Path:
     return found[0]
 
 
-class Sentences(Task):
+class Sentences(FinetuneTask):
     """One sentence or two, and a class or a score: GLUE, and what a description explains."""
 
     auto = "SequenceClassification"
@@ -76,10 +76,10 @@ class Sentences(Task):
             return {"num_labels": 1, "problem_type": "regression"}
         return {"num_labels": len(self._task.classes), "problem_type": "single_label_classification"}
 
-    def key(self, row: glue.Row) -> str:
+    def key(self, row: glue.LabelledRow) -> str:
         return glue.key(row)
 
-    def encode(self, rows: Sequence[glue.Row], tokenizer: Any, max_length: int) -> Inputs:
+    def encode(self, rows: Sequence[glue.LabelledRow], tokenizer: Any, max_length: int) -> TaskInputs:
         columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
         # The letters of a special piece in a text are text, as they are in pre-training.
         known = tokenizer(*columns, split_special_tokens=True)
@@ -89,28 +89,30 @@ class Sentences(Task):
             {**{name: cut[name][i] for name in cut}, "labels": kind(row.target)} for i, row in enumerate(rows)
         ]
         truncated = sum(len(ids) > max_length for ids in known["input_ids"])
-        return Inputs(features, [], truncated)
+        return TaskInputs(features, [], truncated)
 
     def predictions(
-        self, rows: Sequence[glue.Row], inputs: Inputs, outputs: Sequence[np.ndarray]
+        self, rows: Sequence[glue.LabelledRow], inputs: TaskInputs, outputs: Sequence[np.ndarray]
     ) -> list[float]:
         return [float(each[0] if self._task.is_regression else each.argmax()) for each in outputs]
 
-    def scores(self, split: str, rows: Sequence[glue.Row], predictions: Sequence[float]) -> dict[str, float]:
+    def scores(
+        self, split: str, rows: Sequence[glue.LabelledRow], predictions: Sequence[float]
+    ) -> dict[str, float]:
         targets = [row.target for row in rows]
         return {name: scored(name, targets, predictions) for name in self._metrics.get(split, self.metrics)}
 
-    def majority_loss(self, inputs: Inputs) -> float:
+    def majority_loss(self, inputs: TaskInputs) -> float:
         if self._task.is_regression:
             return float(np.var([each["labels"] for each in inputs.features]))
         return super().majority_loss(inputs)
 
-    def majority(self, train: Sequence[glue.Row], rows: Sequence[glue.Row]) -> list[float]:
+    def majority(self, train: Sequence[glue.LabelledRow], rows: Sequence[glue.LabelledRow]) -> list[float]:
         targets = [row.target for row in train]
         answer = np.mean(targets) if self._task.is_regression else Counter(targets).most_common(1)[0][0]
         return [float(answer)] * len(rows)
 
-    def tfidf(self, train: Sequence[glue.Row], rows: Sequence[glue.Row]) -> list[float]:
+    def tfidf(self, train: Sequence[glue.LabelledRow], rows: Sequence[glue.LabelledRow]) -> list[float]:
         """Words and pairs of words; of two sentences, what they share and in what they differ."""
         from scipy import sparse
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -119,7 +121,7 @@ class Sentences(Task):
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\S+")
         vectorizer.fit([text for row in train for text in row.texts])
 
-        def features(rows: Sequence[glue.Row]) -> Any:
+        def features(rows: Sequence[glue.LabelledRow]) -> Any:
             columns = zip(*(row.texts for row in rows), strict=True)
             sides = [vectorizer.transform(column) for column in columns]
             if len(sides) == 1:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain.errors import UserError
-from tools.finetune.task import IGNORED, Inputs, Task, logistic
+from tools.finetune.task import IGNORED, FinetuneTask, TaskInputs, logistic
 from tools.text.glue import reject
 
 SUFFIXES = (".conllu", ".conll", ".bio", ".iob", ".txt")
@@ -98,7 +98,7 @@ def _text(line: bytes) -> str:
         raise UserError(f"not UTF-8 (byte {error.start} of the line)") from None
 
 
-class Words(Task):
+class Words(FinetuneTask):
     """A label for each word of a sentence."""
 
     auto = "TokenClassification"
@@ -117,7 +117,7 @@ class Words(Task):
     def key(self, row: Sentence) -> str:
         return "\t".join((*row.words, *row.labels))
 
-    def encode(self, rows: Sequence[Sentence], tokenizer: Any, max_length: int) -> Inputs:
+    def encode(self, rows: Sequence[Sentence], tokenizer: Any, max_length: int) -> TaskInputs:
         number = {label: i for i, label in enumerate(self._labels)}
         found = tokenizer(
             [list(row.words) for row in rows],
@@ -142,10 +142,10 @@ class Words(Task):
             ]
             features.append({**{name: found[name][window] for name in found}, "labels": labels})
             places.append(firsts)
-        return Inputs(features, places, 0)
+        return TaskInputs(features, places, 0)
 
     def predictions(
-        self, rows: Sequence[Sentence], inputs: Inputs, outputs: Sequence[np.ndarray]
+        self, rows: Sequence[Sentence], inputs: TaskInputs, outputs: Sequence[np.ndarray]
     ) -> list[list[str]]:
         # Words without tokens, such as a zero-width one, keep this.
         found = [[_OUTSIDE] * len(row.words) for row in rows]

@@ -14,7 +14,7 @@ from pretrain.data.corpora import mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tools.plan import layouts, traffic
-from tools.plan.layouts import Job
+from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout, Memory
 
 TIMES: tuple[str, ...] = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "price", "watts")
@@ -125,7 +125,7 @@ class PlannedRun:
     """Share of the device's peak that products reach; None: what layouts.achieved says."""
 
     @property
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> list[PlannedJob]:
         return [layouts.job(phase, self.device) for phase in self.recipe.phases]
 
     @property
@@ -324,7 +324,7 @@ def _mapped(config: Config) -> dict[str, int] | None:
         return None
 
 
-def _sent(job: Job, layout: Layout) -> dict[str, float]:
+def _sent(job: PlannedJob, layout: Layout) -> dict[str, float]:
     """Bytes that a rank sends in an update, by group."""
     found = {"data": 0.0, "tensor": 0.0}
     for call in traffic.step(job.model, job.rows, job.vocab_size, layout):

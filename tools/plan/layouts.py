@@ -63,7 +63,7 @@ too fast by, beyond what it was for plain, on two ranks (results/plan-cpu.json: 
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is to be trained, whatever the layout."""
 
     model: ModelOptions
@@ -73,7 +73,7 @@ class Job:
     precision: str
 
 
-def job(phase: Phase, device: Device | None) -> Job:
+def job(phase: Phase, device: Device | None) -> PlannedJob:
     """Return the job of a phase; UserError if the device is not known to have its precision."""
     precision = phase.config.train.precision
     assert precision
@@ -82,7 +82,9 @@ def job(phase: Phase, device: Device | None) -> Job:
             f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
             f" {', '.join(device.peak)}"
         )
-    return Job(phase.config.model, phase.rows, phase.vocab_size, phase.config.train.batch_size, precision)
+    return PlannedJob(
+        phase.config.model, phase.rows, phase.vocab_size, phase.config.train.batch_size, precision
+    )
 
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
@@ -137,7 +139,7 @@ def changes(config: Config, layout: Layout) -> str:
 # ---- what a layout needs -------------------------------------------------------------------------
 
 
-def memory_of(job: Job, layout: Layout) -> Memory:
+def memory_of(job: PlannedJob, layout: Layout) -> Memory:
     """Bytes of a rank."""
     return memory.per_rank(job.model, job.rows, job.vocab_size, layout)
 
@@ -147,7 +149,7 @@ def needs(held: Memory) -> float:
     return held.total * (1 + FRAGMENTS) + RESERVE
 
 
-def step_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
     """Seconds of an update."""
     computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
     waiting = 0.0
@@ -157,7 +159,7 @@ def step_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> f
     return computing + waiting + update_seconds(job, layout, device)
 
 
-def micro_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
     """Seconds of a micro-batch's forward and backward pass."""
     B, T = layout.micro_batch, layout.tensor
     cost = flops.step_cost(job.model, job.rows, job.vocab_size, B, layout.recompute)
@@ -172,7 +174,7 @@ def micro_seconds(job: Job, layout: Layout, device: Device, achieved: float) -> 
     return max(seconds, layers * KERNELS * LAUNCH + hooks) if device.gpu else seconds + hooks
 
 
-def update_seconds(job: Job, layout: Layout, device: Device) -> float:
+def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
     """Seconds of the optimizer, and of carrying what is offloaded to it."""
     P = memory.local_parameters(job.model, job.vocab_size, layout.tensor)
     share = -(-P // layout.data) if layout.zero else P
@@ -198,7 +200,7 @@ def achieved(device: Device, precision: str) -> tuple[float, str]:
     return ACHIEVED, "assumed"
 
 
-def share_of(job: Job, layout: Layout, device: Device, seconds: float) -> float:
+def share_of(job: PlannedJob, layout: Layout, device: Device, seconds: float) -> float:
     """The share of the peak at which an update takes so long: its time is A / share + B."""
     whole, half = (step_seconds(job, layout, device, share) for share in (1.0, 0.5))
     return (half - whole) / (seconds - (2 * whole - half))
@@ -232,7 +234,7 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
 # ---- which layout --------------------------------------------------------------------------------
 
 
-def divisions(jobs: Sequence[Job], gpus: int, device: Device) -> list[tuple[int, int]]:
+def divisions(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[tuple[int, int]]:
     """(tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases divide."""
     model, found = jobs[-1].model, []
     for tensor in powers(min(gpus, device.per_node)):
@@ -243,7 +245,7 @@ def divisions(jobs: Sequence[Job], gpus: int, device: Device) -> list[tuple[int,
     return found
 
 
-def nearest(jobs: Sequence[Job], gpus: int, device: Device) -> list[int]:
+def nearest(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[int]:
     """The next smaller and the next larger number of devices among which all divides, where there is one."""
     most = device.per_node * max(job.batch_size for job in jobs)
     found = []
@@ -252,7 +254,7 @@ def nearest(jobs: Sequence[Job], gpus: int, device: Device) -> list[int]:
     return [count for count in found if count]
 
 
-def candidates(jobs: Sequence[Job], gpus: int, device: Device) -> Iterator[list[Layout]]:
+def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterator[list[Layout]]:
     """For each way to divide the model, its state and its activations, the simpler ones first: the layout
     of each phase, with the largest micro-batch that fits."""
     divided = divisions(jobs, gpus, device)
@@ -288,7 +290,7 @@ def powers(limit: int) -> list[int]:
     return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
 
-def largest_micro_batch(job: Job, layout: Layout, device: Device) -> Layout | None:
+def largest_micro_batch(job: PlannedJob, layout: Layout, device: Device) -> Layout | None:
     """With the largest micro-batch, of those that divide a rank's samples, that fits; None: not even 1."""
     samples, rest = divmod(job.batch_size, layout.data)
     if rest:
@@ -306,15 +308,17 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def fastest(jobs: Sequence[Job], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
+def fastest(jobs: Sequence[PlannedJob], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
     """The simplest layout that fits all phases and is, in the last of them, nearly as fast as the fastest,
     by the margins above; of each phase. None: nothing fits."""
-    found = [(doubted(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)]
+    found = [
+        (with_margin(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)
+    ]
     best = min((seconds for seconds, _ in found), default=0.0)
     return next((one for seconds, one in found if seconds <= best * (1 + TOLERANCE)), None)
 
 
-def doubted(job: Job, layout: Layout, device: Device, achieved: float) -> float:
+def with_margin(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
     """Seconds of an update with the margin of its stage: by these, layouts are compared."""
     return step_seconds(job, layout, device, achieved) * (1 + MARGIN[layout.zero])
 

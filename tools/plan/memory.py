@@ -188,8 +188,8 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     ends += stream * inputs[-1] if model.norm == "pre" else 0
     ends += _mask_bytes(layout) * inputs[0] * model.hidden_size if model.dropout else 0
     if layout.recompute == "block":
-        asking = rows.predicted if model.decoder == "query" else rows.length
-        return stream * (sum(inputs) + model.decoder_layers * asking) + decoder + ends
+        query_rows = rows.predicted if model.decoder == "query" else rows.length
+        return stream * (sum(inputs) + model.decoder_layers * query_rows) + decoder + ends
     return sum(_layers(model, rows, layout)) + decoder + ends
 
 

@@ -102,8 +102,8 @@ def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[i
         yield row * n, sums(2, model.dropout) * layers
     L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
-        asking = P if model.decoder == "query" else L
-        yield row * asking, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
+        query_rows = P if model.decoder == "query" else L
+        yield row * query_rows, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
         if model.decoder != "self":
             yield row * (V if model.decoder == "cross" else L), 1
     looked_up = flops.encoder_rows(rows, model)[0]

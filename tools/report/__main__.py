@@ -34,7 +34,7 @@ from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
 from tools.report import pages as report_pages
 from tools.shared import console, downstream, outputs
-from tools.shared.downstream import Score
+from tools.shared.downstream import DownstreamScore
 
 MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
 
@@ -89,7 +89,7 @@ def write(document: dict[str, Any], output: Path) -> list[Path]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-class Stretch(NamedTuple):
+class PhaseSpan(NamedTuple):
     """What surviving updates of one phase took."""
 
     phase: Phase
@@ -99,7 +99,7 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """What a run folder says."""
 
     path: str
@@ -115,7 +115,7 @@ class Run:
     """Hash of the last of them."""
     metrics: list[Metrics]
     """One line a logged step, oldest first."""
-    downstream: list[Score]
+    downstream: list[DownstreamScore]
     """Scores on tasks."""
 
     @property
@@ -123,7 +123,7 @@ class Run:
         return sorted({line["device"] for line in self.lines})
 
     @cached_property
-    def stretches(self) -> list[Stretch]:
+    def spans(self) -> list[PhaseSpan]:
         """In order; none before the first update, and two of a phase that a larger budget came back to."""
         borders = [(0, 0, 0.0)]  # phase, and what there was before it
         for line in self.lines:
@@ -134,7 +134,7 @@ class Run:
         ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
         phases = self.recipe.phases
         return [
-            Stretch(phases[phase], samples - before, seconds - since)
+            PhaseSpan(phases[phase], samples - before, seconds - since)
             for (phase, before, since), (_, samples, seconds) in pairwise([*borders, *ends])
             if samples > before
         ]
@@ -145,7 +145,7 @@ def _surviving(line: ledger.Line) -> tuple[int, float]:
     return line["samples"], line["device_seconds"]["productive"]
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
+def read_runs(paths: Sequence[str]) -> list[ReportedRun]:
     """Each run once, in the order given; UserError names what is no run."""
     unique: dict[Path, str] = {}
     for path in paths:
@@ -157,7 +157,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     ]
 
 
-def _read_run(path: str, name: str) -> Run:
+def _read_run(path: str, name: str) -> ReportedRun:
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{path}: not a run folder (it has no config.yaml); check the path")
@@ -165,7 +165,7 @@ def _read_run(path: str, name: str) -> Run:
     begun = any((folder / file).exists() for file in ("ledger.jsonl", "metrics.jsonl"))
     chain = ledger.chain(folder) if begun else {}
     logged = (folder / "metrics.jsonl").exists()  # a run that has just begun has none yet
-    return Run(
+    return ReportedRun(
         path,
         name,
         recipe,
@@ -193,7 +193,7 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _describe(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
     recipe, config, totals = run.recipe, run.recipe.config, run.totals
     evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
     return {
@@ -242,13 +242,13 @@ def _evaluation(line: Metrics) -> dict[str, Any]:
     return {**_spent(line), **scores}
 
 
-def _downstream(run: Run) -> list[dict[str, Any]]:
+def _downstream(run: ReportedRun) -> list[dict[str, Any]]:
     """Return what each step that has some scores by each protocol, and what that step had cost.
 
     The score is the mean over the tasks, of which one with several metrics has their mean (as in GLUE); of
     several seeds it is the median, `low` and `high` the quartiles.
     """
-    groups: dict[tuple[str, int], list[Score]] = {}
+    groups: dict[tuple[str, int], list[DownstreamScore]] = {}
     for one in run.downstream:
         if one.step is not None:
             groups.setdefault((one.protocol, one.step), []).append(one)
@@ -260,7 +260,7 @@ def _downstream(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _mean_scores(scores: Sequence[Score]) -> dict[str, Any]:
+def _mean_scores(scores: Sequence[DownstreamScore]) -> dict[str, Any]:
     by_seed: dict[int | None, dict[str, list[float]]] = {}
     for one in scores:
         by_seed.setdefault(one.seed, {}).setdefault(one.task, []).append(one.score)
@@ -280,7 +280,7 @@ RATES = ("slots_per_second", "real_tokens_per_second", "predictions_per_second",
 SPEED_POINTS = 200
 
 
-def _speed(run: Run) -> list[dict[str, Any]]:
+def _speed(run: ReportedRun) -> list[dict[str, Any]]:
     """Rates over the run: its logs, as medians of so many neighbours that 200 points remain at most."""
     logs = [line for line in run.metrics if "slots_per_second" in line]
     size = -(-len(logs) // SPEED_POINTS) or 1
@@ -321,11 +321,11 @@ def _budget(recipe: Recipe, totals: dict[str, Any]) -> dict[str, Any]:
 # ---- costs against the baseline ------------------------------------------------------------------
 
 
-def _relative(run: Run) -> dict[str, float]:
+def _relative(run: ReportedRun) -> dict[str, float]:
     """Costs over those of the baseline on the same sequences, of each phase as many as the run has read."""
     ours, theirs = dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, 0.0)
     # Before the first update: of one sequence of the first phase.
-    for done in run.stretches or [Stretch(run.recipe.phases[0], 1, 0.0)]:
+    for done in run.spans or [PhaseSpan(run.recipe.phases[0], 1, 0.0)]:
         mine, reference = asdict(done.phase.sequence_costs), asdict(baseline(done.phase).sequence_costs)
         for name in MEASURES:
             ours[name] += done.samples * mine[name]
@@ -333,25 +333,25 @@ def _relative(run: Run) -> dict[str, float]:
     return {name: ours[name] / theirs[name] for name in MEASURES}
 
 
-def _relative_time(run: Run, runs: Sequence[Run]) -> float | None:
+def _relative_time(run: ReportedRun, runs: Sequence[ReportedRun]) -> float | None:
     """Device-seconds of updates over those that the baselines among `runs` take for as many sequences.
 
     Phase by phase, for a sequence of half the length takes less than half as long; None if the baselines
     were not timed in each of them: a guess would be no measurement.
     """
-    known = [done for other in runs if _is_baseline(other, run) for done in other.stretches if done.seconds]
+    known = [done for other in runs if _is_baseline(other, run) for done in other.spans if done.seconds]
     theirs = 0.0
-    for mine in run.stretches:
+    for mine in run.spans:
         wanted = baseline(mine.phase).sequence_costs
         same = [done for done in known if done.phase.sequence_costs == wanted]
         if not same:
             return None
         each = sum(done.seconds for done in same) / sum(done.samples for done in same)
         theirs += mine.samples * each
-    return sum(mine.seconds for mine in run.stretches) / theirs if theirs else None
+    return sum(mine.seconds for mine in run.spans) / theirs if theirs else None
 
 
-def _is_baseline(other: Run, run: Run) -> bool:
+def _is_baseline(other: ReportedRun, run: ReportedRun) -> bool:
     """Whether `other` may be what `run` is measured against: same arithmetic, same device."""
     return (
         method_of(other.recipe.config) == "mlm"
@@ -381,7 +381,7 @@ def unigram(corpus: CorpusOptions, length: int, samples: int) -> dict[str, Any] 
     return {name: asdict(score)[name] for name in ("loss", "bits_per_byte", "accuracy")}
 
 
-def _questions(run: Run) -> dict[str, Any]:
+def _questions(run: ReportedRun) -> dict[str, Any]:
     """What the held-out loss is an answer to, under the keys of `_QUESTIONS`; None where unknown."""
     scores = [line["held_out"] for line in run.lines if "held_out" in line]
     last = scores[-1] if scores else {}
@@ -417,7 +417,7 @@ def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _gone(runs: Sequence[Run], described: Sequence[dict[str, Any]]) -> list[str]:
+def _gone(runs: Sequence[ReportedRun], described: Sequence[dict[str, Any]]) -> list[str]:
     """What is not shown, as a run's held-out corpus cannot be opened."""
     return [
         f"{run.name}: its held-out corpus cannot be read at {prefix}{seen_from(prefix)}, so the score of"

@@ -433,7 +433,7 @@ AXES = (
 )
 
 
-class Measure(NamedTuple):
+class ReportMeasure(NamedTuple):
     """What is drawn upwards."""
 
     key: str
@@ -444,24 +444,26 @@ class Measure(NamedTuple):
 
 
 QUALITIES = (
-    Measure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r["evaluations"]),
-    Measure("accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r["evaluations"], 100.0),
+    ReportMeasure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r["evaluations"]),
+    ReportMeasure(
+        "accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r["evaluations"], 100.0
+    ),
 )
 RATES = (
-    Measure("slots_per_second", "Throughput", "slots a second", lambda r: r["speed"]),
-    Measure("mfu", "MFU", "MFU (%)", lambda r: r["speed"], 100.0),
+    ReportMeasure("slots_per_second", "Throughput", "slots a second", lambda r: r["speed"]),
+    ReportMeasure("mfu", "MFU", "MFU (%)", lambda r: r["speed"], 100.0),
 )
 
 
-def _qualities(runs: Sequence[Described]) -> list[Measure]:
+def _qualities(runs: Sequence[Described]) -> list[ReportMeasure]:
     """Held-out loss and accuracy, and what was scored on tasks, each protocol apart: they do not compare."""
     protocols = sorted({one["protocol"] for run in runs for one in run["downstream"]})
     return [*QUALITIES, *map(_of_protocol, protocols)]
 
 
-def _of_protocol(protocol: str) -> Measure:
+def _of_protocol(protocol: str) -> ReportMeasure:
     name = protocol.partition(":")[0] or "downstream"
-    return Measure(
+    return ReportMeasure(
         "score",
         f"{protocol or 'downstream'} score",
         f"{name} (%)",
@@ -470,7 +472,7 @@ def _of_protocol(protocol: str) -> Measure:
     )
 
 
-def _points(run: Described, measure: Measure, axis: Axis) -> Points:
+def _points(run: Described, measure: ReportMeasure, axis: Axis) -> Points:
     """Those that have both figures."""
     return [
         one
@@ -492,7 +494,7 @@ def _scaled(axis: Axis, values: Sequence[Sequence[float]]) -> tuple[str, list[li
     return label, [[value * scale for value in row] for row in values]
 
 
-def _measured(runs: Sequence[Described], measures: Sequence[Measure]) -> list[Measure]:
+def _measured(runs: Sequence[Described], measures: Sequence[ReportMeasure]) -> list[ReportMeasure]:
     """Those that some run has; the first of them always."""
     found = [measure for measure in measures if any(_points(run, measure, AXES[2]) for run in runs)]
     return found or [measures[0]]
@@ -505,7 +507,7 @@ def _axes(runs: Sequence[Described]) -> list[Axis]:
     ]
 
 
-def _levels(runs: Sequence[Described], measure: Measure) -> list[plots.Level]:
+def _levels(runs: Sequence[Described], measure: ReportMeasure) -> list[plots.Level]:
     """Unigram baselines: one where the runs share it."""
     by_value: dict[float, list[str]] = {}
     for run in runs:
@@ -521,7 +523,9 @@ def _levels(runs: Sequence[Described], measure: Measure) -> list[plots.Level]:
     ]
 
 
-def _drawn(runs: Sequence[Described], rows: Sequence[Measure], columns: Sequence[Axis], kind: str) -> bytes:
+def _drawn(
+    runs: Sequence[Described], rows: Sequence[ReportMeasure], columns: Sequence[Axis], kind: str
+) -> bytes:
     """A grid of panels; those of a row share their vertical scale."""
     figure, panels = plots.grid(len(columns), len(rows))
     for row, measure in zip(panels, rows, strict=True):
@@ -697,7 +701,7 @@ def _html_cell(text: str) -> str:
     return f"<td{kind}>{escape(text)}</td>"
 
 
-def _html_figures(runs: Sequence[Described], measures: Sequence[Measure], axes: Sequence[Axis]) -> str:
+def _html_figures(runs: Sequence[Described], measures: Sequence[ReportMeasure], axes: Sequence[Axis]) -> str:
     """A figure a panel, so that they stack on a phone, each in both themes."""
     figures = []
     for measure in measures:

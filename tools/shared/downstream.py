@@ -19,7 +19,7 @@ FILE = "downstream.jsonl"
 
 
 @dataclass(frozen=True)
-class Score:
+class DownstreamScore:
     """What one model scored once."""
 
     step: int | None
@@ -43,12 +43,12 @@ class Score:
         return self.step, self.task, self.metric, self.seed, self.protocol, self.model
 
 
-def read(folder: str | Path) -> list[Score]:
+def read(folder: str | Path) -> list[DownstreamScore]:
     """Return the scores of a folder, oldest first; UserError names a line that is none."""
     return [score for _, score in _lines(Path(folder) / FILE)]
 
 
-def record(folder: str | Path, scores: Iterable[Score]) -> None:
+def record(folder: str | Path, scores: Iterable[DownstreamScore]) -> None:
     """Write scores to a folder, which is made; those that are there under the same key are replaced.
 
     After a kill at any instant the file has all of them or none. Processes may record at the same time.
@@ -61,7 +61,7 @@ def record(folder: str | Path, scores: Iterable[Score]) -> None:
         write_atomic(path, "".join(f"{text}\n" for text in lines.values()))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Score]]:
+def _lines(path: Path) -> Iterator[tuple[str, DownstreamScore]]:
     """Yield each line with its score; keys that are not known here stay in the line."""
     if not path.exists():
         return
@@ -75,7 +75,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Score]]:
             )
             words = (str(line["task"]), str(line.get("metric", "")), float(line["score"]))
             protocol, model = str(line.get("protocol", "")), str(line.get("model", ""))
-            yield text, Score(step, *words, seed, n, protocol, model)
+            yield text, DownstreamScore(step, *words, seed, n, protocol, model)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
 

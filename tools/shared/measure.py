@@ -36,7 +36,7 @@ Side = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One speed beside its peer's."""
 
     name: str
@@ -71,7 +71,7 @@ def compare(
     runs: int,
     packages: Sequence[str],
     dtype: str = "uint16",
-) -> Row:
+) -> BenchmarkRow:
     """`amount` units done by each side, in turn, `runs` times: units a CPU second."""
     np.ones(_LARGE_BLOCK, np.uint8)
     speeds: tuple[list[float], list[float]] = ([], [])
@@ -81,7 +81,7 @@ def compare(
     return row(name, unit, *speeds, packages, dtype)
 
 
-def untold(count: int) -> None:
+def no_progress(count: int) -> None:
     """A `Done` that nobody watches."""
 
 
@@ -104,10 +104,10 @@ def row(
     device_name: str | None = None,
     flop_ratio: float | None = None,
     settings: dict[str, Any] | None = None,
-) -> Row:
+) -> BenchmarkRow:
     """A row of measured rounds; `peer` may be empty. device_name: default: the processor."""
     ratios = [a / b for a, b in zip(ours, peer, strict=False)]
-    return Row(
+    return BenchmarkRow(
         name=name,
         ours=statistics.median(ours),
         peer=statistics.median(peer) if peer else None,

@@ -27,7 +27,7 @@ METRICS = ("accuracy", "f1", "matthews", *CORRELATIONS)
 
 
 @dataclass(frozen=True)
-class Task:
+class GlueTask:
     """What the columns of a task's files are, and how it is scored."""
 
     name: str
@@ -52,7 +52,7 @@ class Task:
         return self.metrics[0] in CORRELATIONS
 
 
-class Row(NamedTuple):
+class LabelledRow(NamedTuple):
     """One example."""
 
     texts: tuple[str, ...]
@@ -68,18 +68,18 @@ _NLI = ("entailment", "neutral", "contradiction")
 TASKS = {
     task.name: task
     for task in (
-        Task(
+        GlueTask(
             "CoLA", ("sentence",), "label", ("matthews",), ("0", "1"), ("source", "label", "star", "sentence")
         ),
-        Task("SST-2", ("sentence",), "label", classes=("0", "1")),
-        Task("MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), ("0", "1")),
-        Task("STS-B", _PAIR, "score", CORRELATIONS),
-        Task("QQP", ("question1", "question2"), "is_duplicate", ("accuracy", "f1"), ("0", "1")),
-        Task("MNLI", _PAIR, "gold_label", classes=_NLI, splits=("dev_matched", "dev_mismatched")),
-        Task("QNLI", ("question", "sentence"), "label", classes=_ENTAILMENT),
-        Task("RTE", _PAIR, "label", classes=_ENTAILMENT),
-        Task("WNLI", _PAIR, "label", classes=("0", "1")),
-        Task(
+        GlueTask("SST-2", ("sentence",), "label", classes=("0", "1")),
+        GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1"), ("0", "1")),
+        GlueTask("STS-B", _PAIR, "score", CORRELATIONS),
+        GlueTask("QQP", ("question1", "question2"), "is_duplicate", ("accuracy", "f1"), ("0", "1")),
+        GlueTask("MNLI", _PAIR, "gold_label", classes=_NLI, splits=("dev_matched", "dev_mismatched")),
+        GlueTask("QNLI", ("question", "sentence"), "label", classes=_ENTAILMENT),
+        GlueTask("RTE", _PAIR, "label", classes=_ENTAILMENT),
+        GlueTask("WNLI", _PAIR, "label", classes=("0", "1")),
+        GlueTask(
             "AX",
             ("Premise", "Hypothesis"),
             "Label",
@@ -93,7 +93,7 @@ TASKS = {
 """GLUE. AX has no rows to train on: it is put to a model of MNLI."""
 
 
-def find_task(data: Path, name: str) -> Task:
+def find_task(data: Path, name: str) -> GlueTask:
     """Return the task of GLUE, or of DATA/NAME/task.yaml; UserError if there is neither.
 
     texts: [question, answer]     # one column or two
@@ -110,7 +110,7 @@ def find_task(data: Path, name: str) -> Task:
     raise UserError(f"{name}: no task of GLUE ({', '.join(TASKS)}), and {path} does not describe it")
 
 
-def _described(path: Path) -> Task:
+def _described(path: Path) -> GlueTask:
     """Return the task of a description; UserError for what is none."""
     tree = config.read_yaml(path)
     known = ("texts", "label", "metrics", "classes", "columns", "splits")
@@ -127,7 +127,7 @@ def _described(path: Path) -> Task:
         raise UserError(f"{path}: metrics: no {wrong[0]}; there are {', '.join(METRICS)}")
     if len({metric in CORRELATIONS for metric in metrics}) > 1:
         raise UserError(f"{path}: metrics: {', '.join(CORRELATIONS)} are of scores, the others of classes")
-    task = Task(path.parent.name, words.pop("texts"), words.pop("label")[0], **words)
+    task = GlueTask(path.parent.name, words.pop("texts"), words.pop("label")[0], **words)
     if "f1" in metrics and task.classes and len(task.classes) != 2:
         raise UserError(f"{path}: metrics: f1 is of two classes, not of {len(task.classes)}")
     return task
@@ -138,7 +138,7 @@ def _spelt(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def split_file(data: Path, task: Task, split: str) -> Path:
+def split_file(data: Path, task: GlueTask, split: str) -> Path:
     """Return the file of a split; UserError if there is none."""
     names = [f"{task.name}/{split}{suffix}" for suffix in (".tsv", ".jsonl")] + list(task.files)
     for name in names:
@@ -147,13 +147,13 @@ def split_file(data: Path, task: Task, split: str) -> Path:
     raise UserError(f"{data / names[0]}: no such file; {task.name} needs it in --data {data}")
 
 
-def read(path: Path, task: Task, bad: list[str] | None = None) -> list[Row]:
+def read(path: Path, task: GlueTask, bad: list[str] | None = None) -> list[LabelledRow]:
     """Return the rows of a file, in order; UserError with file and line at the first bad one.
 
     bad: such rows are left out, and what is wrong with them is added here. The task's classes must be known
     (`with_classes`).
     """
-    rows = list[Row]()
+    rows = list[LabelledRow]()
     for line, fields in _fields(path, task):
         try:
             rows.append(_row(fields, task))
@@ -171,7 +171,7 @@ def reject(bad: list[str] | None, reason: str) -> None:
     bad.append(reason)
 
 
-def with_classes(path: Path, task: Task) -> Task:
+def with_classes(path: Path, task: GlueTask) -> GlueTask:
     """Return the task with the classes that its train file at `path` has, where it names none."""
     if task.classes or task.is_regression:
         return task
@@ -186,7 +186,7 @@ def with_classes(path: Path, task: Task) -> Task:
     return replace(task, classes=tuple(sorted(found)))
 
 
-def _row(fields: Mapping[str, Any] | str, task: Task) -> Row:
+def _row(fields: Mapping[str, Any] | str, task: GlueTask) -> LabelledRow:
     """Return a row; UserError that says what is wrong with it."""
     if isinstance(fields, str):
         raise UserError(fields)
@@ -194,14 +194,14 @@ def _row(fields: Mapping[str, Any] | str, task: Task) -> Row:
     if not task.is_regression:
         if label not in task.classes:
             raise UserError(f"{task.label} is {label!r}, none of {', '.join(task.classes)}")
-        return Row(texts, label, task.classes.index(label))
+        return LabelledRow(texts, label, task.classes.index(label))
     try:
         score = float(label)
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
         raise UserError(f"{task.label} is {label!r}, no number")
-    return Row(texts, label, score)
+    return LabelledRow(texts, label, score)
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
@@ -211,7 +211,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     raise UserError(f"{name!r} is no text but {json.dumps(value)}" if name in fields else f"no {name!r}")
 
 
-def _fields(path: Path, task: Task) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+def _fields(path: Path, task: GlueTask) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     """Number and fields of each line, by column; in their place what is wrong with them."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
@@ -262,6 +262,6 @@ def drawn(keys: Sequence[str], count: int, salt: str = "") -> list[int]:
     return sorted(sorted(range(len(keys)), key=rank)[:count])
 
 
-def key(row: Row) -> str:
+def key(row: LabelledRow) -> str:
     """Return what a row is drawn by."""
     return "\t".join((*row.texts, row.label))

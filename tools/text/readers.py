@@ -74,7 +74,7 @@ def _of_utf16(line: bytes) -> str:
     return "; UTF-16? save it as UTF-8" if 4 * line.count(0) > len(line) else ""
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Consecutive documents of one piece."""
 
     items: list[Document | Rejected]
@@ -107,7 +107,7 @@ class Reader(ABC):
         """Go to the first document that starts at offset `start` or later; False if there is none."""
 
     @abstractmethod
-    def read(self, stop: int | None) -> Iterator[Batch]:
+    def read(self, stop: int | None) -> Iterator[TextBatch]:
         """The documents from here to the last that starts before offset `stop` (None: the end)."""
 
     @abstractmethod
@@ -191,7 +191,7 @@ class _TextReader(Reader):
         self._began = self._at
         return bool(self._guarded(self._file.peek, 1))
 
-    def read(self, stop: int | None) -> Iterator[Batch]:
+    def read(self, stop: int | None) -> Iterator[TextBatch]:
         number = 1
         while stop is None or self._at < stop:
             size = _BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - self._at)
@@ -201,7 +201,7 @@ class _TextReader(Reader):
                 return
             self._look_at(data)
             items = list(self._parse(data.removeprefix(_BOM) if first else data, number, cut))
-            yield Batch(items, lines, self._raw.tell() - disk)
+            yield TextBatch(items, lines, self._raw.tell() - disk)
             number += lines
 
     def lines_before(self) -> int:
@@ -338,7 +338,7 @@ class _TableReader(Reader):
         self._began = self._at = max(self._at, start)
         return self._at < self.groups
 
-    def read(self, stop: int | None) -> Iterator[Batch]:
+    def read(self, stop: int | None) -> Iterator[TextBatch]:
         number = 1
         for group in range(self._at, min(self.groups, self.groups if stop is None else stop)):
             for rows in self._table.read(group, self._columns):
@@ -346,10 +346,10 @@ class _TableReader(Reader):
                 sources = values(rows.column("source")) if "source" in self._columns else [None] * len(texts)
                 pairs = zip(texts, sources, strict=True)
                 items = [self._document(number + i, *pair) for i, pair in enumerate(pairs)]
-                yield Batch(items, len(items), 0)
+                yield TextBatch(items, len(items), 0)
                 number += len(items)
             self._at = group + 1
-            yield Batch([], 0, self._disk_bytes)
+            yield TextBatch([], 0, self._disk_bytes)
 
     def lines_before(self) -> int:
         return sum(self._table.rows[: self._began])
@@ -358,7 +358,7 @@ class _TableReader(Reader):
 # ---- a file cut into pieces ----------------------------------------------------------------------
 
 
-class Cut(NamedTuple):
+class TextCut(NamedTuple):
     """Piece k of a file is what starts at offsets k * step to (k + 1) * step - 1."""
 
     step: int
@@ -366,13 +366,13 @@ class Cut(NamedTuple):
     """How many; None where only reading can tell."""
 
 
-def cut(path: Path, txt_unit: Unit, piece_bytes: int) -> Cut:
+def cut(path: Path, txt_unit: Unit, piece_bytes: int) -> TextCut:
     """Pieces of about `piece_bytes` of a file."""
     unit = file_unit(path, txt_unit)
     if unit == "file":
-        return Cut(1 << 62, 1)
+        return TextCut(1 << 62, 1)
     if unit == "row":
         table = ParquetTable(path) if path.suffix == ".parquet" else ArrowTable(path)
         table.close()
-        return Cut(1, len(table.rows))
-    return Cut(piece_bytes, None if is_compressed(path) else -(-path.stat().st_size // piece_bytes))
+        return TextCut(1, len(table.rows))
+    return TextCut(piece_bytes, None if is_compressed(path) else -(-path.stat().st_size // piece_bytes))

@@ -45,12 +45,12 @@ def _run(words: list[str]) -> str:
 
 def state(job: str) -> str:
     """In Slurm's words."""
-    return scheduler.look([job])[job][0].state
+    return scheduler.query([job])[job][0].state
 
 
 def restarts(job: str) -> int:
     """How often Slurm has started a job again."""
-    return scheduler.look([job])[job][0].restarts
+    return scheduler.query([job])[job][0].restarts
 
 
 def until(happened: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:

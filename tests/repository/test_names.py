@@ -1,0 +1,73 @@
+"""Names that say one thing: each class once, a config is config, and the words are the field's own."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for room in ("pretrain", "tools", "slurm") for path in sorted((ROOT / room).rglob("*.py"))]
+ALONE = (
+    ROOT / "tools" / "export" / "modeling_latemask.py"
+)  # travels with an export: it imports nothing of ours
+
+
+def test_each_class_has_a_name_of_its_own() -> None:
+    homes = defaultdict(list)
+    for path in FILES:
+        if path != ALONE:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    homes[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+TYPED = {"Config": "config", "Namespace": "args", "argparse.Namespace": "args", "Recipe": "recipe"}
+OTHERS = {
+    "argparse.Namespace": {"encoding"},
+    "Config": {"old", "new", "other", "encoding", "planned", "one", "phase", "resolved", "before", "after"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_what_is_a_config_is_called_so(path: Path) -> None:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.arg) and node.annotation:
+            kind = ast.unparse(node.annotation)
+            if kind in TYPED and node.arg not in {TYPED[kind], *OTHERS.get(kind, ())}:
+                found.append(f"{node.arg}: {kind}, line {node.lineno}")
+    assert not found
+
+
+TRANSLATED = {
+    "asking": "query_starts",
+    "asked": "key_starts",
+    "same_B1ST": "mask_B1ST",
+    "stretches": "phases, or varlen",
+    "hopeless": "scale_exhausted",
+    "untold": "no_progress",
+    "untils": "phase_ends",
+    "doubted": "with_margin",
+    "sent_back": "was_requeued",
+    "mend": "truncate_torn_line",
+    "beat": "heartbeat",
+    "keep_beating": "start_heartbeat",
+    "meet": "check_together",
+    "look": "check_alone",
+    "fruitless": "failed_attempts",
+    "obey": "apply_verdict",
+}
+"""Names that a reader who knows PyTorch, Megatron and Slurm would have to translate, and the field's own."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_names_are_the_fields_own(path: Path) -> None:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = getattr(node, "name", None) or getattr(node, "arg", None) or getattr(node, "attr", None)
+        name = node.id if isinstance(node, ast.Name) else name
+        if isinstance(name, str) and name.strip("_") in TRANSLATED:
+            found.add(f"{name}: say {TRANSLATED[name.strip('_')]}")
+    assert not found
