@@ -27,12 +27,12 @@ from pretrain.account.recipe import Phase, Recipe
 from pretrain.config import Config, config_warnings, dump_config, load_config, method_of
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import STOPPED, UserError
 from pretrain.files import check_name
 from pretrain.signals import Signals
 from pretrain.terminal import wrapped
 
-STOPPED, USER, DEFECT = 75, 2, 1
+USER, DEFECT = 2, 1
 _WINDOWS_SHOWN = 256
 _REASON = 500  # letters
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

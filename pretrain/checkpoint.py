@@ -1,4 +1,4 @@
-"""The run folder and the checkpoints in it.
+"""The checkpoints of a run: written whole or not at all, verified before they are used.
 
 A checkpoint is three safetensors files (parameters and both moments of AdamW: full fp32 tensors
 under the model's own names, whatever TP x DP x ZeRO layout wrote them), `state.json` and a

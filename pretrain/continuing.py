@@ -89,7 +89,7 @@ def carried(state: State, config: Config) -> float | None:
 
 
 def rates(state: State, config: Config, progress: float, totals: Totals) -> tuple[float, float]:
-    """The learning rate at the checkpoint by its own budget, and by that of `options`, now at `progress`."""
+    """The learning rate at the checkpoint by its own budget, and by that of `config`, now at `progress`."""
     before = state.progress
     if before is None:
         before = make_recipe(build_config(state.config, _WHOSE)).budget.progress(totals)

@@ -10,7 +10,8 @@ from typing import Any
 
 from pretrain import checkpoint, continuing
 from pretrain.account import epochs
-from pretrain.account.budget import MEASURED
+from pretrain.account.devices import Device
+from pretrain.account.recipe import Recipe
 from pretrain.config import Config, CorpusOptions
 from pretrain.data.corpora import open_data, tokenizer_folder
 from pretrain.data.indexed import corpus_file
@@ -64,23 +65,22 @@ def warn(message: str) -> None:
     print(wrapped(f"warning: {message}", sys.stderr), file=sys.stderr)
 
 
-def shape(config: Config, site: Cluster, args: argparse.Namespace) -> tuple[Shape, dict[str, Any]]:
-    """The job that a config asks for, and the plan of it; UserError if it cannot fit, with what does."""
-    form, (estimate,) = shape_of_all({args.config: config}, site, args)
-    return form, estimate
+def device_of(site: Cluster, args: argparse.Namespace) -> Device | None:
+    """Return what the ranks of a job drive; None where nothing is known of it."""
+    bare = args.gpus_per_node == 0 and site.gpus_per_node  # DEVICE is that of the site's GPUs
+    where = f"{args.cluster or cluster.DEFAULT}: DEVICE="
+    return layouts.named(site.device, where) if site.device and not bare else None
 
 
-def shape_of_all(
-    runs: Mapping[str, Config], site: Cluster, args: argparse.Namespace
+def shape(
+    runs: Mapping[str, Recipe], device: Device | None, site: Cluster, args: argparse.Namespace
 ) -> tuple[Shape, list[dict[str, Any]]]:
-    """The job that does for each of the runs, by name, and their plans; UserError as above.
+    """Return the job that does for each of the runs, by name, and their plans; UserError if it cannot fit,
+    with what does.
 
     Without --nodes: the fewest on which the parallel settings fit the site's device.
     """
     gpus = site.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
-    bare = args.gpus_per_node == 0 and site.gpus_per_node  # DEVICE is that of the site's GPUs
-    where = f"{args.cluster or cluster.DEFAULT}: DEVICE="
-    device = layouts.named(site.device, where) if site.device and not bare else None
     tasks = args.tasks_per_node or site.tasks_per_node or gpus or 1
     refusal = None
     for nodes in [args.nodes] if args.nodes else FEW:
@@ -113,10 +113,9 @@ def vocabulary(config: Config, args: argparse.Namespace) -> int:
     return own or args.vocab_size or 32_000
 
 
-def settled(config: Config, planned: Config | None = None) -> Config:
-    """The config with an amount for a budget that is relative to another recipe, which may be edited or
-    go on before a job reads it. planned: the config with the vocabulary that it is going to have."""
-    recipe, _ = plan_estimate.planned_recipe(planned or config)
+def settled(config: Config, recipe: Recipe) -> Config:
+    """Return the config with an amount for a budget that is relative to another recipe, which may be edited
+    or go on before a job reads it."""
     return config.model_copy(update={"budget": recipe.config.budget})
 
 
@@ -153,13 +152,12 @@ def check_data(read: CorpusOptions, made: Collection[Path] = ()) -> None:
         load_tokenizer(tokenizer_folder(read))
 
 
-def refuse_changes(config: Config) -> None:
+def refuse_changes(config: Config, recipe: Recipe) -> None:
     """UserError where the run has a checkpoint that cannot go on with this config, as its job would say."""
     try:
         data = open_data(config.corpus)
     except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
         data = None
-    recipe, _ = plan_estimate.planned_recipe(config)
     continuing.refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
 
 
@@ -195,13 +193,13 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
     return words
 
 
-def epochs_of(config: Config, estimate: Mapping[str, Any]) -> str:
+def epochs_of(recipe: Recipe, estimate: Mapping[str, Any]) -> str:
     """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
     warns if that is absurd."""
     words, steps = "", estimate["steps"]
-    if config.budget.amount[0] in MEASURED and steps:
+    if recipe.budget.measured and steps:
         words = f", about {steps:,} updates"
-    read = plan_estimate.epochs_read(config, steps)
+    read = plan_estimate.epochs_read(recipe, steps)
     if text := epochs.warning(read):
         warn(text)
     return words if read is None else f"{words}, {read:,.2f} epochs"

@@ -33,18 +33,19 @@ from slurm.sizing import (
     Shape,
     check_data,
     check_files,
+    device_of,
     epochs_of,
     read_site,
     refuse_changes,
     settled,
     shape,
-    shape_of_all,
     shape_of_array,
     size_line,
     warn,
     with_vocabulary,
 )
 from slurm.time_limit import time_limit
+from tools.plan.estimate import planned_recipe
 from tools.shared import console, journal
 from tools.shared.console import share, whole
 from tools.shared.job_options import add_job_options
@@ -99,18 +100,20 @@ def submit_run(args: argparse.Namespace) -> int:
     if stages != sorted(stages, key=STAGES.index) or len(set(stages)) < len(stages):
         raise UserError(f"--pipeline {args.pipeline}: name stages once, in the order of {','.join(STAGES)}")
     planned = with_vocabulary(config, args) if "corpus" in stages else config
-    form, estimate = shape(planned, site, args)
+    device = device_of(site, args)
+    recipe, _ = planned_recipe(planned, device)
+    form, (estimate,) = shape({args.config: recipe}, device, site, args)
     files = scripts(config, site, form, stages, args)
     refuse_foreign(Path(config.run.dir) / "slurm")
     if "train" in stages:
-        refuse_changes(planned)
+        refuse_changes(config, recipe)
     try:
         check_files(config, stages, args)
     except UserError as error:
         if not args.dry_run:  # which may look at a cluster's jobs from anywhere
             raise
         warn(str(error))
-    sizing = size_line(form, [estimate]) + (epochs_of(planned, estimate) if "train" in stages else "")
+    sizing = size_line(form, [estimate]) + (epochs_of(recipe, estimate) if "train" in stages else "")
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show(files, args.json)
@@ -119,7 +122,7 @@ def submit_run(args: argparse.Namespace) -> int:
     folder = run.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     freeze(folder, site, form)
-    write_atomic(folder / "config.yaml", dump_config(settled(config, planned)))
+    write_atomic(folder / "config.yaml", dump_config(settled(config, recipe)))
     submitted = submit(folder, files)
     if args.json:
         console.print_json(submitted)
@@ -163,7 +166,6 @@ def submit_runs(args: argparse.Namespace) -> int:
     refuse_foreign(args.output / "slurm")
     runs = {path.stem: load_config(path) for path in args.runs}
     for config in runs.values():
-        refuse_changes(config)
         try:
             check_data(config.corpus)
         except UserError as error:
@@ -171,7 +173,11 @@ def submit_runs(args: argparse.Namespace) -> int:
                 raise
             warn(str(error))
     site = read_site(args)
-    form, estimates = shape_of_all(runs, site, args)
+    device = device_of(site, args)
+    recipes = {name: planned_recipe(config, device)[0] for name, config in runs.items()}
+    for name, config in runs.items():
+        refuse_changes(config, recipes[name])
+    form, estimates = shape(recipes, device, site, args)
     sizing = size_line(form, estimates)
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
@@ -183,7 +189,7 @@ def submit_runs(args: argparse.Namespace) -> int:
     for name, config in runs.items():
         file = args.output.absolute() / "slurm" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, dump_config(settled(config)))
+        write_atomic(file, dump_config(settled(config, recipes[name])))
         commands.append(f'"$PYTHON" -m pretrain {shlex.quote(str(file))}')
     job = start_array(commands, args.output, site, form, args)
     print(f"{wrapped(sizing)}\njob {job}: {len(runs)} runs; start the same again for the table, and to go on")

@@ -31,7 +31,7 @@ from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
-from tools.plan.estimate import epochs_read
+from tools.plan.estimate import epochs_read, planned_recipe
 from tools.shared import console, outputs
 from tools.shared.job_options import add_job_options, job_words
 from tools.shared.tables import aligned, table_files, write_table
@@ -163,7 +163,7 @@ def warn_of_epochs(possible: Sequence[Variant]) -> None:
     for each in possible:
         assert each.config
         with suppress(UserError):  # which its run tells
-            if text := epochs.warning(epochs_read(each.config, None)):
+            if text := epochs.warning(epochs_read(planned_recipe(each.config)[0], None)):
                 told.setdefault(text, []).append(each.name)
     for text, names in told.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""

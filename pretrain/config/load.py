@@ -1,7 +1,7 @@
-"""Every option of a run on one page.
+"""How a config is read: files, overrides, one list of all that is wrong.
 
 A config is nested, frozen and strict. Values come from three places, the later over the earlier: the
-defaults below, a YAML file, and ``section.key=value`` words from the command line. All problems of a
+defaults of `options`, a YAML file, and ``section.key=value`` words from the command line. All problems of a
 config are found and reported at once, each as one line in the user's words; an unknown key is an error
 that names the nearest known one. The resolved config is what a run folder keeps.
 

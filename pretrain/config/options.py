@@ -289,7 +289,7 @@ class BudgetOptions(Section):
     steps: int | None = Field(None, ge=1)
     """Updates."""
     tokens: float | None = Field(None, gt=0)
-    """Input slots (rows of input), padding and [MASK] included."""
+    """Rows of input, those of <s>, </s> and [MASK] included."""
     flops: float | None = Field(None, gt=0)
     """Model matmul FLOPs of training, head included."""
     flops_without_head: float | None = Field(None, gt=0)

@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 
 
 def tokenizer_folder(corpus: CorpusOptions) -> str:
-    """The tokenizer of a corpus's corpus: the one it names, else the one that the manifest names."""
+    """Return the tokenizer's folder: the one that the options name, else the one that the manifest names."""
     if corpus.tokenizer:
         return corpus.tokenizer
     prefix = corpus.blend[0][1]
@@ -87,7 +87,7 @@ class Data:
 
 
 def open_data(corpus: CorpusOptions) -> Data:
-    """Opens what `options` names; UserError if something is missing or does not fit together."""
+    """Open what `corpus` names; UserError if something is missing or does not fit together."""
     folder, blend = tokenizer_folder(corpus), []
     tokenizer = load_tokenizer(folder)
     for weight, prefix in corpus.blend:

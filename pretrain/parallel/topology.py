@@ -1,8 +1,8 @@
 """Who am I: rank, ranks, device and groups, from whatever started this process.
 
-`identify` reads the launcher's variables and nothing else, so it can be tested with a dictionary;
+`launchers.identify` reads the launcher's variables and nothing else, so it can be tested with a dictionary;
 `connect` starts torch.distributed where there is more than one rank and returns a `Topology`, the
-one object that the rest is given. No other file reads a rank from the environment.
+one object that the rest is given.
 
 torchrun, deepspeed    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
 mpirun                 OMPI_COMM_WORLD_* (Open MPI), PMI_* with MPI_LOCALRANKID (MPICH, Intel MPI)

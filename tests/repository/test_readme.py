@@ -41,9 +41,9 @@ def commands(section):
     (text,) = [
         text
         for page in PAGES
-        if re.search(rf"^## {section}$", text := page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if re.search(rf"^##? {section}$", text := page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     ]
-    body = re.split(rf"^## {section}$", text, flags=re.MULTILINE)[1]
+    body = re.split(rf"^##? {section}$", text, flags=re.MULTILINE)[1]
     body = re.split(r"^## ", body, flags=re.MULTILINE)[0]
     blocks = re.findall(r"^```\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
@@ -106,7 +106,7 @@ def test_the_demo_in_a_short_form_twice(tmp_path):
     assert (tmp_path / "runs" / "demo-report" / "loss.png").exists()
     assert done.stdout.count("done before") == 3 and "%" in done.stdout
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for line in commands("The methods and their options"):
+    for line in commands("Recipes: the methods and their options"):
         run(line, tmp_path)
     assert (tmp_path / "analysis" / "rank.png").exists()
     assert (tmp_path / "analysis" / "variance.png").exists()

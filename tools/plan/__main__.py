@@ -18,7 +18,7 @@ from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
-from tools.plan.estimate import Tariff, epochs_read, methods, plan, scaling
+from tools.plan.estimate import Tariff, epochs_read, methods, plan, planned_recipe, scaling
 from tools.shared import console, outputs
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configs = [load_config(path, changes) for path in paths]
     plans = [_planned(args, path, config, device) for path, config in zip(paths, configs, strict=True)]
     for path, config, one in zip(paths, configs, plans, strict=True):
-        if text := epochs.warning(epochs_read(config, one["steps"])):
+        if text := epochs.warning(epochs_read(planned_recipe(config)[0], one["steps"])):
             print(wrapped(f"warning: {path}: {text}", sys.stderr), file=sys.stderr)
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second

@@ -55,18 +55,17 @@ def planned_recipe(config: Config, device: Device | None = None) -> tuple[Recipe
     return make_recipe(config, pieces, bf16=device is None or "bf16" in device.peak), source
 
 
-def epochs_read(config: Config, steps: int | None) -> float | None:
+def epochs_read(recipe: Recipe, steps: int | None) -> float | None:
     """Return how often a run reads its corpora, as far as they are there; None where that is not known.
 
     steps: that the plan says its hours buy.
     """
-    recipe, _ = planned_recipe(config)
     by_hours = recipe.budget.measured and len(recipe.phases) == 1
     return epochs.epochs(recipe, [steps] if steps and by_hours else None)
 
 
 def plan(
-    config: Config,
+    of: Config | Recipe,
     gpus: int | None = None,
     device: Device | str | None = None,
     fastest: bool = False,
@@ -74,11 +73,12 @@ def plan(
     name: str = "",
     achieved: float | None = None,
 ) -> dict[str, Any]:
-    """Everything that can be said about a run before it starts, JSON-serialisable.
+    """Return everything that can be said about a run before it starts, JSON-serialisable.
 
-    gpus: devices; default: as many as parallel.tensor. device: a name of the table, or a Device; without
-    one there are no times. fastest: choose the fastest layout that fits, instead of the config's. name: of
-    the config, to be shown. achieved: share of the peak that products reach, where one knows better.
+    of: a config, or the recipe that was made of it. gpus: devices; default: as many as parallel.tensor.
+    device: a name of the table, or a Device; without one there are no times. fastest: choose the fastest
+    layout that fits, instead of the config's. name: of the config, to be shown. achieved: share of the
+    peak that products reach, where one knows better.
 
     Of a run in phases, what is said of a sequence is the mean over all of its sequences, of a step that over
     all of its updates (`figures_of`: where only a run can tell how many, the last phase's); the layout is
@@ -87,9 +87,9 @@ def plan(
     budget pays for no update.
     """
     device = layouts.named(device) if isinstance(device, str) else device
-    recipe, source = planned_recipe(config, device)
+    recipe, source = (of, "config") if isinstance(of, Recipe) else planned_recipe(of, device)
+    config, last = recipe.config, recipe.phases[-1]
     run = PlannedRun(recipe, device, tariff, achieved)
-    last = recipe.phases[-1]
     try:
         recipe.budget.check()
         chosen = run.layouts(gpus or config.parallel.tensor, fastest)
