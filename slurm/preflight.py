@@ -104,8 +104,10 @@ def _space(config: Config, copies: str) -> list[str]:
             there = sum(file.stat().st_size for file in own_folder(place).glob("*.order"))
             wanted = max(orders - there, 0) + (_to_copy(config, place) if copies else 0)
             found += _room(place, wanted)
-    except (UserError, OSError) as error:
+    except UserError as error:
         found.append(str(error))
+    except OSError as error:
+        found.append(f"{error.filename}: {error.strerror}")
     return found
 
 

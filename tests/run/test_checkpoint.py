@@ -297,7 +297,7 @@ def test_what_is_not_there_is_a_users_error(folder):
         checkpoint.find(folder.path)
     save(folder, 1)
     for which in ("best", "7", "newest", "-1"):
-        with pytest.raises(UserError, match="take latest, or a step of 1"):
+        with pytest.raises(UserError, match="take latest, or one of 1"):
             checkpoint.find(folder.path, which)
 
 

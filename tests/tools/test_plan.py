@@ -427,7 +427,9 @@ def test_long_names_are_told_apart():
 def test_the_readmes_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    lines = [line for line in commands("The plan: what a run will cost, need and take") if "tools.plan" in line]
+    lines = [
+        line for line in commands("The plan: what a run will cost, need and take") if "tools.plan" in line
+    ]
     assert len(lines) == 3
     for line in lines:
         assert plan.main(shlex.split(line)[3:]) == 0

@@ -278,9 +278,8 @@ def test_energy_of_each_attempt_and_carbon_of_a_named_region_only(metered: Path,
     assert f"{grams:g} g/kWh (Sweden, 2023; Our World in Data" in text
     with pytest.raises(UserError, match="--region XX: not a country"):
         emissions.report([str(metered)], "XX", None)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(UserError, match="/proc: cannot be written"):
         emissions.report([str(metered)], None, "/proc/x.csv")
-    assert caught.value.filename == "/proc/x.csv"
 
 
 def test_the_table_has_codecarbons_columns(metered: Path, tmp_path: Path) -> None:
