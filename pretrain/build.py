@@ -192,14 +192,16 @@ def _restore(run: Run, state: State, path: Path, stamps: checkpoint.Stamps | Non
 def _milestones(ledger: Ledger, run: Run) -> set[float]:
     """Return the milestones that are done with, and say which were passed before anybody asked for them.
 
-    One that the last update passed is none of these: the weights are its.
+    One that the last update passed is none of these: the weights are its. Nor is one of another budget, of
+    which it was another step: it is replaced when its share comes again.
     """
     checkpoint.retire_weights(run.folder, run.step)
-    shares, names = run.config.checkpoint.keep, checkpoint.named_weights(run.folder.path)
-    there = {share for share in shares if f"{checkpoint.MILESTONE}{share:g}" in names}
-    budget, totals = run.recipe.budget, ledger.totals()
-    before = budget.progress(totals) - (price(run.cost, budget.unit) or 0.0) / budget.total
-    passed = {share for share in shares if run.step and share <= before + TOLERANCE} - there
+    shares, budget = run.config.checkpoint.keep, run.recipe.budget
+    there = {share for share in shares if checkpoint.has_milestone(run.folder, share, run.config)}
+    progress = run.course.progress  # of hours and kWh, of which a start-up is no part
+    if progress is None or not budget.measured:
+        progress = budget.progress(ledger.totals()) - (price(run.cost, budget.unit) or 0.0) / budget.total
+    passed = {share for share in shares if run.step and share <= progress + TOLERANCE} - there
     if passed:
         said = ", ".join(f"{share:g}" for share in sorted(passed))
         logging.warning("warning: checkpoint.keep: %s of the budget are past; nothing is kept of them", said)

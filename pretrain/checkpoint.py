@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -234,12 +234,27 @@ def named_weights(run: str | Path) -> list[str]:
     return sorted(path.name for path in paths)
 
 
+def milestone(share: float) -> str:
+    """Return the name of the weights that are kept at a share of the budget."""
+    return f"{MILESTONE}{share:g}"
+
+
+def has_milestone(folder: RunFolder, share: float, config: Config) -> bool:
+    """Tell whether weights are kept of that share of this config's budget."""
+    try:
+        kept = read_state(folder.weights / milestone(share)).config
+    except UserError:
+        return False
+    return build_config(kept, "config of the milestone").budget.amount == config.budget.amount
+
+
 def retire_weights(folder: RunFolder, step: int) -> None:
     """Delete milestones of a later step: those that a run went back from make others."""
     for name in named_weights(folder.path):
         path = folder.weights / name
-        if name.startswith(MILESTONE) and read_state(path).step > step:
-            _retire(path)
+        with suppress(UserError):  # an unreadable one is for who asks for it to hear of
+            if name.startswith(MILESTONE) and read_state(path).step > step:
+                _retire(path)
 
 
 def refuse_gone(run: str | Path) -> None:
@@ -278,20 +293,26 @@ def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, S
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
     it on one rank.
     """
+    names = named_weights(run)
+    if which in names:
+        return _verified(Path(run) / "weights" / str(which), WEIGHTS)
     refuse_gone(run)
-    known, names = steps(run), named_weights(run)
-    if not known and which not in names:
+    known = steps(run)
+    if not known:
         what = "has no checkpoint yet" if Path(run).is_dir() else "no such folder"
         raise UserError(f"{run}: {what}; give the run.dir of a run that has saved")
     if which == "latest":
         return _newest_good(Path(run), known)
     path = pointed(run, "best") if which == "best" else _explicit(Path(run), which)
-    if which in names:
-        path = Path(run) / "weights" / str(which)
     if path is None or not path.is_dir():
         have = ", ".join(map(str, [*known, *names]))
         raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or one of {have}")
-    found = verify(path, WEIGHTS if which in names else FILES)
+    return _verified(path, FILES)
+
+
+def _verified(path: Path, kinds: Iterable[str]) -> tuple[Path, Stamps]:
+    """Return a checkpoint's folder and the stamps of its files; UserError if it is not whole."""
+    found = verify(path, kinds)
     if isinstance(found, str):
         raise UserError(f"{path}: {found}; take another (--checkpoint latest, or a step)")
     return path, found

@@ -70,6 +70,7 @@ def train(run: Run) -> int:
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
         if turn.milestone >= 0:
             keep_milestone(run, config.checkpoint.keep[turn.milestone])
+            continue  # it took time too
         if evaluation_due(run, turn):
             evaluate(run, turn)
             continue  # it took time, which may be what the budget is made of, or what a signal gives
@@ -293,7 +294,7 @@ def milestone_due(run: Run, share: float) -> int:
 def keep_milestone(run: Run, share: float) -> None:
     """Write the weights, which stay; all ranks take part."""
     main = run.topology.is_main
-    name = f"{checkpoint.MILESTONE}{share:g}"
+    name = checkpoint.milestone(share)
     head = run.ledger.note("milestone", share=share) if run.ledger else ""
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
         tensors = {name: tensor for name, tensor in run.engine.tensors("param") if main}

@@ -27,7 +27,7 @@ def epochs(recipe: Recipe, updates: Sequence[int] | None = None) -> float | None
     masking = recipe.config.masking
     once = masking.views if masking.views_mode == "batch" else 1  # samples of one text
     read = sum(
-        number * phase.cost.tokens_real // once
+        number * phase.cost.samples // once * (phase.config.train.seq_length - 2)
         for number, phase in zip(updates or recipe.budget.updates(), recipe.phases, strict=True)
     )
     return read / tokens if tokens else None

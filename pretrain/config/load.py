@@ -172,31 +172,31 @@ def build_config(tree: dict[str, Any], where: str = "config", overridden: Sequen
     return _complete(config)
 
 
+_MOST_STEPS = 1000
+"""Of a masking rate that changes: phases that a config is made to hold."""
+
+
 def _with_phases(tree: dict[str, Any], found: list[str]) -> dict[str, Any]:
     """Return the tree with a `masking.rate` that falls, or rises, written out as phases."""
     masking, train = tree.get("masking"), tree.get("train") or {}
     if not (isinstance(masking, dict) and isinstance(masking.get("rate"), dict) and isinstance(train, dict)):
         return tree
-    ramp, rates = masking["rate"], []
-    try:
-        first, last, steps = (float(ramp[name]) for name in ("from", "to", "steps"))
-        rates = [first + (last - first) * index / (steps - 1) for index in range(int(steps))]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        pass
-    if len(ramp) != 3 or len(rates) < 2 or steps != int(steps) or train.get("phases"):
-        why = "should be {from: 0.5, to: 0.15, steps: 8}"
-        if train.get("phases"):
-            why = "train.phases are given too; keep one of them"
-        found.append(f"masking.rate = {ramp}: {why}")
-        return {**tree, "masking": {**masking, "rate": None}}
-    phases = [
-        {"until": (index + 1) / len(rates), "rate": round(rate, 6)} for index, rate in enumerate(rates[:-1])
-    ]
-    return {
-        **tree,
-        "masking": {**masking, "rate": last},
-        "train": {**train, "phases": phases},
-    }
+    ramp = masking["rate"]
+    first, last, steps = (ramp.get(name) for name in ("from", "to", "steps"))
+    if train.get("phases"):
+        found.append(f"masking.rate = {ramp}: train.phases are given too; keep one of them")
+    elif (
+        len(ramp) != 3
+        or not all(type(value) in (int, float) for value in (first, last))
+        or type(steps) is not int
+        or not 2 <= steps <= _MOST_STEPS
+    ):
+        found.append(f"masking.rate = {ramp}: should be {{from: 0.5, to: 0.15, steps: 8}}")
+    else:
+        rates = [round(first + (last - first) * index / (steps - 1), 6) for index in range(steps - 1)]
+        phases = [{"until": (index + 1) / steps, "rate": rate} for index, rate in enumerate(rates)]
+        return {**tree, "masking": {**masking, "rate": last}, "train": {**train, "phases": phases}}
+    return {**tree, "masking": {**masking, "rate": None}}
 
 
 def _doubtful(path: str, given: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Weights that stay at shares of the budget: the ones a checkpoint of that step has, through any kill."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -10,7 +11,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.errors import UserError
-from tests.support.runs import DISK, Strike, attempt, finish
+from tests.support.runs import DISK, NEVER, Paced, Strike, attempt, finish
 from tools import average, evaluate
 from tools.export import __main__ as export
 from tools.ledger import __main__ as ledger_program
@@ -71,6 +72,49 @@ def test_shares_that_are_past_are_not_made_up_for(words: Words, tmp_path: Path) 
     outcome = finish(words("a", *KEEP))
     assert "checkpoint.keep: 0, 0.3, 0.5 of the budget are past; nothing is kept of them" in outcome.text
     assert checkpoint.named_weights(tmp_path / "a") == ["share-1"]
+
+
+def test_shares_are_of_the_budget_that_is_being_spent(words: Words, tmp_path: Path) -> None:
+    """Of twice the budget half is another step; until then the name is that of the smaller one."""
+    finish(words("a", "checkpoint.keep=[0.5, 1.0]", "budget.steps=4"))
+    run = tmp_path / "a"
+    assert [checkpoint.read_state(run / "weights" / name).step for name in ("share-0.5", "share-1")] == [2, 4]
+    outcome = finish(words("a", "checkpoint.keep=[0.25, 0.5, 1.0]", "budget.steps=8"))
+    assert "checkpoint.keep: 0.25 of the budget are past; nothing is kept of them" in outcome.text
+    assert [checkpoint.read_state(run / "weights" / name).step for name in ("share-0.5", "share-1")] == [4, 8]
+    assert same(weights(run, "share-1"), weights(run, 8))
+
+
+def test_a_start_up_passes_no_share_of_a_budget_of_hours(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been spent says more than how far the updates are, where a run was started twice."""
+    hours = ("budget.steps=null", f"budget.device_hours={3 / 3600}", "checkpoint.keep=[0.5, 1.0]")
+    stopped = attempt(words("a", *hours), strike=Paced(SIGTERM, 8))
+    assert stopped.codes == [75], stopped.text
+    ended = attempt(words("a", *hours), strike=Paced(SIGTERM, NEVER))
+    assert ended.codes == [0], ended.text
+    assert "are past" not in ended.text
+    assert checkpoint.named_weights(tmp_path / "a") == ["share-0.5", "share-1"]
+
+
+def test_damaged_weights_keep_no_run_from_going_on(words: Words, tmp_path: Path) -> None:
+    stopped = attempt(words("a", *KEEP), strike=Strike(SIGTERM, 6))
+    assert stopped.codes == [75]
+    state = tmp_path / "a" / "weights" / "share-0.3" / "state.json"
+    state.write_text("{")
+    finish(words("a", *KEEP), 2)
+    assert checkpoint.named_weights(tmp_path / "a") == list(NAMES)
+    with pytest.raises(UserError, match="share-0.3: state.json has 1 bytes instead of"):
+        checkpoint.find(tmp_path / "a", "share-0.3")
+
+
+def test_weights_are_used_where_checkpoints_are_gone(words: Words, tmp_path: Path) -> None:
+    finish(words("a", *KEEP))
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "a", "share-1")).step == 8
+    with pytest.raises(UserError, match="step-00000008: is gone"):
+        checkpoint.find(tmp_path / "a")
 
 
 def test_weights_are_damaged_or_unknown_by_name(words: Words, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from pretrain import checkpoint
-from pretrain.account import budget, ledger
+from pretrain.account import budget, epochs, ledger
 from pretrain.account.recipe import make_recipe
 from pretrain.config import MaskingOptions, load_config
 from pretrain.data.indexed import IndexedReader
+from pretrain.data.manifest import load_manifest
 from pretrain.data.sampler import Sampler, Segment, used_samples
 from pretrain.monitor import read_metrics
 from tests.support.runs import NEVER, Paced, Strike, attempt, finish, losses, result
@@ -75,6 +76,9 @@ def test_a_falling_rate_is_phases_and_killed_in_each_of_them(words: Words, tmp_p
     assert totals["tokens_seen"] == 2 * 8 * (17 + 20 + 24) and totals["tokens_predicted"] == 6 * 8 * 4
     assert totals["flops"]["total"] == recipe.budget.planned("flops")
     program.check([str(tmp_path / "whole")])
+    windows = 6 * 8 * 22  # what is dropped was read too
+    tokens = load_manifest(str(recipe.config.corpus.train)).tokens
+    assert epochs.epochs(recipe) == windows / tokens
     late = ("model.mask_from=2", "model.decoder_layers=1")
     for code in (-SIGKILL, -SIGKILL, 0):
         cut = attempt(words("cut", "checkpoint.every_steps=1", *ramp, *late), strike=Strike(SIGKILL, 3))

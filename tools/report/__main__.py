@@ -204,6 +204,9 @@ def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
         "seq_length": [phase.config.train.seq_length for phase in recipe.phases],
         "batch_size": [phase.config.train.batch_size for phase in recipe.phases],
         "rate": config.masking.rate,
+        "predicted_shares": [
+            phase.config.masking.predict or phase.config.masking.rate for phase in recipe.phases
+        ],
         "parameters": _parameters(recipe),
         "state": run.status.get("state"),
         "ledger_head": run.ledger_head,

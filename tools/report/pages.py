@@ -140,6 +140,12 @@ def _rate(run: Described, name: str, unit: str = "") -> str:
     return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + unit
 
 
+def _ramp(shares: Sequence[float]) -> str:
+    """Return the first share and the last, where they differ."""
+    ends = dict.fromkeys(_share(share) for share in (shares[0], shares[-1]))
+    return " to ".join(ends)
+
+
 def _in_turn(values: Sequence[int]) -> str:
     """Of the phases: 128, then 512."""
     return ", then ".join(dict.fromkeys(map(str, values)))
@@ -378,7 +384,11 @@ MODEL = Table(
         Column("encoder", _size, "layers x width, and the kind of block"),
         Column("length", lambda r: _in_turn(r["seq_length"]), "tokens of a training sequence"),
         Column("batch", lambda r: _in_turn(r["batch_size"]), "sequences of an update"),
-        Column("predicted", lambda r: _share(r["rate"]), "share of them that the training loss asks about"),
+        Column(
+            "predicted",
+            lambda r: _ramp(r["predicted_shares"]),
+            "share of them that the training loss asks about",
+        ),
         Column(
             "encoder parameters",
             lambda r: _count(r["parameters"]["encoder"]),
