@@ -145,7 +145,7 @@ def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signal
         segments = run_segments(config, data, state)
         with raise_on_all_ranks(topology):
             module = make_module(config, data.tokenizer, fresh=state is None)
-        if config.model.init_from and state is None:
+        if config.model.init_from and state is None and topology.world_size > 1:
             refuse_other_weights(config.model.init_from, module, topology)
         engine = build_engine(phase.config, module, topology, phase.micro_batch(topology.data_size))
         if engine.deepspeed_json and topology.is_main:

@@ -93,8 +93,8 @@ class State:
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
     progress: float | None = None
     """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
-    averaged: list[str] = field(default_factory=list)
-    """Of weights that are a mean: the checkpoints that they are the mean of."""
+    averaged: dict[str, float] = field(default_factory=dict)
+    """Of weights that are a mean: the checkpoints that they are the mean of, and the share of each."""
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def save(folder: RunFolder, engine: TensorSource, state: State, keep_last: int, 
 def save_weights(folder: RunFolder, state: State, name: str, tensors: dict[str, "Tensor"]) -> Path:
     """Write weights alone under a name, in place of those that had it; for one rank."""
     final = folder.weights / name
-    temporary = final.with_name(TEMPORARY + name)
+    temporary = final.with_name(f".{name}.partial")  # another process's, which a run's start leaves alone
     try:
         folder.weights.mkdir(exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -230,7 +230,7 @@ def steps(run: str | Path) -> list[int]:
 
 def named_weights(run: str | Path) -> list[str]:
     """Return the names of the weights that are kept apart from checkpoints, good or bad, in order."""
-    paths = (path for path in (Path(run) / "weights").glob("*") if not path.name.startswith(TEMPORARY))
+    paths = (path for path in (Path(run) / "weights").glob("*") if not path.name.startswith("."))
     return sorted(path.name for path in paths)
 
 

@@ -9,12 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain import __version__
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = (
     "torch",

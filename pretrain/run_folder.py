@@ -6,14 +6,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from pretrain.config import Config, build_config, dump_config, read_yaml
 from pretrain.data.indexed import corpus_file
 from pretrain.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from pretrain.files import TEMPORARY, json_text, remove, try_lock, write_atomic, write_whole
 from pretrain.provenance import provenance
 

@@ -5,6 +5,7 @@ et al. 2018, arXiv 1803.05407; Kaddour 2022, arXiv 2209.14981). What is written 
 RUN/weights, which `--checkpoint average` of the other programs takes.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,21 +37,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     run = Path(args.run)
     if args.name in checkpoint.named_weights(run):
-        state = checkpoint.read_state(run / "weights" / args.name)
-        if not (args.overwrite and state.averaged):
-            advice = "add --overwrite, or take another --name" if state.averaged else "take another --name"
-            raise UserError(f"{run / 'weights' / args.name}: there already; {advice}")
+        _refuse(run / "weights" / args.name, args.overwrite)
     names = args.checkpoints or _newest(run, args.last)
-    path = average(run, names, args.weights or 1.0, args.name)
-    print(f"{path}: mean of {', '.join(names)}; take it as --checkpoint {args.name}")
+    path, shares = average(run, names, args.weights or 1.0, args.name)
+    told = ", ".join(f"{name} ({share:.1%})" for name, share in shares.items())
+    print(f"{path}: mean of {told}; take it as --checkpoint {args.name}")
     return 0
+
+
+def _refuse(path: Path, overwrite: bool) -> None:
+    """Raise UserError where weights of the name are not to be replaced."""
+    try:
+        ours = bool(checkpoint.read_state(path).averaged)
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(f"{path}: there already, and no average; take another --name, or move it away")
+    if not overwrite:
+        raise UserError(f"{path}: there already; add --overwrite, or take another --name")
 
 
 def _name(text: str) -> str:
     """Return a name that is no path, no step and no milestone."""
     taken = text in ("latest", "best") or text.isdecimal() or text.startswith(checkpoint.MILESTONE)
     if taken or not text.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: take letters, digits, - and _, and no checkpoint's name")
     return text
 
 
@@ -66,30 +77,31 @@ def _newest(run: Path, number: int) -> list[str]:
     return [str(step) for step in steps[-number:]]
 
 
-def average(run: Path, names: Sequence[str], decay: float, name: str) -> Path:
-    """Write the mean of checkpoints, oldest first, each verified, and return its folder.
+def average(run: Path, names: Sequence[str], decay: float, name: str) -> tuple[Path, dict[str, float]]:
+    """Write the mean of checkpoints, each verified; return its folder, and the share of each, oldest first.
 
-    decay: weight of a checkpoint over that of the next. Sums are in float64, one checkpoint at a time.
+    decay: weight of a checkpoint over that of the next newer one. Sums are in float64, one checkpoint at a
+    time. UserError where two names are one checkpoint.
     """
-    folder, found = RunFolder(run), []
+    found = [checkpoint.find_verified(run, which) for which in names]
+    states = [checkpoint.read_state(path, stamps) for path, stamps in found]
+    order = sorted(range(len(names)), key=lambda index: states[index].step)
+    paths = [found[index][0] for index in order]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{run}: {', '.join(names)}: one checkpoint is named twice; name each once")
+    weights = [decay ** (len(order) - 1 - age) for age in range(len(order))]
     sums: dict[str, Tensor] = {}
-    total = 0.0
-    with console.counter("average", len(names), "checkpoints") as done:
-        for index, which in enumerate(names):
-            path, stamps = checkpoint.find_verified(run, which)
-            found.append(checkpoint.read_state(path, stamps))
-            weight = decay ** (len(names) - 1 - index)
-            total += weight
+    with console.counter("average", len(order), "checkpoints") as done:
+        for index, weight in zip(order, weights, strict=True):
+            path, stamps = found[index]
             for key, tensor in checkpoint.read_tensors(path, stamps=stamps).items():
-                if key in sums:
-                    sums[key] += weight * tensor.double()
-                else:
-                    sums[key] = weight * tensor.double()
+                part = weight / sum(weights) * tensor.double()
+                sums[key] = sums[key] + part if key in sums else part
             done(1)
-    newest = max(found, key=lambda state: state.step)
-    state = replace(newest, averaged=list(names), loss=None)
-    means = {key: (value / total).float() for key, value in sums.items()}
-    return checkpoint.save_weights(folder, state, name, means)
+    shares = {path.name: weight / sum(weights) for path, weight in zip(paths, weights, strict=True)}
+    state = replace(states[order[-1]], averaged=shares, loss=None)
+    means = {key: value.float() for key, value in sums.items()}
+    return checkpoint.save_weights(RunFolder(run), state, name, means), shares
 
 
 if __name__ == "__main__":

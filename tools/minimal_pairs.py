@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.errors import UserError
-from pretrain.files import check_folder, named
+from pretrain.files import named
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.tables import aligned, table_files, write_table
@@ -112,6 +112,8 @@ def _pair(line: bytes, data: str, place: str) -> Pair:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object ({error})") from error
     good, bad, paradigm, field = (_text(record, key, place) for key in KEYS)
+    if ALL in (paradigm, field):
+        raise UserError(f"{place}: {ALL!r} is what the whole is called; name the UID and the field otherwise")
     if good == bad:
         raise UserError(f"{place}: both sentences are the same, which is no pair")
     return Pair(good, bad, paradigm, field, data, place)
@@ -259,20 +261,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outputs.check([Path(args.output) / LINES], args.data, LINE_FIELDS)
     # Start-up time; and late-mask exports are loaded by our code, whatever lies in them.
     from tools.export.huggingface import register_late_models
-    from tools.shared.encoders import open_encoder
+    from tools.shared.encoders import is_run, open_encoder
 
     register_late_models()
+    for model in args.models:
+        if folder := model if is_run(model, args.checkpoint) else args.output:
+            downstream.check(folder)
     rows, scored = list[Share](), list[dict[str, Any]]()
     for model, label in console.labels(args.models).items():
         encoder = open_encoder(model, args.checkpoint, head=True)
         folder = args.output if encoder.step is None else model
-        if folder:
-            check_folder(folder)
         found = score_pairs(encoder, pairs, args.metric)
         rows += (of_model := shares(label, encoder.step, found, args.metric))
         scored += [{"model": label, **_line(each)} for each in found]
         if folder:
-            downstream.record(folder, _downstream(of_model, model))
+            downstream.record(folder, _downstream(of_model, model, encoder.averaged))
     if args.output:
         write_table(Path(args.output), NAME, [asdict(row) for row in rows], FIELDS)
         lines = "".join(json.dumps(line) + "\n" for line in scored)
@@ -315,7 +318,7 @@ def _line(scored: Scored) -> dict[str, Any]:
     return about | {"score_good": scored.good, "score_bad": scored.bad}
 
 
-def _downstream(rows: Iterable[Share], path: str) -> list[DownstreamScore]:
+def _downstream(rows: Iterable[Share], path: str, averaged: str) -> list[DownstreamScore]:
     """Return the scores of whole files."""
     return [
         DownstreamScore(
@@ -324,7 +327,7 @@ def _downstream(rows: Iterable[Share], path: str) -> list[DownstreamScore]:
             metric="accuracy",
             score=row.accuracy,
             n=row.pairs,
-            protocol=f"minimal_pairs {row.metric}",
+            protocol=downstream.of_mean(f"minimal_pairs {row.metric}", averaged),
             model=path if row.step is None else "",
         )
         for row in rows

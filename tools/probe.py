@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.errors import UserError
-from pretrain.files import check_folder
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.metrics import scored
@@ -416,15 +415,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.refuse_twice(args.models)
     picture = args.output / f"{NAME}.png"
     outputs.check([*table_files(args.output, NAME), picture], fields=FIELDS)
-    from tools.shared.encoders import open_encoder  # start-up time
+    from tools.shared.encoders import is_run, open_encoder  # start-up time
 
+    for model in args.models:
+        downstream.check(model if is_run(model, args.checkpoint) else args.output)
     results = [result for each in data for result in majority(each)]
     for model, label in console.labels(args.models).items():
         encoder = open_encoder(model, args.checkpoint)
         folder = args.output if encoder.step is None else model
-        check_folder(folder)
         found = [result for each in data for result in probe(encoder, label, TRAINED, each)]
-        downstream.record(folder, _downstream(found, model, args.train_rows))
+        downstream.record(folder, _downstream(found, model, args.train_rows, encoder.averaged))
         untrained = encoder.untrained(args.seed)
         results += found
         results += [result for each in data for result in probe(untrained, label, RANDOM, each)]
@@ -465,7 +465,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _downstream(results: Sequence[Result], path: str, train_rows: int) -> list[DownstreamScore]:
+def _downstream(
+    results: Sequence[Result], path: str, train_rows: int, averaged: str
+) -> list[DownstreamScore]:
     """Return what speaks for an encoder."""
     return [
         DownstreamScore(
@@ -474,7 +476,7 @@ def _downstream(results: Sequence[Result], path: str, train_rows: int) -> list[D
             metric=result.metric,
             score=result.score,
             n=result.rows,
-            protocol=f"probe: {train_rows:,} rows at most",
+            protocol=downstream.of_mean(f"probe: {train_rows:,} rows at most", averaged),
             model=path if result.step is None else "",
         )
         for result in best(results)

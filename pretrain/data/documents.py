@@ -149,6 +149,7 @@ def _map_table(path: Path, size: int, key: bytes, parts: Callable[[], Parts]) ->
     """Return the table in the file, which is written where it is not there whole; an error names the file."""
     for _ in range(_ATTEMPTS):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        written = False
         with os.fdopen(descriptor, "r+b") as file, named(path), locked(file, path):
             if file.read(_SEAL).strip(b"\0") == b"" or os.fstat(file.fileno()).st_size != size:
                 try:
@@ -156,9 +157,11 @@ def _map_table(path: Path, size: int, key: bytes, parts: Callable[[], Parts]) ->
                 except OSError:
                     path.unlink(missing_ok=True)
                     raise
+                written = True
                 log.info("order       of the documents of an epoch: %s, %.1f GB", path, size / 1e9)
             content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        if content[:_SEAL] == _seal(content, key):  # after the lock: all ranks look at once
+        # After the lock: all ranks look at once, but for the one that has just sealed it.
+        if written or content[:_SEAL] == _seal(content, key):
             return np.frombuffer(content, np.int64, offset=_SEAL)
         path.unlink(missing_ok=True)  # who has mapped it keeps it
     raise UserError(f"{path}: not read as it was written")

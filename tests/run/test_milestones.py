@@ -133,12 +133,14 @@ def test_what_takes_a_checkpoint_takes_kept_weights(
     finish(words("a", *KEEP))
     run = str(tmp_path / "a")
     average.main([run, "--checkpoints", "share-0.3", "share-0.5", "8", "--name", "three"])
-    assert "mean of share-0.3, share-0.5, 8" in capsys.readouterr().out
+    told = "mean of share-0.3 (33.3%), share-0.5 (33.3%), step-00000008 (33.3%)"
+    assert told in capsys.readouterr().out
     three = [weights(tmp_path / "a", which) for which in ("share-0.3", "share-0.5", "8")]
     for name, mean in weights(tmp_path / "a", "three").items():
         assert torch.allclose(mean, (sum(one[name].double() for one in three) / 3).float(), rtol=0, atol=1e-7)
     state = checkpoint.read_state(checkpoint.find(tmp_path / "a", "three"))
-    assert state.averaged == ["share-0.3", "share-0.5", "8"] and state.step == 8 and state.loss is None
+    assert state.averaged == pytest.approx(dict.fromkeys(("share-0.3", "share-0.5", "step-00000008"), 1 / 3))
+    assert state.step == 8 and state.loss is None
     ledger_program.check([run])
     evaluate.main([run, "--checkpoint", "three", "--json"])
     assert export.main([run, "--milestones", "--output", str(tmp_path / "out"), "--json"]) == 0
@@ -153,7 +155,22 @@ def test_what_takes_a_checkpoint_takes_kept_weights(
 
 def test_a_decaying_average_weighs_the_newest_most(words: Words, tmp_path: Path) -> None:
     finish(words("a", *KEEP))
-    average.main([str(tmp_path / "a"), "--checkpoints", "share-0.3", "8", "--weights", "0.5"])
+    average.main([str(tmp_path / "a"), "--checkpoints", "8", "share-0.3", "--weights", "0.5"])  # by age
     first, last = weights(tmp_path / "a", "share-0.3"), weights(tmp_path / "a", "8")
     for name, mean in weights(tmp_path / "a", "average").items():
         assert torch.allclose(mean, first[name] / 3 + 2 * last[name] / 3, rtol=0, atol=1e-6)
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "a", "average"))
+    assert state.averaged == pytest.approx({"share-0.3": 1 / 3, "step-00000008": 2 / 3})
+
+
+def test_averages_that_are_refused(words: Words, tmp_path: Path) -> None:
+    finish(words("a", *KEEP))
+    run = str(tmp_path / "a")
+    with pytest.raises(UserError, match="8, latest: one checkpoint is named twice"):
+        average.main([run, "--checkpoints", "8", "latest"])
+    for name in ("latest", "7", "share-2", "../x"):
+        with pytest.raises(UserError, match=f"argument --name: {name!r}: take letters, digits"):
+            average.main([run, "--last", "1", "--name", name])
+    (tmp_path / "a" / "weights" / "mine").mkdir()
+    with pytest.raises(UserError, match="weights/mine: there already, and no average; take another --name"):
+        average.main([run, "--last", "1", "--name", "mine", "--overwrite"])

@@ -23,7 +23,7 @@ def test_a_repeated_score_replaces_its_line(tmp_path: Path) -> None:
     for name, value in changes.items():
         downstream.record(tmp_path / "run", [replace(SCORE, **{name: value})])
     assert len(downstream.read(tmp_path / "run")) == 2 + len(changes)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {FILE, ".downstream.lock"}
 
 
 def test_lines_of_others_stay_as_they_are(tmp_path: Path) -> None:
@@ -32,6 +32,15 @@ def test_lines_of_others_stay_as_they_are(tmp_path: Path) -> None:
     downstream.record(tmp_path, [SCORE])
     assert (tmp_path / FILE).read_text(encoding="utf-8").splitlines()[0] == text
     assert downstream.read(tmp_path) == [DownstreamScore(1, "sst2", "", 0.7), SCORE]
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"NaN", b"1e999"])
+def test_a_score_that_is_no_number_is_named(tmp_path: Path, value: bytes) -> None:
+    for key in (b"score", b"step"):
+        line = b'{"step": 1, "task": "a", "score": 1.0}'.replace(b'"%s": 1' % key, b'"%s": %s' % (key, value))
+        (tmp_path / FILE).write_bytes(line.replace(b"%s.0" % value, value) + b"\n")
+        with pytest.raises(UserError, match="downstream.jsonl:1: expected step, task and score"):
+            downstream.read(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", '{"step": 1, "task": "a", "score": "high"}', '{"step": 1, "ta'])

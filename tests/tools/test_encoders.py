@@ -128,6 +128,53 @@ def test_a_tokenizer_that_knows_no_words_is_refused(runs: dict[str, Path], tmp_p
         open_encoder(str(folder))
 
 
+def test_a_tokenizer_that_is_made_up_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers gives a folder without one the special pieces alone, by which every word is unknown."""
+    folder = tmp_path / "without"
+    shutil.copytree(runs["mlm"] / "export", folder, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    with pytest.raises(UserError, match="without: (has no tokenizer|transformers cannot load it)"):
+        open_encoder(str(folder))
+    bert = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    transformers.BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match=r"bert: has no tokenizer \(tokenizer.json, vocab.txt\)"):
+        open_encoder(str(tmp_path / "bert"), head=True)
+    for file in (runs["mlm"] / "export").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "bert")
+    with pytest.raises(UserError, match="bert: its tokenizer has more pieces than the model"):
+        open_encoder(str(tmp_path / "bert"), head=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.json", "[]", "transformers cannot load it"),
+        ("config.json", '{"model_type": "bert", "hidden_size": "x"}', "transformers cannot load it"),
+        ("config.json", '{"model_type": "bert", "num_attention_heads": 0}', "transformers cannot load it"),
+        ("tokenizer.json", '{"model": {"type": "Newer"}}', "transformers cannot load it"),
+    ],
+)
+def test_folders_that_others_broke_are_told_in_one_line(
+    file: str, content: str, reason: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(runs["mlm"] / "export", folder)
+    (folder / file).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"broken: {reason}") as caught:
+        open_encoder(str(folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_with_a_decoder_of_its_own_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=500, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
+    for file in (runs["mlm"] / "export").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "t5")
+    with pytest.raises(UserError, match="t5: a model of an encoder and a decoder; give an encoder"):
+        open_encoder(str(tmp_path / "t5"))
+
+
 def test_code_of_a_folder_is_not_run(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "foreign"
     shutil.copytree(runs["mlm"] / "export", folder)

@@ -19,7 +19,7 @@ from scipy import stats
 
 from pretrain.errors import UserError
 from tests.support.runs import finish
-from tools import minimal_pairs
+from tools import average, minimal_pairs
 from tools.export import __main__ as export
 from tools.export.huggingface import register_late_models
 from tools.minimal_pairs import METRICS, Pair, Scored, read_pairs, wilson
@@ -185,6 +185,8 @@ def test_the_program_writes_the_table_and_the_line_of_the_run_once(
         (GOOD.replace('"u"', "3"), "no text in 'UID'"),
         (GOOD.replace("field", "Field"), "no text in 'field'"),
         (GOOD.replace('"b"', r'"\ud800"'), "half a surrogate pair in 'sentence_bad'"),
+        (GOOD.replace('"u"', '"all"'), "'all' is what the whole is called"),
+        (GOOD.replace('"f"', '"all"'), "'all' is what the whole is called"),
         (GOOD.replace('"b"', '"a"'), "both sentences are the same"),
     ],
 )
@@ -203,6 +205,30 @@ def test_broken_weights_are_told(runs: dict[str, Path], data: Path, tmp_path: Pa
     save_file(tensors | {name: tensors[name] * torch.nan}, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="broken: some of its scores are no numbers"):
         minimal_pairs.main([str(broken), "--data", str(data)])
+
+
+def test_what_keeps_scores_from_being_recorded_is_told_before_they_are_had(
+    runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minimal_pairs, "score_pairs", None)  # nothing is scored
+    late = shutil.copytree(runs["late"], tmp_path / "late")
+    with pytest.raises(UserError, match="nowhere: neither a run"):
+        minimal_pairs.main([str(late), "nowhere", "--data", str(data)])
+    (late / "downstream.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="downstream.jsonl:1: expected step, task and score"):
+        minimal_pairs.main([str(runs["mlm"]), str(late), "--data", str(data)])
+
+
+def test_scores_of_a_mean_stand_beside_those_of_its_newest_checkpoint(
+    runs: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    late = shutil.copytree(runs["late"], tmp_path / "late")
+    average.main([str(late), "--last", "1"])
+    for which in ("latest", "average"):
+        minimal_pairs.main([str(late), "--data", str(data), "--checkpoint", which])
+    own, mean = (line for line in downstream.read(late) if line.step == 20)
+    assert (own.protocol, own.score) == ("minimal_pairs within_word_l2r", mean.score)
+    assert mean.protocol == "minimal_pairs within_word_l2r, mean of step-00000020"
 
 
 def test_other_mistakes_are_told_in_one_line(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

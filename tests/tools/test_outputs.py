@@ -204,6 +204,17 @@ def test_what_is_not_demonstrably_ours_stays(name: str, content: str, tmp_path: 
     assert path.read_text(encoding="utf-8", errors="surrogateescape") == content
 
 
+def test_of_many_lines_the_first_tell_whose_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_LINES_BYTES", 100)
+    monkeypatch.setattr(outputs, "_LARGEST", 1000)
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"ours": 1, "peer": 2}\n' * 99, encoding="utf-8")
+    outputs.write(path, path.read_text(encoding="utf-8"), {"ours": "", "peer": ""})
+    path.write_text('{"ours": 1}\n' * 99, encoding="utf-8")
+    with pytest.raises(UserError, match="exists and is not of this program"):
+        outputs.write(path, "new", {"ours": "", "peer": ""})
+
+
 def test_the_table_of_codecarbon_stays(tmp_path: Path) -> None:
     """It has the same columns; a row of another project is another's."""
     from tools.ledger.emissions import COLUMNS, FIELDS

@@ -4,16 +4,14 @@ One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol", "
 is known by all that is no result, so a command that is repeated replaces its lines and nothing counts twice.
 """
 
-import fcntl
 import json
-import os
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.files import write_atomic
+from pretrain.files import check_folder, locked, write_whole
 
 FILE = "downstream.jsonl"
 
@@ -48,6 +46,18 @@ def read(folder: str | Path) -> list[DownstreamScore]:
     return [score for _, score in _lines(Path(folder) / FILE)]
 
 
+def check(folder: str | Path) -> None:
+    """Raise UserError, before the work, where no scores could be recorded."""
+    check_folder(folder)
+    read(folder)
+
+
+def of_mean(protocol: str, averaged: str) -> str:
+    """Return the protocol of a score, which says if it is of a mean of checkpoints: at its step there is one
+    that is none."""
+    return f"{protocol}, mean of {averaged}" if averaged else protocol
+
+
 def record(folder: str | Path, scores: Iterable[DownstreamScore]) -> None:
     """Write scores to a folder, which is made; those that are there under the same key are replaced.
 
@@ -55,38 +65,30 @@ def record(folder: str | Path, scores: Iterable[DownstreamScore]) -> None:
     """
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    lock = path.with_name(".downstream.lock")
+    with lock.open("a+") as file, locked(file, lock):
         lines = {score.key: text for text, score in _lines(path)}
         lines |= {score.key: json.dumps(asdict(score), allow_nan=False) for score in scores}
-        write_atomic(path, "".join(f"{text}\n" for text in lines.values()))
+        write_whole(path, "".join(f"{text}\n" for text in lines.values()).encode())
 
 
 def _lines(path: Path) -> Iterator[tuple[str, DownstreamScore]]:
     """Yield each line with its score; keys that are not known here stay in the line."""
     if not path.exists():
         return
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not text:
+    for number, encoded in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not encoded:
             continue
         try:
+            text = encoded.decode()
             line = json.loads(text)
             step, seed, n = (
                 None if line.get(key) is None else int(line[key]) for key in ("step", "seed", "n")
             )
             words = (str(line["task"]), str(line.get("metric", "")), float(line["score"]))
+            if not math.isfinite(words[-1]):
+                raise ValueError(words[-1])
             protocol, model = str(line.get("protocol", "")), str(line.get("model", ""))
             yield text, DownstreamScore(step, *words, seed, n, protocol, model)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes that record; network file systems may have no such locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

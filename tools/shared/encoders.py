@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pretrain.data.tokenizer import read_json_tokenizer
@@ -45,12 +44,14 @@ class Encoder(ABC):
     Attributes:
         name: the path that it was opened by.
         step: of its checkpoint; None for a folder that is no run.
+        averaged: the checkpoints that its weights are a mean of; "" where they are one's own.
         max_length: most tokens of a text, specials included.
         mask_id: id of its [MASK].
     """
 
     name: str
     step: int | None
+    averaged: str = ""
     max_length: int
     mask_id: int
     device: torch.device
@@ -85,14 +86,22 @@ def open_encoder(path: str, which: str = "latest", head: bool = False) -> Encode
 
     head: with the head that answers [MASK]s. UserError if there is no model, or not all of it.
     """
-    if (Path(path) / _RUN).is_file():
+    if is_run(path, which):
         return _Run(path, load_model(path, which))
+    return _HuggingFace.load(path, head)
+
+
+def is_run(path: str, which: str = "latest") -> bool:
+    """Tell a run from a Hugging Face folder, without reading it; UserError for what is neither, or has no
+    checkpoints although one is asked for."""
+    if (Path(path) / _RUN).is_file():
+        return True
     if (Path(path) / _FOLDER).is_file():
         if which != "latest":
             raise UserError(
                 f"{path}: a Hugging Face folder has no checkpoints; leave out --checkpoint {which}"
             )
-        return _HuggingFace.load(path, head)
+        return False
     raise UserError(
         f"{path}: neither a run (it has no {_RUN}) nor a Hugging Face folder (no {_FOLDER}); models are read"
         " from folders on this disk"
@@ -117,14 +126,14 @@ class _Run(Encoder):
 
     def __init__(self, name: str, run: RunModel) -> None:
         self.name, self.step, self._run = name, run.state.step, run
+        self.averaged = ", ".join(run.state.averaged)
         # Positions may reach further than training did, and so does no export of the run.
         self.max_length, self.mask_id = run.config.train.seq_length, run.tokenizer.mask
         self.device = _device()
         self._model = run.model.to(self.device)
         self._json: Any = None
         if run.tokenizer.kind == "json":  # it cuts punctuation off words, as only the package tells
-            path = run.tokenizer.path
-            self._json = read_json_tokenizer(path, path.read_bytes())
+            self._json = read_json_tokenizer(run.tokenizer.path, run.tokenizer.content)
             self._json.encode_special_tokens = True
 
     def tokens(self, text: str) -> Tokens:
@@ -179,11 +188,16 @@ class _HuggingFace(Encoder):
             model, info = auto.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except Exception as error:  # of many packages, whatever lies in the folder
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"{path}: transformers cannot load it ({reason})") from error
+        if model.config.is_encoder_decoder:
+            raise UserError(f"{path}: a model of an encoder and a decoder; give an encoder")
         if not tokenizer.is_fast:
             raise UserError(f"{path}: its tokenizer does not tell words apart; it needs a tokenizer.json")
+        refuse_made_up(path, tokenizer)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise UserError(f"{path}: its tokenizer has more pieces than the model; one is another model's")
         # Base classes bring a pooler that many encoders do without, and that is not used here.
         if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
             what = "no masked LM" if head else "not a whole model"
@@ -229,6 +243,13 @@ class _HuggingFace(Encoder):
             torch.manual_seed(seed)
             model = type(self._model)(self._model.config)
         return _HuggingFace(self.name, model, self._tokenizer)
+
+
+def refuse_made_up(path: str, tokenizer: Any) -> None:
+    """Raise UserError where a folder has no tokenizer: transformers makes one up that knows no word."""
+    names = set(tokenizer.vocab_files_names.values()) | {"tokenizer.json"}
+    if not any((Path(path) / name).is_file() for name in names):
+        raise UserError(f"{path}: has no tokenizer ({', '.join(sorted(names))}); copy it there")
 
 
 def positions(model: Any) -> int:

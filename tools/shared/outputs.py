@@ -8,6 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ PNG_MARK = {"Software": GENERATOR}
 _MARKS = [mark.encode() for mark in (HTML_MARK, MARKDOWN_MARK, f"{YAML_MARK}\n", f"Software\0{GENERATOR}")]
 _HEAD_BYTES = 1024
 """Of a file, in which its mark stands."""
+_LINES_BYTES = 2**20
+"""Of a file of JSON lines, that are looked at."""
 _LARGEST = 2**27
-"""Bytes; no table of ours comes near."""
+"""Bytes of any other; no table of ours comes near."""
 
 Fields = Mapping[str, str]
 """The keys of every row of a table or document, each with what its values begin with."""
@@ -64,9 +67,12 @@ def _has_mark(path: Path) -> bool:
 
 
 def _has_fields(path: Path, fields: Fields) -> bool:
-    """Return whether a file is JSON, JSON lines or CSV whose rows, one at least, all have these."""
+    """Return whether a file is JSON, JSON lines or CSV whose rows, one at least, all have these.
+
+    Of JSON lines the first are looked at: there may be millions.
+    """
     try:
-        rows = _rows(path.read_text(encoding="utf-8")) if path.stat().st_size < _LARGEST else []
+        rows = _rows(path)
     except (ValueError, csv.Error, RecursionError):
         return False
     return bool(rows) and all(
@@ -76,11 +82,17 @@ def _has_fields(path: Path, fields: Fields) -> bool:
     )
 
 
-def _rows(text: str) -> list[Any]:
+def _rows(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        head = file.read(_LINES_BYTES)
+    lines = head.split(b"\n") if len(head) < _LINES_BYTES else head.split(b"\n")[:-1]
+    if head.startswith(b"{") and len(lines) > 1:
+        with suppress(ValueError):
+            return [json.loads(line) for line in lines if line]
+    if path.stat().st_size >= _LARGEST:
+        return []
+    text = path.read_text(encoding="utf-8")
     if not text.startswith(("{", "[")):
         return list(csv.DictReader(io.StringIO(text)))
-    try:
-        document = json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines()]
+    document = json.loads(text)
     return document if isinstance(document, list) else [document]
