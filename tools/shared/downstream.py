@@ -66,7 +66,7 @@ def record(folder: str | Path, scores: Iterable[DownstreamScore]) -> None:
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(".downstream.lock")
-    with lock.open("a+") as file, locked(file, lock):
+    with lock.open("a+", encoding="utf-8") as file, locked(file, lock):
         lines = {score.key: text for text, score in _lines(path)}
         lines |= {score.key: json.dumps(asdict(score), allow_nan=False) for score in scores}
         write_whole(path, "".join(f"{text}\n" for text in lines.values()).encode())
