@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.errors import UserError
@@ -274,6 +274,31 @@ def test_every_word_of_a_long_sentence_is_predicted(tmp_path: Path) -> None:
     assert task.scores("Names", task.train, found) == {"entity f1": 1.0}
     assert task.scores("Names", task.train, task.majority(task.train, task.train)) == {"entity f1": 0.0}
     assert [len(row) for row in task.tfidf(task.train, task.train)] == [50, 2]
+
+
+@pytest.mark.parametrize("post_processor", [None, processors.ByteLevel(trim_offsets=True)])
+def test_words_have_the_pieces_of_the_sentence(post_processor: Any, tmp_path: Path) -> None:
+    """Byte-level pieces begin with the blank before their word, whether their offsets say so or not."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the film in Paris the film in Paris"], trainer)
+    if post_processor:
+        tokenizer.post_processor = post_processor
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    line = ["the O", "film O", "in O", "Paris B-X", "-- O", "caf\u00e9 O", "the\u00a0film O", "\u2009 O"]
+    for split in ("train", "dev"):
+        conll(tmp_path / "Names", line, f"{split}.conll")
+    task = find_task(tmp_path, "Names", None)
+    ((sentence, _),) = task.train
+    (feature,), (firsts,), _ = task.encode(task.train, fast, 64)
+    assert feature["input_ids"] == fast(" ".join(sentence))["input_ids"]
+    pieces = fast.convert_ids_to_tokens(feature["input_ids"])
+    assert pieces[:4] == ["the", "\u0120film", "\u0120in", "\u0120Paris"]
+    assert firsts[:4] == [(0, i) for i in range(4)]
+    assert [first[1] for first in firsts if first] == list(range(len(sentence)))
+    assert [label for label in feature["labels"] if label >= 0] == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
 def squad(folder: Path, count: int, draw: random.Random, impossible: bool = False) -> Path:

@@ -4,11 +4,14 @@ Entities are scored as conlleval does (and seqeval by default): whole entities o
 I that nothing begins begins one. Other labels are scored by the share of words that are right.
 
 The trap: a word of several tokens has its label on the first; a text longer than the model takes goes on in
-another window, so that every word has a prediction.
+another window, so that every word has a prediction. Words are tokenized as a text, with blanks between them:
+byte-level pieces have the blank before their word, and are others without it.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from operator import eq
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,18 +123,20 @@ class Words(FinetuneTask):
     def encode(self, rows: Sequence[Sentence], tokenizer: Any, max_length: int) -> TaskInputs:
         number = {label: i for i, label in enumerate(self._labels)}
         found = tokenizer(
-            [list(row.words) for row in rows],
-            is_split_into_words=True,
+            [" ".join(row.words) for row in rows],
             truncation=True,
             max_length=max_length,
             return_overflowing_tokens=True,
+            return_offsets_mapping=True,
             split_special_tokens=True,
         )
-        rows_of = found.pop("overflow_to_sample_mapping")
+        rows_of, offsets = found.pop("overflow_to_sample_mapping"), found.pop("offset_mapping")
+        ends = [list(accumulate(len(word) + 1 for word in row.words)) for row in rows]
         features, places, last = [], [], (-1, -1)
         for window, row in enumerate(rows_of):
             firsts = []
-            for word in found.word_ids(window):
+            for span in offsets[window]:
+                word = _word(span, rows[row].words, ends[row])
                 new = word is not None and (row, word) != last
                 last = (row, word) if new and word is not None else last
                 firsts.append((row, word) if new else None)
@@ -177,6 +182,16 @@ class Words(FinetuneTask):
         fitted = logistic(vectorizer.fit_transform(_contexts(train)), labels)
         found = iter(fitted(vectorizer.transform(_contexts(rows))))
         return [[str(next(found)) for _ in row.words] for row in rows]
+
+
+def _word(span: tuple[int, int], words: Sequence[str], ends: Sequence[int]) -> int | None:
+    """Return the first word whose letters a token has; None of specials, and of a blank alone.
+
+    span: first letter of the token and the one behind it; ends: where in the text each word and its blank end.
+    """
+    begin, end = span
+    word = bisect_right(ends, begin + 1)  # a token may begin with the blank behind the word before
+    return word if word < len(words) and end > ends[word] - len(words[word]) - 1 else None
 
 
 def _contexts(rows: Sequence[Sentence]) -> list[list[str]]:
