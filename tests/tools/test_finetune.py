@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +21,12 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain import files
 from pretrain.errors import UserError
 from tests.support.runs import finish
 from tools.finetune import __main__ as program
 from tools.finetune import answers, cells, table, train, words
+from tools.finetune.plan import Plan, make_plan
 from tools.finetune.task import entropy
 from tools.finetune.tasks import find_task
 from tools.shared import downstream
@@ -396,7 +401,11 @@ def shared(words: list[str], shares: int = 1) -> None:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of runs.jsonl that are whole, without what time they took."""
     found = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) | {"device_seconds": {}} for line in found if line.endswith("}")]
+    return [without_time(line) for line in found if line.endswith("}")]
+
+
+def without_time(line: str) -> dict[str, Any]:
+    return json.loads(line) | {"device_seconds": {}}
 
 
 @pytest.mark.usefixtures("signals")
@@ -440,24 +449,30 @@ def test_processes_work_side_by_side_and_their_errors_are_told(tmp_path: Path) -
     assert len(lines(tmp_path / "out")) == 2  # what needed no encoder is kept
 
 
-@pytest.mark.usefixtures("signals")
-def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """RTE from it is a column of its own, and waits until the setting of MNLI is chosen."""
-    encoder(tmp_path / "encoder")
+def pairs(folder: Path) -> Path:
+    """Write MNLI, its diagnostic set and RTE."""
     draw = random.Random(0)
     for name, label, kinds, splits in (
         ("MNLI", "gold_label", ("entailment", "neutral", "contradiction"), ("dev_matched", "dev_mismatched")),
         ("RTE", "label", ("entailment", "not_entailment"), ("dev",)),
     ):
         for split in ("train", *splits):
-            path = tmp_path / "data" / name / f"{split}.tsv"
+            path = folder / name / f"{split}.tsv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pairs = [f"the {draw.choice(GOOD)} film\tthe {draw.choice(BAD)} play" for _ in range(12)]
-            rows = [f"{pair}\t{kinds[i % len(kinds)]}" for i, pair in enumerate(pairs)]
+            texts = [f"the {draw.choice(GOOD)} film\tthe {draw.choice(BAD)} play" for _ in range(12)]
+            rows = [f"{text}\t{kinds[i % len(kinds)]}" for i, text in enumerate(texts)]
             path.write_text("\n".join([f"sentence1\tsentence2\t{label}", *rows]) + "\n", encoding="utf-8")
-    path = tmp_path / "data" / "diagnostic" / "diagnostic-full.tsv"
+    path = folder / "diagnostic" / "diagnostic-full.tsv"
     path.parent.mkdir()
     path.write_text("Premise\tHypothesis\tLabel\nthe film\tthe play\tneutral\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RTE from it is a column of its own, and waits until the setting of MNLI is chosen."""
+    encoder(tmp_path / "encoder")
+    pairs(tmp_path / "data")
     words = [str(tmp_path / "encoder"), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
     words += ["--epochs=1", "--seeds=2", "--from-mnli", "--tasks", "RTE", "AX"]
     with pytest.raises(UserError, match="--from-mnli needs MNLI"):
@@ -466,6 +481,12 @@ def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixtur
     starts = [line["start"] for line in lines(tmp_path / "out") if line["task"] == "RTE"]
     assert sorted(starts) == ["", "", "", "", "MNLI", "MNLI", "random", "random"]
     assert [line["kept"] for line in lines(tmp_path / "out")].count(True) == 1
+    # A kill between the start's folder and its line: both are made again.
+    file = tmp_path / "out" / "runs.jsonl"
+    whole = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(line for line in whole if '"kept": false' in line), encoding="utf-8")
+    shared(words)
+    assert sorted(lines(tmp_path / "out"), key=str) == sorted(map(without_time, whole), key=str)
     assert program.main([*words, "--json"]) == 0
     columns = {entry["column"] for entry in json.loads(capsys.readouterr().out)["entries"]}
     assert columns == {
@@ -477,10 +498,80 @@ def test_a_model_of_mnli_is_a_start(tmp_path: Path, capsys: pytest.CaptureFixtur
     }
 
 
+def plan_of(*words: str) -> Plan:
+    return make_plan(program.make_parser().parse_args(words))
+
+
+def test_another_model_of_mnli_is_another_start(tmp_path: Path) -> None:
+    """Cells say which one they began with; tables have the current one's, and shares keep their cells."""
+    encoder(tmp_path / "encoder")
+    names = [f"{name}={tmp_path / 'encoder'}" for name in "ab"]
+    words = [f"--data={pairs(tmp_path / 'data')}", f"--output={tmp_path / 'out'}", "--lrs", "1e-3", "2e-3"]
+    plan = plan_of(*names, *words, "--best-on-dev", "--from-mnli", "--seeds=2", "--tasks", "MNLI", "RTE")
+
+    def done(cells_: Sequence[cells.Cell], best: float) -> list[cells.FinetuneRun]:
+        return [
+            cells.FinetuneRun(cell, {cell.task: {"accuracy": float(cell.lr == best)}}, {}, {cell.task: 9})
+            for cell in cells_
+        ]
+
+    earlier = list[cells.FinetuneRun]()
+    for best in (1e-3, 2e-3):
+        known = done(plan.cells([]), best)
+        kept = [start for source in plan.sources for start in [plan.start(source, known)] if start]
+        for start in kept:
+            plan.kept(start).mkdir(parents=True)
+        both = [*known, *done(kept, 0)]
+        one = [run for run in both if run.cell.encoder != "b"]
+        for number in range(3):
+            others = {cell for i in range(3) if i != number for cell in plan.todo(both, (i, 3))}
+            assert not others & {*plan.todo(one, (number, 3))}
+        new = [cell for cell in plan.todo([*earlier, *both]) if cell.start == cells.MNLI]
+        assert len(new) == 2 * 2 * 2  # encoders, rates, seeds
+        assert {plan.folder(cell) for cell in new} == {plan.kept(start) for start in kept}
+        now = [*both, *done(new, best)]
+        assert table.entries([*earlier, *now]) == table.entries(now)
+        earlier = now[-len(new) :]
+
+
+def test_a_bad_row_of_mnli_is_listed_once_and_by_no_share(tmp_path: Path) -> None:
+    encoder(tmp_path / "encoder")
+    with (pairs(tmp_path / "data") / "MNLI" / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("a\tb\tperhaps\n")
+    words = [str(tmp_path / "encoder"), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    words += ["--keep-going", "--tasks", "MNLI", "AX"]
+    plan_of(*words, "--share=0/2")
+    assert not (tmp_path / "out").exists()
+    assert [task.name for task in plan_of(*words).tasks] == ["MNLI"]
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_line_is_whole_or_an_error_and_waits_for_others(tmp_path: Path) -> None:
+    file, run = tmp_path / "runs.jsonl", cells.FinetuneRun(cells.Cell("p", "tiny", "RTE"), {}, {}, {})
+    cells.append(file, run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))  # a disk that fills up
+    try:
+        with pytest.raises(OSError, match="runs.jsonl"):
+            cells.append(file, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    other = replace(run, cell=replace(run.cell, seed=1))
+    with file.open("rb") as opened:
+        with files.locked(opened, file):
+            waiting = threading.Thread(target=cells.append, args=(file, other))
+            waiting.start()
+            waiting.join(0.5)
+            assert cells.read_runs(file) == [run]
+        waiting.join()
+    assert cells.read_runs(file) == [run, other]
+
+
 @pytest.mark.usefixtures("signals")
 def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3", "checkpoint.keep=[0, 1.0]"])
+    settings = [str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=3", "checkpoint.keep=[0, 1.0]"]
+    finish(settings)
     sentences(tmp_path / "data")
     words = [str(run), f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}", "--seeds=2"]
     words += ["--checkpoint=share-1"]  # weights without a step of that name
@@ -492,6 +583,10 @@ def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -
         (3, "SST-2", "accuracy", seed, 20) for seed in (0, 1)
     ]
     assert scores[0].protocol.startswith("finetune own: lr 5e-05; batch 32; 1 epochs")
+    shutil.rmtree(run)  # another one in its place
+    finish([*settings, "run.seed=2"])
+    with pytest.raises(UserError, match="has runs of another run"):
+        program.main(words)
 
 
 @pytest.mark.usefixtures("signals")
@@ -537,10 +632,14 @@ def test_settings_are_chosen_by_the_median_and_collapsed_runs_count() -> None:
     assert entry.setting == {"lr": 1e-4, "batch": 8, "epochs": 1}
     assert "60.0 (50.0 to 70.0), 1 of 3 collapsed" in table.markdown(runs)
     best = [
-        cells.FinetuneRun(replace(each.cell, protocol="own; best on dev"), each.scores, {}, each.n)
+        replace(each, cell=replace(each.cell, protocol="own; best on dev"), held_out_scores={"accuracy": lr})
         for each in runs
+        for lr in [each.cell.lr]  # on what was held out, the other rate is better
     ]
     assert "SST-2, accuracy (best on dev)" in table.text(best) and "60.0" in table.text(best)
+    assert cells.chosen(runs, False) == cells.chosen(runs[::-1], False)[::-1]
+    ties = [run(lr, 0, 0.5, 0.5) for lr in (1e-3, 1e-4)]
+    assert cells.chosen(ties, False) == cells.chosen(ties[::-1], False) == ties[1:]
     both = table.markdown([*runs, *best])
     assert both.count("| encoder |") == 2  # protocols have a table each
 

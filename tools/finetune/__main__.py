@@ -22,8 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.errors import STOPPED, UserError
+from pretrain.files import remove
 from tools.finetune import table
-from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen, do, read_runs
+from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen, current, do, read_runs
 from tools.finetune.plan import PROTOCOLS, Plan, make_plan, refuse_others
 from tools.finetune.tasks import STARTED_FROM_MNLI
 from tools.shared import console, downstream, outputs
@@ -35,24 +36,25 @@ TABLE = "table.md"
 
 
 def run_share(plan: Plan) -> int:
-    """Do every Nth cell that is not done, on one device; 75 after the signal of a job's end."""
+    """Do the cells of a share that are not done, on one device; 75 after the signal of a job's end."""
     import torch  # takes seconds, which the sharing process does without
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(STOPPED))
-    share, shares = plan.args.share
     gpus = torch.cuda.device_count()
-    device = f"cuda:{share % gpus}" if gpus else "cpu"
+    device = f"cuda:{plan.args.share[0] % gpus}" if gpus else "cpu"
     tasks, file = {task.name: task for task in plan.tasks}, plan.args.output / RUNS
     while True:
         runs = read_runs(file)
-        cell = next((cell for place, cell in plan.todo(runs) if place % shares == share), None)
+        cell = next(iter(plan.todo(runs, plan.args.share)), None)
         if cell is None:
             return 0
         begun, kept = time.monotonic(), plan.kept(cell) if cell.kept else None
         partial = kept.with_name(f".partial-{kept.name}") if kept else None
-        run = do(cell, tasks[cell.task], str(plan.folder(cell, runs)), device, partial)
+        run = do(cell, tasks[cell.task], str(plan.folder(cell)), device, partial)
         if kept and partial:
+            if kept.exists():  # a kill came before its line, or runs.jsonl is gone
+                remove(kept)
             partial.rename(kept)
         append(file, run)
         print(f"{_line(run)} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
@@ -75,7 +77,7 @@ def _line(run: FinetuneRun) -> str:
 def run_here(plan: Plan, words: Sequence[str]) -> None:
     """Do all cells in --jobs processes, those that wait for others behind them; UserError if one fails."""
     file, jobs = plan.args.output / RUNS, plan.args.jobs
-    while todo := {cell for _, cell in plan.todo(read_runs(file))}:
+    while todo := set(plan.todo(read_runs(file))):
         with console.counter("finetune", len(todo), "runs") as advance, tempfile.TemporaryDirectory() as logs:
             processes = [_start(words, share, jobs, Path(logs) / f"{share}") for share in range(jobs)]
             try:
@@ -137,7 +139,7 @@ def record(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
     """Write encoders' scores to the downstream.jsonl of their run; those of other folders to OUTPUT's."""
     for source in plan.sources:
         groups: dict[tuple[str, str], list[FinetuneRun]] = {}
-        for run in runs:
+        for run in current(runs):
             if run.cell.encoder == source.name and run.cell.start != RANDOM and not run.cell.kept:
                 groups.setdefault((run.cell.task, run.cell.start), []).append(run)
         is_run = source.step is not None
@@ -208,12 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"also start {', '.join(STARTED_FROM_MNLI)} from the encoder's model of MNLI",
     )
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="WHICH",
-        help="of runs: latest, best or a step (%(default)s)",
-    )
+    console.add_checkpoint(parser)
     parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, into rejected.jsonl")
     parser.add_argument(
         "--jobs",
@@ -222,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes; GPUs take turns (%(default)s)",
     )
-    parser.add_argument("--share", type=_share, metavar="I/N", help="do every Nth run from the Ith, no table")
+    parser.add_argument("--share", type=_share, metavar="I/N", help="do part I of N of the runs, no table")
     parser.add_argument("--slurm", action="store_true", help="submit the runs as a job array")
     parser.add_argument(
         "--dry-run", action="store_true", help="count the runs; with --slurm: the sbatch file"

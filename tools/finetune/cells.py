@@ -5,15 +5,18 @@ so any number of processes can share the cells, be killed and be started again; 
 lines alone.
 """
 
+import hashlib
 import json
 import os
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.files import locked, named
 from tools.finetune.task import FinetuneTask
 from tools.text.glue import drawn
 
@@ -23,6 +26,8 @@ HELD_OUT = 0.1
 MAJORITY, TFIDF = "majority class", "TF-IDF + logistic regression"
 BASELINES = (MAJORITY, TFIDF)
 RANDOM, MNLI = "random", "MNLI"
+BEST_ON_DEV = "best on dev"
+"""Of protocols that choose settings so."""
 _BEGIN = '{"protocol": '
 """Of each line: what does not begin so is no file of ours."""
 
@@ -50,11 +55,18 @@ class Cell:
     weights: str = ""
     data: str = ""
     """Fingerprints of the encoder and of the task's files."""
+    origin: str = ""
+    """Digest of the run whose model of MNLI it starts from."""
 
     @property
     def setting(self) -> tuple[Any, ...]:
         """What is chosen."""
         return self.lr, self.batch, self.epochs
+
+    @property
+    def digest(self) -> str:
+        """A short name."""
+        return hashlib.blake2b(repr(self).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,16 +99,18 @@ class FinetuneRun:
 def read_runs(path: Path) -> list[FinetuneRun]:
     """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
     found: dict[Cell, FinetuneRun] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), 1):
+    text = path.read_text(encoding="utf-8", errors="backslashreplace") if path.exists() else ""
+    for number, line in enumerate(text.split("\n"), 1):
         if not line:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not line.startswith(_BEGIN) and not _BEGIN.startswith(line):
                 raise UserError(f"{path}:{number}: no run; choose another --output") from None
             continue  # torn by a kill
         try:
+            record.setdefault("origin", "")  # younger than the first files
             cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})
             found[cell] = FinetuneRun(cell, **record)
         except (KeyError, TypeError, AttributeError):
@@ -109,13 +123,13 @@ def append(path: Path, run: FinetuneRun) -> None:
     record = asdict(run)
     line = json.dumps(record.pop("cell") | record, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, f"{chr(10) * bool(torn)}{line}".encode())
-    finally:
-        os.close(descriptor)
+    # On network file systems appends of several machines would run into each other without a lock.
+    with named(path), path.open("a+b") as file, locked(file, path):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(f"{chr(10) * torn}{line}".encode())
+        file.flush()
 
 
 def rows_of(task: FinetuneTask, cell: Cell) -> tuple[list[Any], list[Any]]:
@@ -205,7 +219,25 @@ def chosen(runs: Iterable[FinetuneRun], best_on_dev: bool) -> list[FinetuneRun]:
     def median(setting: tuple[Any, ...]) -> float:
         return statistics.median(_leading(run, best_on_dev) for run in by_setting[setting])
 
-    return by_setting[max(by_setting, key=median)] if by_setting else []
+    # Of equals the first in order, not the one that ended first.
+    return by_setting[max(sorted(by_setting), key=median)] if by_setting else []
+
+
+def start_of(runs: Iterable[FinetuneRun], best_on_dev: bool) -> Cell | None:
+    """Return the run whose model of MNLI is kept: of an encoder's chosen setting, the first seed."""
+    found = [run for run in runs if run.cell.task == MNLI and not run.cell.start and not run.cell.kept]
+    cells = [run.cell for run in chosen(found, best_on_dev)]
+    return replace(min(cells, key=lambda cell: cell.seed), kept=True) if cells else None
+
+
+def current(runs: Sequence[FinetuneRun]) -> list[FinetuneRun]:
+    """Return the runs without those that began with a model of MNLI that is chosen no more."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.cell.protocol, run.cell.encoder].append(run)
+    starts = {start_of(group, BEST_ON_DEV in protocol) for (protocol, _), group in groups.items()}
+    origins = {start.digest for start in starts if start}
+    return [run for run in runs if run.cell.start != MNLI or run.cell.origin in origins]
 
 
 def _leading(run: FinetuneRun, best_on_dev: bool) -> float:

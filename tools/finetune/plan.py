@@ -1,7 +1,8 @@
 """The grid of a command line: encoders, tasks, settings and seeds, and what of it can be done by now.
 
 The trap: cells that start from a model of MNLI wait until its setting is chosen and it is trained, so there
-are more cells after some runs than before; those that were known keep their places, by which they are shared.
+are other cells after some runs than before. They are shared by their digest, which is the same whatever is
+known by then.
 """
 
 import argparse
@@ -16,10 +17,9 @@ from pathlib import Path
 
 from pretrain import checkpoint
 from pretrain.errors import UserError
-from tools.finetune import table
-from tools.finetune.cells import BASELINES, MNLI, RANDOM, RUNS, Cell, FinetuneRun, chosen
+from tools.finetune.cells import BASELINES, BEST_ON_DEV, MNLI, RANDOM, RUNS, Cell, FinetuneRun, start_of
 from tools.finetune.task import FinetuneTask
-from tools.finetune.tasks import STARTED_FROM_MNLI, find_task
+from tools.finetune.tasks import AX, STARTED_FROM_MNLI, find_task
 from tools.shared import outputs
 
 PROTOCOLS = {"fixed": ([5e-5], [32], 3), "roberta": ([1e-5, 2e-5, 3e-5], [16, 32], 10)}
@@ -65,52 +65,51 @@ class Plan:
         cell = Cell(self.protocol, encoder, task.name, train_rows=rows, max_length=longest)
         return replace(cell, held_out=self.chooses, data=task.fingerprint, **more)  # type: ignore[arg-type]
 
-    def grid(self, source: Source, task: FinetuneTask, start: str) -> Iterator[Cell]:
+    def grid(self, source: Source, task: FinetuneTask, start: str, origin: str = "") -> Iterator[Cell]:
         """Every setting and seed of an encoder on a task."""
         for seed, batch, lr in product(range(self.args.seeds), self.batches, self.lrs):
             setting = {"lr": lr, "batch": batch, "epochs": self.epochs, "seed": seed}
-            yield self.cell(source.name, task, start=start, weights=source.weights, **setting)
+            more = {"start": start, "origin": origin, "weights": source.weights}
+            yield self.cell(source.name, task, **setting, **more)
 
     def cells(self, runs: Sequence[FinetuneRun]) -> list[Cell]:
-        """Return all cells that can be done after these runs, new ones behind the others."""
+        """Return all cells that can be done after these runs."""
         found = [self.cell(name, task) for task in self.tasks for name in BASELINES]
         for task, source, start in product(self.tasks, self.sources, ("", RANDOM)):
             found += self.grid(source, task, start)
         if self.args.from_mnli:
+            done = {run.cell for run in runs}
             starts = [(source, self.start(source, runs)) for source in self.sources]
             found += [cell for _, cell in starts if cell]
             for (source, cell), task in product(starts, self.tasks):
-                if cell and task.name in STARTED_FROM_MNLI and self.kept(cell).exists():
-                    found += self.grid(source, task, MNLI)
+                if cell in done and task.name in STARTED_FROM_MNLI and self.kept(cell).exists():
+                    found += self.grid(source, task, MNLI, cell.digest)
         return found
 
     def start(self, source: Source, runs: Sequence[FinetuneRun]) -> Cell | None:
         """Return the run whose model of MNLI is kept: of the chosen setting, once that is known."""
         (task,) = (task for task in self.tasks if task.name == MNLI)
-        wanted = set(self.grid(source, task, ""))
-        done = [run for run in runs if run.cell in wanted]
-        if len(done) < len(wanted):
+        if not {*self.grid(source, task, "")} <= {run.cell for run in runs}:
             return None
-        best = chosen(done, self.args.best_on_dev)
-        return replace(min((run.cell for run in best), key=lambda cell: cell.seed), kept=True)
+        same = (self.protocol, source.name)
+        own = [run for run in runs if (run.cell.protocol, run.cell.encoder) == same]
+        return start_of(own, self.args.best_on_dev)
 
     def kept(self, cell: Cell) -> Path:
-        """Return the folder of a start."""
-        name = hashlib.blake2b(repr(cell).encode(), digest_size=4).hexdigest()
-        return self.args.output / "starts" / f"{cell.encoder}-{name}"
+        """Return the folder of a start, or of the one that a cell begins with."""
+        return self.args.output / "starts" / f"{cell.encoder}-{cell.origin or cell.digest}"
 
-    def folder(self, cell: Cell, runs: Sequence[FinetuneRun]) -> Path:
+    def folder(self, cell: Cell) -> Path:
         """Return the Hugging Face folder that a cell begins with."""
-        source = next((source for source in self.sources if source.name == cell.encoder), None)
-        if source is None:
-            return Path()
-        start = self.start(source, runs) if cell.start == MNLI else None
-        return self.kept(start) if start else source.folder
+        folders = {source.name: source.folder for source in self.sources}
+        return self.kept(cell) if cell.origin else folders.get(cell.encoder, Path())
 
-    def todo(self, runs: Sequence[FinetuneRun]) -> list[tuple[int, Cell]]:
-        """Return the cells that are not done, with their place among all."""
+    def todo(self, runs: Sequence[FinetuneRun], share: tuple[int, int] = (0, 1)) -> list[Cell]:
+        """Return the cells that are not done; share: its number, and of how many."""
         done = {run.cell for run in runs if not run.cell.kept or self.kept(run.cell).exists()}
-        return [(place, cell) for place, cell in enumerate(self.cells(runs)) if cell not in done]
+        number, shares = share
+        own = (cell for cell in self.cells(runs) if int(cell.digest, 16) % shares == number)
+        return [cell for cell in own if cell not in done]
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -123,12 +122,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     lrs, batches, epochs = PROTOCOLS[args.protocol or "fixed"]
     lrs, batches, epochs = args.lrs or lrs, args.batch_sizes or batches, args.epochs or epochs
     bad: list[str] | None = [] if args.keep_going else None
-    tasks = {
-        task.name: task for name in dict.fromkeys(args.tasks) for task in [find_task(args.data, name, bad)]
-    }
+    names = dict.fromkeys(MNLI if name == AX else name for name in args.tasks)
+    tasks = {name: find_task(args.data, name, bad) for name in names}
     if args.from_mnli and MNLI not in tasks:
         raise UserError("--from-mnli needs MNLI among --tasks")
-    if bad:
+    if bad and not args.share:  # whoever shares the cells out has told them
         file = args.output / REJECTED
         outputs.write(file, "".join(json.dumps({"reason": reason}) + "\n" for reason in bad), {"reason": ""})
         print(f"{len(bad)} rows were left out: {file}", file=sys.stderr)
@@ -136,7 +134,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     words += [f"{epochs} epochs", f"{args.max_length} tokens"]
     words += [f"{args.train_rows:,} rows"] if args.train_rows else []
     if len(lrs) * len(batches) > 1:
-        words.append(table.BEST_ON_DEV if args.best_on_dev else "chosen on a tenth of train")
+        words.append(BEST_ON_DEV if args.best_on_dev else "chosen on a tenth of train")
     name = args.protocol or ("own" if own else "fixed")
     protocol = f"{name}: {'; '.join(words)}"
     return Plan(protocol, lrs, batches, epochs, make_sources(args), list(tasks.values()), args)
@@ -161,7 +159,9 @@ def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
         place, stamps = checkpoint.find_verified(path, args.checkpoint)
         step = checkpoint.read_state(place, stamps).step
         which = place.name if place.parent.name == "weights" else step
-        folder = args.output / "encoders" / f"{name}-{which}"
+        # Its hashes, as another run may have had this name and step.
+        hashes = hashlib.blake2b((place / checkpoint.MANIFEST).read_bytes(), digest_size=4).hexdigest()
+        folder = args.output / "encoders" / f"{name}-{which}-{hashes}"
         if not folder.exists():
             words = ["tools.export", str(path), f"--output={folder}", f"--checkpoint={which}"]
             done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.DEVNULL, check=False)

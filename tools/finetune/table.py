@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.finetune.cells import BASELINES, MNLI, RANDOM, FinetuneRun, chosen
+from tools.finetune.cells import BASELINES, BEST_ON_DEV, MNLI, RANDOM, FinetuneRun, chosen, current
 from tools.shared.tables import aligned
-
-BEST_ON_DEV = "best on dev"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def entries(runs: Sequence[FinetuneRun], all_metrics: bool = False) -> list[Entr
     all_metrics: not the first one of each split alone.
     """
     groups = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.cell.encoder in BASELINES):
+    for run in sorted(current(runs), key=lambda run: run.cell.encoder in BASELINES):
         if not run.cell.kept:
             groups[run.cell.protocol, run.cell.encoder, run.cell.start, run.cell.task].append(run)
     found = []

@@ -13,6 +13,8 @@ from tools.finetune.task import FinetuneTask, TaskInputs, logistic
 from tools.shared.metrics import scored
 from tools.text import glue
 
+AX = "AX"
+"""Rows that a model of MNLI is put to; they come with that task."""
 STARTED_FROM_MNLI = ("RTE", "MRPC", "STS-B")
 """Small tasks that are also started from a model of MNLI, as in RoBERTa's paper."""
 
@@ -53,7 +55,6 @@ class Sentences(FinetuneTask):
     auto = "SequenceClassification"
 
     def __init__(self, data: Path, name: str, bad: list[str] | None) -> None:
-        name = "MNLI" if name == "AX" else name
         task = glue.find_task(data, name)
         file = glue.split_file(data, task, "train")
         self._task = task = glue.with_classes(file, task)
@@ -62,9 +63,9 @@ class Sentences(FinetuneTask):
             name if len(task.splits) == 1 else f"{name} {split.removeprefix('dev_')}": (split, task)
             for split in task.splits
         }
-        ax = glue.TASKS["AX"]
+        ax = glue.TASKS[AX]
         if name == "MNLI" and any((data / path).is_file() for path in ("AX/diagnostic-full.tsv", *ax.files)):
-            kinds["AX"] = ax.splits[0], ax
+            kinds[AX] = ax.splits[0], ax
         files = {title: glue.split_file(data, each, split) for title, (split, each) in kinds.items()}
         self._metrics = {title: each.metrics for title, (_, each) in kinds.items()}
         splits = {title: glue.read(files[title], each, bad) for title, (_, each) in kinds.items()}

@@ -187,7 +187,7 @@ class Words(FinetuneTask):
 def _word(span: tuple[int, int], words: Sequence[str], ends: Sequence[int]) -> int | None:
     """Return the first word whose letters a token has; None of specials, and of a blank alone.
 
-    span: first letter of the token and the one behind it; ends: where in the text each word and its blank end.
+    span: first letter of the token and the one behind it; ends: of each word with its blank, in the text.
     """
     begin, end = span
     word = bisect_right(ends, begin + 1)  # a token may begin with the blank behind the word before
