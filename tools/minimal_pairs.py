@@ -29,6 +29,7 @@ from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.tables import aligned, table_files, write_table
 from tools.text.compression import decompressed
+from tools.text.readers import to_utf8
 
 if TYPE_CHECKING:
     from tools.shared.encoders import Encoder, Tokens
@@ -123,7 +124,7 @@ def _text(record: Any, key: str, place: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{place}: no text in {key!r}; a line has {', '.join(KEYS)}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if to_utf8(value) is None:
         raise UserError(f"{place}: half a surrogate pair in {key!r}, which is no character")
     return value
 

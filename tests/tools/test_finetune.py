@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain import files
 from pretrain.errors import UserError
 from tests.support.runs import finish
+from tools import average
 from tools.finetune import __main__ as program
 from tools.finetune import answers, cells, table, train, words
 from tools.finetune.plan import Plan, make_plan
@@ -175,6 +176,37 @@ def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.full((1, length), 7))
         assert train.flops_per_row(model)(length) == counter.get_total_flops()
+
+
+def test_rows_that_lose_their_end_are_counted(tmp_path: Path) -> None:
+    tokenizer = train.load_tokenizer(str(encoder(tmp_path / "encoder")))
+    task = find_task(sentences(tmp_path / "data"), "SST-2", None)
+    lengths = [len(row.texts[0].split()) + 2 for row in task.train]
+    encoded = task.encode(task.train, tokenizer, 8)
+    assert 0 < encoded.truncated == sum(length > 8 for length in lengths) < len(lengths)
+    assert [len(each["input_ids"]) for each in encoded.features] == [min(8, each) for each in lengths]
+
+
+def test_a_folder_gives_a_tokenizer_of_its_own_and_no_code(tmp_path: Path) -> None:
+    """transformers would make a tokenizer up that knows no word, and ask whether to run what lies there."""
+    folder = encoder(tmp_path / "encoder")
+    for file in folder.glob("tokenizer*"):
+        file.rename(tmp_path / file.name)
+    with pytest.raises(UserError, match="encoder: (has no tokenizer|transformers cannot load its tokenizer)"):
+        train.load_tokenizer(str(folder))
+    shutil.copy(tmp_path / "tokenizer.json", folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+    settings |= {"model_type": "foreign", "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    for random_weights in (False, True):
+        with pytest.raises(UserError, match="transformers cannot load it"):
+            train.load_model(str(folder), "SequenceClassification", {}, 0, random_weights)
+    (folder / "config.json").write_text('{"model_type": "bert", "hidden_size": "x"}', encoding="utf-8")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        train.load_model(str(folder), "SequenceClassification", {}, 0, False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_encoder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
@@ -361,6 +393,8 @@ def test_windows_and_no_answer_are_put_together(tmp_path: Path) -> None:
         ({"answers": [{"text": "w1", "answer_start": 0}]}, "question 7: 'w1' is not in its text at letter 0"),
         ({"answers": []}, "question 7: no answer, and not said to be impossible"),
         ({"question": None}, "question 7: "),
+        ({"question": "what \ud800?"}, "question 7: half of a surrogate pair"),
+        ({"answers": [{"text": "film", "answer_start": -4}]}, "'film' is not in its text at letter -4"),
     ],
 )
 def test_a_bad_question_is_named(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -369,9 +403,22 @@ def test_a_bad_question_is_named(change: dict[str, Any], reason: str, tmp_path: 
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "the film", "qas": [item]}]}]}), "utf-8")
     with pytest.raises(UserError, match=reason):
         answers.read(path)
-    path.write_text("[1]", encoding="utf-8")
-    with pytest.raises(UserError, match="not in SQuAD's layout"):
-        answers.read(path)
+    for text in ("[1]", "[" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="not in SQuAD's layout"):
+            answers.read(path)
+
+
+def test_a_page_beside_the_data_is_none_of_them(tmp_path: Path) -> None:
+    for page in ("LICENSE.txt", "train-notes.txt"):
+        squad(tmp_path / "Names", 4, random.Random(0))
+        conll(tmp_path / "Names", ["It is a page"], page)
+        assert find_task(tmp_path, "Names", None).auto == "QuestionAnswering"
+        rest = "\t".join("_" * 6)
+        for split in ("train", "dev"):
+            conll(tmp_path / "Tags", [f"1\tdo\t_\tAUX\t{rest}"], f"{split}.conllu")
+        conll(tmp_path / "Tags", ["It is a page"], page)
+        assert find_task(tmp_path, "Tags", None).train == [(("do",), ("AUX",))]
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -446,7 +493,8 @@ def test_processes_work_side_by_side_and_their_errors_are_told(tmp_path: Path) -
     done = subprocess.run(start, env=environ, capture_output=True, encoding="utf-8", check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "transformers cannot load it" in errors[0]
-    assert len(lines(tmp_path / "out")) == 2  # what needed no encoder is kept
+    kept = {line["encoder"] for line in lines(tmp_path / "out") if not line["start"]}
+    assert kept == {*cells.BASELINES}  # which need no encoder
 
 
 def pairs(folder: Path) -> Path:
@@ -582,7 +630,11 @@ def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -
     assert [(each.step, each.task, each.metric, each.seed, each.n) for each in scores] == [
         (3, "SST-2", "accuracy", seed, 20) for seed in (0, 1)
     ]
-    assert scores[0].protocol.startswith("finetune own: lr 5e-05; batch 32; 1 epochs")
+    own = scores[0].protocol
+    assert own.startswith("finetune own: lr 5e-05; batch 32; 1 epochs")
+    average.main([str(run), "--last", "1"])
+    assert program.main([*words, f"--output={tmp_path / 'mean'}", "--checkpoint=average"]) == 0
+    assert {each.protocol for each in downstream.read(run)} == {own, f"{own}, mean of step-00000003"}
     shutil.rmtree(run)  # another one in its place
     finish([*settings, "run.seed=2"])
     with pytest.raises(UserError, match="has runs of another run"):
@@ -590,7 +642,9 @@ def test_a_run_is_exported_and_its_scores_recorded(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("signals")
-def test_bad_rows_and_other_inputs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_and_other_inputs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder(tmp_path / "encoder")
     sentences(tmp_path / "data")
     words = command(tmp_path)
@@ -615,6 +669,17 @@ def test_bad_rows_and_other_inputs_are_refused(tmp_path: Path, capsys: pytest.Ca
         program.main([str(tmp_path), *words[1:]])
     with pytest.raises(UserError, match="Other: no task of GLUE"):
         program.main([*words, "Other"])
+    foreign = tmp_path / "out" / "foreign.jsonl"
+    foreign.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"foreign.jsonl:1: no run"):
+        program.main([f"--table={foreign}"])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "downstream.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="downstream.jsonl:1: expected step, task and score"):
+        program.main([*words, f"--output={tmp_path / 'new'}"])
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"baselines need sklearn; pip install '.\[finetune\]'"):
+        program.main(words)
     capsys.readouterr()
 
 

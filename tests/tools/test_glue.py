@@ -125,6 +125,28 @@ def test_any_jsonl_by_three_lines(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "c"}', "no 'good'"),
+        ('{"text": "c", "good": null}', "'good' is no text but null"),
+        ('{"text": "\\ud800", "good": true}', "half of a surrogate pair in 'text'"),
+        ('{"text": "c", "good": "\\udc00"}', "half of a surrogate pair in 'good'"),
+        ("no JSON", "not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_where_classes_are_those_of_train(row: str, reason: str, tmp_path: Path):
+    written(tmp_path, "Mine/task.yaml", "texts: text\nlabel: good\n")
+    good = ['{"text": "a", "good": true}', '{"text": "b", "good": false}']
+    path = written(tmp_path, "Mine/train.jsonl", "\n".join([good[0], row, good[1]]))
+    task = glue.with_classes(path, glue.find_task(tmp_path, "Mine"))
+    assert task.classes == ("false", "true")
+    with pytest.raises(UserError, match=f"train.jsonl:2: {reason}"):
+        glue.read(path, task)
+    bad: list[str] = []
+    assert [row.target for row in glue.read(path, task, bad)] == [1, 0] and len(bad) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("texts: [a, b, c]\nlabel: d\n", "one column or two"),
@@ -133,6 +155,8 @@ def test_any_jsonl_by_three_lines(tmp_path: Path):
         ("texts: a\nlabel: b\nmetrics: [bleu]\n", "no bleu"),
         ("texts: a\nlabel: b\nmetrics: [pearson, f1]\n", "are of scores"),
         ("texts: a\nlabel: b\nmetrics: [f1]\nclasses: [x, y, z]\n", "f1 is of two classes, not of 3"),
+        ("texts: a\nlabel: b\nmetrics: []\n", "metrics: an empty list; leave it out"),
+        ("texts: a\nlabel: b\nsplits: []\n", "splits: an empty list; leave it out"),
     ],
 )
 def test_a_description_that_is_none(text: str, reason: str, tmp_path: Path):

@@ -25,7 +25,7 @@ from pretrain.errors import STOPPED, UserError
 from pretrain.files import remove
 from tools.finetune import table
 from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen, current, do, read_runs
-from tools.finetune.plan import PROTOCOLS, Plan, make_plan, refuse_others
+from tools.finetune.plan import PROTOCOLS, Plan, Source, make_plan, refuse_others
 from tools.finetune.tasks import STARTED_FROM_MNLI
 from tools.shared import console, downstream, outputs
 from tools.shared.job_options import add_job_options, job_words
@@ -136,13 +136,12 @@ MAX_SHARES = 100
 
 
 def record(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
-    """Write encoders' scores to the downstream.jsonl of their run; those of other folders to OUTPUT's."""
+    """Write the scores of encoders to the downstream.jsonl of their folder."""
     for source in plan.sources:
         groups: dict[tuple[str, str], list[FinetuneRun]] = {}
         for run in current(runs):
             if run.cell.encoder == source.name and run.cell.start != RANDOM and not run.cell.kept:
                 groups.setdefault((run.cell.task, run.cell.start), []).append(run)
-        is_run = source.step is not None
         scores = [
             downstream.DownstreamScore(
                 step=source.step,
@@ -151,15 +150,20 @@ def record(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
                 score=score,
                 seed=run.cell.seed,
                 n=run.n[split],
-                protocol=f"finetune {plan.protocol}",
-                model="" if is_run else str(source.path),
+                protocol=downstream.of_mean(f"finetune {plan.protocol}", source.averaged),
+                model=str(source.path) if source.step is None else "",
             )
             for group in groups.values()
             for run in chosen(group, plan.args.best_on_dev)
             for split, metrics in run.scores.items()
             for metric, score in metrics.items()
         ]
-        downstream.record(source.path if is_run else plan.args.output, scores)
+        downstream.record(folder_of(source, plan.args.output), scores)
+
+
+def folder_of(source: Source, output: Path) -> Path:
+    """Return where an encoder's scores are recorded: with its run, or in OUTPUT."""
+    return output if source.step is None else source.path
 
 
 def show(runs: Sequence[FinetuneRun], args: argparse.Namespace) -> None:
@@ -245,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outputs.check([args.output / TABLE])
     plan = make_plan(args)
     file = args.output / RUNS
+    for source in plan.sources:
+        downstream.check(folder_of(source, args.output))
     refuse_others(plan, read_runs(file))
     if args.share:
         return run_share(plan)

@@ -20,8 +20,8 @@ import numpy as np
 from pretrain.errors import UserError
 from tools.finetune.task import FinetuneTask, TaskInputs, entropy
 from tools.text.glue import reject
+from tools.text.readers import to_utf8
 
-SUFFIXES = (".json",)
 STRIDE = 128
 """Tokens that windows share, or a quarter of what the model takes."""
 CANDIDATES, MAX_ANSWER = 20, 30
@@ -49,7 +49,7 @@ def read(path: Path, bad: list[str] | None = None) -> list[Question]:
             for paragraph in article["paragraphs"]
             for item in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not in SQuAD's layout ({type(error).__name__}: {error})") from None
     found = list[Question]()
     for number, (paragraph, item) in enumerate(items, 1):
@@ -66,13 +66,16 @@ def read(path: Path, bad: list[str] | None = None) -> list[Question]:
 
 def _question(paragraph: dict[str, Any], item: dict[str, Any]) -> Question:
     context, question = paragraph["context"], item["question"].strip()
+    if to_utf8(context + question) is None:
+        raise UserError("half of a surrogate pair")
     if item.get("is_impossible"):
         return Question(question, context, (), -1)
     if not item["answers"]:
         raise UserError("no answer, and not said to be impossible")
     for answer in item["answers"]:
-        if not context.startswith(answer["text"], answer["answer_start"]) or not answer["text"]:
-            raise UserError(f"{answer['text']!r} is not in its text at letter {answer['answer_start']}")
+        text, start = answer["text"], answer["answer_start"]
+        if not text or start < 0 or not context.startswith(text, start):
+            raise UserError(f"{text!r} is not in its text at letter {start}")
     texts = tuple(answer["text"] for answer in item["answers"])
     return Question(question, context, texts, item["answers"][0]["answer_start"])
 

@@ -130,6 +130,7 @@ def append(path: Path, run: FinetuneRun) -> None:
         torn = file.read(1) not in (b"", b"\n")
         file.write(f"{chr(10) * torn}{line}".encode())
         file.flush()
+        os.fsync(file.fileno())
 
 
 def rows_of(task: FinetuneTask, cell: Cell) -> tuple[list[Any], list[Any]]:

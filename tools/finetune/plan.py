@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Source:
     """Of the run's checkpoint."""
     weights: str
     """Fingerprint of the folder's weights and config."""
+    averaged: str = ""
+    """The checkpoints that its weights are a mean of."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise UserError(
             f"--protocol {args.protocol} sets --{own[0].replace('_', '-')}; leave one of them out"
         )
+    if missing := [name for name in ("scipy", "sklearn") if not find_spec(name)]:
+        raise UserError(f"baselines need {missing[0]}; pip install '.[finetune]'")
     lrs, batches, epochs = PROTOCOLS[args.protocol or "fixed"]
     lrs, batches, epochs = args.lrs or lrs, args.batch_sizes or batches, args.epochs or epochs
     bad: list[str] | None = [] if args.keep_going else None
@@ -154,10 +159,11 @@ def make_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
-    folder, step = path, None
+    folder, step, averaged = path, None, ""
     if (path / "config.yaml").is_file():
         place, stamps = checkpoint.find_verified(path, args.checkpoint)
-        step = checkpoint.read_state(place, stamps).step
+        state = checkpoint.read_state(place, stamps)
+        step, averaged = state.step, ", ".join(state.averaged)
         which = place.name if place.parent.name == "weights" else step
         # Its hashes, as another run may have had this name and step.
         hashes = hashlib.blake2b((place / checkpoint.MANIFEST).read_bytes(), digest_size=4).hexdigest()
@@ -181,7 +187,7 @@ def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
     for file in files:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return Source(name, path, folder, step, digest.hexdigest())
+    return Source(name, path, folder, step, digest.hexdigest(), averaged)
 
 
 def refuse_others(plan: Plan, runs: Sequence[FinetuneRun]) -> None:

@@ -27,17 +27,23 @@ def find_task(data: Path, name: str, bad: list[str] | None) -> FinetuneTask:
     folder = data / name
     if name in glue.TASKS or (folder / glue.DESCRIPTION).exists():
         return Sentences(data, name, bad)
-    kinds: tuple[tuple[type[words.Words] | type[answers.Answers], tuple[str, ...]], ...] = (
-        (words.Words, words.SUFFIXES),
-        (answers.Answers, answers.SUFFIXES),
-    )
-    for kind, suffixes in kinds:
-        files = [path for path in sorted(folder.glob("*")) if path.suffix in suffixes]
+    # A page beside the data is none of them: first come those that have a file of train.
+    found = [(kind, sorted(folder.glob(f"*{suffix}"))) for suffix, kind in _KINDS.items()]
+    found.sort(key=lambda each: not any("train" in path.name for path in each[1]))
+    for kind, files in found:
         if files:
             train, dev = one(folder, files, ("train",)), one(folder, files, ("dev", "valid", "testa"))
             return kind(name, train, dev, bad)
     glue.find_task(data, name)  # says what there is
     raise AssertionError(name)
+
+
+_KINDS: dict[str, type[words.Words] | type[answers.Answers]] = {
+    **dict.fromkeys((".conllu", ".conll", ".bio", ".iob"), words.Words),
+    ".json": answers.Answers,
+    ".txt": words.Words,
+}
+"""By suffix, the surest first."""
 
 
 def one(folder: Path, files: Sequence[Path], words: Sequence[str]) -> Path:
@@ -83,13 +89,12 @@ class Sentences(FinetuneTask):
     def encode(self, rows: Sequence[glue.LabelledRow], tokenizer: Any, max_length: int) -> TaskInputs:
         columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
         # The letters of a special piece in a text are text, as they are in pre-training.
-        known = tokenizer(*columns, split_special_tokens=True)
         cut = tokenizer(*columns, truncation=True, max_length=max_length, split_special_tokens=True)
         kind = float if self._task.is_regression else int
         features = [
             {**{name: cut[name][i] for name in cut}, "labels": kind(row.target)} for i, row in enumerate(rows)
         ]
-        truncated = sum(len(ids) > max_length for ids in known["input_ids"])
+        truncated = sum(bool(each.overflowing) for each in cut.encodings)
         return TaskInputs(features, [], truncated)
 
     def predictions(

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from pretrain.errors import UserError
 from tools.finetune.task import IGNORED
+from tools.shared.encoders import refuse_made_up
 
 WARMUP, WEIGHT_DECAY, CLIP = 0.06, 0.1, 1.0
 BETAS, EPSILON = (0.9, 0.98), 1e-6
 """RoBERTa's of fine-tuning."""
 EVALUATION_BATCH = 64
 _LABELS = ("labels", "start_positions", "end_positions")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 Feature = dict[str, Any]
 
 
@@ -53,11 +54,12 @@ class Cost:
 def load_tokenizer(folder: str) -> Any:
     """Return the tokenizer of a folder; UserError if it cannot say which letters its tokens are of."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except Exception as error:  # of many packages, whatever lies in the folder
         raise UserError(f"{folder}: transformers cannot load its tokenizer ({_first_line(error)})") from error
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"{folder}: its tokenizer needs a padding token and a tokenizer.json")
+    refuse_made_up(folder, tokenizer)
     return tokenizer
 
 
@@ -71,19 +73,19 @@ def load_model(folder: str, auto: str, settings: dict[str, Any], seed: int, rand
     family = getattr(transformers, f"AutoModelFor{auto}")
     torch.manual_seed(seed)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **settings)
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL, **settings)
         if random:
-            return family.from_config(config, dtype=torch.float32)
+            return family.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model, info = family.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
-            local_files_only=True,
             ignore_mismatched_sizes=True,  # of another task's head
             output_loading_info=True,
+            **_LOCAL,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise UserError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
     # transformers draws what a folder lacks; of an encoder that would be scored as if it were trained.
     prefix = f"{model.base_model_prefix}."
@@ -94,7 +96,7 @@ def load_model(folder: str, auto: str, settings: dict[str, Any], seed: int, rand
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def collate(features: Sequence[Feature], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -22,7 +22,6 @@ from pretrain.errors import UserError
 from tools.finetune.task import IGNORED, FinetuneTask, TaskInputs, logistic
 from tools.text.glue import reject
 
-SUFFIXES = (".conllu", ".conll", ".bio", ".iob", ".txt")
 _OUTSIDE = "O"
 
 

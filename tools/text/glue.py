@@ -13,12 +13,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain import config
 from pretrain.errors import UserError
+from tools.text.readers import to_utf8
 
 DESCRIPTION = "task.yaml"
 CORRELATIONS = ("pearson", "spearman")
@@ -122,6 +124,8 @@ def _described(path: Path) -> GlueTask:
     }
     if not 1 <= len(words.get("texts", ())) <= 2 or len(words.get("label", ())) != 1:
         raise UserError(f"{path}: write `texts: [COLUMN]`, of one column or two, and `label: COLUMN`")
+    if empty := [key for key, value in words.items() if not value]:
+        raise UserError(f"{path}: {empty[0]}: an empty list; leave it out")
     metrics = words.get("metrics", ())
     if wrong := [metric for metric in metrics if metric not in METRICS]:
         raise UserError(f"{path}: metrics: no {wrong[0]}; there are {', '.join(METRICS)}")
@@ -175,7 +179,10 @@ def with_classes(path: Path, task: GlueTask) -> GlueTask:
     """Return the task with the classes that its train file at `path` has, where it names none."""
     if task.classes or task.is_regression:
         return task
-    found = {_text(fields, task.label) for _, fields in _fields(path, task) if isinstance(fields, Mapping)}
+    found = set[str]()
+    for _, fields in _fields(path, task):
+        with suppress(UserError):  # which `read` tells, by its line
+            found.add(_text(fields, task.label))
     if len(found) != 2 and "f1" in task.metrics:
         raise UserError(f"{path}: {len(found)} different labels in column {task.label!r}; f1 is of two")
     if not 2 <= len(found) <= 1000:
@@ -188,8 +195,6 @@ def with_classes(path: Path, task: GlueTask) -> GlueTask:
 
 def _row(fields: Mapping[str, Any] | str, task: GlueTask) -> LabelledRow:
     """Return a row; UserError that says what is wrong with it."""
-    if isinstance(fields, str):
-        raise UserError(fields)
     texts, label = tuple(_text(fields, name) for name in task.texts), _text(fields, task.label)
     if not task.is_regression:
         if label not in task.classes:
@@ -204,8 +209,12 @@ def _row(fields: Mapping[str, Any] | str, task: GlueTask) -> LabelledRow:
     return LabelledRow(texts, label, score)
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str:
+def _text(fields: Mapping[str, Any] | str, name: str) -> str:
+    if isinstance(fields, str):
+        raise UserError(fields)
     value = fields.get(name)
+    if isinstance(value, str) and to_utf8(value) is None:
+        raise UserError(f"half of a surrogate pair in {name!r}")
     if isinstance(value, str | int | float):
         return _spelt(value)
     raise UserError(f"{name!r} is no text but {json.dumps(value)}" if name in fields else f"no {name!r}")

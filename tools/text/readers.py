@@ -74,6 +74,14 @@ def _of_utf16(line: bytes) -> str:
     return "; UTF-16? save it as UTF-8" if 4 * line.count(0) > len(line) else ""
 
 
+def to_utf8(text: str) -> bytes | None:
+    """Return the bytes of a text; None of one with half of a surrogate pair, which JSON can spell."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
 class TextBatch(NamedTuple):
     """Consecutive documents of one piece."""
 
@@ -133,11 +141,9 @@ class Reader(ABC):
         if not isinstance(text, str):
             reason = f"{self.text_key!r} is not a string but {type(text).__name__}"
             return Rejected(str(self.path), line, reason, str(text)[:_EXCERPT])
-        try:
-            utf8, source = text.encode(), source if isinstance(source, str) else None
-            (source or "").encode()
-        except UnicodeEncodeError as error:
-            place = "the text" if error.object == text else "'source'"
+        utf8, source = to_utf8(text), source if isinstance(source, str) else None
+        if utf8 is None or to_utf8(source or "") is None:
+            place = "the text" if utf8 is None else "'source'"
             return Rejected(str(self.path), line, f"half of a surrogate pair in {place}", ascii(text))
         if len(utf8) > self.max_bytes:
             return self._too_long(line, utf8)
