@@ -333,7 +333,7 @@ def best(results: Sequence[Result]) -> list[Result]:
 
 def text(results: Sequence[Result]) -> str:
     """For people: what speaks for each encoder, then the layers, a column for each task."""
-    parts = ["best layer, chosen on held-out rows of train", "", aligned(_summary(results), names=1)]
+    parts = ["best layer, chosen on held-out rows of train", "", aligned(summary(results), names=1)]
     for states in (*STATES, COSINE):
         if rows := [result for result in results if result.states == states]:
             title = {MEAN: "tokens averaged", FIRST: "first token", COSINE: "cosine of the averages"}[states]
@@ -351,7 +351,8 @@ def _name(result: Result) -> str:
     return f"{result.model}, random weights" if result.weights == RANDOM else result.model
 
 
-def _summary(results: Sequence[Result]) -> list[list[str]]:
+def summary(results: Sequence[Result]) -> list[list[str]]:
+    """Return a row for each encoder: the score, layer and states that speak for it on each task."""
     columns = _columns(results)
     rows = dict[str, dict[tuple[str, str], str]]()
     for result in [*(each for each in results if each.weights == MAJORITY), *best(results)]:

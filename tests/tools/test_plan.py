@@ -463,18 +463,3 @@ def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
         assert (one["achieved"], one["achieved_from"], one["kwh"]) == (0.7, "measured", None)
     finally:
         layouts.measured.cache_clear()
-
-
-def test_the_readmes_plans_of_large_are_those_of_the_plan():
-    readme = (ROOT / "tools" / "plan" / "README.md").read_text(encoding="utf-8")
-    row = r"^\| `([\w-]+)` \| (\d+) \| [^|]+ \| (\d+) ms \| ([\d.]+) \|.* ([\d.]+) GiB \|$"
-    rows = re.findall(row, readme, re.MULTILINE)
-    assert len(rows) == 9
-    for method, gpus, *said in rows:
-        config = load_config(ROOT / "configs" / f"{method}-large.yaml")
-        made = estimate.plan(config, int(gpus), "H100", fastest=True)
-        held = made["memory_bytes_per_rank"]["total"] / 2**30
-        assert [f"{1e3 * made['step_seconds']:.0f}", f"{made['hours']:.2f}", f"{held:.1f}"] == said, (
-            method,
-            gpus,
-        )

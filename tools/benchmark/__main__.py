@@ -10,6 +10,8 @@ is in `tools.shared.measure`.
     attention   one attention layer beside Hugging Face's
     memory      peak memory of an update, by method and recomputation
     scaling     ranks: tensor parallel, data parallel, ZeRO beside one rank or the plain engine
+
+``table`` measures nothing: it writes the tables of the pages from what was measured (`tables`).
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
-from tools.benchmark import attention, corpus, head, memory, scaling, step
+from tools.benchmark import attention, corpus, head, memory, scaling, step, tables
 from tools.shared import console, outputs
 from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
@@ -39,8 +41,12 @@ FIELDS = dict.fromkeys(("name", "ours", "peer", "unit", "ratio", "spread"), "")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["table"]:
+        return tables.main(words[1:])
     parser = console.parser("benchmark", "Measure our speeds beside our peers'", True)
-    parser.add_argument("subject", choices=SUBJECTS, help="what to measure; `SUBJECT --help` for its options")
+    parser.add_argument(
+        "subject", choices=[*SUBJECTS, "table"], help="what to measure; `SUBJECT --help` for its options"
+    )
     parser.add_argument(
         "--runs", type=console.whole(1), default=5, help="rounds; each measures both once (%(default)s)"
     )

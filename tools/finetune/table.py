@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.finetune.cells import BASELINES, BEST_ON_DEV, MNLI, RANDOM, FinetuneRun, chosen, current
-from tools.shared.tables import aligned
+from tools.shared import tables
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,13 @@ def _cell(entry: Entry | None) -> str:
 
 def text(runs: Sequence[FinetuneRun]) -> str:
     """Return the tables for a terminal."""
-    parts = [f"{protocol}\n{aligned(grid)}" for protocol, grid in grids(runs).items()]
+    parts = [f"{protocol}\n{tables.aligned(grid)}" for protocol, grid in grids(runs).items()]
     return "\n\n".join([*parts, summary(runs)])
 
 
 def markdown(runs: Sequence[FinetuneRun]) -> str:
     """Return the tables for a page."""
-    parts = []
-    for protocol, (head, *lines) in grids(runs).items():
-        rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-        parts.append("\n".join([f"{protocol}:", "", *(f"| {' | '.join(row)} |" for row in rows)]))
+    parts = [f"{protocol}:\n\n{tables.markdown(grid)}" for protocol, grid in grids(runs).items()]
     return "\n\n".join([*parts, summary(runs)]) + "\n"
 
 

@@ -13,8 +13,7 @@ from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 
 from pretrain import terminal
-from tools.shared import outputs, plots
-from tools.shared.tables import aligned
+from tools.shared import outputs, plots, tables
 
 Described = dict[str, Any]  # one run of the document
 
@@ -593,7 +592,7 @@ def _text_table(table: Table, runs: Sequence[Described]) -> str:
     columns += [[column.title, *(column.cell(run) for run in runs)] for column in table.columns]
     bound = [number for number, (title, *_) in enumerate(columns) if title == VERSUS]
     width = min(TERMINAL, terminal.columns() or TERMINAL)
-    return aligned(list(zip(*columns, strict=True)), bound=bound, width=width)
+    return tables.aligned(list(zip(*columns, strict=True)), bound=bound, width=width)
 
 
 # ---- Markdown ------------------------------------------------------------------------------------
@@ -604,7 +603,7 @@ def markdown(document: dict[str, Any]) -> str:
     parts = [f"{outputs.MARKDOWN_MARK}\n# Pre-training report\n\n{_subtitle(document)}"]
     parts += [f"> **Warning:** {_plain(warning)}" for warning in document["warnings"]]
     for table in TABLES:
-        parts += [f"## {table.title}", _markdown_table(table, document["runs"])]
+        parts += [f"## {table.title}", tables.markdown(_rows(table.columns, document["runs"]))]
         parts.append("\n".join(f"* **{title}**: {meaning}." for title, meaning in _meanings(table)))
         if table is RESULT:
             parts.append("![Held-out loss and accuracy against what they cost](loss.png)")
@@ -613,11 +612,16 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table, runs: Sequence[Described]) -> str:
-    rows = [["run", *(column.title for column in table.columns)]]
-    rows += [[run["name"], *(column.cell(run) for column in table.columns)] for run in runs]
-    lines = [f"| {' | '.join(map(_plain, row))} |" for row in rows]
-    return "\n".join([lines[0], f"|---|{'---:|' * len(table.columns)}", *lines[1:]])
+def columns(document: dict[str, Any], titles: Sequence[str]) -> list[list[str]]:
+    """Return some columns of the tables, of whichever table has them, as rows for a page."""
+    known = {column.title: column for table in TABLES for column in table.columns}
+    return _rows([known[title] for title in titles], document["runs"])
+
+
+def _rows(chosen: Sequence[Column], runs: Sequence[Described]) -> list[list[str]]:
+    rows = [["run", *(column.title for column in chosen)]]
+    rows += [[run["name"], *(column.cell(run) for column in chosen)] for run in runs]
+    return [[_plain(word) for word in row] for row in rows]
 
 
 def _plain(text: str) -> str:

@@ -32,6 +32,12 @@ def write_table(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], fiel
         outputs.write(path, content, fields)
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of words as a table of a page; the first heads the others."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]])
+
+
 def aligned(
     rows: Sequence[Sequence[str]], names: int = 1, bound: Container[int] = (), width: int | None = None
 ) -> str:

@@ -1,0 +1,356 @@
+"""Write the tables of measurements in the pages from what was measured: ``python -m tools.benchmark table``.
+
+A page says where a table stands, ``<!-- table: NAME -->`` and ``<!-- end -->``; what is between the two is
+what `TABLES[NAME]` returns. A new table is a function that returns its rows, a line in `TABLES`, and the two
+marks. ``--check`` writes nothing and fails where a page says other than its documents.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from pretrain.account import devices
+from pretrain.config import load_config
+from pretrain.errors import UserError
+from pretrain.files import write_whole
+from tools import probe
+from tools.finetune import cells
+from tools.finetune import table as finetune_table
+from tools.plan import estimate, layouts
+from tools.plan import pages as plan_pages
+from tools.report import pages as report_pages
+from tools.shared import console
+from tools.shared.measure import BenchmarkRow
+from tools.shared.tables import markdown
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+Rows = Sequence[Sequence[str]]
+"""Of words; the first row heads the others."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = console.parser("benchmark table", "Write the tables of measurements in the pages")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; 1 where a page is not as measured"
+    )
+    args = parser.parse_args(arguments)
+    stale = [path for path in pages() if path.read_text(encoding="utf-8") != written(path)]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'not as measured' if args.check else 'written'}")
+        if not args.check:
+            write_whole(path, written(path).encode())
+    return int(args.check and bool(stale))
+
+
+def pages() -> list[Path]:
+    """Return the pages of this checkout."""
+    return sorted(path for room in ("", "*/", "tools/*/") for path in ROOT.glob(f"{room}*.md"))
+
+
+def written(page: Path) -> str:
+    """Return the text of a page with its tables as they were measured; UserError names an unknown table."""
+
+    def table(found: re.Match[str]) -> str:
+        if found["name"] not in TABLES:
+            raise UserError(f"{page}: no table {found['name']!r}; take one of {', '.join(TABLES)}")
+        return f"{found['begin']}\n{TABLES[found['name']]()}\n<!-- end -->"
+
+    marks = r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->"
+    return re.sub(marks, table, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+# ---- speeds --------------------------------------------------------------------------------------
+
+FILES = (
+    *("step-fp32", "step-bf16", "step-base-128", "step-base-512", "step-base-512-query"),
+    *("step-large-128-self", "step-large-128-query", "step-large-128-self-fp32"),
+    *("step-large-128-query-fp32", "step-large-512-self-fp32", "step-large-512-query-fp32"),
+    *("step-large-512-self", "step-large-512-self-b4", "step-large-512-query"),
+    *("scaling-tensor", "scaling-zero", "scaling-tensor-bf16", "head", "attention-128", "attention-512"),
+    *("memory", "corpus", "corpus-ids", "many-documents"),
+)
+"""The results, ``results/benchmark-NAME.json``. Of rows with one name the last is shown."""
+
+_LATE = [
+    (f"`{method}` time / own `mlm`, {size} {length}, minus FLOP ratio", ".05 / .02", row)
+    for method in ("3ml-self", "3ml-query")
+    for size in ("base", "large")
+    for length in (128, 512)
+    for row in [f"{method} against mlm, {size} {length}, DTYPE"]
+]
+_HEAD = [
+    (f"head / {peer}: {what}", goal, f"head against {peer}, 4096 x 768 x 50304, DTYPE: {what}")
+    for peer in ("logits and cross-entropy", "linear_cross_entropy", "checkpointed chunks")
+    for what, goal in (("time", "1.15 / -"), ("peak memory", "0.167 / 0.125"))
+    for goal in [goal if peer == "logits and cross-entropy" else "-"]
+]
+_ATTENTION = [
+    (f"{name}, length {length}", "-", f"attention, {row}, base {length}, DTYPE")
+    for length in (128, 512)
+    for name, row in (
+        ("attention layer, rate / Hugging Face's (sdpa)", "packed, against hugging face sdpa"),
+        ("attention layer, rate / Hugging Face's (eager)", "packed, against hugging face eager"),
+        ("the same bounded by four documents / packed", "bounded, against packed"),
+    )
+]
+SPEEDS = [
+    ("`mlm` rate / Hugging Face eager loop", "1.40 / 1.50", "mlm against hugging face, base 128, DTYPE"),
+    (
+        "the same, the peer given our memory setting",
+        "-",
+        "mlm against hugging face, freed memory kept, base 128, DTYPE",
+    ),
+    (
+        "/ Hugging Face compiled, masked head",
+        "1.0 / 1.1",
+        "mlm against hugging face compiled, masked head, base 128, DTYPE",
+    ),
+    (
+        "/ fairseq's way (DinkyTrain's): masked head, attention as products",
+        "1.0 / 1.1",
+        "mlm against fairseq style, base 128, DTYPE",
+    ),
+    *_LATE,
+    (
+        "a layer, tensor parallel 2 / 1, wall time, one thread a rank",
+        ".60 / .55",
+        "a layer, tensor parallel 2 against 1, base 128, DTYPE",
+    ),
+    (
+        "ZeRO-1 engine / plain engine, one rank",
+        "1.10 / 1.03",
+        "an update, zero 1 against the plain engine, base 128, DTYPE",
+    ),
+    *_HEAD,
+    *_ATTENTION,
+]
+"""What is measured, our goal (floor / aim), and the name of its row."""
+
+CORPUS = [
+    (
+        "GPT-2 ids, text to .bin, plain Python / Hugging Face `encode_batch` + megatron-core's builder",
+        "3.4 / 5",
+        "byte-level BPE, cached, text to .bin",
+    ),
+    ("the same with fastokens", "30 / 60", "byte-level BPE, fastokens, text to .bin"),
+    (
+        "sentencepiece unigram / plain `encode` to list + builder",
+        "1.2 / 1.3",
+        "sentencepiece unigram, text to .bin",
+    ),
+    ("sentencepiece bpe / the same", "2.3 / 5", "sentencepiece bpe, text to .bin"),
+    ("masking 256 x 512 / Hugging Face's collator", "8 / 9.5", "masking, against Hugging Face"),
+    ("masking / fairseq's logic", "15 / 18", "masking, against fairseq"),
+    ("reading 4,096 x 128 / megatron-core `IndexedDataset[i]`", "4 / 6", "reading a batch, 4,096 x 128"),
+    ("reading 256 x 512 / the same", "-", "reading a batch, 256 x 512"),
+    (
+        "reading 2 million documents, order mapped / in memory, 4,096 x 128",
+        "0.98 / -",
+        "many documents, 4,096 x 128, mapped",
+    ),
+    ("the same, 256 x 512", "0.98 / -", "many documents, 256 x 512, mapped"),
+    (
+        "merge of 1,000 shards, peak memory / megatron-core `add_index`",
+        "0.1 / 0.02",
+        "merge of 1,000 shards, peak memory",
+    ),
+    ("two processes / one, wall time", "1.8 / -", "two processes, against one"),
+    ("start-up to the first document", "1 s / -", "start-up to the first document"),
+]
+"""The same of the path from text to a corpus."""
+
+
+@cache
+def results(gpu: bool) -> dict[str, BenchmarkRow]:
+    """Return the rows of all results that were measured on a GPU, or on a CPU, by their names."""
+    rows = (row for name in FILES for row in measured(name))
+    return {row.name: row for row in rows if row.device.startswith("NVIDIA") == gpu}
+
+
+@cache
+def measured(name: str) -> list[BenchmarkRow]:
+    """Return the rows of one file of results."""
+    text = (RESULTS / f"benchmark-{name}.json").read_text(encoding="utf-8")
+    return [BenchmarkRow(**row) for row in json.loads(text)]
+
+
+def speeds() -> Rows:
+    """Return each speed on a CPU in both precisions, and on a GPU in bf16."""
+    columns = {"CPU, fp32": (False, "fp32"), "CPU, bf16": (False, "bf16"), "H200": (True, "bf16")}
+    return [
+        ["measure (base, length 128, unless named)", "goal: floor / aim", *columns],
+        *(
+            [
+                what,
+                goal,
+                *(ratio(results(gpu).get(name.replace("DTYPE", dtype))) for gpu, dtype in columns.values()),
+            ]
+            for what, goal, name in SPEEDS
+        ),
+    ]
+
+
+def ratio(row: BenchmarkRow | None) -> str:
+    """Return the cell of a row: its median and extremes, beside the FLOPs' ratio where it has one."""
+    if row is None:
+        return "not measured"
+    if row.ratio is None:
+        return f"{row.ours:.2f} {row.unit}"
+    if row.runs == 1:
+        return f"{_digits(row.ratio)} ({row.ours:,.0f} of {row.peer:,.0f} {row.unit})"
+    extremes = " to ".join(map(_digits, row.spread)) + ("" if row.runs == 5 else f", {row.runs} rounds")
+    if row.flop_ratio is None:
+        return f"{_digits(row.ratio)} ({extremes})"
+    over = row.ratio - row.flop_ratio
+    return f"{row.ratio:.3f} - {row.flop_ratio:.3f} = {over:+.3f} (ratio {extremes})"
+
+
+def _digits(value: float) -> str:
+    """Return three of them."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def memory() -> Rows:
+    """Return the peak of an update, without recomputation and with it."""
+    rows = [["", "`train.recompute: none`", "`block`"]]
+    for row in measured("memory"):
+        method = row.name.split(", ")[1]
+        rows.append([f"`{method}`", f"{row.peer:,.0f} {row.unit}", f"{row.ours:,.0f} {row.unit}"])
+    return rows
+
+
+def corpus() -> Rows:
+    """Return the speeds of the path from text to a corpus."""
+    head = ["ours / peer", "goal: ship / aim", "ratio"]
+    return [head, *([what, goal, ratio(results(False).get(name))] for what, goal, name in CORPUS)]
+
+
+def corpus_memory() -> Rows:
+    """Return the largest process of encoding, by tokenizer."""
+    names = {
+        "sentencepiece unigram, 32,000 pieces": "unigram",
+        "sentencepiece bpe, 32,000 pieces, cached": "bpe",
+        "GPT-2, plain Python, cached": "byte-level BPE",
+        "GPT-2, fastokens": "fastokens",
+    }
+    found = {what: results(False)[f"unseen words, {name}, peak memory"] for what, name in names.items()}
+    return [
+        ["tokenizer", "largest process"],
+        *([what, f"{row.ours:,.0f} {row.unit}"] for what, row in found.items()),
+    ]
+
+
+def commands(corpus: bool) -> Rows:
+    """Return the results' files with the commands that measured them, where `--output` says no more."""
+    return [["file", "commit", "command"], *_commands(corpus)]
+
+
+def _commands(corpus: bool) -> Iterator[list[str]]:
+    for name in FILES:
+        found = dict.fromkeys((row.commit or "", row.command) for row in measured(name))
+        for commit, command in found:
+            if ("benchmark corpus" in command) == corpus:
+                short = re.sub(r"^python -m tools\.benchmark | --(output|profile) \S+", "", command)
+                room = "../benchmark/" if corpus else ""
+                yield [f"[{name}]({room}results/benchmark-{name}.json)", commit, f"`{short}`"]
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+def plan_methods() -> Rows:
+    """Return the four costs of all methods at 512 tokens."""
+    costs = {"token_layers": "token-layers", "flops_without_head": "FLOPs without head"}
+    costs |= {"flops_with_head": "FLOPs", "device_time": "time (est.)"}
+    rows = estimate.methods(512, devices.find("H100"))
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    titles = [f"{size}: {title}" for size in sizes for title in costs.values()]
+    table: dict[str, list[str]] = {}
+    for row in rows:
+        name = f"`{row['method']}` {100 * row['rate']:.0f} %{' *' * row['all_mask']}"
+        table.setdefault(name, [name]).extend(f"{row['relative'][cost]:.3f}" for cost in costs)
+    return [["", *titles], *table.values()]
+
+
+def plan_scaling() -> Rows:
+    """Return the plans of RoBERTa-large on 8, 64 and 512 H100s."""
+    head = ["", "devices", "layout", "step", "hours", "device-hours", "kWh", "$", "MFU", "memory of a rank"]
+    rows = [head]
+    for gpus in (8, 64, 512):
+        for method in ("mlm", "3ml-self", "3ml-query"):
+            config = load_config(ROOT / "configs" / f"{method}-large.yaml")
+            plan = estimate.plan(config, gpus, "H100", fastest=True)
+            held = plan["memory_bytes_per_rank"]["total"] / 2**30
+            totals = [f"{plan[name]:,.0f}" for name in ("device_hours", "kwh", "cost")]
+            step, hours = f"{1e3 * plan['step_seconds']:.0f} ms", f"{plan['hours']:.2f}"
+            words = [f"`{method}`", f"{gpus}", plan_pages.layout_word(plan["layout"]), step, hours, *totals]
+            rows.append([*words, f"{100 * plan['mfu']:.0f} %", f"{held:.1f} GiB"])
+    return rows
+
+
+def plan_measured() -> Rows:
+    """Return real steps beside their plans."""
+    rows = [["", "seconds: plan", "measured", "", "bytes: plan", "measured", ""]]
+    for row in json.loads((layouts.RESULTS / "plan-cpu.json").read_text(encoding="utf-8"))["rows"]:
+        seconds = [
+            f"{row['planned_seconds']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{100 * row['seconds_error']:+.0f} %",
+        ]
+        held = [f"{row[name] / 1e6:,.0f} MB" for name in ("planned_bytes", "bytes")]
+        rows.append([row["name"], *seconds, *held, f"{100 * row['bytes_error']:+.1f} %"])
+    return rows
+
+
+# ---- runs and scores -----------------------------------------------------------------------------
+
+
+def report(name: str, titles: Sequence[str]) -> Rows:
+    """Return columns of a committed report."""
+    text = (ROOT / "tools" / "report" / "results" / f"{name}.json").read_text(encoding="utf-8")
+    return report_pages.columns(json.loads(text), titles)
+
+
+def probes() -> Rows:
+    """Return what speaks for each probed encoder."""
+    text = (ROOT / "tools" / "results" / "probe.json").read_text(encoding="utf-8")
+    return probe.summary([probe.Result(**row) for row in json.loads(text)])
+
+
+def finetuned() -> str:
+    """Return the tables of fine-tuning, and their account."""
+    runs = cells.read_runs(ROOT / "tools" / "finetune" / "results" / "runs.jsonl")
+    return finetune_table.markdown(runs).strip()
+
+
+WORK = [
+    "method",
+    "tokens seen",
+    "tokens predicted",
+    *(f"FLOPs {part}" for part in ("encoder", "decoder", "head")),
+]
+HOURS = ["updates", "evaluation", "saving", "start-up", "lost hours", "FLOPs total", "lost FLOPs", "attempts"]
+TABLES: dict[str, Callable[[], str]] = {
+    name: partial(lambda rows: markdown(rows()), rows)
+    for name, rows in {
+        "demo": partial(
+            report, "demo", [*WORK, "token-layers", "device-hours", "loss", "unigram loss", "accuracy"]
+        ),
+        "account": partial(report, "report", ["method", "budget", "used", "device-hours", *HOURS, "loss"]),
+        "speeds": speeds,
+        "memory": memory,
+        "commands": partial(commands, False),
+        "corpus": corpus,
+        "corpus-memory": corpus_memory,
+        "corpus-commands": partial(commands, True),
+        "plan-methods": plan_methods,
+        "plan-scaling": plan_scaling,
+        "plan-measured": plan_measured,
+        "probes": probes,
+    }.items()
+} | {"finetuned": finetuned}
+"""By name in the pages: what makes the text of a table."""
