@@ -20,17 +20,21 @@ import yaml
 
 from pretrain import checkpoint
 from pretrain.errors import UserError
+from pretrain.files import locked
 from pretrain.monitor import read_metrics
 from pretrain.parallel.launchers import job_end
 from pretrain.provenance import code_revision
 from pretrain.run_folder import RunFolder
 from slurm import status, submit
 from slurm.render import STAGES
+from tests.support.finetuning import encoder, sentences
 from tests.support.runs import finish, result
 from tests.support.slurm_cluster import cluster, jobs
 from tests.support.slurm_cluster.cluster import SCRATCH
 from tests.support.slurm_cluster.cluster import run as command
 from tools import sweep
+from tools.finetune import __main__ as finetune
+from tools.finetune.cells import read_runs
 from tools.shared import journal
 
 ROOT = Path(__file__).parents[2]
@@ -329,6 +333,40 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     # Slurm forgets tasks one by one.
     assert sorted(status.tasks(home, journal.read(home), [])) == ["failed"] * 2 + ["finished"] * 3
     assert row(home, "array")["message"] == "failed in commands.txt: line 4, 5"
+
+
+def waiting_for(file: Path) -> int:
+    """Return how many processes wait for the lock of a file."""
+    locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    return sum("->" in lock and f":{file.stat().st_ino} " in lock for lock in locks)
+
+
+def test_fine_tuning_as_an_array(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares that are told of their job's end go on in the next one, and do every run once."""
+    encoder(tmp_path / "encoder")
+    out = tmp_path / "a grid"
+    words = [str(tmp_path / "encoder"), f"--data={sentences(tmp_path / 'data')}", f"--output={out}"]
+    words += ["--lrs=1e-3", "--epochs=1", "--seeds=2", "--tasks", "SST-2"]
+    file, home = out / "runs.jsonl", out / "jobs"
+    monkeypatch.setattr(finetune, "MAX_SHARES", 2)
+    out.mkdir()
+    with file.open("a+b") as opened, locked(opened, file):
+        assert finetune.main([*words, "--slurm", f"--cluster={jobs.site(tmp_path)}"]) == 0
+        (job,) = [line["job"] for line in journal.read(home) if line["event"] == "submit"]
+        jobs.until(lambda: waiting_for(file) == 2, "both shares to have a run to write down")
+        command("scancel", "--signal=USR1", job)
+        jobs.until(lambda: row(home, "array")["tasks"] == {"requeued": 2}, "both to be told of the end")
+    for share in range(2):
+        jobs.hurry(f"{job}_{share}")
+    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
+    assert row(home, "array")["tasks"] == {"finished": 2}, jobs.log(home)
+    assert len(file.read_text(encoding="utf-8").splitlines()) == len(read_runs(file)) == 2 + 2 * 2
+    capfd.readouterr()
+    assert finetune.main([*words, "--dry-run"]) == 0 and capfd.readouterr().out.startswith("0 runs to do")
+    assert finetune.main([*words, "--slurm"]) == 0 and "nothing is left" in capfd.readouterr().err
+    assert finetune.main(words) == 0 and "SST-2, accuracy" in capfd.readouterr().out
 
 
 def test_a_job_from_within_a_job_is_a_job_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

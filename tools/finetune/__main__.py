@@ -114,11 +114,11 @@ def queue(plan: Plan, words: Sequence[str]) -> int:
     """Hand the cells to `slurm.submit` as an array; its exit code."""
     todo = plan.todo(read_runs(plan.args.output / RUNS))
     if not todo:
+        print("nothing is left to be submitted; without --slurm: the table", file=sys.stderr)
         return 0
     shares = min(len(todo), MAX_SHARES)
-    lines = [
-        f'"$PYTHON" -m tools.finetune {shlex.join(words)} --share={share}/{shares}' for share in range(shares)
-    ]
+    owners = sorted({cell.owner(shares) for cell in todo})
+    lines = [f'"$PYTHON" -m tools.finetune {shlex.join(words)} --share={owner}/{shares}' for owner in owners]
     folder = plan.args.output / "jobs"
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")

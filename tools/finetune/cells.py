@@ -68,6 +68,10 @@ class Cell:
         """A short name."""
         return hashlib.blake2b(repr(self).encode(), digest_size=4).hexdigest()
 
+    def owner(self, shares: int) -> int:
+        """Return the share that does it, of so many; it is the same whatever other cells there are."""
+        return int(self.digest, 16) % shares
+
 
 @dataclass(frozen=True)
 class FinetuneRun:

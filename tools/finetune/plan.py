@@ -111,7 +111,7 @@ class Plan:
         """Return the cells that are not done; share: its number, and of how many."""
         done = {run.cell for run in runs if not run.cell.kept or self.kept(run.cell).exists()}
         number, shares = share
-        own = (cell for cell in self.cells(runs) if int(cell.digest, 16) % shares == number)
+        own = (cell for cell in self.cells(runs) if cell.owner(shares) == number)
         return [cell for cell in own if cell not in done]
 
 
