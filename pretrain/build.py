@@ -327,6 +327,7 @@ def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
         path, stamps = checkpoint.find_verified(folder.path)
         state = checkpoint.read_state(path, stamps)
         check_continues(state, config, data)
+        checkpoint.point_at(path)
         start = json.dumps([str(path), stamps])
     folder.write_config(config)
     folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.content)
@@ -350,8 +351,9 @@ def _open_ledger(
     about["sensors"] = {part: meter.methods[part] for part in meter.parts}  # rank 0 has one of each
     if "cpu" in meter.parts:
         about["host_share"] = round(meter.share, 4)
-    step, head = (state.step, state.ledger_head) if state else (0, "")
-    ledger.begin(step, head, folder.status().get("ledger_head", ""), **about)
+    step, head, account = (state.step, state.ledger_head, state.account) if state else (0, "", None)
+    phase = state.phase if state else 0
+    ledger.begin(step, head, folder.status().get("ledger_head", ""), account, phase, **about)
     ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
     ledger.start_heartbeat()
     folder.write_status("running", ledger.totals()["steps"])

@@ -93,6 +93,9 @@ class State:
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
     progress: float | None = None
     """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
+    account: dict[str, Any] | None = None
+    """What that line stated, with which the run goes on where the ledger has lost it; None in checkpoints of
+    older programs."""
     averaged: dict[str, float] = field(default_factory=dict)
     """Of weights that are a mean: the checkpoints that they are the mean of, and the share of each."""
 
@@ -171,7 +174,7 @@ def _publish(folder: RunFolder, temporary: Path, state: State, keep_last: int) -
     sync(folder.checkpoints)
     if _is_best(folder, state):
         write_atomic(folder.checkpoints / "best", final.name + "\n")
-    write_atomic(folder.checkpoints / "latest", final.name + "\n")
+    point_at(final)
     _retain(folder, state.step, keep_last)
 
 
@@ -273,6 +276,12 @@ def pointed(run: str | Path, pointer: str) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     return path.with_name(name) if re.fullmatch(r"step-\d{8,}", name) else None
+
+
+def point_at(path: Path) -> None:
+    """Make a checkpoint the `latest` of its run, unless it is."""
+    if pointed(path.parents[1], "latest") != path:
+        write_atomic(path.with_name("latest"), path.name + "\n")
 
 
 Stamps = dict[str, list[int]]

@@ -6,7 +6,8 @@ edited or dropped unnoticed, and each checkpoint holds the hash of the line of i
 The one idea: every line is a complete statement, so the last one is the account of the run. When
 an attempt resumes from a checkpoint, the counters go back to that checkpoint's line and the
 seconds of work since then move to `lost`: counters are of surviving work only, device-seconds are
-all there ever were.
+all there ever were. A checkpoint carries the statement of its line too, so that a run goes on where
+the ledger has lost lines: the gap is a line of its own, which takes that statement over.
 
 The trap: nobody is told of a kill -9. A heartbeat every 10 s, also in the middle of a long stretch
 (`start_heartbeat`), bounds what it hides.
@@ -20,6 +21,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -52,6 +54,7 @@ EVENTS = (
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
     "crash-detected",  # the attempt before ended without a word, or in an error
     "repaired",  # a torn last line was cut off; `torn` is what it held
+    "gap",  # lines are lost: `found` says how, `lost` which were referred to, with what is known of them
     "layout-change",  # other devices, ranks, parallelism or recomputation than in the attempt before
     "budget-change",
     "blend-change",  # another blend of corpora from here on
@@ -124,22 +127,30 @@ def chain(run: str | Path) -> dict[str, Line]:
     """
     if not _path(run).exists():
         raise UserError(f"{_path(run)}: no such ledger; check the run's path")
+    lines, wrong, _ = _unbroken(_path(run).read_bytes())
+    if wrong:
+        raise UserError(f"{_path(run)}:{wrong}; restore the file")
+    return lines
+
+
+def _unbroken(data: bytes) -> tuple[dict[str, Line], str, int]:
+    """Return the lines before a break of the chain, what is wrong with the next one, and their bytes."""
     lines: dict[str, Line] = {}
-    head = ""
-    for number, text in enumerate(_path(run).read_bytes().split(b"\n")[:-1], 1):
+    head, size, before = "", 0, 0
+    for number, text in enumerate(data.split(b"\n")[:-1], 1):
         try:
             line = json.loads(text)
             previous = line["previous"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{_path(run)}:{number}: not a line of a ledger; restore the file") from None
+            return lines, f"{number}: not a line of a ledger", size
         if previous != head:
-            raise UserError(
-                f"{_path(run)}:{number}: does not follow from the line before; one of them was"
-                " changed or taken out, restore the file"
-            )
-        head = _hash(text)
+            if lines:  # it may be that one which was changed
+                lines.popitem()
+            wrong = "does not follow from the line before, one of them was changed or taken out"
+            return lines, f"{number}: {wrong}", before
+        head, size, before = _hash(text), size + len(text) + 1, size
         lines[head] = line
-    return lines
+    return lines, "", size
 
 
 def read(run: str | Path) -> list[Line]:
@@ -155,16 +166,70 @@ def head(run: str | Path) -> str:
 def check(run: str | Path) -> int:
     """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
     lines = chain(run)
-    before = empty_statement()
+    before, known = empty_statement(), with_lost(lines)
     for number, line in enumerate(lines.values(), 1):
-        if wrong := _disagreement(before, line, lines):
+        before = taken_over(before, line)
+        if wrong := _disagreement(before, line, known):
             raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
         before = line
     return len(lines)
 
 
+# ---- lines that are lost
+
+
+def with_lost(lines: dict[str, Line]) -> dict[str, Line]:
+    """Return the lines, and what is known of those for which a gap stands: their statements, or nothing."""
+    gaps = [line["lost"] for line in lines.values() if line["event"] == "gap"]
+    return {**{head: stated or {} for lost in gaps for head, stated in lost.items()}, **lines}
+
+
+def taken_over(before: Line, line: Line) -> Line:
+    """Return the statement from which a line goes on: of a gap, that of a lost line if it was further on."""
+    for stated in line.get("lost", {}).values():
+        if stated and _reach(stated) > _reach(before):
+            before = {**before, **stated}
+    return before
+
+
+def _reach(statement: Line) -> float:
+    """Device-seconds, which never fall."""
+    reach: float = statement["device_seconds"]["total"]
+    return reach
+
+
+def missing(lines: dict[str, Line], head: str, account: Line | None) -> str:
+    """Say why a ledger has no line `head`, which stated `account`; "" if it has, or a gap stands for it.
+
+    A ledger that lost its end does not reach as far as that line; one that does has other lines there.
+    """
+    if head in with_lost(lines):
+        return ""
+    if account is None:
+        return "was cut off, or changed"
+    reach, before = _reach(account), 0.0
+    for line in lines.values():
+        if line["event"] == "gap" and before < reach <= _reach(line):
+            return ""
+        before = _reach(line)
+    return "was cut off before it" if reach > before else "was changed: it goes on without it"
+
+
+def gaps(lines: Iterable[Line]) -> list[str]:
+    """Return a sentence for each gap of a ledger."""
+    return [
+        f"line {number} notes a gap: the ledger {line['found']}; the account goes on from what is known of"
+        f" step {line['step']}"
+        for number, line in enumerate(lines, 1)
+        if line["event"] == "gap"
+    ]
+
+
+# ---- what must hold
+
+
 def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
-    """What in a line contradicts itself or the lines before it."""
+    """What in a line contradicts itself or the lines before it; lines: with those that are lost."""
     if missing := [
         name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
     ]:
@@ -182,7 +247,7 @@ def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | Non
         return "device_seconds are not ranks x elapsed seconds"
     if line["event"] == "resume":
         branch = lines.get(line["head"]) if line["head"] else empty_statement()
-        if branch is None or any(line[name] != branch[name] for name in COUNTERS):
+        if not branch or any(line[name] != branch[name] for name in COUNTERS):
             return "the counters are not those of the line that it resumes from"
         lost = before["flops"]["total"] - branch["flops"]["total"]
     else:
@@ -278,7 +343,7 @@ class Ledger:
         self._path, self._ranks, self._device = _path(run), ranks, device
         self._clock, self._started = clock, started
         self._torn = truncate_torn_line(self._path)
-        self._lines = chain(run)
+        self._lines, self._wrong = self._keep_unbroken()
         self._last = next(reversed(self._lines.values()), None)
         known = {**empty_statement(), **(self._last or {})}
         self._account = {name: copy.copy(known[name]) for name in empty_statement()}
@@ -292,6 +357,8 @@ class Ledger:
         self._over = threading.Event()
         self.head = next(reversed(self._lines), "")
         """Hash of the last line."""
+        self.statement = known
+        """What that stated."""
         self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
         self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
 
@@ -304,7 +371,7 @@ class Ledger:
         clock: Callable[[], float] = now,
         started: float | None = None,
     ) -> "Ledger":
-        """Opens or creates the ledger of a claimed run folder; UserError if its chain is broken.
+        """Opens or creates the ledger of a claimed run folder; where its chain is broken, up to there.
 
         `device` is the name of what each of `ranks` ranks drives, `started` when this process did.
         """
@@ -313,30 +380,59 @@ class Ledger:
             sync(Path(run))
         return cls(run, ranks, device, clock, process_start() if started is None else started)
 
-    def begin(self, step: int = 0, head: str = "", last: str = "", **details: Any) -> None:
-        """Starts the run, or resumes it at `step` from the checkpoint that carries `head`.
+    def _keep_unbroken(self) -> tuple[dict[str, Line], str]:
+        """Cut off what follows a break of the chain, with the whole file kept beside; return the lines that
+        are left, and what is wrong with the one after them."""
+        lines, wrong, size = _unbroken(self._path.read_bytes())
+        if wrong:
+            number = len(list(self._path.parent.glob("ledger-damaged-*.jsonl"))) + 1
+            kept = self._path.with_name(f"ledger-damaged-{number}.jsonl")
+            shutil.copyfile(self._path, kept)
+            sync(kept)
+            os.truncate(self._path, size)
+            wrong = f"was damaged at line {wrong}; all of it is kept in {kept.name}"
+        return lines, wrong
 
-        last: hash of the last word of the attempt before, if it had one. All since the process started is
-        start-up. `details` go into the line. UserError if `head` or `last` is not a line of this ledger.
+    def begin(
+        self,
+        step: int = 0,
+        head: str = "",
+        last: str = "",
+        account: Line | None = None,
+        phase: int = 0,
+        **details: Any,
+    ) -> None:
+        """Starts the run, or resumes it at `step` from the checkpoint that carries `head` and `account`.
+
+        last: hash of the last word of the attempt before, if it had one. phase: of the update before. All
+        since the process started is start-up. `details` go into the line. Where `head` or `last` is not a
+        line of this ledger, the gap is noted; UserError if the checkpoint is of a program that did not write
+        what its line stated.
         """
-        if last and last not in self._lines:
-            raise UserError(
-                f"{self._path}: has no line {last[:12]}, which status.json names as an attempt's last;"
-                " restore the ledger, or choose another run.dir"
-            )
-        branch = self._lines.get(head) if head else empty_statement()
+        known = with_lost(self._lines)
+        referred: dict[str, Line | None] = {last: None, head: account}
+        lost = {line: stated for line, stated in referred.items() if line and line not in known}
+        branch = (known.get(head) or account) if head else empty_statement()
         if branch is None or branch["step"] != step:
             raise UserError(
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
                 " refers; restore the ledger, or move checkpoints/ away to start over"
             )
+        found = self._wrong
+        for line, stated in lost.items():
+            found = self._wrong or missing(self._lines, line, stated) or "has lost it already"
         layouts = [line["layout"] for line in self._lines.values() if "layout" in line]
         self._lines = {}  # all that was needed of them
+        further = taken_over(self._account, {"lost": lost})
+        self._account = {name: copy.copy(further[name]) for name in empty_statement()}
         self._account["attempt"] += 1
         self._claim("startup", self._started)
+        if found:
+            log.warning("warning: %s %s; goes on with what is known of step %d", self._path, found, step)
+            self.note("gap", lost=lost, found=found, phase=phase)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
-        if self._last is None:
+        if self._last is None and not found:
             self.note("start", **details)
             return
         lost_steps = self._account["step"] - step
@@ -346,7 +442,7 @@ class Ledger:
                 self._path.parent,
                 lost_steps,
             )
-        if self._last["event"] not in LAST_WORDS:
+        if not found and self._last and self._last["event"] not in LAST_WORDS:
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
         self._go_back({**empty_statement(), **branch})
         if step:
@@ -453,6 +549,7 @@ class Ledger:
         assert event in EVENTS, event
         with self._lock:
             at = self._clock()
+            self.statement = self._statement(at)
             line = {
                 "previous": self.head,
                 "event": event,
@@ -460,7 +557,7 @@ class Ledger:
                 "device": self._device,
                 "ranks": self._ranks,
                 "seconds": {name: round(value, 6) for name, value in self._seconds_at(at).items()},
-                **self._statement(at),
+                **self.statement,
                 **details,
             }
             text = json.dumps(line).encode("ascii")

@@ -97,19 +97,24 @@ def _checked(run: Path) -> dict[str, Any]:
     check_counts(run, lines)
     saves = [run / "checkpoints" / f"step-{step:08d}" for step in checkpoint.steps(run)]
     kept = [run / "weights" / name for name in checkpoint.named_weights(run)]
-    heads = {path: checkpoint.verified_state(path).ledger_head for path in [*saves, *kept]}
+    states = {path: checkpoint.verified_state(path) for path in [*saves, *kept]}
+    heads = {path: (state.ledger_head, state.account) for path, state in states.items()}
     if last := RunFolder(run).status().get("ledger_head"):
-        heads[run / "status.json"] = last
-    for path, head in heads.items():
-        if head not in lines:
-            raise UserError(f"{path}: its ledger line {head[:12]} is missing; restore {run / 'ledger.jsonl'}")
+        heads[run / "status.json"] = last, None
+    for path, (head, account) in heads.items():
+        if wrong := ledger.missing(lines, head, account):
+            raise UserError(
+                f"{path}: its ledger line {head[:12]} is missing: {run / 'ledger.jsonl'} {wrong}; restore"
+                " that, or start the run again, which notes the gap"
+            )
     order = list(lines)
-    held = max((order.index(head) + 1 for head in heads.values()), default=0)
+    held = max((order.index(head) + 1 for head, _ in heads.values() if head in lines), default=0)
     return {
         "run": str(run),
         "lines": len(lines),
         "checkpoints": len(saves),
         "held": held,
+        "gaps": ledger.gaps(lines.values()),
         "head": next(reversed(order), ""),
     }
 
@@ -121,7 +126,7 @@ def _verdict(one: dict[str, Any]) -> str:
     loose = one["lines"] - one["held"]
     if loose:
         text += f", but nothing holds the last {loose} lines: they could have been more"
-    return f"{text}; head {one['head'] or 'none'}"
+    return "\n".join([f"{text}; head {one['head'] or 'none'}", *one["gaps"]])
 
 
 def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
@@ -133,9 +138,12 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     costs = {way: _costs(config, way) for way in ("none", "block")}
     # A program that did not say whether it recomputed could not change that either.
     before, phase, phases, ways = ledger.empty_statement(), 0, {"": 0}, list(costs)
+    known = {"": before, **ledger.with_lost(lines)}
     for number, (head, line) in enumerate(lines.items(), 1):
+        before = ledger.taken_over(before, line)
+        phases |= dict.fromkeys(line.get("lost", ()), line.get("phase", phase))
         if line["event"] == "resume":
-            before, phase = lines.get(line["head"], ledger.empty_statement()), phases[line["head"]]
+            before, phase = known[line["head"]], phases[line["head"]]
         if way := line.get("layout", {}).get("recompute"):
             ways = [way]
         wrongs = [_miscounted(before, line, costs[way][phase]) for way in ways]
@@ -199,7 +207,7 @@ def _row(line: ledger.Line) -> str:
     ).rstrip()
 
 
-_TOLD = ("reason", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
+_TOLD = ("reason", "found", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
 
 
 def _details(line: ledger.Line) -> str:

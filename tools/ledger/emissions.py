@@ -62,12 +62,11 @@ def intensity(region: str) -> dict[str, Any]:
 def attempts(run: str) -> list[dict[str, Any]]:
     """Energy of each attempt of a run: kWh by part, seconds, and how it was measured."""
     found: list[dict[str, Any]] = []
-    before: dict[str, float] = {}
     lines = ledger.read(run)
     for number in dict.fromkeys(line["attempt"] for line in lines):
         own = [line for line in lines if line["attempt"] == number]
         about = next((line for line in own if "sensors" in line), {})
-        joules = own[-1]["joules"]
+        before, joules = own[0]["joules"], own[-1]["joules"]  # no sensor was read before the first line
         found.append(
             {
                 "run": str(run),
@@ -86,7 +85,6 @@ def attempts(run: str) -> list[dict[str, Any]]:
                 },
             }
         )
-        before = joules
     return found
 
 

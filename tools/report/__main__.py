@@ -129,7 +129,7 @@ class ReportedRun:
         for line in self.lines:
             if line["event"] == "resume":  # phases that the run went back from are not begun yet
                 borders = [border for border in borders if border[1] <= line["samples"]]
-            if line["event"] == "phase-change":
+            if "phase" in line:
                 borders.append((line["phase"], *_surviving(line)))
         ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
         phases = self.recipe.phases
@@ -188,7 +188,7 @@ def gather(paths: Sequence[str]) -> dict[str, Any]:
     return {
         "version": __version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "warnings": [*_warnings(described), *_gone(runs, described)],
+        "warnings": [*_warnings(described), *_gone(runs, described), *_gaps(runs)],
         "runs": described,
     }
 
@@ -428,6 +428,11 @@ def _gone(runs: Sequence[ReportedRun], described: Sequence[dict[str, Any]]) -> l
         for run, shown in zip(runs, described, strict=True)
         if (prefix := run.recipe.config.corpus.valid) and shown["held_out"] and not shown["unigram"]
     ]
+
+
+def _gaps(runs: Sequence[ReportedRun]) -> list[str]:
+    """Say what the ledgers have lost."""
+    return [f"{run.name}: {gap}." for run in runs for gap in ledger.gaps(run.lines)]
 
 
 def _abbreviated(value: Any) -> str:
