@@ -174,7 +174,7 @@ def token_layers(model: ModelOptions, rows: Rows) -> float:
 
 def parameters(model: ModelOptions, vocab_size: int) -> dict[str, int]:
     """Numbers of parameters: encoder layers, decoder, head, embeddings (padded word table), total."""
-    D, learned = model.hidden_size, model.block == "roberta"
+    D, learned = model.hidden_size, model.block != "modern"
     norm = 2 * D if learned else D
     decoder = 0
     if model.decoder_layers:
@@ -189,7 +189,8 @@ def parameters(model: ModelOptions, vocab_size: int) -> dict[str, int]:
     encoder = model.num_layers * _layer_parameters(model) + (norm if model.norm == "pre" else 0)
     encoder -= 0 if learned else norm  # the modern block's first layer has no attention norm
     table = padded_vocab(vocab_size, model.vocab_multiple)
-    kept = 3 * D if model.token_type else 0  # the token type and two rows of positions
+    # The token type, and what is kept for an export: two rows of positions, or BERT's second type.
+    kept = (2 if model.block == "bert" else 3) * D if model.token_type else 0
     parts = {
         "encoder": encoder,
         "decoder": decoder,
@@ -204,7 +205,7 @@ def _linear(inputs: int, outputs: int, bias: bool) -> int:
 
 
 def _layer_parameters(model: ModelOptions) -> int:
-    D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
+    D, F, bias = model.hidden_size, model.ffn_size, model.block != "modern"
     up = _linear(D, F, True) if bias else _linear(D, 2 * F, False)
     norms = 2 * (2 * D if bias else D)
     return _linear(D, 4 * D, bias) + up + _linear(F, D, bias) + norms

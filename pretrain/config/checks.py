@@ -35,8 +35,10 @@ def _check_model(config: Config) -> list[str]:
         )
     if m.block == "modern" and m.norm == "post":
         found.append("model.norm = 'post': the modern block is pre-LN only; leave it out")
+    if m.block == "bert" and m.norm == "pre":
+        found.append("model.norm = 'pre': BERT is post-LN; leave it out, or take model.block = roberta")
     if m.block == "modern" and m.token_type:
-        found.append("model.token_type = true: only the roberta block has it; leave it out")
+        found.append("model.token_type = true: the modern block has none; leave it out")
     late = m.mask_from == m.num_layers and m.decoder_layers >= 1
     if not (late or (m.mask_from < m.num_layers and m.decoder_layers == 0)):
         found.append(
@@ -174,7 +176,7 @@ def config_warnings(config: Config) -> list[str]:
     late, decoder = m.mask_from > 0, m.decoder_layers > 0
     for section, name, used, why in (
         ("model", "decoder", decoder, "there is no decoder"),
-        ("model", "decoder_positions", decoder and m.block == "roberta", "no learned decoder positions"),
+        ("model", "decoder_positions", decoder and m.block != "modern", "no learned decoder positions"),
         ("model", "mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
         ("model", "mask_leak", late, "the encoder sees all [MASK]s when mask_from = 0"),
         ("model", "rope_theta", m.block == "modern", "only the modern block rotates"),

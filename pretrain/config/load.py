@@ -265,7 +265,7 @@ def _complete(config: Config) -> Config:
         update={
             "norm": m.norm or ("pre" if m.block == "modern" else "post"),
             "decoder_dropout": m.dropout if m.decoder_dropout is None else m.decoder_dropout,
-            "token_type": m.token_type or (m.init_from is not None and m.block == "roberta"),
+            "token_type": m.token_type or (m.init_from is not None and m.block != "modern"),
         }
     )
     return config.model_copy(update={"model": model})

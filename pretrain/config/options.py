@@ -125,8 +125,9 @@ class CorpusOptions(Section):
 class ModelOptions(Section):
     """The encoder, the place where the [MASK] rows join, and the decoder that is thrown away afterwards."""
 
-    block: Literal["roberta", "modern"] = "roberta"
-    """`roberta`: GELU, biases, learned positions. `modern`: GeGLU, no biases, rotary positions."""
+    block: Literal["roberta", "bert", "modern"] = "roberta"
+    """`roberta`: GELU, biases, learned positions. `bert`: the same layers, in and out as Hugging Face's BERT.
+    `modern`: GeGLU, no biases, rotary positions."""
     num_layers: int = Field(12, ge=1)
     """Encoder layers; what is exported."""
     hidden_size: int = Field(768, ge=1)
@@ -138,7 +139,8 @@ class ModelOptions(Section):
     max_positions: int = Field(512, ge=4)
     """Positions the model can hold; the longest sequence it can ever see."""
     norm: Literal["post", "pre"] | None = None
-    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; the modern block is `pre` only."""
+    """LayerNorm after (`post`, RoBERTa) or before (`pre`) each sub-layer; the modern block is `pre` only,
+    bert `post` only."""
     mask_from: int = Field(0, ge=0)
     """Layer before which the [MASK] rows join: 0 = ordinary MLM, num_layers = they meet the decoder only."""
     decoder_layers: int = Field(0, ge=0)
@@ -147,7 +149,7 @@ class ModelOptions(Section):
     """`self`: all rows attend to all. `cross`: self-attention, then attention to the encoder output.
     `query`: only the predicted rows are updated, attending to all rows."""
     decoder_positions: Literal["own", "shared"] = "own"
-    """Learned positions added to all decoder inputs: own table, or the encoder's (roberta block only)."""
+    """Learned positions added to all decoder inputs: own table, or the encoder's (learned positions only)."""
     mask_vector: Literal["learned", "tied"] = "learned"
     """What a late [MASK] row is: a vector of its own (3ML), or the word table's [MASK] row (MAE-LM)."""
     mask_leak: float = Field(0.0, ge=0, le=1)
@@ -162,8 +164,8 @@ class ModelOptions(Section):
     """Hugging Face folder (safetensors) of a model to start from; what it has not is initialised. Read
     before the first update only."""
     token_type: bool = False
-    """A vector added to each token, and two rows kept for padding: what Hugging Face's RoBERTa has
-    besides. Set by `init_from` (roberta block)."""
+    """A vector added to each token, and what is kept for an export (RoBERTa's two rows of positions for
+    padding, BERT's second token type). Set by `init_from` (blocks roberta and bert)."""
     vocab_size: int | None = Field(None, ge=8)
     """Pieces of the tokenizer; default: read from the tokenizer. Needed only to plan without one."""
     vocab_multiple: int = Field(128, ge=1)

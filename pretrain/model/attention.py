@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def __init__(self, m: ModelOptions, dropout: float) -> None:
         super().__init__()
-        bias = m.block == "roberta"
+        bias = m.block != "modern"
         self.head_size = m.hidden_size // m.num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(m.hidden_size, 3 * m.hidden_size, bias=bias)
@@ -92,7 +92,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, m: ModelOptions, dropout: float) -> None:
         super().__init__()
-        bias = m.block == "roberta"
+        bias = m.block != "modern"
         self.head_size = m.hidden_size // m.num_heads
         self.dropout = dropout
         self.q = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)

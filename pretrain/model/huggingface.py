@@ -1,10 +1,11 @@
 """Parameters in Hugging Face's words, both ways, and a run that starts from such a folder.
 
-Three targets hold our blocks exactly: `roberta` (post-LN), `roberta-prelayernorm` (pre-LN) and
+Four targets hold our blocks exactly: `roberta` and `bert` (post-LN), `roberta-prelayernorm` (pre-LN) and
 `modernbert` with every layer global. The one idea: the mapping only renames, slices, reorders and
 pads with zeros. So it is linear and maps gradients as well as weights, which is how it is tested; and
-it can be undone to the bit. What RoBERTa has and our models need not (a token type that every token
-has, two rows of positions for padding) is kept in two vectors where a run starts from a folder.
+it can be undone to the bit. What they have and our models need not (a token type that every token
+has, RoBERTa's rows of positions for padding, BERT's second token type) is kept where a run starts from a
+folder.
 
 The trap: our fused projection is laid out head by head, and Hugging Face wants [all queries; all keys;
 all values].
@@ -14,7 +15,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +31,45 @@ SHARDS = "model.safetensors.index.json"
 
 log = logging.getLogger(__name__)
 
-_HEADS = {
-    "roberta": ("roberta.", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
-    "roberta-prelayernorm": (
-        "roberta_prelayernorm.",
-        "lm_head.dense",
-        "lm_head.layer_norm",
-        "lm_head.bias",
-    ),
-    "modernbert": ("model.", "head.dense", "head.norm", "decoder.bias"),
-}
-"""Prefix of the encoder beside a head, and the head's dense layer, norm and bias."""
 
-_WORDS = {"roberta": "embeddings.word_embeddings.weight", "modern": "embeddings.tok_embeddings.weight"}
+class _Names(NamedTuple):
+    """Prefix of the encoder beside a head, and the head's modules."""
+
+    prefix: str
+    dense: str
+    norm: str
+    bias: str
+    decoder: str
+
+
+_LM_HEAD = ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder")
+_TRANSFORM = "cls.predictions.transform"
+_NAMES = {
+    "bert": _Names(
+        "bert.",
+        f"{_TRANSFORM}.dense",
+        f"{_TRANSFORM}.LayerNorm",
+        "cls.predictions.bias",
+        "cls.predictions.decoder",
+    ),
+    "roberta": _Names("roberta.", *_LM_HEAD),
+    "roberta-prelayernorm": _Names("roberta_prelayernorm.", *_LM_HEAD),
+    "modernbert": _Names("model.", "head.dense", "head.norm", "decoder.bias", "decoder"),
+}
+
 _POSITIONS = "embeddings.position_embeddings.weight"
 _TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 
 def model_type(m: ModelOptions) -> str:
     """Hugging Face's name of this block."""
-    if m.block == "modern":
-        return "modernbert"
-    return "roberta" if m.norm == "post" else "roberta-prelayernorm"
+    if m.block == "roberta":
+        return "roberta" if m.norm == "post" else "roberta-prelayernorm"
+    return {"bert": "bert", "modern": "modernbert"}[m.block]
+
+
+def _words(m: ModelOptions) -> str:
+    return f"embeddings.{'tok' if m.block == 'modern' else 'word'}_embeddings.weight"
 
 
 def _modules(m: ModelOptions) -> dict[str, str]:
@@ -112,34 +130,43 @@ def hugging_face_state(
                 flat = _by_part(m, ours[f"{name}.{kind}"])
                 for part, tensor in zip(parts, flat.chunk(len(parts)), strict=True):
                     encoder[f"{part}.{kind}"] = tensor
-    encoder[_WORDS[m.block]] = ours["tok.weight"][:vocab_size]
-    if m.block == "roberta":
-        encoder |= _roberta_tables(m, ours, pad)
+    encoder[_words(m)] = ours["tok.weight"][:vocab_size]
+    if m.block != "modern":
+        encoder |= _tables(m, ours, pad)
     if not head:
         return {name: tensor.contiguous() for name, tensor in encoder.items()}
-    prefix, dense, norm, bias = _HEADS[model_type(m)]
-    theirs = {prefix + name: tensor for name, tensor in encoder.items()}
-    theirs |= _rename(ours, {"head.dense": dense, "head.norm": norm})
-    theirs[bias] = ours["head.bias"][:vocab_size]
+    names = _NAMES[model_type(m)]
+    theirs = {names.prefix + name: tensor for name, tensor in encoder.items()}
+    theirs |= _rename(ours, {"head.dense": names.dense, "head.norm": names.norm})
+    theirs[names.bias] = ours["head.bias"][:vocab_size]
     return {name: tensor.contiguous() for name, tensor in theirs.items()}
 
 
-def first_position(pad: int) -> int:
-    """Row of RoBERTa's table that is our position 0: those up to the padding id stand for "no position"."""
-    return pad + 1
+def first_position(m: ModelOptions, pad: int) -> int:
+    """Row of their table that is our position 0: RoBERTa's up to the padding id stand for "no position"."""
+    return pad + 1 if m.block == "roberta" else 0
 
 
-def _roberta_tables(m: ModelOptions, ours: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
-    """Positions with the rows of "no position" before them, of which only the last is ever looked up.
+def token_types(m: ModelOptions) -> int:
+    """Rows of their table of token types, of which every token here has the first."""
+    return 2 if m.block == "bert" else 1
 
-    The two last of them are kept where a run starts from a folder; any others are zero.
+
+def _tables(m: ModelOptions, ours: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+    """Positions with RoBERTa's rows of "no position" before them, of which only the last is ever looked up,
+    and token types.
+
+    The two last of those rows are kept where a run starts from a folder; any others are zero.
     """
-    positions, before = ours["positions.weight"], first_position(pad)
-    if not m.token_type:
-        token_type = torch.zeros_like(positions[:1])
-        return {_POSITIONS: F.pad(positions, (0, 0, before, 0)), _TOKEN_TYPES: token_type}
-    padding = F.pad(ours["padding_positions"].view(2, -1), (0, 0, max(before - 2, 0), 0))[-before:]
-    return {_POSITIONS: torch.cat((padding, positions)), _TOKEN_TYPES: ours["token_type"][None]}
+    positions, before = ours["positions.weight"], first_position(m, pad)
+    types = positions.new_zeros(token_types(m), m.hidden_size)
+    padding = positions.new_zeros(before, m.hidden_size)
+    if m.token_type and m.block == "bert":
+        types = torch.stack((ours["token_type"], ours["second_token_type"]))
+    elif m.token_type:
+        types = ours["token_type"][None]
+        padding = F.pad(ours["padding_positions"].view(2, -1), (0, 0, max(before - 2, 0), 0))[-before:]
+    return {_POSITIONS: torch.cat((padding, positions)), _TOKEN_TYPES: types}
 
 
 def _by_part(m: ModelOptions, fused: Tensor) -> Tensor:
@@ -175,7 +202,7 @@ def our_state(m: ModelOptions, theirs: Mapping[str, Tensor], rows: int, pad: int
 
     rows: of our word table; those beyond theirs are zero. pad: id of the padding piece.
     """
-    prefix, dense, norm, bias = _HEADS[model_type(m)]
+    prefix, dense, norm, bias, _ = _NAMES[model_type(m)]
     if any(name.startswith(prefix + "embeddings.") for name in theirs):
         theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
     modules = {new: old for old, new in _modules(m).items()} | {dense: "head.dense", norm: "head.norm"}
@@ -185,15 +212,17 @@ def our_state(m: ModelOptions, theirs: Mapping[str, Tensor], rows: int, pad: int
             if f"{parts[0]}.{kind}" in theirs:
                 whole = torch.cat([theirs[f"{part}.{kind}"] for part in parts])
                 ours[f"{name}.{kind}"] = _by_head(m, whole)
-    words = theirs[_WORDS[m.block]]
+    words = theirs[_words(m)]
     ours["tok.weight"] = F.pad(words, (0, 0, 0, rows - len(words)))
     if bias in theirs:
         ours["head.bias"] = F.pad(theirs[bias], (0, rows - len(theirs[bias])))
-    if m.block == "roberta":
-        before, positions = theirs[_POSITIONS].tensor_split([first_position(pad)])
-        ours["positions.weight"] = positions
-        ours["padding_positions"] = F.pad(before, (0, 0, 1, 0))[-2:].flatten()
+    if m.block != "modern":
+        before, ours["positions.weight"] = theirs[_POSITIONS].tensor_split([first_position(m, pad)])
         ours["token_type"] = theirs[_TOKEN_TYPES][0]
+        if m.block == "bert":
+            ours["second_token_type"] = theirs[_TOKEN_TYPES][1]
+        else:
+            ours["padding_positions"] = F.pad(before, (0, 0, 1, 0))[-2:].flatten()
     return ours
 
 
@@ -206,7 +235,7 @@ def load_folder(model: torch.nn.Module, m: ModelOptions, tokenizer: Tokenizer) -
     settings = _read_settings(folder)
     # Copies, for the tensors that are read are the file's own pages: what is checked is what is taken.
     weights = _read_weights(folder).items()
-    theirs = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights}
+    theirs = {_current(name): tensor.to(torch.float32, copy=True) for name, tensor in weights}
     problems = _other_settings(m, settings, tokenizer) + _other_pieces(folder, tokenizer)
     if not problems:
         theirs = _with_bias(m, theirs, settings)
@@ -215,11 +244,16 @@ def load_folder(model: torch.nn.Module, m: ModelOptions, tokenizer: Tokenizer) -
         )
     if problems:
         raise UserError("\n".join(f"model.init_from = {folder}: {problem}" for problem in problems))
-    if pooler := sorted(name for name in theirs if _is_pooler(m, name)):
-        log.info("init_from   %s; passed over, as masked LMs have none: %s", folder, ", ".join(pooler))
+    if unused := sorted(name for name in theirs if _is_unused(m, name)):
+        log.info("init_from   %s; passed over, as masked LMs have none: %s", folder, ", ".join(unused))
     ours = our_state(m, theirs, len(model.get_parameter("tok.weight")), tokenizer.pad)
     model.load_state_dict(ours, strict=False)
     return [name for name, _ in model.named_parameters() if name not in ours]
+
+
+def _current(name: str) -> str:
+    """The name of today of a tensor: a LayerNorm of BERT as first released has a gamma and a beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -273,10 +307,11 @@ def _other_settings(m: ModelOptions, theirs: Mapping[str, Any], tokenizer: Token
         "hidden_activation" if modern else "hidden_act": ("activation", "gelu"),
     }
     if not modern:
-        first = first_position(tokenizer.pad)
+        first = first_position(m, tokenizer.pad)
+        name = f"model.max_positions + {first}" if first else "model.max_positions"
         wanted["pad_token_id"] = ("the tokenizer's padding", tokenizer.pad)
-        wanted["max_position_embeddings"] = (f"model.max_positions + {first}", m.max_positions + first)
-        wanted["type_vocab_size"] = ("token types", 1)
+        wanted["max_position_embeddings"] = (name, m.max_positions + first)
+        wanted["type_vocab_size"] = ("token types", token_types(m))
     found = [
         f"its {key} is {theirs.get(key)!r}, {name} is {value!r}"
         for key, (name, value) in wanted.items()
@@ -284,14 +319,14 @@ def _other_settings(m: ModelOptions, theirs: Mapping[str, Any], tokenizer: Token
     ]
     found += [
         f"its {key} is {theirs[key]!r}, for which there is no block here (it would have to be {value!r})"
-        for key, value in (_MODERN if modern else _ROBERTA).items()
+        for key, value in (_MODERN if modern else _BERT).items()
         if theirs.get(key, value) != value
     ]
     return found + (_other_rotation(m, theirs) if modern else [])
 
 
 _DECODER = {"is_decoder": False, "add_cross_attention": False}
-_ROBERTA = _DECODER | {"position_embedding_type": "absolute"}
+_BERT = _DECODER | {"position_embedding_type": "absolute"}
 _MODERN = _DECODER | {
     "norm_bias": False,
     "attention_bias": False,
@@ -342,10 +377,10 @@ def _other_pieces(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 def _with_bias(m: ModelOptions, theirs: dict[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Theirs with the head's bias where it is stored under the decoder's name alone, or is none (zeros)."""
-    _, dense, _, bias = _HEADS[model_type(m)]
+    _, dense, _, bias, decoder = _NAMES[model_type(m)]
     if bias in theirs or f"{dense}.weight" not in theirs:
         return theirs
-    if (copy := theirs.get("lm_head.decoder.bias")) is not None:
+    if (copy := theirs.get(f"{decoder}.bias")) is not None:
         return theirs | {bias: copy}
     if settings.get("decoder_bias") is False and not _tasks(m, theirs):
         return theirs | {bias: torch.zeros(int(settings["vocab_size"]))}
@@ -354,14 +389,14 @@ def _with_bias(m: ModelOptions, theirs: dict[str, Tensor], settings: Mapping[str
 
 def _tasks(m: ModelOptions, theirs: Mapping[str, Tensor]) -> list[str]:
     """Modules beside the encoder and the head of masked language modelling, such as a classifier."""
-    prefix, dense, *_ = _HEADS[model_type(m)]
+    prefix, dense, *_ = _NAMES[model_type(m)]
     ours = {prefix.split(".")[0], dense.split(".")[0], *(name.split(".")[0] for name in _modules(m).values())}
     return sorted({name.split(".")[0] for name in theirs} - ours - {"embeddings", "pooler", "decoder"})
 
 
 def _other_head(m: ModelOptions, theirs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[str]:
     """Why the head of theirs is none of ours: of another task, or not tied to the word table."""
-    _, dense, _, bias = _HEADS[model_type(m)]
+    _, dense, _, bias, decoder = _NAMES[model_type(m)]
     if tasks := _tasks(m, theirs):
         return [
             f"holds a model of another task ({', '.join(tasks)}); save its encoder alone"
@@ -369,8 +404,7 @@ def _other_head(m: ModelOptions, theirs: Mapping[str, Tensor], settings: Mapping
         ]
     if f"{dense}.weight" not in theirs:
         return []
-    words = next((tensor for name, tensor in theirs.items() if name.endswith(_WORDS[m.block])), None)
-    decoder = "decoder" if m.block == "modern" else "lm_head.decoder"
+    words = next((tensor for name, tensor in theirs.items() if name.endswith(_words(m))), None)
     for name, tied in ((f"{decoder}.weight", words), (f"{decoder}.bias", theirs.get(bias))):
         if name in theirs and tied is not None and not torch.equal(theirs[name], tied):
             return [f"{name} differs from what it would be tied to; only a tied head is known here"]
@@ -383,7 +417,7 @@ def _other_tensors(
     m: ModelOptions, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> list[str]:
     """Names and shapes that are not those our model would be exported with."""
-    prefix, *_, bias = _HEADS[model_type(m)]
+    prefix, _, _, bias, decoder = _NAMES[model_type(m)]
     prefixed = any(name.startswith(prefix + "embeddings.") for name in theirs)
     base = hugging_face_state(m, ours, tokenizer.vocab_size, head=False, pad=tokenizer.pad)
     wanted = {prefix * prefixed + name: tensor for name, tensor in base.items()}
@@ -395,20 +429,21 @@ def _other_tensors(
         here, there = list(wanted[name].shape), list(theirs[name].shape)
         if here != there:
             found.append(f"{name} has the shape {there}, this config makes it {here}")
-    # Copies that `_other_head` found equal; a pooler, which masked language modelling does not use.
-    known = {"decoder.weight", "lm_head.decoder.weight", "lm_head.decoder.bias"}
+    known = {f"{decoder}.weight", f"{decoder}.bias"}  # copies that `_other_head` found equal
     for name in theirs.keys() - wanted.keys() - known:
         inner = name.removeprefix(prefix)
         counting = inner == "embeddings.position_ids" and torch.equal(
             theirs[name].flatten(), torch.arange(theirs[name].numel()).float()
         )
-        if not counting and not _is_pooler(m, name):
+        if not counting and not _is_unused(m, name):
             found.append(f"{name}: no place for it")
     return _few(sorted(found))
 
 
-def _is_pooler(m: ModelOptions, name: str) -> bool:
-    return name.removeprefix(_HEADS[model_type(m)][0]).startswith("pooler.dense.")
+def _is_unused(m: ModelOptions, name: str) -> bool:
+    """Whether it is of a pooler or of next-sentence prediction, which a masked LM has not."""
+    inner = name.removeprefix(_NAMES[model_type(m)].prefix)
+    return inner.startswith(("pooler.dense.", "cls.seq_relationship."))
 
 
 def _few(found: list[str]) -> list[str]:

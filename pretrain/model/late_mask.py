@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         super().__init__()
         assert m.decoder_dropout is not None
         self.kind = m.decoder
-        learned = m.block == "roberta"
+        learned = m.block != "modern"
         if learned and m.decoder_positions == "own":
             self.positions = nn.Embedding(m.max_positions, m.hidden_size)
         self.input_norm = norm(m) if learned else nn.Identity()
@@ -180,7 +180,7 @@ class Head(nn.Module):
 
     def __init__(self, m: ModelOptions, rows: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(m.hidden_size, m.hidden_size, bias=m.block == "roberta")
+        self.dense = nn.Linear(m.hidden_size, m.hidden_size, bias=m.block != "modern")
         self.norm = norm(m)
         self.bias = nn.Parameter(torch.zeros(rows))
 
@@ -190,7 +190,7 @@ class Head(nn.Module):
 
 def norm(m: ModelOptions) -> nn.LayerNorm:
     """The LayerNorm of this block (the modern block has no biases)."""
-    return nn.LayerNorm(m.hidden_size, eps=m.norm_eps, bias=m.block == "roberta")
+    return nn.LayerNorm(m.hidden_size, eps=m.norm_eps, bias=m.block != "modern")
 
 
 class LateMaskModel(nn.Module):
@@ -204,12 +204,15 @@ class LateMaskModel(nn.Module):
         self.m, self.mask_id, self.recompute = m, mask_id, recompute
         rows = padded_vocab(vocab_size, m.vocab_multiple)
         self.tok = nn.Embedding(rows, m.hidden_size)
-        if m.block == "roberta":
+        if m.block != "modern":
             self.positions = nn.Embedding(m.max_positions, m.hidden_size)
         if m.token_type:
             self.token_type = nn.Parameter(torch.zeros(m.hidden_size))
             # Never read, so never changed (vectors do not decay): they are kept for the export.
-            self.padding_positions = nn.Parameter(torch.zeros(2 * m.hidden_size))
+            if m.block == "bert":
+                self.second_token_type = nn.Parameter(torch.zeros(m.hidden_size))
+            else:
+                self.padding_positions = nn.Parameter(torch.zeros(2 * m.hidden_size))
         self.embedding_norm = norm(m)
         self.dropout = nn.Dropout(m.dropout)
         self.layers = nn.ModuleList(
@@ -294,7 +297,7 @@ class LateMaskModel(nn.Module):
         positions = batch.positions
         if order is not None:
             x, positions = _take(x, order.join), positions.gather(1, order.rows)
-        if self.m.block == "roberta":
+        if self.m.block != "modern":
             table = d.positions if self.m.decoder_positions == "own" else self.positions
             x = x + table(positions)
         x = d.dropout(d.input_norm(x))
@@ -336,7 +339,7 @@ class LateMaskModel(nn.Module):
     def _embed(self, words_BSD: Tensor, positions_BS: Tensor) -> Tensor:
         if self.m.token_type:
             words_BSD = words_BSD + self.token_type
-        if self.m.block == "roberta":
+        if self.m.block != "modern":
             words_BSD = words_BSD + self.positions(positions_BS)
         return self.dropout(self.embedding_norm(words_BSD))
 
@@ -348,7 +351,7 @@ class LateMaskModel(nn.Module):
 
     def rotation(self, positions_BS: Tensor) -> Rotation:
         """cos and sin of position x frequency, in float32 (as Hugging Face computes them)."""
-        if self.m.block == "roberta":
+        if self.m.block != "modern":
             return None
         E = self.m.hidden_size // self.m.num_heads
         even = torch.arange(0, E, 2, device=positions_BS.device, dtype=torch.int64).float()
@@ -392,12 +395,12 @@ def init_weights(model: LateMaskModel, seed: int) -> None:
 
     matrices, embeddings, vectors       N(0, init_std)
     norm gains                          1
-    biases, positions of padding        0
+    biases, what is kept for an export  0
     padded rows of the word table       0 (they are never trained)
     """
     generator = torch.Generator()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or name == "padding_positions":
+        if name.endswith("bias") or name in ("padding_positions", "second_token_type"):
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1.0)

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.account import devices, flops
 from pretrain.data.masking import counts
 from pretrain.model import late_mask as model
-from tests.support.methods import BLOCKS, METHODS, small
+from tests.support.methods import BLOCKS, FORMS, METHODS, small
 
 VOCAB = 150
 
 
 def build(method, block, **sections):
-    sections["model"] = {**METHODS[method], **BLOCKS[block], **sections.get("model", {})}
+    sections["model"] = {**METHODS[method], **FORMS[block], **sections.get("model", {})}
     config = small(method, block, **sections)
     c = counts(config.masking, config.train.seq_length)
     built = model.LateMaskModel(config.model, VOCAB, VOCAB - 1, config.train.recompute == "block")
@@ -78,9 +78,10 @@ def test_recomputation_counts_in_hardware_flops(method, dropout, block):
     assert counted(built.train(), batch).get_total_flops() == cost.hardware_flops > cost.flops.total
 
 
-@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, BLOCKS)))
-def test_parameters_equal_the_models(method, block):
-    config, built, _, _ = build(method, block)
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, FORMS)))
+def test_parameters_equal_the_models(method, block, imported):
+    config, built, _, _ = build(method, block, model={"token_type": imported and block != "modern"})
     parts = flops.parameters(config.model, VOCAB)
     assert parts["total"] == sum(p.numel() for p in built.parameters())
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731

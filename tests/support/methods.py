@@ -15,6 +15,8 @@ BLOCKS = {
     "pre": {"block": "roberta", "norm": "pre"},
     "modern": {"block": "modern"},
 }
+FORMS = BLOCKS | {"bert": {"block": "bert"}}
+"""Blocks by what they are exported as: `bert` computes what `post` does."""
 
 
 def small(method: str = "mlm", block: str = "post", **sections: dict) -> Config:
@@ -26,7 +28,7 @@ def small(method: str = "mlm", block: str = "post", **sections: dict) -> Config:
         "ffn_size": 48,
         "max_positions": 40,
         **METHODS[method],
-        **BLOCKS[block],
+        **FORMS[block],
     }
     masking = {"corruption": [1, 0, 0]} if method == "mae-lm" else {}
     tree = {

@@ -117,7 +117,7 @@ WRITTEN = frozenset(
 """All names that an export may write: nothing else is ever replaced."""
 MARK = "latemask_export"
 """Key of config.json with the sha256 of the weights beside it, which another program's are not."""
-MODEL_TYPES = ("roberta", "roberta-prelayernorm", "modernbert", "latemask")
+MODEL_TYPES = ("bert", "roberta", "roberta-prelayernorm", "modernbert", "latemask")
 
 
 def _refuse(output: Path, overwrite: bool) -> None:

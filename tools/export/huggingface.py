@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain.config import Config, ModelOptions
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.model.huggingface import first_position, model_type
+from pretrain.model.huggingface import first_position, model_type, token_types
 
 Form = Literal["masked-lm", "encoder", "late"]
 """What is exported: `mlm` with its head, the encoder of a late method, or all of a late method."""
@@ -23,6 +23,7 @@ MODELING = Path(__file__).with_name("modeling_latemask.py")
 _FINE_TUNING_DROPOUT = 0.1
 
 _CLASSES = {
+    "bert": "Bert",
     "roberta": "Roberta",
     "roberta-prelayernorm": "RobertaPreLayerNorm",
     "modernbert": "ModernBert",
@@ -66,13 +67,13 @@ def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dic
     if form == "late":
         return common | _late_config(m, tokenizer)
     modern = m.block == "modern"
-    return common | (_modernbert_config(m, tokenizer) if modern else _roberta_config(m, tokenizer))
+    return common | (_modernbert_config(m, tokenizer) if modern else _bert_config(m, tokenizer))
 
 
-def _roberta_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+def _bert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "max_position_embeddings": m.max_positions + first_position(tokenizer.pad),
-        "type_vocab_size": 1,
+        "max_position_embeddings": m.max_positions + first_position(m, tokenizer.pad),
+        "type_vocab_size": token_types(m),
         "layer_norm_eps": m.norm_eps,
         "hidden_act": "gelu",
         # These act in fine-tuning only, which wants dropout even where pre-training had none.

@@ -73,7 +73,7 @@ class LateMaskConfig(PretrainedConfig):
 
 
 def make_norm(c: LateMaskConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(c.hidden_size, eps=c.norm_eps, bias=c.block == "roberta")
+    return nn.LayerNorm(c.hidden_size, eps=c.norm_eps, bias=c.block != "modern")
 
 
 def attend(q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, seen_BT: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: LateMaskConfig) -> None:
         super().__init__()
-        bias = c.block == "roberta"
+        bias = c.block != "modern"
         self.head_size = c.hidden_size // c.num_attention_heads
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=bias)
         self.out = nn.Linear(c.hidden_size, c.hidden_size, bias=bias)
@@ -111,7 +111,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, c: LateMaskConfig) -> None:
         super().__init__()
-        bias = c.block == "roberta"
+        bias = c.block != "modern"
         self.head_size = c.hidden_size // c.num_attention_heads
         self.q = nn.Linear(c.hidden_size, c.hidden_size, bias=bias)
         self.kv = nn.Linear(c.hidden_size, 2 * c.hidden_size, bias=bias)
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: LateMaskConfig) -> None:
         super().__init__()
-        learned = c.block == "roberta"
+        learned = c.block != "modern"
         if learned and c.decoder_positions == "own":
             self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.input_norm = make_norm(c) if learned else nn.Identity()
@@ -198,7 +198,7 @@ class Head(nn.Module):
 
     def __init__(self, c: LateMaskConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(c.hidden_size, c.hidden_size, bias=c.block == "roberta")
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size, bias=c.block != "modern")
         self.norm = make_norm(c)
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
 
@@ -217,11 +217,14 @@ class LateMaskForMaskedLM(PreTrainedModel):
         super().__init__(config)
         c = config
         self.tok = nn.Embedding(c.vocab_size, c.hidden_size)
-        if c.block == "roberta":
+        if c.block != "modern":
             self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         if c.token_type:
             self.token_type = nn.Parameter(torch.zeros(c.hidden_size))
-            self.padding_positions = nn.Parameter(torch.zeros(2 * c.hidden_size))
+            if c.block == "bert":
+                self.second_token_type = nn.Parameter(torch.zeros(c.hidden_size))
+            else:
+                self.padding_positions = nn.Parameter(torch.zeros(2 * c.hidden_size))
         self.embedding_norm = make_norm(c)
         self.layers = nn.ModuleList(
             Layer(c, "self", normed_input=c.block == "modern" and i == 0) for i in range(c.num_hidden_layers)
@@ -279,7 +282,7 @@ class LateMaskForMaskedLM(PreTrainedModel):
             return x
         d = self.decoder
         x = torch.where(late[..., None], masks, x)
-        if c.block == "roberta":
+        if c.block != "modern":
             x = x + (d.positions if c.decoder_positions == "own" else self.positions)(positions)
         x = d.input_norm(x)
         is_query = ids == c.mask_token_id if c.decoder_kind == "query" else None
@@ -290,13 +293,13 @@ class LateMaskForMaskedLM(PreTrainedModel):
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
         if self.config.token_type:
             words = words + self.token_type
-        if self.config.block == "roberta":
+        if self.config.block != "modern":
             words = words + self.positions(positions)
         return self.embedding_norm(words)
 
     def _rotation(self, positions: Tensor) -> Rotation:
         c = self.config
-        if c.block == "roberta":
+        if c.block != "modern":
             return None
         size = c.hidden_size // c.num_attention_heads
         even = torch.arange(0, size, 2, device=positions.device).float()

@@ -81,7 +81,7 @@ def local_parameters(model: ModelOptions, vocab_size: int, tensor: int) -> int:
 
 def _divided(model: ModelOptions, vocab_size: int) -> int:
     """Parameters that tensor parallelism divides; see the table in tensor_parallel.py."""
-    D, F, bias = model.hidden_size, model.ffn_size, model.block == "roberta"
+    D, F, bias = model.hidden_size, model.ffn_size, model.block != "modern"
     layer = 4 * D * D + 2 * F * D + (3 * D + F if bias else F * D)
     crossed = model.decoder_layers if model.decoder == "cross" else 0
     cross = 4 * D * D + (3 * D if bias else 0)
@@ -182,7 +182,7 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     decoder = 0
     if model.decoder_layers:
         # The joined rows with their positions, and (without a rotation) the norm of them.
-        decoder = stream * rows.length * (2 if model.block == "roberta" else 1)
+        decoder = stream * rows.length * (2 if model.block != "modern" else 1)
         decoder += _mask_bytes(layout) * rows.length * model.hidden_size if model.decoder_dropout else 0
     ends = stream * (inputs[0] + rows.length)  # the embeddings' sum, and what the head reads
     ends += stream * inputs[-1] if model.norm == "pre" else 0
