@@ -6,7 +6,6 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pretrain import checkpoint, continuing
 from pretrain.account import epochs
@@ -23,6 +22,7 @@ from slurm import cluster, scheduler
 from slurm.cluster import Cluster
 from tools.plan import estimate as plan_estimate
 from tools.plan import layouts
+from tools.plan.documents import RunPlan
 from tools.text.files import find_files
 
 FEW = (1, 2, 4, 8, 16, 32, 64)
@@ -74,7 +74,7 @@ def device_of(site: Cluster, args: argparse.Namespace) -> Device | None:
 
 def shape(
     runs: Mapping[str, Recipe], device: Device | None, site: Cluster, args: argparse.Namespace
-) -> tuple[Shape, list[dict[str, Any]]]:
+) -> tuple[Shape, list[RunPlan]]:
     """Return the job that does for each of the runs, by name, and their plans; UserError if it cannot fit,
     with what does.
 
@@ -177,14 +177,15 @@ def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
     return Shape(args.nodes or 1, tasks or gpus or 1, gpus)
 
 
-def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
+def size_line(form: Shape, estimates: Sequence[RunPlan]) -> str:
     """What the plan says of a job, or of the largest of several, for people."""
     words = f"nodes x ranks: {form.nodes} x {form.tasks}"
-    gigabytes = max(each["memory_bytes_per_rank"]["total"] for each in estimates) / 1e9
-    hours = [each["hours"] for each in estimates if each["hours"]]
+    gigabytes = max(each.memory_bytes_per_rank.total for each in estimates) / 1e9
+    hours = [each.hours for each in estimates if each.hours]
     if gigabytes >= 0.05:
         words += f"; {gigabytes:,.1f} GB a rank"
-    if mapped := max(sum((each["mapped_bytes_per_node"] or {}).values()) for each in estimates) // 10**8:
+    shared = [each.mapped_bytes_per_node for each in estimates]
+    if mapped := max(one.total if one else 0 for one in shared) // 10**8:
         words += f", {mapped / 10:,.1f} GB of documents' places a node"
     if hours:
         words += f", about {max(hours):,.1f} hours of training"
@@ -193,10 +194,10 @@ def size_line(form: Shape, estimates: Sequence[dict[str, Any]]) -> str:
     return words
 
 
-def epochs_of(recipe: Recipe, estimate: Mapping[str, Any]) -> str:
+def epochs_of(recipe: Recipe, estimate: RunPlan) -> str:
     """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
     warns if that is absurd."""
-    words, steps = "", estimate["steps"]
+    words, steps = "", estimate.steps
     if recipe.budget.measured and steps:
         words = f", about {steps:,} updates"
     read = plan_estimate.epochs_read(recipe, steps)

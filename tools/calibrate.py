@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = console.matching((case.name for case in CASES), args.only)
     cases = [case for case in CASES if case.name in chosen]
     if args.list and args.json:
-        console.print_json([asdict(case) for case in cases])
+        console.print_json(cases)
         return 0
     if args.list:
         print("\n".join(f"{case.name}: {' '.join(case.overrides)}" for case in cases))

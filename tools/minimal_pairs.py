@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = "".join(json.dumps(line) + "\n" for line in scored)
         outputs.write(Path(args.output) / LINES, lines, LINE_FIELDS)
     if args.json:
-        console.print_json([asdict(row) for row in rows])
+        console.print_json(rows)
     else:
         print(text(rows))
     return 0

@@ -432,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_table(args.output, NAME, [asdict(result) for result in results], FIELDS)
     outputs.write(picture, figure(results))
     if args.json:
-        console.print_json([asdict(result) for result in results])
+        console.print_json(results)
     else:
         print(f"{text(results)}\n\n{args.output}: probe.csv, probe.json, probe.png")
     return 0

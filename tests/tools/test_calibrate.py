@@ -1,6 +1,7 @@
 """What a calibration makes of its measurements; the measuring itself is in test_memory.py."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from pretrain.account.recipe import make_recipe
 from pretrain.errors import UserError
 from pretrain.parallel import topology
 from tools import calibrate
-from tools.plan import layouts
+from tools.plan import layouts, memory
 from tools.plan import pages as plan_pages
 
 
@@ -72,6 +73,6 @@ def test_cases_are_listed_and_unknown_ones_refused(capsys):
 
 
 def test_a_layout_in_a_word():
-    layout = {"tensor": 2, "data": 4, "zero": 3, "micro_batch": 16, "accumulation": 8}
-    assert plan_pages.layout_word({**layout, "offload": "none", "recompute": "none"}) == "2x4 z3 16x8"
-    assert plan_pages.layout_word({**layout, "offload": "all", "recompute": "block"}) == "2x4 z3 16x8 O r"
+    layout = memory.Layout(tensor=2, data=4, zero=3, micro_batch=16, accumulation=8)
+    assert plan_pages.layout_word(layout) == "2x4 z3 16x8"
+    assert plan_pages.layout_word(replace(layout, offload="all", recompute="block")) == "2x4 z3 16x8 O r"

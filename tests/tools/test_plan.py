@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
     """Against torch's counters on the whole model, of tensors that have shapes and no values."""
     for config in phase_configs(load_config(path)):
         made = estimate.plan(config)
-        pieces = made["vocab_size"]
+        pieces = made.vocab_size
         rows = make_recipe(config, pieces).phases[0].rows
         with FakeTensorMode():
             whole = model.LateMaskModel(config.model, pieces, pieces - 1).train()
@@ -81,8 +82,8 @@ def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
             batch = model.Batch(ids, ids, ids[:, -rows.predicted :], rows.length - rows.visible)
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 whole(batch).backward()
-            assert made["parameters"]["total"] == sum(one.numel() for one in whole.parameters())
-        assert made["flops_per_sequence"]["total"] == counter.get_total_flops()
+            assert made.parameters["total"] == sum(one.numel() for one in whole.parameters())
+        assert made.flops_per_sequence.total == counter.get_total_flops()
 
 
 def test_what_grows_with_documents_is_counted_once_a_node(tiny, tmp_path, capsys, monkeypatch):
@@ -157,13 +158,15 @@ def test_the_page_says_what_it_assumes(capsys):
 
 def test_counts_that_scaling_leaves_out_are_named(capsys):
     words = [LARGE, "--device", "RTX 4090", "--scaling", "train.batch_size=6", "train.micro_batch_size=6"]
-    (one,) = planned(capsys, *words, "model.hidden_size=4096", "model.ffn_size=16384")
+    words += ["model.hidden_size=4096", "model.ffn_size=16384"]
+    (one,) = planned(capsys, *words)
     missing = {row["gpus"]: row["why"] for row in one["scaling_missing"]}
     counts = [row["gpus"] for row in one["scaling"]]
     assert counts and sorted([*missing, *counts]) == [2**n for n in range(13)]
     assert missing[1] == "nothing fits" and missing[32] == "6 sequences cannot be so divided"
     assert one["layout"]["gpus"] == counts[0]
-    page = plan_pages.scaling_text(one)
+    plan.main(words)
+    page = capsys.readouterr().out
     assert "Not on 1" in page and max(map(len, page.splitlines())) <= 80
 
 
@@ -222,13 +225,13 @@ def test_bad_words(words, problem):
 @pytest.mark.parametrize("method", METHODS)
 def test_relative_costs_are_against_mlm_at_15_percent(method):
     o = small(method, model={"vocab_size": 500})
-    made = estimate.plan(o)["relative"]
+    made = estimate.plan(o).relative
     (mine,) = make_recipe(o).phases
     plain = baseline(mine)
     assert (plain.rows.predicted, method_of(plain.config)) == (3, "mlm")
     whole = flops.training(plain.config.model, plain.rows, 500).total
     own = flops.training(o.model, mine.rows, 500).total
-    assert made["flops_with_head"] == own / whole
+    assert made.flops_with_head == own / whole
 
 
 @pytest.mark.parametrize(
@@ -239,12 +242,12 @@ def test_steps_that_a_budget_pays_for(budget, steps):
     o = small(budget=budget, model={"vocab_size": 500})
     made = estimate.plan(o, device="H100")
     if "flops" in budget:
-        steps = int(1e9 // (8 * made["flops_per_sequence"]["total"]))
+        steps = int(1e9 // (8 * made.flops_per_sequence.total))
     if "device_hours" in budget:
-        steps = int(3600 // made["step_seconds"])
-        assert estimate.plan(o)["steps"] is None
-    assert made["steps"] == steps > 0
-    assert made["flops_total"] == steps * 8 * made["flops_per_sequence"]["total"]
+        steps = int(3600 // made.step_seconds)
+        assert estimate.plan(o).steps is None
+    assert made.steps == steps > 0
+    assert made.flops_total == steps * 8 * made.flops_per_sequence.total
 
 
 def test_phases_are_counted_apart():
@@ -254,12 +257,12 @@ def test_phases_are_counted_apart():
     first, second = make_recipe(o).budget.updates()
     assert first * 12 * 16 == pytest.approx(24 * 8 * 50, rel=0.02) and second > 0
     work = [make_recipe(one).phases[0].cost.flops.total for one in (short, long)]
-    assert made["steps"] == first + second
-    assert made["flops_total"] == first * work[0] + second * work[1]
-    alone = [estimate.plan(one, device="H100")["step_seconds"] for one in (short, long)]
+    assert made.steps == first + second
+    assert made.flops_total == first * work[0] + second * work[1]
+    alone = [estimate.plan(one, device="H100").step_seconds for one in (short, long)]
     seconds = first * alone[0] + second * alone[1]
-    assert made["hours"] * 3600 == pytest.approx(seconds)
-    assert made["step_seconds"] == pytest.approx(seconds / (first + second))
+    assert made.hours * 3600 == pytest.approx(seconds)
+    assert made.step_seconds == pytest.approx(seconds / (first + second))
 
 
 def test_costs_of_phases_are_those_of_the_report():
@@ -276,11 +279,11 @@ def test_costs_of_phases_are_those_of_the_report():
     ]
     run = report.ReportedRun("", "", make_recipe(o), {}, {"samples": samples}, lines, None, [], [])
     expected = report._relative(run)
-    assert {name: made["relative"][name] for name in expected} == pytest.approx(expected)
-    of_last = estimate.plan(phase_configs(o)[-1])["relative"]
-    assert made["relative"]["flops_with_head"] != pytest.approx(of_last["flops_with_head"], rel=1e-3)
-    sequence = made["flops_total"] / samples
-    assert made["flops_per_sequence"]["total"] == pytest.approx(sequence)
+    assert {name: getattr(made.relative, name) for name in expected} == pytest.approx(expected)
+    of_last = estimate.plan(phase_configs(o)[-1]).relative
+    assert made.relative.flops_with_head != pytest.approx(of_last.flops_with_head, rel=1e-3)
+    sequence = made.flops_total / samples
+    assert made.flops_per_sequence.total == pytest.approx(sequence)
 
 
 def test_a_page_says_what_figures_of_phases_are_of(capsys):
@@ -299,8 +302,8 @@ def test_a_share_of_another_recipe_is_planned(tmp_path):
     share = {"relative_to": str(other), "fraction": 0.68}
     made = estimate.plan(small("3ml-query", model={"vocab_size": 500}, budget=share))
     whole = estimate.plan(load_config(other))
-    assert made["flops_total"] <= 0.68 * whole["flops_total"]
-    assert made["flops_total"] == pytest.approx(0.68 * whole["flops_total"], rel=0.01)
+    assert made.flops_total <= 0.68 * whole.flops_total
+    assert made.flops_total == pytest.approx(0.68 * whole.flops_total, rel=0.01)
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
@@ -374,11 +377,11 @@ def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
 def test_overrides_make_the_layout():
     o = load_config(LARGE)
     made = estimate.plan(o, 8, "H100", fastest=True)
-    words = made["layout"]["overrides"].split()
+    words = made.layout.overrides.split()
     assert words
     again = estimate.plan(load_config(LARGE, words), 8, "H100")
-    assert again["layout"] == {**made["layout"], "overrides": ""}
-    assert again["step_seconds"] == made["step_seconds"]
+    assert again.layout == replace(made.layout, overrides="")
+    assert again.step_seconds == made.step_seconds
 
 
 def test_scaling_stops_paying(capsys):
@@ -420,7 +423,7 @@ def test_pages_fit_a_terminal(capsys):
 
 def test_long_names_are_told_apart():
     names = [f"an-experiment-with-a-long-name-{n:02d}" for n in range(20)]
-    shown = {plan_pages._name({"config": f"configs/{name}.yaml"}) for name in names}
+    shown = {plan_pages._name(SimpleNamespace(config=f"configs/{name}.yaml")) for name in names}
     assert len(shown) == 20 and max(map(len, shown)) == plan_pages.NAME
 
 
@@ -448,7 +451,7 @@ def test_a_picture_that_cannot_be_written_is_named():
 
 
 def test_where_doubling_stops_to_pay():
-    rows = [{"gpus": 2**n, "gain": gain} for n, gain in enumerate([None, 1.9, 1.5, 1.4, 1.6])]
+    rows = [SimpleNamespace(gpus=2**n, gain=gain) for n, gain in enumerate([None, 1.9, 1.5, 1.4, 1.6])]
     assert plan_pages.pays_up_to(rows) == 4
 
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.output:
         _write(rows, args.output)
     if args.json:
-        console.print_json([asdict(row) for row in rows])
+        console.print_json(rows)
     else:
         print(_table(rows))
     return int(any(row.unit == SAME and row.ours != row.peer for row in rows))

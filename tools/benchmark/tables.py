@@ -267,12 +267,12 @@ def plan_methods() -> Rows:
     costs = {"token_layers": "token-layers", "flops_without_head": "FLOPs without head"}
     costs |= {"flops_with_head": "FLOPs", "device_time": "time (est.)"}
     rows = estimate.methods(512, devices.find("H100"))
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    sizes = list(dict.fromkeys(row.size for row in rows))
     titles = [f"{size}: {title}" for size in sizes for title in costs.values()]
     table: dict[str, list[str]] = {}
     for row in rows:
-        name = f"`{row['method']}` {100 * row['rate']:.0f} %{' *' * row['all_mask']}"
-        table.setdefault(name, [name]).extend(f"{row['relative'][cost]:.3f}" for cost in costs)
+        name = f"`{row.method}` {100 * row.rate:.0f} %{' *' * row.all_mask}"
+        table.setdefault(name, [name]).extend(f"{vars(row.relative)[cost]:.3f}" for cost in costs)
     return [["", *titles], *table.values()]
 
 
@@ -284,11 +284,12 @@ def plan_scaling() -> Rows:
         for method in ("mlm", "3ml-self", "3ml-query"):
             config = load_config(ROOT / "configs" / f"{method}-large.yaml")
             plan = estimate.plan(config, gpus, "H100", fastest=True)
-            held = plan["memory_bytes_per_rank"]["total"] / 2**30
-            totals = [f"{plan[name]:,.0f}" for name in ("device_hours", "kwh", "cost")]
-            step, hours = f"{1e3 * plan['step_seconds']:.0f} ms", f"{plan['hours']:.2f}"
-            words = [f"`{method}`", f"{gpus}", plan_pages.layout_word(plan["layout"]), step, hours, *totals]
-            rows.append([*words, f"{100 * plan['mfu']:.0f} %", f"{held:.1f} GiB"])
+            spent = [f"{amount:,.0f}" for amount in (plan.device_hours, plan.kwh, plan.cost)]
+            assert plan.step_seconds and plan.mfu  # of the device that is named
+            step, hours = f"{1e3 * plan.step_seconds:.0f} ms", f"{plan.hours:.2f}"
+            held = f"{plan.memory_bytes_per_rank.total / 2**30:.1f} GiB"
+            words = [f"`{method}`", f"{gpus}", plan_pages.layout_word(plan.layout), step, hours]
+            rows.append([*words, *spent, f"{100 * plan.mfu:.0f} %", held])
     return rows
 
 

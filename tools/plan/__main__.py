@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pretrain.account import epochs
 from pretrain.account.devices import DEVICES, Device
@@ -18,6 +17,7 @@ from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
+from tools.plan.documents import RunPlan, ScaledPlan
 from tools.plan.estimate import Tariff, epochs_read, methods, plan, planned_recipe, scaling
 from tools.shared import console, outputs
 
@@ -81,18 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configs = [load_config(path, changes) for path in paths]
     plans = [_planned(args, path, config, device) for path, config in zip(paths, configs, strict=True)]
     for path, config, one in zip(paths, configs, plans, strict=True):
-        if text := epochs.warning(epochs_read(planned_recipe(config)[0], one["steps"])):
+        if text := epochs.warning(epochs_read(planned_recipe(config)[0], one.steps)):
             print(wrapped(f"warning: {path}: {text}", sys.stderr), file=sys.stderr)
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second
 
-        plan_plot.write(args.plot, plans)
+        plan_plot.write(args.plot, [one for one in plans if isinstance(one, ScaledPlan)])
     if args.json:
         console.print_json(plans)
         return 0
     print(plan_pages.text(plans))
     for one in plans:
-        if "scaling" in one:
+        if isinstance(one, ScaledPlan):
             print(f"\n{plan_pages.scaling_text(one)}")
     return 0
 
@@ -117,13 +117,14 @@ TIMED = ("fastest", "scaling", "plot", "price", "watts", "achieved")
 """Options that only a device gives a sense."""
 
 
-def _planned(args: argparse.Namespace, path: str, config: Config, device: Device | None) -> dict[str, Any]:
+def _planned(args: argparse.Namespace, path: str, config: Config, device: Device | None) -> RunPlan:
     """With its scaling, if that is asked for: then of the fastest layout, for the config's may not fit."""
-    tariff, gpus, rows = Tariff(args.price, args.watts), args.gpus, {}
-    if device and (args.scaling or args.plot):
-        rows = scaling(config, device, tariff, path, args.achieved)
-        gpus = gpus or rows["scaling"][0]["gpus"]
-    return {**plan(config, gpus, device, args.fastest or bool(rows), tariff, path, args.achieved), **rows}
+    tariff = Tariff(args.price, args.watts)
+    if not device or not (args.scaling or args.plot):
+        return plan(config, args.gpus, device, args.fastest, tariff, path, args.achieved)
+    rows = scaling(config, device, tariff, path, args.achieved)
+    gpus = args.gpus or rows.scaling[0].gpus
+    return ScaledPlan(**vars(plan(config, gpus, device, True, tariff, path, args.achieved)), **vars(rows))
 
 
 def show_methods(length: int, device: Device | None, achieved: float | None, as_json: bool) -> int:

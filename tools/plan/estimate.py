@@ -10,16 +10,25 @@ from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
 from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
 from pretrain.config import Config, method_of
-from pretrain.data.corpora import mapped, tokenizer_folder
+from pretrain.data.corpora import Mapped, mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tools.plan import layouts, traffic
+from tools.plan.documents import (
+    LayoutDocument,
+    MethodCosts,
+    MissingCount,
+    PartCosts,
+    RelativeCosts,
+    RunPlan,
+    Scaling,
+    ScalingRow,
+    Times,
+    Work,
+)
 from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout, Memory
 
-TIMES: tuple[str, ...] = ("step_seconds", "hours", "device_hours", "kwh", "cost", "mfu", "price", "watts")
-TIMES += ("achieved", "achieved_from")
-"""What is said of a device's time."""
 MOST = 4096
 """Devices of the largest cluster that is tried."""
 
@@ -72,8 +81,8 @@ def plan(
     tariff: Tariff = Tariff(),
     name: str = "",
     achieved: float | None = None,
-) -> dict[str, Any]:
-    """Return everything that can be said about a run before it starts, JSON-serialisable.
+) -> RunPlan:
+    """Return everything that can be said about a run before it starts.
 
     of: a config, or the recipe that was made of it. gpus: devices; default: as many as parallel.tensor.
     device: a name of the table, or a Device; without one there are no times. fastest: choose the fastest
@@ -93,25 +102,26 @@ def plan(
     try:
         recipe.budget.check()
         chosen = run.layouts(gpus or config.parallel.tensor, fastest)
-        totals = run.totals(chosen)
-        if totals["steps"] == 0:
+        work, times = run.totals(chosen)
+        if work.steps == 0:
             limit = recipe.budget
             raise UserError(f"budget.{limit.unit} = {limit.total:g} pays for no update; raise it")
     except UserError as error:
         raise UserError(f"{name}: {error}" if name else str(error)) from None
-    return {
-        "config": name,
-        "method": method_of(config),
-        "vocab_size": recipe.vocab_size,
-        "vocab_size_from": source,
-        "parameters": flops.parameters(config.model, recipe.vocab_size),
-        **totals,
-        "relative": run.relative(chosen),
-        "memory_bytes_per_rank": asdict(run.memory(chosen)),
-        "mapped_bytes_per_node": _mapped(config),
-        "bytes_sent_per_rank": _sent(layouts.job(last, device), chosen[-1]),
-        "layout": _described(last.config, chosen[-1], device),
-    }
+    return RunPlan(
+        config=name,
+        method=method_of(config),
+        vocab_size=recipe.vocab_size,
+        vocab_size_from=source,
+        parameters=flops.parameters(config.model, recipe.vocab_size),
+        **vars(work),
+        **vars(times),
+        relative=run.relative(chosen),
+        memory_bytes_per_rank=run.memory(chosen),
+        mapped_bytes_per_node=_mapped(config),
+        bytes_sent_per_rank=_sent(layouts.job(last, device), chosen[-1]),
+        layout=_described(last.config, chosen[-1], device),
+    )
 
 
 @dataclass(frozen=True)
@@ -192,12 +202,12 @@ class PlannedRun:
 
     # ---- what is spent
 
-    def totals(self, chosen: Sequence[Layout]) -> dict[str, Any]:
+    def totals(self, chosen: Sequence[Layout]) -> tuple[Work, Times]:
         """Of the whole run, and means over it; None for what cannot be known."""
         steps = self._steps(chosen)
-        return {**self._work(steps), **self._times(chosen, steps)}
+        return self._work(steps), self._times(chosen, steps)
 
-    def relative(self, chosen: Sequence[Layout]) -> dict[str, float | None]:
+    def relative(self, chosen: Sequence[Layout]) -> RelativeCosts:
         """Costs over those of the baseline on the same sequences."""
         ours = dict.fromkeys(("token_layers", "flops_without_head", "flops_with_head"), 0.0)
         theirs = dict.fromkeys(ours, 0.0)
@@ -214,7 +224,7 @@ class PlannedRun:
             time = _mean(counts, self._seconds(phases, chosen)) / _mean(
                 counts, self._seconds(baselines, chosen)
             )
-        return {**{name: ours[name] / theirs[name] for name in ours}, "device_time": time}
+        return RelativeCosts(**{name: ours[name] / theirs[name] for name in ours}, device_time=time)
 
     def _seconds(self, phases: Sequence[Phase], chosen: Sequence[Layout]) -> list[float]:
         """Of an update of each phase."""
@@ -244,7 +254,7 @@ class PlannedRun:
             for share, seconds in zip(shares, self._seconds(self.recipe.phases, chosen), strict=True)
         ]
 
-    def _work(self, steps: Sequence[int] | None) -> dict[str, Any]:
+    def _work(self, steps: Sequence[int] | None) -> Work:
         """FLOPs, tokens and token-layers."""
         phases = self.recipe.phases
         counts = _counts(steps, len(phases))
@@ -255,21 +265,21 @@ class PlannedRun:
             head=sum(number * cost.flops.head for number, cost in spent),
         )
         known = steps is not None
-        return {
-            "phases": len(counts),
-            "figures_of": "run" if steps and any(steps) else "last phase",
-            "flops_per_sequence": _by_part(whole, sum(number * cost.samples for number, cost in spent)),
-            "flops_per_step": _by_part(whole, sum(counts)),
-            "steps": sum(steps) if steps is not None else None,
-            "tokens_total": sum(number * cost.tokens_seen for number, cost in spent) if known else None,
-            "flops_total": whole.total if known else None,
-            "flops_total_by_part": _by_part(whole) if known else None,
-            "token_layers": sum(number * cost.token_layers for number, cost in spent) if known else None,
-        }
+        return Work(
+            phases=len(counts),
+            figures_of="run" if steps and any(steps) else "last phase",
+            flops_per_sequence=_by_part(whole, sum(number * cost.samples for number, cost in spent)),
+            flops_per_step=_by_part(whole, sum(counts)),
+            steps=sum(steps) if steps is not None else None,
+            tokens_total=sum(number * cost.tokens_seen for number, cost in spent) if known else None,
+            flops_total=whole.total if known else None,
+            flops_total_by_part=_by_part(whole) if known else None,
+            token_layers=sum(number * cost.token_layers for number, cost in spent) if known else None,
+        )
 
-    def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> dict[str, Any]:
+    def _times(self, chosen: Sequence[Layout], steps: Sequence[int] | None) -> Times:
         if self.device is None:
-            return dict.fromkeys(TIMES)
+            return Times()
         seconds, ranks = self._seconds(self.recipe.phases, chosen), chosen[-1].ranks
         counts = _counts(steps, len(seconds))
         step = _mean(counts, seconds)
@@ -277,18 +287,18 @@ class PlannedRun:
         hours = None if steps is None else sum(steps) * step / 3600
         device_hours = None if hours is None else hours * ranks
         share, source = self.share()
-        return {
-            "step_seconds": step,
-            "hours": hours,
-            "device_hours": device_hours,
-            "kwh": device_hours and self.tariff.kwh(self.device, device_hours),
-            "cost": device_hours and self.tariff.dollars(self.device, device_hours),
-            "mfu": work / step / ranks / self.device.peak[self._jobs[-1].precision],
-            "achieved": share,
-            "achieved_from": source,
-            "price": self.tariff.dollars(self.device, 1.0),
-            "watts": self.tariff.watts or self.device.watts or None,
-        }
+        return Times(
+            step_seconds=step,
+            hours=hours,
+            device_hours=device_hours,
+            kwh=device_hours and self.tariff.kwh(self.device, device_hours),
+            cost=device_hours and self.tariff.dollars(self.device, device_hours),
+            mfu=work / step / ranks / self.device.peak[self._jobs[-1].precision],
+            achieved=share,
+            achieved_from=source,
+            price=self.tariff.dollars(self.device, 1.0),
+            watts=self.tariff.watts or self.device.watts or None,
+        )
 
 
 def _counts(steps: Sequence[int] | None, phases: int) -> Sequence[int]:
@@ -300,26 +310,26 @@ def _mean(counts: Sequence[int], values: Sequence[float]) -> float:
     return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
 
 
-def _by_part(spent: Flops, number: int = 1) -> dict[str, float]:
+def _by_part(spent: Flops, number: int = 1) -> PartCosts:
     """One of so many equal shares; whole where it can be."""
-    parts = {**asdict(spent), "total": spent.total}
-    return {name: value / number if value % number else value // number for name, value in parts.items()}
+    parts = {**vars(spent), "total": spent.total}
+    shares = {name: value / number if value % number else value // number for name, value in parts.items()}
+    return PartCosts(**shares)
 
 
-def _described(config: Config, layout: Layout, device: Device | None) -> dict[str, Any]:
-    """overrides: the words that turn the config's layout into this one."""
-    return {
-        "gpus": layout.ranks,
-        "device": device and device.name,
-        **{key: value for key, value in asdict(layout).items() if key != "gpu"},
-        "overrides": layouts.changes(config, layout),
-    }
+def _described(config: Config, layout: Layout, device: Device | None) -> LayoutDocument:
+    return LayoutDocument(
+        gpus=layout.ranks,
+        device=device.name if device else None,
+        **{key: value for key, value in vars(layout).items() if key != "gpu"},
+        overrides=layouts.changes(config, layout),
+    )
 
 
-def _mapped(config: Config) -> dict[str, int] | None:
+def _mapped(config: Config) -> Mapped | None:
     """Return what of the corpora grows with their documents; None where they are not there yet."""
     try:
-        return asdict(mapped(config.corpus))
+        return mapped(config.corpus)
     except UserError:
         return None
 
@@ -334,40 +344,41 @@ def _sent(job: PlannedJob, layout: Layout) -> dict[str, float]:
 
 def scaling(
     config: Config, device: Device, tariff: Tariff = Tariff(), name: str = "", achieved: float | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """`scaling`: a row for each count from 1 to 4,096 that has a layout: the fastest, and what it gives;
-    `scaling_missing`: the other counts, and why. UserError if these are all.
-
-    efficiency: device-hours of the smallest count over those of this one. gain: how much faster than
-    half as many.
+) -> Scaling:
+    """Return a row for each count from 1 to 4,096 that has a layout: the fastest, and what it gives; and the
+    other counts, and why. UserError if these are all.
     """
     run = PlannedRun(planned_recipe(config, device)[0], device, tariff, achieved)
-    rows: list[dict[str, Any]] = []
-    missing: list[dict[str, Any]] = []
+    rows: list[ScalingRow] = []
+    missing: list[MissingCount] = []
+    least, half = 0.0, None  # device-seconds of an update on the fewest devices, seconds on half as many
     for gpus in layouts.powers(MOST):
         chosen = run.fastest(gpus)
         if chosen is None:
-            missing.append({"gpus": gpus, "why": run.obstacle(gpus)})
+            missing.append(MissingCount(gpus, run.obstacle(gpus)))
+            half = None
             continue
-        found = run.totals(chosen)
-        seconds = found["step_seconds"]
-        share = rows[0]["step_seconds"] * rows[0]["gpus"] if rows else seconds * gpus
-        half = rows[-1] if rows and rows[-1]["gpus"] * 2 == gpus else None
+        work, times = run.totals(chosen)
+        seconds = times.step_seconds
+        assert seconds
+        least = least or gpus * seconds
         rows.append(
-            {
-                "gpus": gpus,
-                **found,
-                "efficiency": share / (gpus * seconds),
-                "gain": half["step_seconds"] / seconds if half else None,
-                "layout": _described(run.recipe.phases[-1].config, chosen[-1], device),
-            }
+            ScalingRow(
+                **vars(work),
+                **vars(times),
+                gpus=gpus,
+                efficiency=least / (gpus * seconds),
+                gain=half / seconds if half else None,
+                layout=_described(run.recipe.phases[-1].config, chosen[-1], device),
+            )
         )
+        half = seconds
     if not rows:
         raise UserError(f"{name or 'plan'}: no layout on up to {MOST:,} x {device.name} fits")
-    return {"scaling": rows, "scaling_missing": missing}
+    return Scaling(rows, missing)
 
 
-def methods(length: int, device: Device | None, achieved: float | None = None) -> list[dict[str, Any]]:
+def methods(length: int, device: Device | None, achieved: float | None = None) -> list[MethodCosts]:
     """Costs against `mlm` at 15 % of every method at every rate, for RoBERTa's two sizes."""
     rows = []
     for name, rate, all_mask in METHODS:
@@ -375,16 +386,8 @@ def methods(length: int, device: Device | None, achieved: float | None = None) -
         for size in layouts.SIZES:
             layers = layouts.SIZES[size]["num_layers"]
             config = layouts.recipe(size, length, _late(name, layers), **masking)
-            rows.append(
-                {
-                    "method": name,
-                    "rate": rate,
-                    "all_mask": all_mask,
-                    "size": size,
-                    "seq_length": length,
-                    "relative": plan(config, 1, device, achieved=achieved)["relative"],
-                }
-            )
+            relative = plan(config, 1, device, achieved=achieved).relative
+            rows.append(MethodCosts(name, rate, all_mask, size, length, relative))
     return rows
 
 

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tools.plan.documents import ScaledPlan
 from tools.plan.pages import PAYS, pays_up_to
 from tools.shared import outputs, plots
 
-Plan = dict[str, Any]
 
-
-def write(path: Path, plans: Sequence[Plan]) -> None:
+def write(path: Path, plans: Sequence[ScaledPlan]) -> None:
     """Write a PNG of plans that have their `scaling`."""
     with plots.theme("light"):
         drawn = Figure(figsize=(10.8, 4.2), layout="constrained")
@@ -21,30 +19,34 @@ def write(path: Path, plans: Sequence[Plan]) -> None:
         for number, plan in enumerate(plans):
             _draw(hours, plan, number, "hours")
             _draw(efficiency, plan, number, "efficiency")
-        ideal = plans[0]["scaling"]
-        counts = [row["gpus"] for row in ideal]
-        line = [ideal[0]["hours"] * counts[0] / gpus for gpus in counts]
+        ideal = plans[0].scaling
+        counts = [row.gpus for row in ideal]
+        line = [(ideal[0].hours or 0.0) * counts[0] / gpus for gpus in counts]
         hours.plot(counts, line, color="#999999", linestyle=":", linewidth=1.2)
         hours.set_yscale("log")
         hours.set_ylabel("hours (dotted: no loss)")
         efficiency.set_ylim(0, 1.05)
         efficiency.set_ylabel(f"efficiency (circle: the last gain of {PAYS})")
         for axes in (hours, efficiency):
-            _count_axis(axes, counts, plans[0]["layout"]["device"])
+            _count_axis(axes, counts, plans[0].layout.device or "device")
         plots.legend(drawn, hours)
         png = plots.encode(drawn, "png")
     outputs.write(path, png)
 
 
-def _draw(axes: Axes, plan: Plan, number: int, what: str) -> None:
-    rows = plan["scaling"]
+def _draw(axes: Axes, plan: ScaledPlan, number: int, what: str) -> None:
+    rows = plan.scaling
     colour = f"C{number}"
-    name = f"{Path(plan['config']).stem}"
+    name = Path(plan.config).stem
     axes.plot(
-        [row["gpus"] for row in rows], [row[what] for row in rows], label=name, color=colour, linewidth=1.6
+        [row.gpus for row in rows],
+        [getattr(row, what) for row in rows],
+        label=name,
+        color=colour,
+        linewidth=1.6,
     )
-    last = next(row for row in rows if row["gpus"] == pays_up_to(rows))
-    axes.plot(last["gpus"], last[what], "o", color=colour, markersize=8, fillstyle="none")
+    last = next(row for row in rows if row.gpus == pays_up_to(rows))
+    axes.plot(last.gpus, getattr(last, what), "o", color=colour, markersize=8, fillstyle="none")
 
 
 def _count_axis(axes: Axes, counts: Sequence[int], device: str) -> None:

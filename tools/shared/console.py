@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -278,7 +279,7 @@ def printable(text: str) -> str:
 
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
-    finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
+    finite = json.loads(json.dumps(document, default=asdict), parse_constant=lambda name: None)
     print(json.dumps(finite, indent=1))
 
 
