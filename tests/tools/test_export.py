@@ -35,6 +35,8 @@ from tools.export.tokenizer import CHECK_TEXTS, hugging_face_tokenizer, write_to
 from tools.fill_mask import fill_mask
 from tools.ledger import __main__ as ledger_program
 from tools.report import __main__ as report
+from tools.shared import downstream
+from tools.shared.downstream import DownstreamScore
 from tools.shared.run_model import load_model, mask_logits
 
 SAMPLE = Path(__file__).parents[2] / "tools" / "sample"
@@ -348,6 +350,49 @@ def keys(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         return set(file.keys())
+
+
+@pytest.mark.parametrize(
+    ("method", "block"), [("mlm", "post"), ("3ml-self", "bert"), ("3ml-query", "modern")]
+)
+def test_sentence_transformers_loads_it(method: str, block: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Embeddings are the means of the training model's rows; the folder is an export in every file."""
+    from sentence_transformers import SentenceTransformer
+
+    model, output, report = exported(tmp_path, tokenizer_dir, method, block, sentences=True)
+    assert report["embeddings_difference"] < 1e-5
+    tokenizer = load_tokenizer(tokenizer_dir)
+    text = "One small step."
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]])
+    with torch.no_grad():
+        expected = model.encode(ids, torch.arange(ids.shape[1])[None])[0].mean(0)
+    theirs = SentenceTransformer(str(output), device="cpu", local_files_only=True)
+    found = theirs.encode([text, "the " * 200], convert_to_tensor=True)  # the second one is cut
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    _, _, plain = exported(tmp_path, tokenizer_dir, method, block, overwrite=True)
+    assert plain["embeddings_difference"] is None and not (output / "1_Pooling").exists()
+    exported(tmp_path, tokenizer_dir, method, block, overwrite=True, sentences=True)
+    (output / "1_Pooling" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="has 1_Pooling/notes.txt, which no export writes"):
+        exported(tmp_path, tokenizer_dir, method, block, overwrite=True)
+
+
+def test_embeddings_that_differ_are_refused(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooling that takes the first token, where the mean was meant."""
+    write = export.write_sentence_modules
+
+    def other(folder: Path, *arguments: int) -> None:
+        write(folder, *arguments)
+        path = folder / "1_Pooling" / "config.json"
+        swapped = path.read_text().replace("mean_tokens", "other").replace("cls_token", "mean_tokens")
+        path.write_text(swapped.replace("other", "cls_token"))
+
+    monkeypatch.setattr(export, "write_sentence_modules", other)
+    with pytest.raises(ExportError, match="embeddings differ by"):
+        exported(tmp_path, tokenizer_dir, "3ml-self", "post", sentences=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("block", FORMS)
@@ -712,6 +757,24 @@ def test_program(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for fact in (f"{report['parameters_left_out']:,}", "| updates | 4 |", tokens, "36 documents", "novels"):
         assert fact in card, fact
     assert str(finished_run.parent) not in card  # no path of this machine
+
+
+def test_the_card_has_the_scores_of_its_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    """With what loads the folder as a sentence encoder, which runs."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    scores = [
+        DownstreamScore(4, "STS-B", "spearman", score, i, 20, "probe") for i, score in enumerate((0.5, 0.7))
+    ]
+    downstream.record(run, [*scores, DownstreamScore(2, "CoLA", "matthews", 0.9)])
+    output = tmp_path / "encoder"
+    assert export.main([str(run), "--output", str(output), "--sentence-transformers"]) == 0
+    card = (output / "README.md").read_text()
+    assert "| STS-B | spearman | probe | 0.600 | 0.500 to 0.700 | 2 |" in card and "CoLA" not in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "sentence-transformers"
+    example = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(output))
+    subprocess.run([sys.executable, "-c", example], check=True, capture_output=True)
+    with pytest.raises(UserError, match="takes the encoder alone"):
+        export.main([str(run), "--output", str(output), "--sentence-transformers", "--with-decoder"])
 
 
 def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, le
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
 from tools.export.model_card import model_card
+from tools.export.sentences import FILES, POOLING, embeddings_differ, write_sentence_modules
 from tools.export.tokenizer import check_tokenizer, write_tokenizer
-from tools.shared import console
+from tools.shared import console, downstream
 from tools.shared.run_model import load_model, mask_logits
 
 TOLERANCE = 1e-4
@@ -59,24 +60,29 @@ def export_folder(
     card: str,
     overwrite: bool = False,
     with_decoder: bool = False,
+    sentences: bool = False,
 ) -> dict[str, Any]:
     """Writes, checks and only then names the folder `output`; returns a report.
 
     card: text of README.md. overwrite: replace an earlier export there. with_decoder: the whole model of a
-    late method. UserError if `output` is something else; ExportError, and nothing left behind, if the
+    late method. sentences: with what sentence-transformers needs.
+    UserError if `output` is something else; ExportError, and nothing left behind, if the
     check fails.
     """
     output = Path(output).resolve()  # of a link, what it points to is replaced
     _recover(output)
     _refuse(output, overwrite)
-    form = form_of(config, with_decoder)
+    form, length = form_of(config, with_decoder), config.train.seq_length
     with _partial_folder(output) as partial:
         parameters = _write(partial, model, config, tokenizer, form)
-        write_tokenizer(tokenizer, partial, config.train.seq_length)
+        write_tokenizer(tokenizer, partial, length)
+        if sentences:
+            write_sentence_modules(partial, config.model.hidden_size, length)
         (partial / "README.md").write_text(card, encoding="utf-8")
         written = _digests(partial)
         difference = check_model(partial, model, tokenizer, form)
         check_tokenizer(partial, tokenizer)
+        embeddings = check_sentences(partial, model, tokenizer, length) if sentences else None
         if _digests(partial) != written:
             raise UserError(f"{partial}: something else writes there; nothing was exported, start again")
         _refuse(output, overwrite)  # what came in meanwhile stays
@@ -88,12 +94,13 @@ def export_folder(
         "parameters": parameters,
         "parameters_left_out": count_left_out(model, form),
         "largest_difference": difference,
+        "embeddings_difference": embeddings,
     }
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of each file: transformers reads by name what is checked."""
-    return {file.name: digest(file) for file in folder.iterdir() if file.is_file()}
+    return {str(file): digest(file) for file in folder.rglob("*") if file.is_file()}
 
 
 def form_of(config: Config, with_decoder: bool) -> Form:
@@ -111,9 +118,8 @@ def count_left_out(model: LateMaskModel, form: Form) -> int:
     return 0 if form == "late" else sum(state[name].numel() for name in left_out(state, form == "masked-lm"))
 
 
-WRITTEN = frozenset(
-    {SETTINGS, WEIGHTS, MODELING.name, "README.md", "tokenizer.json", "tokenizer_config.json"}
-)
+_ALWAYS = {SETTINGS, WEIGHTS, "README.md", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN = frozenset({*_ALWAYS, MODELING.name, *FILES})
 """All names that an export may write: nothing else is ever replaced."""
 MARK = "latemask_export"
 """Key of config.json with the sha256 of the weights beside it, which another program's are not."""
@@ -148,12 +154,17 @@ def _is_export(folder: Path) -> bool:
             return settings[MARK] == digest(folder / WEIGHTS)["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return known and {each.name for each in folder.iterdir()} | {MODELING.name} == WRITTEN
+    return known and {each.name for each in folder.iterdir()} - {MODELING.name} == _ALWAYS
 
 
 def _foreign(folder: Path) -> list[str]:
     """Names of what no export writes."""
-    return sorted(each.name for each in folder.iterdir() if each.name not in WRITTEN or not each.is_file())
+    return sorted(
+        name
+        for each in folder.rglob("*")
+        if (name := each.relative_to(folder).as_posix()) not in WRITTEN or not each.is_file()
+        if name != POOLING or each.is_symlink() or not each.is_dir()
+    )
 
 
 LOCK = ".latemask-export"
@@ -279,6 +290,20 @@ def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, form: 
     return worst
 
 
+@torch.no_grad()
+def check_sentences(
+    folder: Path, model: LateMaskModel, tokenizer: Tokenizer, max_length: int
+) -> float | None:
+    """Largest difference of embeddings, as `embeddings_differ`; ExportError if too large."""
+    worst = embeddings_differ(folder, model.eval(), tokenizer, max_length)
+    if worst is not None and not worst <= TOLERANCE:
+        raise ExportError(
+            f"sentence-transformers' embeddings differ by {worst:.1e} of their scale (allowed"
+            f" {TOLERANCE:.0e}); nothing was written. This is a defect: please report it"
+        )
+    return worst
+
+
 def _load(folder: Path, form: Form) -> torch.nn.Module:
     import transformers
 
@@ -362,9 +387,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="all weights that checkpoint.keep kept, a folder in DIR each",
     )
+    parser.add_argument(
+        "--sentence-transformers",
+        action="store_true",
+        help="add what sentence-transformers needs: a text's embedding is the mean of its tokens",
+    )
     parser.add_argument("--license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     args = parser.parse_args(arguments)
+    if args.sentence_transformers and args.with_decoder:
+        raise UserError("--sentence-transformers takes the encoder alone; leave --with-decoder out")
     if not args.milestones:
         report = _export(args, args.checkpoint, Path(args.output))
     else:
@@ -388,6 +420,7 @@ def _export(args: argparse.Namespace, which: str, folder: Path) -> dict[str, Any
     check_folder(output.parent)
     model, config, tokenizer, state = load_model(args.run, which)
     form = form_of(config, args.with_decoder)
+    sentences = args.sentence_transformers
     card = model_card(
         Path(args.run).absolute().name,
         config,
@@ -399,8 +432,12 @@ def _export(args: argparse.Namespace, which: str, folder: Path) -> dict[str, Any
         ledger.head(args.run),
         args.license,
         args.with_decoder,
+        [score for score in downstream.read(args.run) if score.step == state.step],
+        sentences,
     )
-    report = export_folder(model, config, tokenizer, str(folder), card, args.overwrite, args.with_decoder)
+    report = export_folder(
+        model, config, tokenizer, str(folder), card, args.overwrite, args.with_decoder, sentences
+    )
     return {"checkpoint": state.step, **report}
 
 
@@ -422,9 +459,11 @@ def _text(report: dict[str, Any]) -> str:
     left = report["parameters_left_out"]
     gone = f"; left out: {left:,} parameters of decoder, mask vector and head" if left else ""
     step, parameters = f"{report['checkpoint']:,}", f"{report['parameters']:,}"
+    embeddings = report["embeddings_difference"]
+    and_sentences = "" if embeddings is None else f", sentence-transformers to {embeddings:.1e}"
     return (
         f"{report['path']}: {report['class']} of step {step}, {parameters} parameters{gone}."
-        f" transformers agrees with the training model to {report['largest_difference']:.1e}."
+        f" transformers agrees with the training model to {report['largest_difference']:.1e}{and_sentences}."
     )
 
 

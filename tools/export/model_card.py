@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import yaml
@@ -12,6 +13,8 @@ from pretrain.config import Config, method_of, phase_configs
 from pretrain.data.manifest import Manifest
 from pretrain.data.masking import counts
 from tools.export.huggingface import Form, model_class
+from tools.export.sentences import EXAMPLE
+from tools.shared.downstream import DownstreamScore
 
 _METHODS = {
     "mlm": "ordinary masked language modelling (RoBERTa, Liu et al. 2019)",
@@ -47,24 +50,28 @@ def model_card(
     ledger_head: str = "",
     licence: str | None = None,
     with_decoder: bool = False,
+    scores: Sequence[DownstreamScore] = (),
+    sentences: bool = False,
 ) -> str:
     """Markdown with Hugging Face's front matter.
 
     name: its title. left_out: parameters of the pre-training model that are not exported. state: the
     checkpoint; corpora: weight and manifest of each that it was trained on; totals: of the ledger;
     ledger_head: hash of its newest line. What is None or empty is said to be unknown.
-    with_decoder: the folder holds the whole model of a late method.
+    with_decoder: the folder holds the whole model of a late method. scores: of this checkpoint. sentences:
+    the folder is one of sentence-transformers.
     """
     head = method_of(config) == "mlm" or with_decoder
     more = ", trust_remote_code=True" if with_decoder else ""
-    example = (_FILL_MASK if head else _ENCODE).format(mask=mask_token, more=more)
+    example = EXAMPLE if sentences else (_FILL_MASK if head else _ENCODE).format(mask=mask_token, more=more)
     sections = [
-        _front_matter(config, head, licence),
+        _front_matter(config, head, licence, sentences),
         f"# {_plain(name)}\n\n{_what(config, left_out, with_decoder)}",
         f"## Use\n\n```python\n{example}```\n\n{_advice(config)}",
         f"## Training data\n\n{_data(corpora, state)}",
         f"## Training\n\n{_training(config, state)}",
         f"## Cost\n\n{_cost(totals, ledger_head)}",
+        *([f"## Scores\n\n{_scores(scores)}"] if scores else []),
         f"## Licence\n\n{_licence(licence)}",
         f"## Configuration\n\n```yaml\n{_configuration(config)}```",
     ]
@@ -76,10 +83,10 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
 
 
-def _front_matter(config: Config, head: bool, licence: str | None) -> str:
+def _front_matter(config: Config, head: bool, licence: str | None, sentences: bool) -> str:
     values: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "fill-mask" if head else "feature-extraction",
+        "library_name": "sentence-transformers" if sentences else "transformers",
+        "pipeline_tag": "sentence-similarity" if sentences else "fill-mask" if head else "feature-extraction",
         "tags": ["latemask", method_of(config)],
     }
     if licence:
@@ -180,6 +187,18 @@ def _cost(totals: dict[str, Any] | None, ledger_head: str) -> str:
             " `python -m tools.ledger check RUN --head HASH` says whether a ledger is still that one."
         )
     return text
+
+
+def _scores(scores: Sequence[DownstreamScore]) -> str:
+    """Return a row for each task, metric and protocol: the median of its scores, their range and number."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for each in scores:
+        groups.setdefault((each.task, each.metric, each.protocol), []).append(each.score)
+    rows = ["| task | metric | protocol | score | lowest to highest | scores |", "|---|---|---|---|---|---|"]
+    for names, values in groups.items():
+        spread = f"{median(values):.3f} | {min(values):.3f} to {max(values):.3f} | {len(values)}"
+        rows.append(f"| {' | '.join(map(_plain, names))} | {spread} |")
+    return "\n".join([*rows, "", "Scores of different protocols do not compare."])
 
 
 def _licence(licence: str | None) -> str:
