@@ -20,12 +20,11 @@ and of several steps the smallest peak is the true one.
 """
 
 import gc
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +32,11 @@ from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
 from pretrain.config import load_config
 from tools.plan import layouts
+from tools.plan.documents import CalibratedCase, Calibration, MedianErrors
 from tools.plan.estimate import planned_recipe
-from tools.shared import console, measure, outputs
+from tools.plan.layouts import PlannedJob
+from tools.plan.memory import Layout
+from tools.shared import console, documents, measure, outputs
 from tools.shared.tables import aligned
 
 if TYPE_CHECKING:
@@ -258,70 +260,86 @@ def this_device() -> Device:
     )
 
 
-def observed(case: Case, device: Device) -> dict[str, Any]:
-    """A case's layout, its seconds and bytes, and the bytes that the plan says."""
+@dataclass(frozen=True)
+class Observation:
+    """A case as it was measured: seconds of a step, at which pace, and bytes at its fullest moment."""
+
+    case: Case
+    job: PlannedJob
+    layout: Layout
+    seconds: float
+    pace: float
+    bytes: int
+
+
+def observed(case: Case, device: Device) -> Observation:
+    """Return a case's layout, its seconds and bytes."""
     config = load_config(CONFIGS / f"{case.config}.yaml", list(case.overrides))
     recipe, _ = planned_recipe(config, device)
     job = layouts.job(recipe.phases[0], device)
     layout = layouts.configured(recipe.config, case.ranks, job.precision, gpu=False)
     peak = device.peak["fp32"]  # of the products that tell the pace
     seconds, pace, held_bytes = launch(case.ranks, measured, recipe, layout.micro_batch, peak)
-    return {
-        "name": case.name,
-        "job": job,
-        "on": layout,
-        "config": case.config,
-        "overrides": list(case.overrides),
-        "layout": asdict(layout),
-        "planned_bytes": layouts.memory_of(job, layout).total,
-        "seconds": seconds,
-        "pace": pace,
-        "bytes": held_bytes,
-    }
+    return Observation(case, job, layout, seconds, pace, held_bytes)
 
 
-def compared(rows: list[dict[str, Any]], device: Device) -> dict[str, Any]:
-    """The document of a calibration: the first row gives the share, the others are held against it."""
-    share = layouts.share_of(rows[0]["job"], rows[0]["on"], device, rows[0]["seconds"])
-    for row in rows:
-        row["planned_seconds"] = layouts.step_seconds(row.pop("job"), row.pop("on"), device, share)
-        row["seconds_error"] = row["planned_seconds"] / row["seconds"] - 1
-        row["bytes_error"] = row["planned_bytes"] / row["bytes"] - 1
-    precision = rows[0]["layout"]["precision"]
-    return {
-        "device": asdict(device),
-        "achieved": {precision: share},
-        "median_error": {
-            "seconds": statistics.median(abs(row["seconds_error"]) for row in rows[1:] or rows),
-            "bytes": statistics.median(abs(row["bytes_error"]) for row in rows),
-        },
-        "rows": rows,
-        "versions": {name: measure.version(name) for name in ("torch", "deepspeed", "megatron-core")},
-        "commit": measure.commit(),
-    }
+def compared(found: Sequence[Observation], device: Device) -> Calibration:
+    """Return what a calibration says: the first case gives the share, the others are held against it."""
+    first = found[0]
+    share = layouts.share_of(first.job, first.layout, device, first.seconds)
+    rows = [_beside_its_plan(one, device, share) for one in found]
+    return Calibration(
+        device=device,
+        achieved={first.layout.precision: share},
+        median_error=MedianErrors(
+            seconds=statistics.median(abs(row.seconds_error) for row in rows[1:] or rows),
+            bytes=statistics.median(abs(row.bytes_error) for row in rows),
+        ),
+        rows=rows,
+        versions={name: measure.version(name) for name in ("torch", "deepspeed", "megatron-core")},
+        commit=measure.commit(),
+    )
 
 
-def text(document: dict[str, Any]) -> str:
+def _beside_its_plan(one: Observation, device: Device, share: float) -> CalibratedCase:
+    seconds = layouts.step_seconds(one.job, one.layout, device, share)
+    held = layouts.memory_of(one.job, one.layout).total
+    return CalibratedCase(
+        name=one.case.name,
+        config=one.case.config,
+        overrides=one.case.overrides,
+        layout=one.layout,
+        planned_bytes=held,
+        seconds=one.seconds,
+        pace=one.pace,
+        bytes=one.bytes,
+        planned_seconds=seconds,
+        seconds_error=seconds / one.seconds - 1,
+        bytes_error=held / one.bytes - 1,
+    )
+
+
+def text(document: Calibration) -> str:
     """The rows as a table."""
     table = [["case", "s planned", "measured", "error", "MB planned", "measured", "error"]]
-    for row in document["rows"]:
+    for row in document.rows:
         table.append(
             [
-                row["name"],
-                f"{row['planned_seconds']:.3f}",
-                f"{row['seconds']:.3f}",
-                f"{row['seconds_error']:+.1%}",
-                f"{row['planned_bytes'] / 1e6:,.0f}",
-                f"{row['bytes'] / 1e6:,.0f}",
-                f"{row['bytes_error']:+.1%}",
+                row.name,
+                f"{row.planned_seconds:.3f}",
+                f"{row.seconds:.3f}",
+                f"{row.seconds_error:+.1%}",
+                f"{row.planned_bytes / 1e6:,.0f}",
+                f"{row.bytes / 1e6:,.0f}",
+                f"{row.bytes_error:+.1%}",
             ]
         )
-    (share,) = document["achieved"].values()
-    seconds, held = (document["median_error"][key] for key in ("seconds", "bytes"))
+    (share,) = document.achieved.values()
+    errors = document.median_error
     return (
-        f"{document['device']['name']}, {share:.2f} of its peak in products by the first row.\n\n"
+        f"{document.device.name}, {share:.2f} of its peak in products by the first row.\n\n"
         f"{aligned(table)}\n\n"
-        f"Median error of seconds {seconds:.1%} (the first row apart), of bytes {held:.1%}."
+        f"Median error of seconds {errors.seconds:.1%} (the first row apart), of bytes {errors.bytes:.1%}."
     )
 
 
@@ -350,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done(1)
     document = compared(rows, device)
     if args.output:
-        outputs.write(args.output, json.dumps(document, indent=1) + "\n", FIELDS)
+        outputs.write(args.output, documents.to_json(document) + "\n", FIELDS)
     if args.json:
         console.print_json(document)
     else:

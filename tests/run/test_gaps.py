@@ -112,7 +112,7 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert state.account
     seconds, before = ledger.total([cut])["device_seconds"], state.account["device_seconds"]
     assert seconds["total"] > before["total"] and seconds["productive"] > before["productive"]
-    (warning,) = [one for one in report.gather([str(cut)])["warnings"] if "gap" in one]
+    (warning,) = [one for one in report.gather([str(cut)]).warnings if "gap" in one]
     assert DAMAGES[damage] in warning
     assert len(list(cut.glob("ledger-damaged-1.jsonl"))) == (damage is flipped)
 

@@ -20,25 +20,23 @@ def observed(size, seconds_at, factor=1.0):
     recipe = make_recipe(layouts.recipe(size, 128), layouts.ROBERTA_PIECES)
     job = layouts.job(recipe.phases[0], device)
     layout = layouts.Layout(micro_batch=64, accumulation=32)
-    planned = layouts.memory_of(job, layout).total
-    return {
-        "name": size,
-        "job": job,
-        "on": layout,
-        "layout": {"precision": "bf16"},
-        "seconds": factor * layouts.step_seconds(job, layout, device, seconds_at),
-        "planned_bytes": planned,
-        "bytes": planned / 1.25,
-    }
+    return calibrate.Observation(
+        case=calibrate.Case(size, size, ()),
+        job=job,
+        layout=layout,
+        seconds=factor * layouts.step_seconds(job, layout, device, seconds_at),
+        pace=1.0,
+        bytes=layouts.memory_of(job, layout).total / 1.25,
+    )
 
 
 def test_the_first_row_gives_the_share_and_the_others_are_held_against_it():
     rows = [observed("base", 0.6), observed("large", 0.6, factor=1.25)]
     made = calibrate.compared(rows, devices.find("H100"))
-    assert made["achieved"] == {"bf16": pytest.approx(0.6)}
-    assert made["rows"][0]["seconds_error"] == pytest.approx(0)
-    assert made["rows"][1]["seconds_error"] == pytest.approx(-0.2)
-    assert made["median_error"] == {"seconds": pytest.approx(0.2), "bytes": pytest.approx(0.25)}
+    assert made.achieved == {"bf16": pytest.approx(0.6)}
+    assert made.rows[0].seconds_error == pytest.approx(0)
+    assert made.rows[1].seconds_error == pytest.approx(-0.2)
+    assert vars(made.median_error) == {"seconds": pytest.approx(0.2), "bytes": pytest.approx(0.25)}
     assert "large" in calibrate.text(made) and "-20.0%" in calibrate.text(made)
 
 

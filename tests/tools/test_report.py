@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tests.support.terminal import on_terminal
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.report import __main__ as report
 from tools.report import pages as report_pages
+from tools.report.documents import RunReport
 from tools.shared import downstream, plots
 
 ROOT = Path(__file__).parents[2]
@@ -170,17 +172,17 @@ def test_counts_and_account(pair: list[str]) -> None:
 
 def test_costs_are_relative_to_mlm_at_15_percent(pair: list[str]) -> None:
     document = report.gather(pair)
-    base, late = document["runs"]
-    assert base["relative"] == dict.fromkeys(base["relative"], 1.0)
+    base, late = document.runs
+    assert set(vars(base.relative).values()) == {1.0}
     # D 32, F 48, L 24, V 15 (11 predicted, 9 of them [MASK]), P 11 against 3, 640 padded rows.
     layer = {n: n * (8 * 32**2 + 4 * 32 * 48) + 4 * n * n * 32 for n in (15, 24)}
     inner, plain = 2 * layer[15] + 2 * layer[24], 2 * layer[24]
     head = 2 * 32**2 + 2 * 32 * 640
-    assert late["relative"]["token_layers"] == (2 * 15 + 2 * 24) / (2 * 24)
-    assert late["relative"]["flops_without_head"] == inner / plain
-    assert late["relative"]["flops_with_head"] == (inner + 11 * head) / (plain + 3 * head)
-    assert late["relative"]["device_time"] == pytest.approx(1.5 / 2, rel=1e-12)
-    assert late["costs"] == {
+    assert late.relative.token_layers == (2 * 15 + 2 * 24) / (2 * 24)
+    assert late.relative.flops_without_head == inner / plain
+    assert late.relative.flops_with_head == (inner + 11 * head) / (plain + 3 * head)
+    assert late.relative.device_time == pytest.approx(1.5 / 2, rel=1e-12)
+    assert vars(late.costs) == {
         "token_layers": 24 * (2 * 15 + 2 * 24),
         "flops_without_head": 3 * 24 * inner,
         "flops_with_head": 3 * 24 * (inner + 11 * head),
@@ -188,7 +190,7 @@ def test_costs_are_relative_to_mlm_at_15_percent(pair: list[str]) -> None:
     }
     row = cells(report_pages.markdown(document), "Four costs")["late"]
     assert [row["vs mlm" + "+" * n] for n in range(4)] == [
-        f"{ratio:.3f} x" for ratio in late["relative"].values()
+        f"{ratio:.3f} x" for ratio in vars(late.relative).values()
     ]
 
 
@@ -218,14 +220,14 @@ def test_device_time_only_against_the_same_size_device_and_precision(
         if name != "idle":
             made.work(1)
     paths = [str(late.path), *(str(tmp_path / name) for name in others)]
-    runs = report.gather(paths)["runs"]
-    assert runs[0]["relative"]["device_time"] is None
-    assert runs[1 + list(others).index("elsewhere")]["relative"]["device_time"] == 1
+    runs = report.gather(paths).runs
+    assert runs[0].relative.device_time is None
+    assert runs[1 + list(others).index("elsewhere")].relative.device_time == 1
     # Two baselines count together: 2 s and 4 s a step.
     for name, seconds in (("fit", 2.0), ("slow", 4.0)):
         MadeRun(tmp_path / name, options_of(corpora), step_seconds=seconds).work(1)
-    runs = report.gather([*paths, str(tmp_path / "fit"), str(tmp_path / "slow")])["runs"]
-    assert runs[0]["relative"]["device_time"] == pytest.approx(2 / 3, rel=1e-12)
+    runs = report.gather([*paths, str(tmp_path / "fit"), str(tmp_path / "slow")]).runs
+    assert runs[0].relative.device_time == pytest.approx(2 / 3, rel=1e-12)
 
 
 HALVES = {"phases": [{"until": 0.5, "seq_length": 12}]}
@@ -251,8 +253,8 @@ def test_device_time_of_phases_only_against_the_same_lengths(corpora: Corpora, t
     phased(MadeRun(tmp_path / "begun", halved), (3, 1.5))
 
     def times(*names: str) -> list[float | None]:
-        runs = report.gather([str(tmp_path / name) for name in names])["runs"]
-        return [run["relative"]["device_time"] for run in runs]
+        runs = report.gather([str(tmp_path / name) for name in names]).runs
+        return [run.relative.device_time for run in runs]
 
     # Sequences of 24 say nothing of those of 12, and the other way round.
     assert times("late", "long") == [None, 1] and times("late", "begun") == [None, 1]
@@ -297,10 +299,10 @@ def test_parameters_are_those_of_the_model(corpora: Corpora) -> None:
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     recipe = make_recipe(config, VOCABULARY)
     found = report._parameters(recipe)
-    assert found["total"] == sum(sizes.values()) == found["encoder"] + found["discarded"]
+    assert found.total == sum(sizes.values()) == found.encoder + found.discarded
     plain = LateMaskModel(baseline(recipe.phases[0]).config.model, VOCABULARY, VOCABULARY - 1)
     head = VOCABULARY // 128 * 128 + 128 + 32 * 32 + 32 + 64
-    assert found["encoder"] == sum(parameter.numel() for parameter in plain.parameters()) - head
+    assert found.encoder == sum(parameter.numel() for parameter in plain.parameters()) - head
 
 
 def test_held_out_is_the_last_evaluation_beside_the_unigram(pair: list[str], corpora: Corpora) -> None:
@@ -308,8 +310,8 @@ def test_held_out_is_the_last_evaluation_beside_the_unigram(pair: list[str], cor
     row = cells(report_pages.markdown(document), "Held-out result")["base"]
     assert (row["method"], row["step"], row["loss"], row["accuracy"]) == ("mlm", "4", "4.5000", "37.5 %")
     assert row["bits per byte"] == f"{4.5 / math.log(2) / 4:.4f}"
-    assert [one["loss"] for one in document["runs"][0]["evaluations"]] == [5.0, 4.5]
-    assert document["runs"][0]["evaluations"][1]["device_hours"] == pytest.approx(2 * 19 / 3600)
+    assert [one.loss for one in document.runs[0].evaluations] == [5.0, 4.5]
+    assert document.runs[0].evaluations[1].device_hours == pytest.approx(2 * 19 / 3600)
 
     tokenizer = load_tokenizer(corpora.tokenizer)
     questions = HeldOut(corpora.valid, tokenizer, 24, 512)
@@ -350,7 +352,7 @@ def test_incomparable_losses_are_told(corpora: Corpora, tmp_path: Path) -> None:
     MadeRun(tmp_path / "f", other).work(1)  # has no loss to compare
 
     def told(*names: str) -> list[str]:
-        return report.gather([str(tmp_path / name) for name in names])["warnings"]
+        return report.gather([str(tmp_path / name) for name in names]).warnings
 
     assert told("a") == told("a", "b") == told("a", "b", "f") == []
     fingerprints = [load_manifest(prefix).fingerprint[:12] for prefix in (corpora.valid, corpora.other)]
@@ -384,8 +386,8 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     made.work(1)
     with (made.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "held_out')  # being written
-    (run,) = report.gather([str(made.path)])["runs"]
-    assert (run["totals"]["steps"], run["held_out"]) == (1, None)
+    (run,) = report.gather([str(made.path)]).runs
+    assert (run.totals["steps"], run.held_out) == (1, None)
 
 
 def test_a_loss_that_is_no_number_is_left_out_of_the_figure(tmp_path: Path) -> None:
@@ -453,12 +455,12 @@ def test_html_fetches_nothing_and_shows_every_figure(pair: list[str]) -> None:
         assert kind == "data:image/svg+xml;base64"
         assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
     assert len(set(page.addresses)) == len(page.addresses)
-    shown = [cell for table in report_pages.TABLES for run in document["runs"] for cell in _row(table, run)]
+    shown = [cell for table in report_pages.TABLES for run in document.runs for cell in _row(table, run)]
     assert [cell for cell in page.cells if cell in set(shown)] and not Counter(shown) - Counter(page.cells)
 
 
-def _row(table: report_pages.Table, run: dict[str, Any]) -> list[str]:
-    return [run["name"], *(column.cell(run) for column in table.columns)]
+def _row(table: report_pages.Table, run: RunReport) -> list[str]:
+    return [run.name, *(column.cell(run) for column in table.columns)]
 
 
 def test_every_column_says_what_it_means() -> None:
@@ -473,7 +475,7 @@ def test_names_are_escaped_and_told_apart(tmp_path: Path) -> None:
     for name in names:
         MadeRun(tmp_path / name, options_of(None)).work(1).score(5.0)
     document = report.gather([*(str(tmp_path / name) for name in names), str(tmp_path / "one/../one/same")])
-    assert [run["name"] for run in document["runs"]] == [
+    assert [run.name for run in document.runs] == [
         names[0],
         str(tmp_path / "one/same"),
         str(tmp_path / "two/same"),
@@ -572,9 +574,9 @@ def test_energy_downstream_scores_and_mfu_are_shown_where_there_are_some(
             json.dumps({"step": step, "task": task, "score": score}) + "\n" for step, task, score in lines
         )
     )
-    (run,) = (document := report.gather([str(made.path)]))["runs"]
-    assert [one["kwh"] for one in run["evaluations"]] == [0.0, 2.0]
-    assert [(one["step"], one["score"], one["kwh"]) for one in run["downstream"]] == [
+    (run,) = (document := report.gather([str(made.path)])).runs
+    assert [one.kwh for one in run.evaluations] == [0.0, 2.0]
+    assert [(one.step, one.score, one.kwh) for one in run.downstream] == [
         (1, 0.7, 0.0),
         (3, pytest.approx(0.7), 2.0),
     ]  # nothing is known of what step 2 had cost
@@ -604,10 +606,8 @@ def test_energy_downstream_scores_and_mfu_are_shown_where_there_are_some(
             for metric, off in (("pearson", -0.1), ("spearman", 0.1))
         ],
     )
-    (run,) = (document := report.gather([str(made.path)]))["runs"]
-    found = [
-        (one["protocol"], one["seeds"], one["low"], one["score"], one["high"]) for one in run["downstream"]
-    ]
+    (run,) = (document := report.gather([str(made.path)])).runs
+    found = [(one.protocol, one.seeds, one.low, one.score, one.high) for one in run.downstream]
     assert found[2:] == [
         ("finetune", 5, pytest.approx(0.6), pytest.approx(0.7), pytest.approx(0.8)),
         ("probe", 1, pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5)),
@@ -627,9 +627,9 @@ def test_a_long_run_is_thinned_for_its_picture(corpora: Corpora, tmp_path: Path)
         made.clock.now += 2
         made.ledger.step(made.cost)
         made.monitor.log(0.5, made.ledger.totals(), loss=9.0)
-    (run,) = report.gather([str(made.path)])["runs"]
-    assert len(run["speed"]) == 150 and run["speed"][-1]["step"] == 450
-    assert {one["step_seconds"] for one in run["speed"]} == {2.0}
+    (run,) = report.gather([str(made.path)]).runs
+    assert len(run.speed) == 150 and run.speed[-1].step == 450
+    assert {one.step_seconds for one in run.speed} == {2.0}
 
 
 def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> None:
@@ -644,11 +644,11 @@ def test_phases_are_costed_each_by_its_own(corpora: Corpora, tmp_path: Path) -> 
         for _ in range(steps):
             made.ledger.step(cost)
     made.ledger.note("stop")
-    (run,) = report.gather([str(made.path)])["runs"]
-    assert run["costs"]["flops_with_head"] == 3 * first.flops.total + 2 * second.flops.total
+    (run,) = report.gather([str(made.path)]).runs
+    assert run.costs.flops_with_head == 3 * first.flops.total + 2 * second.flops.total
     plain = [baseline(phase).cost for phase in make_recipe(config).phases]
     reference = 3 * plain[0].flops.total + 2 * plain[1].flops.total
-    assert run["relative"]["flops_with_head"] == run["costs"]["flops_with_head"] / reference
+    assert run.relative.flops_with_head == run.costs.flops_with_head / reference
     row = cells(report_pages.markdown(report.gather([str(made.path)])), "Model")["run"]
     assert (row["length"], row["batch"]) == ("12, then 24", "4, then 8")
 
@@ -670,8 +670,9 @@ def test_large_numbers(value: float, text: str) -> None:
 
 def test_a_budget_names_the_other_run_without_its_path(pair: list[str]) -> None:
     document = report.gather(pair)
-    document["runs"][0]["name"] = "<b>&"
-    document["runs"][0]["budget"]["relative_to"] = f"0.5 of {'deep/' * 30}<i>query"
+    first = document.runs[0]
+    budget = replace(first.budget, relative_to=f"0.5 of {'deep/' * 30}<i>query")
+    document = replace(document, runs=[replace(first, name="<b>&", budget=budget), *document.runs[1:]])
     page = report_pages.html(document)
     assert "(0.5 of &lt;i&gt;query)</td>" in page and "deep/" not in page
     assert '<td class="long">' in page and "<b>&" not in page
@@ -688,8 +689,8 @@ def test_tables_keep_to_a_narrow_terminal(pair: list[str], tmp_path: Path) -> No
 
 def test_a_terminal_shows_every_figure_within_its_width(pair: list[str]) -> None:
     document = report.gather(pair)
-    for run in document["runs"]:
-        run["name"] = f"{'x' * 60}/{run['name']}"
+    runs = [replace(run, name=f"{'x' * 60}/{run.name}") for run in document.runs]
+    document = replace(document, runs=runs)
     report_pages.show(document, stream := io.StringIO())
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
@@ -697,8 +698,8 @@ def test_a_terminal_shows_every_figure_within_its_width(pair: list[str]) -> None
     heads = [row for row in rows if row[0] == "run"]
     assert len(heads) > len(report_pages.TABLES)  # some are in parts
     assert not any(head[1] == "vs mlm" for head in heads)  # a ratio without its cost
-    for run in document["runs"]:
-        name = "..." + run["name"][-37:]
+    for run in document.runs:
+        name = "..." + run.name[-37:]
         shown = Counter(cell for row in rows if row[0] == name for cell in row[1:])
         wanted = Counter(cell for table in report_pages.TABLES for cell in _row(table, run)[1:])
         assert shown == wanted

@@ -15,14 +15,13 @@ is in `tools.shared.measure`.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from tools.benchmark import attention, corpus, head, memory, scaling, step, tables
-from tools.shared import console, outputs
+from tools.shared import console, documents, outputs
 from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
 
@@ -82,7 +81,7 @@ def _measured(args: argparse.Namespace) -> Iterator[BenchmarkRow]:
 def _write(rows: Sequence[BenchmarkRow], prefix: str) -> None:
     from tools.shared import plots
 
-    outputs.write(f"{prefix}.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n", FIELDS)
+    outputs.write(f"{prefix}.json", documents.to_json(rows) + "\n", FIELDS)
     compared = [
         plots.Ratio(row.name, row.ratio, row.spread, not row.unit.endswith("/s"), row.flop_ratio)
         for row in rows

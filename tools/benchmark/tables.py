@@ -5,7 +5,6 @@ what `TABLES[NAME]` returns. A new table is a function that returns its rows, a 
 marks. ``--check`` writes nothing and fails where a page says other than its documents.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -20,8 +19,10 @@ from tools.finetune import cells
 from tools.finetune import table as finetune_table
 from tools.plan import estimate, layouts
 from tools.plan import pages as plan_pages
+from tools.plan.documents import Calibration
 from tools.report import pages as report_pages
-from tools.shared import console
+from tools.report.documents import Report
+from tools.shared import console, documents
 from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import markdown
 
@@ -174,8 +175,7 @@ def results(gpu: bool) -> dict[str, BenchmarkRow]:
 @cache
 def measured(name: str) -> list[BenchmarkRow]:
     """Return the rows of one file of results."""
-    text = (RESULTS / f"benchmark-{name}.json").read_text(encoding="utf-8")
-    return [BenchmarkRow(**row) for row in json.loads(text)]
+    return documents.read(list[BenchmarkRow], RESULTS / f"benchmark-{name}.json")
 
 
 def speeds() -> Rows:
@@ -296,14 +296,14 @@ def plan_scaling() -> Rows:
 def plan_measured() -> Rows:
     """Return real steps beside their plans."""
     rows = [["", "seconds: plan", "measured", "", "bytes: plan", "measured", ""]]
-    for row in json.loads((layouts.RESULTS / "plan-cpu.json").read_text(encoding="utf-8"))["rows"]:
+    for row in documents.read(Calibration, layouts.RESULTS / "plan-cpu.json").rows:
         seconds = [
-            f"{row['planned_seconds']:.2f}",
-            f"{row['seconds']:.2f}",
-            f"{100 * row['seconds_error']:+.0f} %",
+            f"{row.planned_seconds:.2f}",
+            f"{row.seconds:.2f}",
+            f"{100 * row.seconds_error:+.0f} %",
         ]
-        held = [f"{row[name] / 1e6:,.0f} MB" for name in ("planned_bytes", "bytes")]
-        rows.append([row["name"], *seconds, *held, f"{100 * row['bytes_error']:+.1f} %"])
+        held = [f"{size / 1e6:,.0f} MB" for size in (row.planned_bytes, row.bytes)]
+        rows.append([row.name, *seconds, *held, f"{100 * row.bytes_error:+.1f} %"])
     return rows
 
 
@@ -312,14 +312,13 @@ def plan_measured() -> Rows:
 
 def report(name: str, titles: Sequence[str]) -> Rows:
     """Return columns of a committed report."""
-    text = (ROOT / "tools" / "report" / "results" / f"{name}.json").read_text(encoding="utf-8")
-    return report_pages.columns(json.loads(text), titles)
+    path = ROOT / "tools" / "report" / "results" / f"{name}.json"
+    return report_pages.columns(documents.read(Report, path), titles)
 
 
 def probes() -> Rows:
     """Return what speaks for each probed encoder."""
-    text = (ROOT / "tools" / "results" / "probe.json").read_text(encoding="utf-8")
-    return probe.summary([probe.Result(**row) for row in json.loads(text)])
+    return probe.summary(documents.read(list[probe.Result], ROOT / "tools" / "results" / "probe.json"))
 
 
 def finetuned() -> str:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from pretrain.account.devices import Device
 from pretrain.data.corpora import Mapped
-from tools.plan.memory import Memory
+from tools.plan.memory import Layout, Memory
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,48 @@ class MethodCosts:
     size: str
     seq_length: int
     relative: RelativeCosts
+
+
+@dataclass(frozen=True)
+class CalibratedDevice:
+    """A device as `tools.calibrate` measured it."""
+
+    device: Device
+    achieved: dict[str, float]
+    """Precision -> share of the peak that products reach."""
+
+
+@dataclass(frozen=True)
+class CalibratedCase:
+    """A real step beside its plan."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...]
+    layout: Layout
+    planned_bytes: int
+    seconds: float
+    pace: float
+    """Share of the device's peak that large products reached meanwhile; seconds are as they would be at 1."""
+    bytes: int
+    planned_seconds: float
+    seconds_error: float
+    bytes_error: float
+
+
+@dataclass(frozen=True)
+class MedianErrors:
+    """Medians over the cases of a calibration; of seconds without the first, which sets the share."""
+
+    seconds: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Calibration(CalibratedDevice):
+    """The document of `tools.calibrate`."""
+
+    median_error: MedianErrors
+    rows: list[CalibratedCase]
+    versions: dict[str, str]
+    commit: str | None

@@ -14,7 +14,6 @@ The trap: a layout that fits by the sum of its tensors does not fit a device, wh
 fragments take their share (`RESERVE`).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +26,9 @@ from pretrain.account.recipe import Phase
 from pretrain.config import Config, ModelOptions, build_config
 from pretrain.errors import UserError
 from tools.plan import memory, traffic
+from tools.plan.documents import CalibratedDevice
 from tools.plan.memory import FULL, Layout, Memory
+from tools.shared import documents
 
 RESULTS = Path(__file__).parent
 ACHIEVED = 0.4
@@ -185,16 +186,16 @@ def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
 
 
 @cache
-def measured() -> dict[str, dict[str, Any]]:
-    """Device name -> the document that `tools.calibrate` left of it."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("plan-*.json")))
-    return {document["device"]["name"]: document for document in found}
+def measured() -> dict[str, CalibratedDevice]:
+    """Return what `tools.calibrate` left of devices, by their names."""
+    found = (documents.read(CalibratedDevice, path) for path in sorted(RESULTS.glob("plan-*.json")))
+    return {one.device.name: one for one in found}
 
 
 def achieved(device: Device, precision: str) -> tuple[float, str]:
     """(share of the device's peak that products reach in training, whether measured or assumed)."""
-    known = measured().get(device.name, {}).get("achieved", {})
-    if known:
+    if calibrated := measured().get(device.name):
+        known = calibrated.achieved
         other = precision if precision in known else min(known)
         return known[other], "measured" if other == precision else f"measured in {other}"
     return ACHIEVED, "assumed"
@@ -331,6 +332,6 @@ def named(name: str, given: str = "--device ") -> Device:
     if found := devices.find(name):
         return found
     if name in measured():
-        return Device(**measured()[name]["device"])
+        return measured()[name].device
     known = ", ".join([*(device.name for device in devices.DEVICES), *measured()])
     raise UserError(f"{given}{name!r}: not in the table ({known}), nor measured by tools.calibrate")

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from itertools import pairwise
@@ -32,13 +32,27 @@ from pretrain.files import seen_from
 from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
+from tools.plan.documents import RelativeCosts
 from tools.report import pages as report_pages
+from tools.report.documents import (
+    BudgetUse,
+    Evaluation,
+    HeldOutQuestions,
+    ModelShape,
+    ParameterCounts,
+    Report,
+    RunCosts,
+    RunReport,
+    SpeedPoint,
+    TaskScores,
+    UnigramScore,
+)
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 
 MEASURES = ("token_layers", "flops_without_head", "flops_with_head")
 
-FILES: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
+FILES: dict[str, Callable[[Report], str | bytes]] = {
     "report.md": report_pages.markdown,
     "report.html": report_pages.html,
     "loss.png": report_pages.picture,
@@ -64,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print_json(document)
     else:
         report_pages.show(document, sys.stdout)
-        said = [*(f"warning: {warning}" for warning in document["warnings"]), *map(str, written)]
+        said = [*(f"warning: {warning}" for warning in document.warnings), *map(str, written)]
         print(wrapped("\n".join(said)))
 
 
@@ -77,7 +91,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write(document: dict[str, Any], output: Path) -> list[Path]:
+def write(document: Report, output: Path) -> list[Path]:
     """Writes the files, each at once or not at all; returns their paths."""
     contents = [make(document) for make in FILES.values()]
     paths = [output / name for name in FILES]
@@ -181,53 +195,52 @@ def _read_run(path: str, name: str) -> ReportedRun:
 # ---- the document --------------------------------------------------------------------------------
 
 
-def gather(paths: Sequence[str]) -> dict[str, Any]:
-    """All figures of the report; ``runs`` has one entry a run, in the order given."""
+def gather(paths: Sequence[str]) -> Report:
+    """Return all figures of the report."""
     runs = read_runs(paths)
     described = [_describe(run, runs) for run in runs]
-    return {
-        "version": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "warnings": [*_warnings(described), *_gone(runs, described), *_gaps(runs)],
-        "runs": described,
-    }
+    return Report(
+        version=__version__,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        warnings=[*_warnings(described), *_gone(runs, described), *_gaps(runs)],
+        runs=described,
+    )
 
 
-def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any]:
+def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> RunReport:
     recipe, config, totals = run.recipe, run.recipe.config, run.totals
     evaluations = [_evaluation(line) for line in run.metrics if "held_out_loss" in line]
-    return {
-        "run": run.path,
-        "name": run.name,
-        "method": method_of(config),
-        "model": {name: getattr(config.model, name) for name in ("block", "num_layers", "hidden_size")},
-        "seq_length": [phase.config.train.seq_length for phase in recipe.phases],
-        "batch_size": [phase.config.train.batch_size for phase in recipe.phases],
-        "rate": config.masking.rate,
-        "predicted_shares": [
-            phase.config.masking.predict or phase.config.masking.rate for phase in recipe.phases
-        ],
-        "parameters": _parameters(recipe),
-        "state": run.status.get("state"),
-        "ledger_head": run.ledger_head,
-        "devices": run.devices,
-        "ranks": run.lines[-1]["ranks"] if run.lines else None,
-        "totals": totals,
-        "budget": _budget(recipe, totals),
-        "costs": {
-            "token_layers": totals["token_layers"],
-            "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
-            "flops_with_head": totals["flops"]["total"],
-            "device_seconds": totals["device_seconds"]["productive"],
-        },
-        "relative": {**_relative(run), "device_time": _relative_time(run, runs)},
-        "questions": _questions(run),
-        "held_out": evaluations[-1] if evaluations else None,
-        "unigram": unigram(config.corpus, held_out_length(config), config.evaluate.samples),
-        "evaluations": evaluations,
-        "downstream": _downstream(run),
-        "speed": _speed(run),
-    }
+    phases = [phase.config for phase in recipe.phases]
+    return RunReport(
+        run=run.path,
+        name=run.name,
+        method=method_of(config),
+        model=ModelShape(config.model.block, config.model.num_layers, config.model.hidden_size),
+        seq_length=[phase.train.seq_length for phase in phases],
+        batch_size=[phase.train.batch_size for phase in phases],
+        rate=config.masking.rate,
+        predicted_shares=[phase.masking.predict or phase.masking.rate for phase in phases],
+        parameters=_parameters(recipe),
+        state=run.status.get("state"),
+        ledger_head=run.ledger_head,
+        devices=run.devices,
+        ranks=run.lines[-1]["ranks"] if run.lines else None,
+        totals=totals,
+        budget=_budget(recipe, totals),
+        costs=RunCosts(
+            token_layers=totals["token_layers"],
+            flops_without_head=totals["flops"]["encoder"] + totals["flops"]["decoder"],
+            flops_with_head=totals["flops"]["total"],
+            device_seconds=totals["device_seconds"]["productive"],
+        ),
+        relative=RelativeCosts(**_relative(run), device_time=_relative_time(run, runs)),
+        questions=_questions(run),
+        held_out=evaluations[-1] if evaluations else None,
+        unigram=unigram(config.corpus, held_out_length(config), config.evaluate.samples),
+        evaluations=evaluations,
+        downstream=_downstream(run),
+        speed=_speed(run),
+    )
 
 
 def held_out_length(config: Config) -> int:
@@ -240,12 +253,12 @@ def _spent(line: Metrics) -> dict[str, Any]:
     return {name: line.get(name) for name in ("step", "flops", "tokens_seen", "device_hours", "kwh")}
 
 
-def _evaluation(line: Metrics) -> dict[str, Any]:
+def _evaluation(line: Metrics) -> Evaluation:
     scores = {name: line.get(f"held_out_{name}") for name in ("loss", "bits_per_byte", "accuracy")}
-    return {**_spent(line), **scores}
+    return Evaluation(**_spent(line), **scores)
 
 
-def _downstream(run: ReportedRun) -> list[dict[str, Any]]:
+def _downstream(run: ReportedRun) -> list[TaskScores]:
     """Return what each step that has some scores by each protocol, and what that step had cost.
 
     The score is the mean over the tasks, of which one with several metrics has their mean (as in GLUE); of
@@ -257,7 +270,7 @@ def _downstream(run: ReportedRun) -> list[dict[str, Any]]:
             groups.setdefault((one.protocol, one.step), []).append(one)
     lines = {line["step"]: line for line in run.metrics}
     return [
-        {**_spent(lines[step]), "protocol": protocol, **_mean_scores(scores)}
+        TaskScores(**_spent(lines[step]), protocol=protocol, **_mean_scores(scores))
         for (protocol, step), scores in sorted(groups.items())
         if step in lines
     ]
@@ -280,21 +293,19 @@ def _mean_scores(scores: Sequence[DownstreamScore]) -> dict[str, Any]:
 
 
 RATES = ("slots_per_second", "real_tokens_per_second", "predictions_per_second", "mfu", "step_seconds")
+"""In the order of SpeedPoint's fields."""
 SPEED_POINTS = 200
 
 
-def _speed(run: ReportedRun) -> list[dict[str, Any]]:
+def _speed(run: ReportedRun) -> list[SpeedPoint]:
     """Rates over the run: its logs, as medians of so many neighbours that 200 points remain at most."""
     logs = [line for line in run.metrics if "slots_per_second" in line]
     size = -(-len(logs) // SPEED_POINTS) or 1
     return [
-        {
-            **_spent(stretch[-1]),
-            **{
-                rate: _median([line[rate] for line in stretch if line.get(rate) is not None])
-                for rate in RATES
-            },
-        }
+        SpeedPoint(
+            *_spent(stretch[-1]).values(),
+            *(_median([line[rate] for line in stretch if line.get(rate) is not None]) for rate in RATES),
+        )
         for stretch in (logs[start : start + size] for start in range(0, len(logs), size))
     ]
 
@@ -303,22 +314,17 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _parameters(recipe: Recipe) -> dict[str, int]:
+def _parameters(recipe: Recipe) -> ParameterCounts:
     """Count the parameters that fine-tuning starts from, and those that only pre-training has."""
     parts = flops.parameters(recipe.config.model, recipe.vocab_size)
     kept = parts["encoder"] + parts["embeddings"]
-    return {"encoder": kept, "discarded": parts["total"] - kept, "total": parts["total"]}
+    return ParameterCounts(kept, parts["total"] - kept, parts["total"])
 
 
-def _budget(recipe: Recipe, totals: dict[str, Any]) -> dict[str, Any]:
+def _budget(recipe: Recipe, totals: dict[str, Any]) -> BudgetUse:
     budget, given = recipe.budget, recipe.config.budget
     relative_to = given.relative_to and f"{given.fraction:g} of {given.relative_to}"
-    return {
-        "unit": budget.unit,
-        "total": budget.total,
-        "spent": budget.spent(totals),
-        "relative_to": relative_to,
-    }
+    return BudgetUse(budget.unit, budget.total, budget.spent(totals), relative_to)
 
 
 # ---- costs against the baseline ------------------------------------------------------------------
@@ -368,7 +374,7 @@ def _is_baseline(other: ReportedRun, run: ReportedRun) -> bool:
 
 
 @cache
-def unigram(corpus: CorpusOptions, length: int, samples: int) -> dict[str, Any] | None:
+def unigram(corpus: CorpusOptions, length: int, samples: int) -> UnigramScore | None:
     """The score of guessing by frequency on a run's held-out windows; None if they cannot be opened."""
     if corpus.valid is None:
         return None
@@ -381,37 +387,32 @@ def unigram(corpus: CorpusOptions, length: int, samples: int) -> dict[str, Any] 
         )
     except UserError:
         return None
-    return {name: asdict(score)[name] for name in ("loss", "bits_per_byte", "accuracy")}
+    return UnigramScore(score.loss, score.bits_per_byte, score.accuracy)
 
 
-def _questions(run: ReportedRun) -> dict[str, Any]:
-    """What the held-out loss is an answer to, under the keys of `_QUESTIONS`; None where unknown."""
+def _questions(run: ReportedRun) -> HeldOutQuestions:
     scores = [line["held_out"] for line in run.lines if "held_out" in line]
     last = scores[-1] if scores else {}
-    known: dict[str, Any] = {
-        "seq_length": held_out_length(run.recipe.config),
+    known = HeldOutQuestions(
+        seq_length=held_out_length(run.recipe.config),
         **{name: last.get(name) for name in ("predicted_tokens", "tokenizer", "corpus")},
-    }
+    )
     try:
         manifest = load_manifest(run.recipe.config.corpus.valid or "")
     except UserError:
         return known
     hashed = manifest.tokenizer.hash if manifest.tokenizer else None
-    return {
-        **known,
-        "tokenizer": known["tokenizer"] or hashed,
-        "corpus": known["corpus"] or manifest.fingerprint,
-    }
+    return replace(known, tokenizer=known.tokenizer or hashed, corpus=known.corpus or manifest.fingerprint)
 
 
-def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:
+def _warnings(described: Sequence[RunReport]) -> list[str]:
     """What makes the losses of the runs incomparable, or leaves it unknown."""
-    scored = [run for run in described if run["held_out"]]
+    scored = [run for run in described if run.held_out]
     if len(scored) < 2:
         return []
     found = []
     for key, what in _QUESTIONS.items():
-        values = {run["name"]: run["questions"][key] for run in scored}
+        values = {run.name: getattr(run.questions, key) for run in scored}
         if len(set(values.values()) - {None}) > 1:
             listed = ", ".join(f"{name}: {_abbreviated(value)}" for name, value in values.items())
             found.append(f"The losses cannot be compared: the runs differ in {what} ({listed}).")
@@ -420,13 +421,13 @@ def _warnings(described: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _gone(runs: Sequence[ReportedRun], described: Sequence[dict[str, Any]]) -> list[str]:
+def _gone(runs: Sequence[ReportedRun], described: Sequence[RunReport]) -> list[str]:
     """What is not shown, as a run's held-out corpus cannot be opened."""
     return [
         f"{run.name}: its held-out corpus cannot be read at {prefix}{seen_from(prefix)}, so the score of"
         " guessing by frequency is not shown."
         for run, shown in zip(runs, described, strict=True)
-        if (prefix := run.recipe.config.corpus.valid) and shown["held_out"] and not shown["unigram"]
+        if (prefix := run.recipe.config.corpus.valid) and shown.held_out and not shown.unigram
     ]
 
 

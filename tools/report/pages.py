@@ -10,19 +10,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import PurePath
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from pretrain import terminal
+from tools.report.documents import Report, RunPoint, RunReport, TaskScores
 from tools.shared import outputs, plots, tables
-
-Described = dict[str, Any]  # one run of the document
 
 
 class Column(NamedTuple):
     """One figure of every run."""
 
     title: str
-    cell: Callable[[Described], str]
+    cell: Callable[[RunReport], str]
     meaning: str
 
 
@@ -61,76 +60,76 @@ def _hours(seconds: float) -> str:
     return f"{hours:,.1f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def _flops_of(part: str) -> Callable[[Described], str]:
+def _flops_of(part: str) -> Callable[[RunReport], str]:
     """Return the cell of the FLOPs of a part of the model."""
-    return lambda run: _scientific(run["totals"]["flops"][part])
+    return lambda run: _scientific(run.totals["flops"][part])
 
 
-def _hours_of(part: str) -> Callable[[Described], str]:
+def _hours_of(part: str) -> Callable[[RunReport], str]:
     """Return the cell of the device-hours that something took."""
-    return lambda run: _hours(run["totals"]["device_seconds"][part])
+    return lambda run: _hours(run.totals["device_seconds"][part])
 
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _tasks(scores: Sequence[Described]) -> str:
+def _tasks(scores: Sequence[TaskScores]) -> str:
     """The latest scores, each after the first word of its protocol."""
-    latest = {one["protocol"]: one for one in scores}
+    latest = {one.protocol: one for one in scores}
     found = []
     for protocol, one in latest.items():
-        spread = f" ({100 * one['low']:.1f} to {100 * one['high']:.1f})" if one["seeds"] > 1 else ""
-        found.append(f"{protocol.partition(':')[0]} {_share(one['score'])}{spread}".strip())
+        spread = f" ({100 * one.low:.1f} to {100 * one.high:.1f})" if one.seeds > 1 else ""
+        found.append(f"{protocol.partition(':')[0]} {_share(one.score)}{spread}".strip())
     return "; ".join(found) or NONE
 
 
-def _score(run: Described, part: str, name: str) -> str:
+def _score(run: RunReport, part: str, name: str) -> str:
     """A figure of the last evaluation (held_out) or of the unigram baseline, where there is one."""
-    value = run[part] and run[part][name]
+    value = getattr(getattr(run, part), name, None)
     if value is None:
         return NONE
     return _share(value) if name == "accuracy" else f"{value:.4f}"
 
 
-def _evaluated(run: Described) -> str:
-    return f"{run['held_out']['step']:,}" if run["held_out"] else "none yet"
+def _evaluated(run: RunReport) -> str:
+    return f"{run.held_out.step:,}" if run.held_out else "none yet"
 
 
-def _relative(run: Described, name: str) -> str:
-    value = run["relative"][name]
+def _relative(run: RunReport, name: str) -> str:
+    value = getattr(run.relative, name)
     return NONE if value is None else f"{value:.3f} x"
 
 
-def _size(run: Described) -> str:
-    return "{num_layers} x {hidden_size} {block}".format(**run["model"])
+def _size(run: RunReport) -> str:
+    return f"{run.model.num_layers} x {run.model.hidden_size} {run.model.block}"
 
 
-def _devices(run: Described) -> str:
-    return f"{run['ranks']} x {' / '.join(run['devices'])}" if run["ranks"] else NONE
+def _devices(run: RunReport) -> str:
+    return f"{run.ranks} x {' / '.join(run.devices)}" if run.ranks else NONE
 
 
-def _budget(run: Described) -> str:
-    budget = run["budget"]
-    words = f"{_scientific(budget['total'])} {_UNITS[budget['unit']]}"
-    share, _, other = (budget["relative_to"] or "").partition(" of ")
+def _budget(run: RunReport) -> str:
+    budget = run.budget
+    words = f"{_scientific(budget.total)} {_UNITS[budget.unit]}"
+    share, _, other = (budget.relative_to or "").partition(" of ")
     # The name alone: a whole path would push other columns off the page.
     return f"{words} ({share} of {plots.short(PurePath(other).name)})" if other else words
 
 
-def _left(run: Described) -> str:
-    budget = run["budget"]
-    return f"{_scientific(max(0.0, budget['total'] - budget['spent']))} {_UNITS[budget['unit']]}"
+def _left(run: RunReport) -> str:
+    budget = run.budget
+    return f"{_scientific(max(0.0, budget.total - budget.spent))} {_UNITS[budget.unit]}"
 
 
-def _energy(run: Described) -> str:
-    joules = run["totals"]["joules"]
+def _energy(run: RunReport) -> str:
+    joules = run.totals["joules"]
     return NONE if joules is None else f"{joules / 3.6e6:.4g} kWh"
 
 
-def _rate(run: Described, name: str, unit: str = "") -> str:
+def _rate(run: RunReport, name: str, unit: str = "") -> str:
     """The median over the run."""
-    values = [one[name] for one in run["speed"] if one[name] is not None]
+    values = [value for one in run.speed if (value := getattr(one, name)) is not None]
     if not values:
         return NONE
     value = statistics.median(values)
@@ -139,8 +138,10 @@ def _rate(run: Described, name: str, unit: str = "") -> str:
     return (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}") + unit
 
 
-def _ramp(shares: Sequence[float]) -> str:
+def _ramp(shares: Sequence[float] | None) -> str:
     """Return the first share and the last, where they differ."""
+    if not shares:
+        return NONE
     ends = dict.fromkeys(_share(share) for share in (shares[0], shares[-1]))
     return " to ".join(ends)
 
@@ -166,7 +167,7 @@ _UNITS = {
 RESULT = Table(
     "Held-out result",
     (
-        Column("method", lambda r: r["method"], "the combination of settings under its published name"),
+        Column("method", lambda r: r.method, "the combination of settings under its published name"),
         Column("step", _evaluated, "update after which this row was measured, the last one so far"),
         Column(
             "loss",
@@ -197,7 +198,7 @@ RESULT = Table(
         ),
         Column(
             "downstream",
-            lambda r: _tasks(r["downstream"]),
+            lambda r: _tasks(r.downstream),
             "mean score over the tasks at the latest step that has some, by each protocol, with the quartiles"
             " of several seeds (a dash: there are none)",
         ),
@@ -209,26 +210,26 @@ COSTS = Table(
     (
         Column(
             "token-layers",
-            lambda r: _scientific(r["costs"]["token_layers"]),
+            lambda r: _scientific(r.costs.token_layers),
             "products with weights in all layers, in units of one self-attention layer on one token; blind to"
             " attention scores and to the head",
         ),
         Column(VERSUS, lambda r: _relative(r, "token_layers"), ""),
         Column(
             "FLOPs without head",
-            lambda r: _scientific(r["costs"]["flops_without_head"]),
+            lambda r: _scientific(r.costs.flops_without_head),
             "model FLOPs of encoder and decoder, forward and backward, attention included",
         ),
         Column(VERSUS, lambda r: _relative(r, "flops_without_head"), ""),
         Column(
             "FLOPs with head",
-            lambda r: _scientific(r["costs"]["flops_with_head"]),
+            lambda r: _scientific(r.costs.flops_with_head),
             "those and the prediction head, which grows with the share of tokens predicted",
         ),
         Column(VERSUS, lambda r: _relative(r, "flops_with_head"), ""),
         Column(
             "update time",
-            lambda r: f"{_hours(r['costs']['device_seconds'])} h",
+            lambda r: f"{_hours(r.costs.device_seconds)} h",
             "measured device-hours of the updates that the model is made of, and of nothing else",
         ),
         Column(
@@ -245,16 +246,16 @@ COSTS = Table(
 WORK = Table(
     "Work",
     (
-        Column("steps", lambda r: _count(r["totals"]["steps"]), "updates that the model is made of"),
-        Column("sequences", lambda r: _count(r["totals"]["samples"]), "windows of text in these updates"),
+        Column("steps", lambda r: _count(r.totals["steps"]), "updates that the model is made of"),
+        Column("sequences", lambda r: _count(r.totals["samples"]), "windows of text in these updates"),
         Column(
             "tokens seen",
-            lambda r: _count(r["totals"]["tokens_seen"]),
+            lambda r: _count(r.totals["tokens_seen"]),
             "places in these windows, those that hold a [MASK] included",
         ),
         Column(
             "tokens predicted",
-            lambda r: _count(r["totals"]["tokens_predicted"]),
+            lambda r: _count(r.totals["tokens_predicted"]),
             "places that the training loss asks about",
         ),
         *(
@@ -300,7 +301,7 @@ SPEED = Table(
         ),
         Column(
             "peak memory",
-            lambda r: f"{r['totals']['peak_bytes'] / 2**30:.2f} GiB" if r["totals"]["peak_bytes"] else NONE,
+            lambda r: f"{r.totals['peak_bytes'] / 2**30:.2f} GiB" if r.totals["peak_bytes"] else NONE,
             "most that a rank has held: of a GPU's memory, or on a CPU of the host's",
         ),
     ),
@@ -311,25 +312,25 @@ ACCOUNT = Table(
     (
         Column(
             "state",
-            lambda r: r["state"] or "not begun",
+            lambda r: r.state or "not begun",
             "what the run last said of itself; one that was killed still says running",
         ),
         Column("budget", _budget, "what the run may spend"),
         Column(
             "used",
-            lambda r: _share(r["budget"]["spent"] / r["budget"]["total"]),
+            lambda r: _share(r.budget.spent / r.budget.total),
             "share of it that is spent; an update that would exceed it is not begun",
         ),
         Column("left", _left, "what is left of it"),
         Column("device", _devices, "ranks of the last attempt, and what each of them drives"),
         Column(
             "device-hours",
-            lambda r: _hours(r["totals"]["device_seconds"]["total"]),
+            lambda r: _hours(r.totals["device_seconds"]["total"]),
             "ranks x hours from start to exit, over all attempts, whatever the time went into",
         ),
         Column(
             "ledger",
-            lambda r: (r["ledger_head"] or "-")[:16],
+            lambda r: (r.ledger_head or "-")[:16],
             "hash of the newest line of its ledger, which stands for all before it: `tools.ledger check RUN"
             " --head HASH` says whether a ledger is still that one",
         ),
@@ -341,8 +342,8 @@ ACCOUNT = Table(
         Column(
             "metered",
             lambda r: (
-                _share(r["totals"]["metered_device_seconds"] / r["totals"]["device_seconds"]["total"])
-                if r["totals"]["joules"] is not None
+                _share(r.totals["metered_device_seconds"] / r.totals["device_seconds"]["total"])
+                if r.totals["joules"] is not None
                 else NONE
             ),
             "share of the device-hours in which a sensor was read; imports before the first reading are not",
@@ -353,7 +354,7 @@ ACCOUNT = Table(
 HOURS = Table(
     "Where the device-hours went",
     (
-        Column("attempts", lambda r: f"{r['totals']['attempts']}", "how often the run was started"),
+        Column("attempts", lambda r: f"{r.totals['attempts']}", "how often the run was started"),
         *(
             Column(name, _hours_of(part), meaning)
             for part, name, meaning in (
@@ -366,12 +367,12 @@ HOURS = Table(
         ),
         Column(
             "lost hours",
-            lambda r: _hours(r["totals"]["device_seconds"]["lost"]),
+            lambda r: _hours(r.totals["device_seconds"]["lost"]),
             "of work that was gone after a crash and done again",
         ),
         Column(
             "lost FLOPs",
-            lambda r: _scientific(r["totals"]["lost_flops"]),
+            lambda r: _scientific(r.totals["lost_flops"]),
             "FLOPs of that work, in no other column",
         ),
     ),
@@ -381,21 +382,21 @@ MODEL = Table(
     "Model",
     (
         Column("encoder", _size, "layers x width, and the kind of block"),
-        Column("length", lambda r: _in_turn(r["seq_length"]), "tokens of a training sequence"),
-        Column("batch", lambda r: _in_turn(r["batch_size"]), "sequences of an update"),
+        Column("length", lambda r: _in_turn(r.seq_length), "tokens of a training sequence"),
+        Column("batch", lambda r: _in_turn(r.batch_size), "sequences of an update"),
         Column(
             "predicted",
-            lambda r: _ramp(r["predicted_shares"]),
+            lambda r: _ramp(r.predicted_shares),
             "share of them that the training loss asks about",
         ),
         Column(
             "encoder parameters",
-            lambda r: _count(r["parameters"]["encoder"]),
+            lambda r: _count(r.parameters.encoder),
             "embeddings and encoder layers: what fine-tuning starts from",
         ),
         Column(
             "discarded parameters",
-            lambda r: _count(r["parameters"]["discarded"]),
+            lambda r: _count(r.parameters.discarded),
             "decoder, mask vector and prediction head: what fine-tuning does not use",
         ),
     ),
@@ -408,15 +409,16 @@ def _meanings(table: Table) -> list[tuple[str, str]]:
     return [(column.title, column.meaning) for column in table.columns if column.meaning]
 
 
-def _subtitle(document: dict[str, Any]) -> str:
-    runs = document["runs"]
-    when = document["time"].replace("T", " ").replace("+00:00", " UTC")
-    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, as of {when}, LateMask {document['version']}"
+def _subtitle(document: Report) -> str:
+    runs = document.runs
+    when = document.time.replace("T", " ").replace("+00:00", " UTC")
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, as of {when}, LateMask {document.version}"
 
 
 # ---- figures -------------------------------------------------------------------------------------
 
-Points = list[dict[str, Any]]  # what was measured of a run, and what it had cost then
+Points = Sequence[RunPoint]
+"""What was measured of a run, and what it had cost then."""
 
 
 class Axis(NamedTuple):
@@ -448,25 +450,23 @@ class ReportMeasure(NamedTuple):
     key: str
     name: str
     label: str
-    points: Callable[[Described], Points]
+    points: Callable[[RunReport], Points]
     factor: float = 1.0
 
 
 QUALITIES = (
-    ReportMeasure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r["evaluations"]),
-    ReportMeasure(
-        "accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r["evaluations"], 100.0
-    ),
+    ReportMeasure("loss", "Held-out loss", "held-out loss (nats)", lambda r: r.evaluations),
+    ReportMeasure("accuracy", "Held-out accuracy", "held-out accuracy (%)", lambda r: r.evaluations, 100.0),
 )
 RATES = (
-    ReportMeasure("slots_per_second", "Throughput", "slots a second", lambda r: r["speed"]),
-    ReportMeasure("mfu", "MFU", "MFU (%)", lambda r: r["speed"], 100.0),
+    ReportMeasure("slots_per_second", "Throughput", "slots a second", lambda r: r.speed),
+    ReportMeasure("mfu", "MFU", "MFU (%)", lambda r: r.speed, 100.0),
 )
 
 
-def _qualities(runs: Sequence[Described]) -> list[ReportMeasure]:
+def _qualities(runs: Sequence[RunReport]) -> list[ReportMeasure]:
     """Held-out loss and accuracy, and what was scored on tasks, each protocol apart: they do not compare."""
-    protocols = sorted({one["protocol"] for run in runs for one in run["downstream"]})
+    protocols = sorted({one.protocol for run in runs for one in run.downstream})
     return [*QUALITIES, *map(_of_protocol, protocols)]
 
 
@@ -476,17 +476,17 @@ def _of_protocol(protocol: str) -> ReportMeasure:
         "score",
         f"{protocol or 'downstream'} score",
         f"{name} (%)",
-        lambda run: [one for one in run["downstream"] if one["protocol"] == protocol],
+        lambda run: [one for one in run.downstream if one.protocol == protocol],
         100.0,
     )
 
 
-def _points(run: Described, measure: ReportMeasure, axis: Axis) -> Points:
+def _points(run: RunReport, measure: ReportMeasure, axis: Axis) -> Points:
     """Those that have both figures."""
     return [
         one
         for one in measure.points(run)
-        if one.get(measure.key) is not None and one.get(axis.key) is not None
+        if getattr(one, measure.key) is not None and getattr(one, axis.key) is not None
     ]
 
 
@@ -503,27 +503,26 @@ def _scaled(axis: Axis, values: Sequence[Sequence[float]]) -> tuple[str, list[li
     return label, [[value * scale for value in row] for row in values]
 
 
-def _measured(runs: Sequence[Described], measures: Sequence[ReportMeasure]) -> list[ReportMeasure]:
+def _measured(runs: Sequence[RunReport], measures: Sequence[ReportMeasure]) -> list[ReportMeasure]:
     """Those that some run has; the first of them always."""
     found = [measure for measure in measures if any(_points(run, measure, AXES[2]) for run in runs)]
     return found or [measures[0]]
 
 
-def _axes(runs: Sequence[Described]) -> list[Axis]:
+def _axes(runs: Sequence[RunReport]) -> list[Axis]:
     """Without energy, where nobody measured it."""
     return [
         axis for axis in AXES if axis.key != "kwh" or any(_points(run, QUALITIES[0], axis) for run in runs)
     ]
 
 
-def _levels(runs: Sequence[Described], measure: ReportMeasure) -> list[plots.Level]:
+def _levels(runs: Sequence[RunReport], measure: ReportMeasure) -> list[plots.Level]:
     """Unigram baselines: one where the runs share it."""
     by_value: dict[float, list[str]] = {}
     for run in runs:
-        if run["unigram"] and measure.key in run["unigram"]:
-            by_value.setdefault(round(measure.factor * run["unigram"][measure.key], 4), []).append(
-                run["name"]
-            )
+        value = getattr(run.unigram, measure.key, None)
+        if value is not None:
+            by_value.setdefault(round(measure.factor * value, 4), []).append(run.name)
     if len(by_value) == 1:
         return [plots.Level("unigram", value) for value in by_value]
     return [
@@ -533,23 +532,23 @@ def _levels(runs: Sequence[Described], measure: ReportMeasure) -> list[plots.Lev
 
 
 def _drawn(
-    runs: Sequence[Described], rows: Sequence[ReportMeasure], columns: Sequence[Axis], kind: str
+    runs: Sequence[RunReport], rows: Sequence[ReportMeasure], columns: Sequence[Axis], kind: str
 ) -> bytes:
     """A grid of panels; those of a row share their vertical scale."""
     figure, panels = plots.grid(len(columns), len(rows))
     for row, measure in zip(panels, rows, strict=True):
         for number, (panel, axis) in enumerate(zip(row, columns, strict=True)):
             found = [_points(run, measure, axis) for run in runs]
-            label, places = _scaled(axis, [[one[axis.key] for one in points] for points in found])
+            label, places = _scaled(axis, [[getattr(one, axis.key) for one in points] for points in found])
             lines = [
                 plots.Line(
-                    run["name"],
+                    run.name,
                     x,
-                    [measure.factor * one[measure.key] for one in points],
+                    [measure.factor * getattr(one, measure.key) for one in points],
                     [
-                        (measure.factor * one["low"], measure.factor * one["high"])
+                        (measure.factor * one.low, measure.factor * one.high)
                         for one in points
-                        if "low" in one
+                        if isinstance(one, TaskScores)
                     ],
                 )
                 for run, x, points in zip(runs, places, found, strict=True)
@@ -562,16 +561,16 @@ def _drawn(
     return plots.encode(figure, kind)
 
 
-def picture(document: dict[str, Any]) -> bytes:
+def picture(document: Report) -> bytes:
     """loss.png: held-out loss, accuracy and downstream score against what they cost."""
-    runs = document["runs"]
+    runs = document.runs
     with plots.theme("light"):
         return _drawn(runs, _measured(runs, _qualities(runs)), _axes(runs), "png")
 
 
-def speed_picture(document: dict[str, Any]) -> bytes:
+def speed_picture(document: Report) -> bytes:
     """speed.png: throughput and MFU over the run."""
-    runs = document["runs"]
+    runs = document.runs
     with plots.theme("light"):
         return _drawn(runs, _measured(runs, RATES), [AXES[2]], "png")
 
@@ -579,16 +578,16 @@ def speed_picture(document: dict[str, Any]) -> bytes:
 # ---- the terminal ------------------------------------------------------------------------------
 
 
-def show(document: dict[str, Any], stream: IO[str]) -> None:
+def show(document: Report, stream: IO[str]) -> None:
     """The tables, without the meanings of their columns, for a terminal."""
     for table in TABLES:
-        print(f"{table.title}\n\n{_text_table(table, document['runs'])}\n", file=stream)
+        print(f"{table.title}\n\n{_text_table(table, document.runs)}\n", file=stream)
 
 
-def _text_table(table: Table, runs: Sequence[Described]) -> str:
+def _text_table(table: Table, runs: Sequence[RunReport]) -> str:
     """In as many parts, one below the other, as it takes to keep within a terminal; a cost and its ratio
     are not torn apart."""
-    columns = [["run", *(plots.short(run["name"]) for run in runs)]]
+    columns = [["run", *(plots.short(run.name) for run in runs)]]
     columns += [[column.title, *(column.cell(run) for run in runs)] for column in table.columns]
     bound = [number for number, (title, *_) in enumerate(columns) if title == VERSUS]
     width = min(TERMINAL, terminal.columns() or TERMINAL)
@@ -598,12 +597,12 @@ def _text_table(table: Table, runs: Sequence[Described]) -> str:
 # ---- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: Report) -> str:
     """report.md; it shows the pictures beside it."""
     parts = [f"{outputs.MARKDOWN_MARK}\n# Pre-training report\n\n{_subtitle(document)}"]
-    parts += [f"> **Warning:** {_plain(warning)}" for warning in document["warnings"]]
+    parts += [f"> **Warning:** {_plain(warning)}" for warning in document.warnings]
     for table in TABLES:
-        parts += [f"## {table.title}", tables.markdown(_rows(table.columns, document["runs"]))]
+        parts += [f"## {table.title}", tables.markdown(_rows(table.columns, document.runs))]
         parts.append("\n".join(f"* **{title}**: {meaning}." for title, meaning in _meanings(table)))
         if table is RESULT:
             parts.append("![Held-out loss and accuracy against what they cost](loss.png)")
@@ -612,15 +611,15 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def columns(document: dict[str, Any], titles: Sequence[str]) -> list[list[str]]:
+def columns(document: Report, titles: Sequence[str]) -> list[list[str]]:
     """Return some columns of the tables, of whichever table has them, as rows for a page."""
     known = {column.title: column for table in TABLES for column in table.columns}
-    return _rows([known[title] for title in titles], document["runs"])
+    return _rows([known[title] for title in titles], document.runs)
 
 
-def _rows(chosen: Sequence[Column], runs: Sequence[Described]) -> list[list[str]]:
+def _rows(chosen: Sequence[Column], runs: Sequence[RunReport]) -> list[list[str]]:
     rows = [["run", *(column.title for column in chosen)]]
-    rows += [[run["name"], *(column.cell(run) for column in chosen)] for run in runs]
+    rows += [[run.name, *(column.cell(run) for column in chosen)] for run in runs]
     return [[_plain(word) for word in row] for row in rows]
 
 
@@ -665,13 +664,13 @@ img { display: block; width: 100%; max-width: 40rem; height: auto; }
 """
 
 
-def html(document: dict[str, Any]) -> str:
+def html(document: Report) -> str:
     """report.html: style and figures inside, nothing fetched, no script."""
-    runs = document["runs"]
+    runs = document.runs
     body = [f'<h1>Pre-training report</h1>\n<p class="subtitle">{escape(_subtitle(document))}</p>']
-    body += [f'<p class="warning">{escape(warning)}</p>' for warning in document["warnings"]]
+    body += [f'<p class="warning">{escape(warning)}</p>' for warning in document.warnings]
     for table in TABLES:
-        body += [f"<h2>{table.title}</h2>", _html_table(table, document["runs"])]
+        body += [f"<h2>{table.title}</h2>", _html_table(table, document.runs)]
         if table is RESULT:
             body.append(_html_figures(runs, _measured(runs, _qualities(runs)), _axes(runs)))
         if table is SPEED:
@@ -692,10 +691,10 @@ def html(document: dict[str, Any]) -> str:
     )
 
 
-def _html_table(table: Table, runs: Sequence[Described]) -> str:
+def _html_table(table: Table, runs: Sequence[RunReport]) -> str:
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in table.columns)
     rows = [
-        f'<tr><th scope="row"><span>{escape(run["name"])}</span></th>'
+        f'<tr><th scope="row"><span>{escape(run.name)}</span></th>'
         + "".join(map(_html_cell, (column.cell(run) for column in table.columns)))
         + "</tr>"
         for run in runs
@@ -715,7 +714,7 @@ def _html_cell(text: str) -> str:
     return f"<td{kind}>{escape(text)}</td>"
 
 
-def _html_figures(runs: Sequence[Described], measures: Sequence[ReportMeasure], axes: Sequence[Axis]) -> str:
+def _html_figures(runs: Sequence[RunReport], measures: Sequence[ReportMeasure], axes: Sequence[Axis]) -> str:
     """A figure a panel, so that they stack on a phone, each in both themes."""
     figures = []
     for measure in measures:

@@ -15,13 +15,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pretrain import __version__, streams
 from pretrain.errors import UserError
 from pretrain.files import check_name
+from tools.shared import documents
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -279,8 +279,8 @@ def printable(text: str) -> str:
 
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
-    finite = json.loads(json.dumps(document, default=asdict), parse_constant=lambda name: None)
-    print(json.dumps(finite, indent=1))
+    finite = json.loads(documents.to_json(document), parse_constant=lambda name: None)
+    print(documents.to_json(finite))
 
 
 def _below(console: "Console") -> dict[str, Any]:
