@@ -74,6 +74,19 @@ def truncate_torn_line(path: Path) -> bytes:
     return data[whole:]
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line, whole and on disk, whoever else does so; one that a kill has torn stays one of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # On network file systems appends of several machines would run into each other without a lock.
+    with named(path), path.open("a+b") as file, locked(file, path):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(f"{chr(10) * torn}{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def check_name(name: str) -> None:
     """Raise UserError for a name whose bytes are no characters here: no manifest or config could hold it."""
     try:

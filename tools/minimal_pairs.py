@@ -18,6 +18,7 @@ import json
 import lzma
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from pretrain.files import named
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.tables import aligned, table_files, write_table
+from tools.shared.unfinished import Unfinished, key_of
 from tools.text.compression import decompressed
 from tools.text.readers import to_utf8
 
@@ -190,30 +192,56 @@ def pseudo_log_likelihoods(
     return scores
 
 
-def score_pairs(encoder: "Encoder", pairs: Sequence[Pair], metric: str) -> list[Scored]:
-    """Return the pairs with their scores; a sentence that occurs in several is scored once."""
-    numbers = dict[tuple[int, ...], int]()
-    sentences = list["Tokens"]()
+def score_pairs(
+    encoder: "Encoder", pairs: Sequence[Pair], metric: str, known: Unfinished | None = None
+) -> list[Scored]:
+    """Return the pairs with their scores, paradigm by paradigm; sentences that read alike are scored once.
 
-    def number_of(text: str, place: str) -> int:
-        tokens = encoder.tokens(text)
-        if len(tokens.ids) > encoder.max_length:
-            raise UserError(
-                f"{place}: a sentence of {len(tokens.ids)} tokens, where {encoder.name} takes"
-                f" {encoder.max_length}; leave it out"
-            )
-        number = numbers.setdefault(tuple(tokens.ids), len(sentences))
-        if number == len(sentences):
-            sentences.append(tokens)
-        return number
-
-    places = [(number_of(pair.good, pair.place), number_of(pair.bad, pair.place)) for pair in pairs]
-    count = sum(word is not None for tokens in sentences for word in tokens.words)
+    known: the scores of paradigms that are had already, to which the others are added.
+    """
+    known = Unfinished(None, NAME) if known is None else known
+    ids, first = dict[str, _Ids](), dict[_Ids, tuple[tuple[str, str], "Tokens"]]()
+    for pair in pairs:
+        for text in (pair.good, pair.bad):
+            tokens = _tokens(encoder, text, pair.place)
+            ids[text] = tuple(tokens.ids)
+            first.setdefault(ids[text], ((pair.data, pair.paradigm), tokens))
+    paradigms = defaultdict[tuple[str, str], dict[_Ids, "Tokens"]](dict)
+    for each, (paradigm, tokens) in first.items():
+        paradigms[paradigm][each] = tokens
+    scores = dict[_Ids, float]()
+    todo = {key_of(encoder.fingerprint, metric, list(each)): each for each in paradigms.values()}
+    left = [tokens for name, each in todo.items() if name not in known for tokens in each.values()]
+    count = sum(word is not None for tokens in left for word in tokens.words)
     with console.counter(f"score {Path(encoder.name).name}", count, "tokens") as done:
-        scores = pseudo_log_likelihoods(encoder, sentences, metric, done)
-    if not all(map(math.isfinite, scores)):
+        for name, sentences in todo.items():
+            if name not in known:
+                known[name] = _finite(encoder, list(sentences.values()), metric, done)
+            scores |= zip(sentences, known[name], strict=True)
+    return [Scored(pair, scores[ids[pair.good]], scores[ids[pair.bad]]) for pair in pairs]
+
+
+_Ids = tuple[int, ...]
+
+
+def _finite(
+    encoder: "Encoder", sentences: Sequence["Tokens"], metric: str, done: Callable[[int], None]
+) -> list[float]:
+    found = pseudo_log_likelihoods(encoder, sentences, metric, done)
+    if not all(map(math.isfinite, found)):
         raise UserError(f"{encoder.name}: some of its scores are no numbers; its weights are broken")
-    return [Scored(pair, scores[good], scores[bad]) for pair, (good, bad) in zip(pairs, places, strict=True)]
+    return found
+
+
+def _tokens(encoder: "Encoder", text: str, place: str) -> "Tokens":
+    """Return the tokens of a sentence; UserError if there are more than the model takes."""
+    tokens = encoder.tokens(text)
+    if len(tokens.ids) > encoder.max_length:
+        raise UserError(
+            f"{place}: a sentence of {len(tokens.ids)} tokens, where {encoder.name} takes"
+            f" {encoder.max_length}; leave it out"
+        )
+    return tokens
 
 
 # ---- shares --------------------------------------------------------------------------------------
@@ -268,11 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in args.models:
         if folder := model if is_run(model, args.checkpoint) else args.output:
             downstream.check(folder)
-    rows, scored = list[Share](), list[dict[str, Any]]()
+    rows, scored, known = list[Share](), list[dict[str, Any]](), Unfinished(args.output, NAME)
     for model, label in console.labels(args.models).items():
         encoder = open_encoder(model, args.checkpoint, head=True)
         folder = args.output if encoder.step is None else model
-        found = score_pairs(encoder, pairs, args.metric)
+        found = score_pairs(encoder, pairs, args.metric, known)
         rows += (of_model := shares(label, encoder.step, found, args.metric))
         scored += [{"model": label, **_line(each)} for each in found]
         if folder:
@@ -281,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_table(Path(args.output), NAME, [asdict(row) for row in rows], FIELDS)
         lines = "".join(json.dumps(line) + "\n" for line in scored)
         outputs.write(Path(args.output) / LINES, lines, LINE_FIELDS)
+    known.finish()
     if args.json:
         console.print_json(rows)
     else:
@@ -307,7 +336,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output",
         metavar="DIR",
         help="folder for the table (CSV, JSON), each pair's scores, and downstream.jsonl of folders that are"
-        " no runs (runs keep their own)",
+        " no runs (runs keep their own); with it a command that was interrupted goes on",
     )
     return parser.parse_args(arguments)
 

@@ -27,6 +27,7 @@ from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.metrics import scored
 from tools.shared.tables import aligned, table_files, write_table
+from tools.shared.unfinished import Unfinished, key_of
 from tools.text import glue
 
 if TYPE_CHECKING:
@@ -230,21 +231,34 @@ def choose(features: Array, targets: Sequence[float], held_out: Sequence[int], t
     return Probe(fit(features, targets, strength, task.is_regression), strength, guesses)
 
 
-def probe(encoder: "Encoder", label: str, weights: str, data: ProbeData) -> list[Result]:
-    """Return the scores of all layers of an encoder on a task."""
-    name = f"{data.task.name}, {label}{' (random)' if weights == RANDOM else ''}"
-    found = Features(encoder, data, f"encode {name}")
-    places = [(MEAN, layer) for layer in range(found.layers)]
-    places += [(FIRST, layer) for layer in range(1, found.layers)]  # 0: the same whatever the text is
-    results = list[Result]()
-    with console.counter(f"fit {name}", len(places), "probes") as done:
-        for states, layer in places:
-            results += _probed(found, data, _About(label, encoder.step, weights, states, layer, found.cut))
-            done(1)
+def probe(
+    encoder: "Encoder", label: str, weights: str, data: ProbeData, known: Unfinished | None = None
+) -> list[Result]:
+    """Return the scores of all layers of an encoder on a task.
+
+    known: the results that are had already, to which the others are added.
+    """
+    known = Unfinished(None, NAME) if known is None else known
+    import torch  # start-up time
+
+    text = encoder.cut(encoder.tokens(next(data.texts())))
+    layers = range(len(encoder.states(torch.tensor([text.ids]))))
+    places = [(MEAN, layer) for layer in layers]
+    places += [(FIRST, layer) for layer in layers[1:]]  # 0: the same whatever the text is
     if data.task.is_regression and len(data.task.texts) == 2:
-        for layer in range(found.layers):
-            results += _cosines(found, data, _About(label, encoder.step, weights, COSINE, layer, found.cut))
-    return results
+        places += [(COSINE, layer) for layer in layers]
+    begin = key_of(encoder.fingerprint, label, encoder.step, weights, data)
+    keys = {key_of(begin, *place): place for place in places}
+    if todo := {name: place for name, place in keys.items() if name not in known}:
+        title = f"{data.task.name}, {label}{' (random)' if weights == RANDOM else ''}"
+        found = Features(encoder, data, f"encode {title}")
+        with console.counter(f"fit {title}", len(todo), "probes") as done:
+            for name, (states, layer) in todo.items():
+                about = _About(label, encoder.step, weights, states, layer, found.cut)
+                results = (_cosines if states == COSINE else _probed)(found, data, about)
+                known[name] = [asdict(each) for each in results]
+                done(1)
+    return [Result(**each) for name in keys for each in known[name]]
 
 
 @dataclass(frozen=True)
@@ -420,17 +434,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for model in args.models:
         downstream.check(model if is_run(model, args.checkpoint) else args.output)
-    results = [result for each in data for result in majority(each)]
+    results, known = [result for each in data for result in majority(each)], Unfinished(args.output, NAME)
     for model, label in console.labels(args.models).items():
         encoder = open_encoder(model, args.checkpoint)
         folder = args.output if encoder.step is None else model
-        found = [result for each in data for result in probe(encoder, label, TRAINED, each)]
+        found = [result for each in data for result in probe(encoder, label, TRAINED, each, known)]
         downstream.record(folder, _downstream(found, model, args.train_rows, encoder.averaged))
         untrained = encoder.untrained(args.seed)
         results += found
-        results += [result for each in data for result in probe(untrained, label, RANDOM, each)]
+        results += [result for each in data for result in probe(untrained, label, RANDOM, each, known)]
     write_table(args.output, NAME, [asdict(result) for result in results], FIELDS)
     outputs.write(picture, figure(results))
+    known.finish()
     if args.json:
         console.print_json(results)
     else:
@@ -461,7 +476,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path("probe"),
         metavar="DIR",
-        help="folder for table and picture, and downstream.jsonl of folders that are no runs (%(default)s)",
+        help="folder for table and picture, and downstream.jsonl of folders that are no runs (%(default)s);"
+        " a command that was interrupted goes on",
     )
     return parser.parse_args(arguments)
 

@@ -92,6 +92,19 @@ def test_random_weights_are_drawn_by_their_seed(runs: dict[str, Path], which: st
     assert not torch.allclose(first, encoder.states(ids)[-1])
 
 
+def test_a_fingerprint_is_of_weights_and_tokenizer(runs: dict[str, Path], tmp_path: Path) -> None:
+    for path in (runs["late"], runs["mlm"] / "export"):
+        encoder = open_encoder(str(path))
+        copy = shutil.copytree(path, tmp_path / path.name / "copy")
+        assert open_encoder(str(copy)).fingerprint == encoder.fingerprint
+        random = [encoder.untrained(seed).fingerprint for seed in (1, 1, 2)]
+        assert random[0] == random[1] and len({*random, encoder.fingerprint}) == 3
+    settings = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["normalizer"] = {"type": "Lowercase"}
+    (copy / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert open_encoder(str(copy)).fingerprint != encoder.fingerprint
+
+
 def test_texts_are_cut_before_their_end(runs: dict[str, Path]) -> None:
     encoder = open_encoder(str(runs["mlm"]))
     tokens = encoder.tokens(" ".join([TEXT] * 3))

@@ -175,6 +175,37 @@ def test_the_program_writes_the_table_and_the_line_of_the_run_once(
     assert "within_word_l2r" in table and "    inversion" in table
 
 
+def test_what_was_interrupted_goes_on(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """A model without a head ends the command after the other's scores: these are not computed again."""
+    shutil.copytree(runs["mlm"] / "export", tmp_path / "second")
+    weights = tmp_path / "second" / "model.safetensors"
+    whole = weights.read_bytes()
+    for name in ("first", "again"):
+        shutil.copytree(runs["late"] / "export", tmp_path / name / "export")
+    words = [str(tmp_path / "second"), "--data", str(data), "--output"]
+    expected = tmp_path / "uninterrupted"
+    minimal_pairs.main([str(tmp_path / "first" / "export"), *words, str(expected)])
+    weights.write_bytes(b"")
+    out, partial = tmp_path / "out", tmp_path / "out" / ".minimal_pairs.unfinished"
+    with pytest.raises(UserError, match="second: transformers cannot load it"):
+        minimal_pairs.main([str(tmp_path / "first" / "export"), *words, str(out)])
+    assert not (out / "pairs.jsonl").exists()
+    weights.write_bytes(whole)
+    known = [json.loads(line) for line in partial.read_text(encoding="ascii").splitlines()]
+    assert len(known) == 3  # paradigms
+    known[0][1][0] -= 100  # had it been computed, it would not be this one
+    torn = json.dumps(known[2])[:-4]
+    partial.write_text("\n".join([json.dumps(known[0]), json.dumps(known[1]), torn]), encoding="ascii")
+    minimal_pairs.main([str(tmp_path / "again" / "export"), *words, str(out)])
+    assert not partial.exists()
+    found, wanted = (
+        [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in (out, expected)
+    )
+    wanted[0]["score_good"] -= 100
+    assert found == wanted
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

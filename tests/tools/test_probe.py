@@ -178,6 +178,36 @@ def test_the_program_records_each_run_once(
     assert "random weights" in capsys.readouterr().out
 
 
+def test_what_was_interrupted_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
+    """A second encoder that cannot be loaded ends the command: layers of the first are not fitted again."""
+    second = tmp_path / "second"
+    shutil.copytree(run / "export", second)
+    weights = second / "model.safetensors"
+    whole = weights.read_bytes()
+    words = [str(run), str(second), "--data", str(data), "--tasks", "STS-B", "--output"]
+    assert probe.main([*words, str(tmp_path / "uninterrupted")]) == 0
+    weights.write_bytes(b"")
+    with pytest.raises(UserError, match="second: transformers cannot load it"):
+        probe.main([*words, str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "probe.csv").exists()
+    weights.write_bytes(whole)
+    partial = tmp_path / "out" / ".probe.unfinished"
+    known = [json.loads(line) for line in partial.read_text(encoding="ascii").splitlines()]
+    assert len(known) == 2 * (3 + 2 + 3)  # trained and random; means, firsts and cosines
+    known[0][1][0]["score"] = 0.125  # had it been fitted, it would not be this one
+    kept = [json.dumps(line) for line in known if line[1][0]["layer"] != 2]
+    partial.write_text("\n".join([*kept, kept[0][:9]]), encoding="ascii")
+    assert probe.main([*words, str(tmp_path / "out")]) == 0
+    assert not partial.exists()
+    found, wanted = (
+        json.loads((tmp_path / name / "probe.json").read_text(encoding="utf-8"))
+        for name in ("out", "uninterrupted")
+    )
+    place = next(i for i, row in enumerate(found) if row["score"] == 0.125)
+    assert (found[place]["states"], found[place]["layer"], found[place]["weights"]) == (MEAN, 0, TRAINED)
+    assert found[:place] + found[place + 1 :] == wanted[:place] + wanted[place + 1 :]
+
+
 def test_mistakes_are_told_before_anything_is_computed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ lines alone.
 
 import hashlib
 import json
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import locked, named
+from pretrain.files import append_line
 from tools.finetune.task import FinetuneTask
 from tools.text.glue import drawn
 
@@ -125,16 +124,7 @@ def read_runs(path: Path) -> list[FinetuneRun]:
 def append(path: Path, run: FinetuneRun) -> None:
     """Add a run's line, whole, whoever else does so."""
     record = asdict(run)
-    line = json.dumps(record.pop("cell") | record, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # On network file systems appends of several machines would run into each other without a lock.
-    with named(path), path.open("a+b") as file, locked(file, path):
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(f"{chr(10) * torn}{line}".encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, json.dumps(record.pop("cell") | record, allow_nan=False))
 
 
 def rows_of(task: FinetuneTask, cell: Cell) -> tuple[list[Any], list[Any]]:

@@ -10,9 +10,11 @@ The trap: transformers fills what a folder has not with random weights and goes 
 head of a masked LM would be scored by noise; missing weights are errors here.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +57,20 @@ class Encoder(ABC):
     max_length: int
     mask_id: int
     device: torch.device
+    _model: Any
+    _settings: str
+    """The model's config and its tokenizer."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that its answers depend on, whatever file or seed the weights are of."""
+        digest = hashlib.blake2b(f"{self.max_length} {self._settings}".encode(), digest_size=16)
+        for name, tensor in self._model.state_dict().items():
+            if "pooler" in name:  # drawn where a folder has none, and not used here
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @abstractmethod
     def tokens(self, text: str) -> Tokens:
@@ -131,6 +147,7 @@ class _Run(Encoder):
         self.max_length, self.mask_id = run.config.train.seq_length, run.tokenizer.mask
         self.device = _device()
         self._model = run.model.to(self.device)
+        self._settings = f"{run.config.model} {run.tokenizer.hash}"
         self._json: Any = None
         if run.tokenizer.kind == "json":  # it cuts punctuation off words, as only the package tells
             self._json = read_json_tokenizer(run.tokenizer.path, run.tokenizer.content)
@@ -175,6 +192,7 @@ class _HuggingFace(Encoder):
         self.max_length = min(tokenizer.model_max_length, positions(model))
         self.device = _device()
         self._model = model.eval().to(self.device)
+        self._settings = f"{model.config.to_json_string()} {tokenizer.backend_tokenizer.to_str()}"
 
     @classmethod
     def load(cls, path: str, head: bool) -> "_HuggingFace":
