@@ -20,6 +20,7 @@ from pretrain.errors import UserError
 from tests.support.runs import finish
 from tools import probe
 from tools.export import __main__ as export
+from tools.finetune import train
 from tools.probe import COSINE, FIRST, MEAN, RANDOM, TRAINED, Features, ProbeData
 from tools.shared import downstream
 from tools.shared.encoders import open_encoder
@@ -209,7 +210,7 @@ def test_what_was_interrupted_goes_on(run: Path, data: Path, tmp_path: Path) -> 
 
 
 def test_mistakes_are_told_before_anything_is_computed(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mistake(*words: str) -> str:
         with pytest.raises(UserError) as caught:
@@ -222,6 +223,12 @@ def test_mistakes_are_told_before_anything_is_computed(
     write(tmp_path, "SST-2", ["sentence", "label"], [("a", "0")] * 9 + [("b", "2")])
     assert "SST-2/train.tsv:8: label is '2'" in mistake("--data", str(tmp_path))
     assert "nowhere: neither a run" in mistake("--data", str(data))
+    late = tmp_path / "late"
+    export.main([str(run), "--with-decoder", "--output", str(late)])
+    with pytest.raises(UserError, match="late: has its decoder, which only minimal_pairs takes; name"):
+        probe.main([str(late), "--data", str(data), "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="late: has its decoder"):
+        train.load_model(str(late), "SequenceClassification", {}, 0, False)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert "sklearn: not installed; pip install" in mistake("--data", str(data))
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from pretrain.errors import UserError
 from tools.finetune.task import IGNORED
-from tools.shared.encoders import refuse_made_up
+from tools.shared.encoders import refuse_decoder, refuse_made_up
 
 WARMUP, WEIGHT_DECAY, CLIP = 0.06, 0.1, 1.0
 BETAS, EPSILON = (0.9, 0.98), 1e-6
@@ -68,6 +68,7 @@ def load_model(folder: str, auto: str, settings: dict[str, Any], seed: int, rand
 
     random: all weights are drawn, not the head's alone. UserError if the folder has no whole encoder.
     """
+    refuse_decoder(folder)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     family = getattr(transformers, f"AutoModelFor{auto}")

@@ -11,9 +11,11 @@ head of a masked LM would be scored by noise; missing weights are errors here.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,6 +199,8 @@ class _HuggingFace(Encoder):
     @classmethod
     def load(cls, path: str, head: bool) -> "_HuggingFace":
         """Return the model of a folder; no code of the folder's is run, and nothing is unpickled."""
+        if not head:
+            refuse_decoder(path)
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
@@ -261,6 +265,18 @@ class _HuggingFace(Encoder):
             torch.manual_seed(seed)
             model = type(self._model)(self._model.config)
         return _HuggingFace(self.name, model, self._tokenizer)
+
+
+def refuse_decoder(path: str) -> None:
+    """Raise UserError where a folder holds a late-mask model with its decoder, no class of transformers."""
+    kind = None
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # of which transformers will tell
+        kind = json.loads((Path(path) / _FOLDER).read_bytes()).get("model_type")
+    if kind == "latemask":
+        raise UserError(
+            f"{path}: has its decoder, which only minimal_pairs takes; name the run, or export it without"
+            " --with-decoder"
+        )
 
 
 def refuse_made_up(path: str, tokenizer: Any) -> None:
