@@ -637,4 +637,4 @@ def test_program_reads_a_ledger_without_a_line(tmp_path):
     assert program.check(runs)[0] == [{"run": runs[0], **none}]
     assert program.total(runs)[0]["steps"] == 0
     assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
-    assert program.emissions.report(runs, None, None)[0]["attempts"] == []
+    assert program.emissions.report(runs, None, None)[0].attempts == []

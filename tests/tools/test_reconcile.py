@@ -247,6 +247,8 @@ def test_a_run_outside_of_slurm_has_nothing_to_compare(tmp_path: Path) -> None:
 
 # ---- energy and carbon ---------------------------------------------------------------------------
 
+CARBON = emissions.CarbonFactor(41.0, "Ember, Sweden, 2023")
+
 
 @pytest.fixture
 def metered(tmp_path: Path) -> Path:
@@ -267,32 +269,27 @@ def metered(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_energy_of_each_attempt_and_carbon_of_a_named_region_only(metered: Path, tmp_path: Path) -> None:
+def test_energy_of_each_attempt_and_carbon_by_a_given_factor_only(metered: Path, tmp_path: Path) -> None:
     document, text = emissions.report([str(metered)], None, None)
-    assert document["kwh"] == pytest.approx(1.1) and document["metered_share"] == 0.5
-    assert document["kg_co2e"] is None and "carbon" not in text and "10% of the host" in text
-    assert [one["kwh"] for one in document["attempts"]] == [{"gpu": 1.0, "cpu": pytest.approx(0.1)}, {}]
-    document, text = emissions.report([str(metered)], "swe", None)
-    grams = document["intensity"]["grams_per_kwh"]
-    assert document["kg_co2e"] == pytest.approx(1.1 * grams / 1e3)
-    assert f"{grams:g} g/kWh (Sweden, 2023; Our World in Data" in text
-    with pytest.raises(UserError, match="--region XX: not a country"):
-        emissions.report([str(metered)], "XX", None)
+    assert document.kwh == pytest.approx(1.1) and document.metered_share == 0.5
+    assert document.kg_co2e is None and "carbon" not in text and "10% of the host" in text
+    assert [one.kwh for one in document.attempts] == [{"gpu": 1.0, "cpu": pytest.approx(0.1)}, {}]
+    document, text = emissions.report([str(metered)], CARBON, None)
+    assert document.kg_co2e == pytest.approx(1.1 * 0.041)
+    assert "41 g/kWh (Ember, Sweden, 2023)" in text
     with pytest.raises(UserError, match="/proc: cannot be written"):
         emissions.report([str(metered)], None, "/proc/x.csv")
 
 
 def test_the_table_has_codecarbons_columns(metered: Path, tmp_path: Path) -> None:
-    emissions.report([str(metered)], "DEU", str(tmp_path / "emissions.csv"))
+    emissions.report([str(metered)], CARBON, str(tmp_path / "emissions.csv"))
     with open(tmp_path / "emissions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 and tuple(rows[0]) == emissions.COLUMNS
     one = {name: float(rows[0][name]) for name in ("duration", "energy_consumed", "gpu_power", "cpu_power")}
     assert one == {"duration": 3600, "energy_consumed": 1.1, "gpu_power": 1000, "cpu_power": 100}
-    assert (rows[0]["country_iso_code"], rows[0]["gpu_model"]) == ("DEU", "GPU 9000")
-    assert float(rows[0]["emissions"]) == pytest.approx(
-        1.1 * emissions.intensity("DEU")["grams_per_kwh"] / 1e3
-    )
+    assert rows[0]["gpu_model"] == "GPU 9000"
+    assert float(rows[0]["emissions"]) == pytest.approx(1.1 * 0.041)
     assert rows[1]["energy_consumed"] == rows[1]["emissions"] == ""  # absent, not 0
     # Nobody asked, and this machine is not that of the run.
     unknown = ("on_cloud", "pue", "wue", "os", "python_version", "codecarbon_version", "ram_total_size")
@@ -314,13 +311,21 @@ def test_the_table_tells_of_the_software_of_each_attempt(metered: Path, tmp_path
     assert found == [("", "3.10.1", "LateMask 0.0.9"), ("Linux-6", "3.12.1", "LateMask 0.1.0")]
 
 
-def test_every_factor_is_one() -> None:
-    factors = [emissions.intensity(code) for code in emissions.intensities()]
-    assert len(factors) > 200 and all(0 <= one["grams_per_kwh"] < 1500 for one in factors)
-    assert all(2000 < int(one["year"]) < 2030 and one["source"] for one in factors)
+@pytest.mark.parametrize(
+    ("grams", "source", "problem"),
+    [
+        ("DEU", "Ember", "--carbon DEU: not a number"),
+        ("-1", "Ember", "--carbon -1: not a number"),
+        ("nan", "Ember", "--carbon nan: not a number"),
+        ("354", " ", "--carbon 354: say where it is from"),
+    ],
+)
+def test_what_is_no_factor_is_refused(grams: str, source: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        emissions.carbon_factor(grams, source)
 
 
 def test_options_of_other_actions_are_refused(metered: Path) -> None:
-    command = [sys.executable, "-m", "tools.ledger", "total", str(metered), "--region", "DEU"]
+    command = [sys.executable, "-m", "tools.ledger", "total", str(metered), "--carbon", "354", "Ember"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "--region belongs to `energy`" in done.stderr
+    assert done.returncode == 2 and "--carbon belongs to `energy`" in done.stderr

@@ -86,7 +86,7 @@ def test_ledger_evaluate_and_sweep_keep_to_the_terminal(width: int, tiny: Path, 
     for words in (
         ["tools.ledger", "show", str(run)],
         ["tools.ledger", "check", str(run)],
-        ["tools.ledger", "energy", str(run), "--region", "DEU"],
+        ["tools.ledger", "energy", str(run), "--carbon", "354", "Ember, 2023"],
         ["tools.evaluate", str(run)],
         [*sweep, "--dry-run"],
     ):

@@ -29,7 +29,7 @@ ACTIONS = {
     " report's or model card's line is in it",
     "show": "list the events of each run",
     "total": "add the runs up",
-    "energy": "kWh of each attempt and, with --region, carbon; --csv writes CodeCarbon's columns",
+    "energy": "kWh of each attempt and, with --carbon, CO2; --csv writes CodeCarbon's columns",
     "reconcile": "compare with Slurm's account of the jobs and explain the difference",
 }
 SHORT = 16
@@ -39,11 +39,12 @@ SHORT = 16
 def main() -> None:
     arguments = _arguments()
     runs = arguments.runs
+    carbon = emissions.carbon_factor(*arguments.carbon) if arguments.carbon else None
     report, text = {
         "check": lambda: check(runs, arguments.head),
         "show": lambda: show(runs),
         "total": lambda: total(runs),
-        "energy": lambda: emissions.report(runs, arguments.region, arguments.csv),
+        "energy": lambda: emissions.report(runs, carbon, arguments.csv),
         "reconcile": lambda: reconcile.reconcile(runs, arguments.sacct),
     }[arguments.action]()
     if arguments.json:
@@ -62,7 +63,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--head", metavar="HASH", help="check: of a report or a model card")
     parser.add_argument(
-        "--region", metavar="ISO", help="energy: country (ISO 3166, such as DEU) of the power"
+        "--carbon",
+        nargs=2,
+        metavar=("GRAMS", "SOURCE"),
+        help="energy: CO2 equivalent of a kWh of the power, and who says so",
     )
     parser.add_argument("--csv", metavar="FILE", help="energy: write one line for each attempt")
     parser.add_argument(
@@ -72,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     console.refuse_twice(args.runs)
-    for name, action in (("head", "check"), ("region", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
+    for name, action in (("head", "check"), ("carbon", "energy"), ("csv", "energy"), ("sacct", "reconcile")):
         if getattr(args, name) is not None and args.action != action:
             raise UserError(f"--{name} belongs to `{action}`; leave it out")
     if args.head is not None and (len(args.runs) > 1 or len(args.head) < SHORT):

@@ -1,8 +1,7 @@
-"""Energy of runs, and carbon where a region is named.
+"""Energy of runs, and carbon where its factor is given.
 
-Grams of CO2 equivalent per kWh of electricity, by country and year: carbon_intensity.csv, from Our World in
-Data (Ember; Energy Institute), CC BY 4.0, as CodeCarbon 3 distributes it. A national mean of a year is a
-convention, not a measurement: a contract for green power, the hour and the grid's margin are not in it.
+Grams of CO2 equivalent per kWh of electricity are the user's to know: of a contract, an hour, a grid or the
+mean of a country and year, each another convention; so the source is given with the number and shown with it.
 
 The CSV has the column names of CodeCarbon 3.3 and its units (kWh, W, s, kg), one line for each attempt; what
 was not measured is empty: so are the factor for cooling (PUE) and whether it was a cloud. Its energy is what
@@ -13,8 +12,9 @@ of the run, so what it says of machine and software is what the attempt left in 
 import csv
 import io
 import json
+import math
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from pretrain.terminal import wrapped
 from tools.shared import outputs
 from tools.shared.tables import aligned
 
-TABLE = Path(__file__).parent / "carbon_intensity.csv"
-SOURCE = "Our World in Data (Ember; Energy Institute), CC BY 4.0"
 COLUMNS = (
     *("timestamp", "project_name", "run_id", "experiment_id", "duration", "emissions", "emissions_rate"),
     *("cpu_power", "gpu_power", "ram_power", "cpu_energy", "gpu_energy", "ram_energy", "energy_consumed"),
@@ -42,48 +40,84 @@ FIELDS = dict.fromkeys(COLUMNS, "") | {"project_name": "LateMask"}
 """By which this program's CSV is known from CodeCarbon's own."""
 
 
-@cache
-def intensities() -> dict[str, dict[str, str]]:
-    """ISO 3166 code -> row of the table."""
-    with open(TABLE, encoding="ascii", newline="") as file:
-        return {row["iso_code"]: row for row in csv.DictReader(file)}
+@dataclass(frozen=True)
+class CarbonFactor:
+    """What a kWh of electricity emits, by whom."""
+
+    grams_per_kwh: float
+    source: str
 
 
-def intensity(region: str) -> dict[str, Any]:
-    """Country, year and grams per kWh; UserError if the table has not this code."""
-    row = intensities().get(region.upper())
-    if row is None:
-        raise UserError(
-            f"--region {region}: not a country of {TABLE.name}; give its ISO 3166 code, such as DEU"
-        )
-    return {**row, "grams_per_kwh": float(row["grams_per_kwh"]), "source": SOURCE}
+@dataclass(frozen=True)
+class AttemptEnergy:
+    """Energy of an attempt, and how it was measured."""
+
+    run: str
+    attempt: int
+    end: float
+    """Unix time in seconds."""
+    seconds: float
+    device: str
+    ranks: int
+    provenance: dict[str, Any]
+    """What the attempt said of its software; {} if it is not known."""
+    sensors: dict[str, str]
+    """Part -> method."""
+    host_share: float | None
+    kwh: dict[str, float]
+    """By part, of those that were measured."""
 
 
-def attempts(run: str) -> list[dict[str, Any]]:
-    """Energy of each attempt of a run: kWh by part, seconds, and how it was measured."""
-    found: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class Emissions:
+    """Energy of runs, and carbon where its factor is given; None where nothing was measured."""
+
+    attempts: list[AttemptEnergy]
+    kwh: float | None
+    metered_share: float | None
+    """Of the device-hours."""
+    intensity: CarbonFactor | None
+    kg_co2e: float | None
+
+
+def carbon_factor(grams: str, source: str) -> CarbonFactor:
+    """Return the factor of ``--carbon``; UserError if it is none, or nobody's."""
+    try:
+        value = float(grams)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UserError(f"--carbon {grams}: not a number of grams per kWh; give one of 0 or more")
+    if not source.strip():
+        raise UserError(f"--carbon {grams}: say where it is from, such as 'Ember, Germany, 2023'")
+    return CarbonFactor(value, source)
+
+
+def attempts(run: str) -> list[AttemptEnergy]:
+    """Return the energy of each attempt of a run."""
+    found = []
     lines = ledger.read(run)
     for number in dict.fromkeys(line["attempt"] for line in lines):
         own = [line for line in lines if line["attempt"] == number]
         about = next((line for line in own if "sensors" in line), {})
         before, joules = own[0]["joules"], own[-1]["joules"]  # no sensor was read before the first line
         found.append(
-            {
-                "run": str(run),
-                "attempt": number,
-                "end": own[-1]["time"],
-                "seconds": sum(own[-1]["seconds"].values()),
-                "device": own[-1]["device"],
-                "ranks": own[-1]["ranks"],
-                "provenance": _provenance(Path(run), own[0]),
-                "sensors": about.get("sensors", {}),
-                "host_share": about.get("host_share"),
-                "kwh": {
+            AttemptEnergy(
+                run=str(run),
+                attempt=number,
+                end=own[-1]["time"],
+                seconds=sum(own[-1]["seconds"].values()),
+                device=own[-1]["device"],
+                ranks=own[-1]["ranks"],
+                provenance=_provenance(Path(run), own[0]),
+                sensors=about.get("sensors", {}),
+                host_share=about.get("host_share"),
+                kwh={
                     part: (joules[part] - before.get(part, 0.0)) / JOULES_PER_KWH
                     for part in PARTS
                     if part in about.get("sensors", {}) and part in joules
                 },
-            }
+            )
         )
     return found
 
@@ -99,83 +133,77 @@ def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
     return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first["time"] + 1), {})
 
 
-def report(runs: list[str], region: str | None, table: str | None) -> tuple[Any, str]:
-    """The energy of the runs as a document and as text; `table`: a CSV to write."""
-    place = intensity(region) if region else None
+def report(runs: list[str], carbon: CarbonFactor | None, table: str | None) -> tuple[Emissions, str]:
+    """Return the energy of the runs as a document and as text; `table`: a CSV to write."""
     if table:
         outputs.check([table], fields=FIELDS)
     found = [one for run in runs for one in attempts(run)]
-    measured = [one for one in found if one["kwh"]]
-    total = sum(sum(one["kwh"].values()) for one in measured) if measured else None
+    measured = [one for one in found if one.kwh]
+    total = sum(sum(one.kwh.values()) for one in measured) if measured else None
     spent = ledger.total(runs)
     seconds = spent["device_seconds"]["total"]
-    document = {
-        "attempts": found,
-        "kwh": total,
-        "metered_share": spent["metered_device_seconds"] / seconds if seconds else None,
-        "intensity": place,
-        "kg_co2e": total * place["grams_per_kwh"] / 1e3 if place and total is not None else None,
-    }
+    document = Emissions(
+        attempts=found,
+        kwh=total,
+        metered_share=spent["metered_device_seconds"] / seconds if seconds else None,
+        intensity=carbon,
+        kg_co2e=total * carbon.grams_per_kwh / 1e3 if carbon and total is not None else None,
+    )
     if table:
-        outputs.write(table, _csv(found, place), FIELDS)
+        outputs.write(table, _csv(found, carbon), FIELDS)
     return document, _text(document)
 
 
-def _text(document: dict[str, Any]) -> str:
+def _text(document: Emissions) -> str:
     rows = [["attempt", "hours", *(f"{part} kWh" for part in PARTS), "measured by"]]
-    for one in document["attempts"]:
-        kwh = [f"{one['kwh'][part]:.6f}" if part in one["kwh"] else "-" for part in PARTS]
-        how = ", ".join(f"{part}: {method}" for part, method in one["sensors"].items()) or "nothing"
-        if one["host_share"] is not None:
-            how += f"; {one['host_share']:.0%} of the host"
-        rows.append([f"{one['run']} {one['attempt']}", f"{one['seconds'] / 3600:.4f}", *kwh, how])
+    for one in document.attempts:
+        kwh = [f"{one.kwh[part]:.6f}" if part in one.kwh else "-" for part in PARTS]
+        how = ", ".join(f"{part}: {method}" for part, method in one.sensors.items()) or "nothing"
+        if one.host_share is not None:
+            how += f"; {one.host_share:.0%} of the host"
+        rows.append([f"{one.run} {one.attempt}", f"{one.seconds / 3600:.4f}", *kwh, how])
     text = aligned(rows)
-    if document["kwh"] is None:
+    if document.kwh is None:
         return f"{text}\nenergy: not measured"
-    text += (
-        f"\nenergy: {document['kwh']:.6f} kWh, metered in {document['metered_share']:.1%} of the device-hours"
-    )
-    if place := document["intensity"]:
+    text += f"\nenergy: {document.kwh:.6f} kWh, metered in {document.metered_share:.1%} of the device-hours"
+    if carbon := document.intensity:
         text += (
-            f"\ncarbon: {document['kg_co2e']:.6f} kg CO2e at {place['grams_per_kwh']:g} g/kWh"
-            f" ({place['country']}, {place['year']}; {place['source']})"
+            f"\ncarbon: {document.kg_co2e:.6f} kg CO2e at {carbon.grams_per_kwh:g} g/kWh ({carbon.source})"
         )
     return wrapped(text)
 
 
-def _csv(found: list[dict[str, Any]], place: dict[str, Any] | None) -> str:
+def _csv(found: list[AttemptEnergy], carbon: CarbonFactor | None) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for one in found:
-        writer.writerow(_row(one, place))
+        writer.writerow(_row(one, carbon))
     return text.getvalue()
 
 
-def _row(one: dict[str, Any], place: dict[str, Any] | None) -> dict[str, Any]:
+def _row(one: AttemptEnergy, carbon: CarbonFactor | None) -> dict[str, Any]:
     """A line of the CSV: powers are means over the attempt."""
-    kwh, seconds = one["kwh"], one["seconds"]
-    on_gpu, told = "gpu" in one["sensors"], one["provenance"]
+    kwh, seconds = one.kwh, one.seconds
+    on_gpu, told = "gpu" in one.sensors, one.provenance
     row = {
-        "timestamp": datetime.fromtimestamp(one["end"]).isoformat(timespec="seconds"),
+        "timestamp": datetime.fromtimestamp(one.end).isoformat(timespec="seconds"),
         "project_name": FIELDS["project_name"],
-        "run_id": f"{one['run']}#{one['attempt']}",
+        "run_id": f"{one.run}#{one.attempt}",
         "duration": round(seconds, 3),
         "os": told.get("os", ""),
         "python_version": told.get("python", ""),
         "codecarbon_version": f"LateMask {told['version']}" if told else "",
-        "gpu_count": one["ranks"] if on_gpu else "",
-        "gpu_model": one["device"] if on_gpu else "",
-        "cpu_model": "" if on_gpu else one["device"],
+        "gpu_count": one.ranks if on_gpu else "",
+        "gpu_model": one.device if on_gpu else "",
+        "cpu_model": "" if on_gpu else one.device,
         "tracking_mode": "process",
     }
     for part, energy in kwh.items():
         row |= {f"{part}_energy": energy, f"{part}_power": energy * JOULES_PER_KWH / seconds}
     if kwh:
         row["energy_consumed"] = sum(kwh.values())
-    if place:
-        row |= {"country_name": place["country"], "country_iso_code": place["iso_code"]}
-    if place and kwh:
-        kilograms = sum(kwh.values()) * place["grams_per_kwh"] / 1e3
+    if carbon and kwh:
+        kilograms = sum(kwh.values()) * carbon.grams_per_kwh / 1e3
         row |= {"emissions": kilograms, "emissions_rate": kilograms / seconds}
     return row

@@ -18,8 +18,6 @@ from tools.shared import console
 Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
 """What ends a document: in .jsonl files a line, in tables a row, in .txt files one of the others."""
 
-TXT_UNITS: tuple[Unit, ...] = ("blank-line", "line", "file")
-
 STDIN = "-"
 """The name of the standard input among the inputs."""
 
