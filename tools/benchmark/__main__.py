@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tables.main(words[1:])
     parser = console.parser("benchmark", "Measure our speeds beside our peers'", True)
     parser.add_argument(
-        "subject", choices=[*SUBJECTS, "table"], help="what to measure; `SUBJECT --help` for its options"
+        "subject",
+        choices=[*SUBJECTS, "table"],
+        metavar="SUBJECT",
+        help=f"what to measure, of {', '.join(SUBJECTS)}, or `table`; `SUBJECT --help` for its options",
     )
     parser.add_argument(
         "--runs", type=console.whole(1), default=5, help="rounds; each measures both once (%(default)s)"
