@@ -6,6 +6,7 @@ something; 1 a defect. Launchers change exit codes, so run.dir/status.json says 
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from pretrain import __version__, streams
 from pretrain.account import epochs, flops
 from pretrain.account.budget import Budget
 from pretrain.account.recipe import Phase, Recipe
-from pretrain.config import Config, config_warnings, dump_config, load_config, method_of
+from pretrain.config import Config, build_config, config_warnings, dump_config, load_config, method_of
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import STOPPED, UserError
@@ -109,6 +110,8 @@ def _budget(recipe: Recipe, blend: Blend) -> str:
     said = f"{budget.total:.7g} {budget.unit}"
     if given.relative_to:
         said += f" ({given.fraction:g} of {given.relative_to}'s)"
+    if branch := recipe.config.run.branch:
+        said += f", {budget.inherited:.7g} of them by {branch.of} at step {branch.step}"
     if budget.measured:
         return said
     steps = budget.updates()
@@ -157,12 +160,13 @@ def _dry_run(config: Config) -> int:
     import torch
 
     from pretrain.build import check_start
-    from pretrain.continuing import refuse_changes
+    from pretrain.continuing import refuse_changes, with_branch
     from pretrain.data.corpora import open_blend
     from pretrain.inputs import open_inputs
 
     for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
+    config = with_branch(config)
     inputs = open_inputs(config, torch.device("cpu"), 1)
     recipe, data = inputs.recipe, inputs.data
     refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
@@ -230,6 +234,7 @@ def _masks(config: Config, blend: Blend, tokenizer: Tokenizer) -> str:
 def _run(config: Config, local_rank: int | None) -> int:
     signals = Signals()
     from pretrain.build import build
+    from pretrain.continuing import with_branch
     from pretrain.inputs import open_inputs
     from pretrain.parallel.topology import Topology, connect, on_main, raise_on_all_ranks
     from pretrain.run_folder import RunFolder
@@ -241,6 +246,9 @@ def _run(config: Config, local_rank: int | None) -> int:
     try:
         topology = connect(config.parallel.tensor, config.train.engine == "deepspeed", local_rank)
         on_main(topology, folder.claim)
+        if config.run.branch:  # of a trunk that goes on all ranks must see one step
+            text = on_main(topology, lambda: with_branch(config).model_dump_json())
+            config = build_config(json.loads(text))
         with raise_on_all_ranks(topology):
             inputs = open_inputs(config, topology.device, topology.data_size)
         run = build(inputs, topology, folder, signals)

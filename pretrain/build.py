@@ -19,11 +19,12 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.account import energy, flops
 from pretrain.account.budget import TOLERANCE, Course, price
-from pretrain.account.ledger import Ledger, process_start
-from pretrain.account.recipe import Phase, Recipe
+from pretrain.account.ledger import Ledger, process_start, trunk
+from pretrain.account.recipe import Phase, Recipe, make_recipe
+from pretrain.account.schedule import rate
 from pretrain.checkpoint import State
-from pretrain.config import Config, build_config, method_of
-from pretrain.continuing import carried, check_continues, rates, run_segments
+from pretrain.config import BranchOptions, Config, build_config, method_of
+from pretrain.continuing import branched, carried, check_branches, check_continues, rates, run_segments
 from pretrain.data.corpora import Data, open_blend
 from pretrain.data.masking import masker
 from pretrain.data.sampler import Blend, Segment
@@ -133,11 +134,13 @@ def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signal
     path, stamps = json.loads(start) if start else ("", None)
     with raise_on_all_ranks(topology):
         state = checkpoint.read_state(Path(path), stamps) if path else None
+    branch = config.run.branch if path and Path(path).parent != folder.checkpoints else None
     if state:
         data = replace(data, rules=state.rules)
+        state = branched(state, recipe, data) if branch else state
     number = state.phase if state else 0
     phase = recipe.phases[number]
-    ledger = _open_ledger(recipe, topology, folder, state, meter)
+    ledger = _open_ledger(recipe, topology, folder, state, branch, meter)
     with timed(ledger, "startup"):
         prepare_torch(bool(config.train.deterministic))
         if topology.device.type == "cpu":
@@ -171,9 +174,13 @@ def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signal
         )
         if state:
             _restore(run, state, Path(path), stamps)
+        if branch:  # nothing is its own yet
+            run.saved, run.scored = -1, (-1, None)
     if ledger:
         run.milestones = _milestones(ledger, run)
-    if ledger and state:
+    if ledger and state and branch:
+        _say_branch(run, state, branch)
+    elif ledger and state:
         _note_changes(ledger, run, state, layout(recipe, topology))
     return run
 
@@ -329,6 +336,10 @@ def _starting_point(folder: RunFolder, config: Config, data: Data) -> str:
         check_continues(state, config, data)
         checkpoint.point_at(path)
         start = json.dumps([str(path), stamps])
+    elif branch := config.run.branch:
+        path, stamps = checkpoint.find_verified(branch.of, branch.step)
+        check_branches(checkpoint.read_state(path, stamps), config, data)
+        start = json.dumps([str(path), stamps])
     folder.write_config(config)
     folder.keep_tokenizer(data.tokenizer.path, data.tokenizer.content)
     return start
@@ -339,6 +350,7 @@ def _open_ledger(
     topology: Topology,
     folder: RunFolder,
     state: State | None,
+    branch: BranchOptions | None,
     meter: energy.Meter,
 ) -> Ledger | None:
     """The ledger of rank 0, as early as it is known where the run goes on: a start-up costs too."""
@@ -353,7 +365,8 @@ def _open_ledger(
         about["host_share"] = round(meter.share, 4)
     step, head, account = (state.step, state.ledger_head, state.account) if state else (0, "", None)
     phase = state.phase if state else 0
-    ledger.begin(step, head, folder.status().get("ledger_head", ""), account, phase, **about)
+    begun = {"of": branch.of, "trunk": trunk(branch.of, head, account or {})} if branch else None
+    ledger.begin(step, head, folder.status().get("ledger_head", ""), account, phase, begun, **about)
     ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
     ledger.start_heartbeat()
     folder.write_status("running", ledger.totals()["steps"])
@@ -395,6 +408,22 @@ def dropout_changes(config: Config, before: Mapping[str, Any], now: Mapping[str,
         return ""
     names = ("ranks", "tensor", "micro_batch", "compile")
     return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name])
+
+
+def _say_branch(run: Run, state: State, branch: BranchOptions) -> None:
+    """Says where a run begins, and with what learning rate."""
+    assert run.ledger
+    progress = run.course.follow(run.ledger.totals())
+    run.course.pause()
+    before = build_config(state.config, "config of the checkpoint")
+    logging.info(
+        "branch      of %s at step %d, %.1f%% of the budget; learning rate %.3g, there %.3g",
+        branch.of,
+        state.step,
+        100 * progress,
+        rate(run.config, progress),
+        rate(before, make_recipe(before).budget.progress(run.ledger.totals())),
+    )
 
 
 def _note_changes(ledger: Ledger, run: Run, state: State, now_laid: dict[str, Any]) -> None:

@@ -302,21 +302,28 @@ def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, S
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
     it on one rank.
     """
-    names = named_weights(run)
-    if which in names:
+    if which in named_weights(run):
         return _verified(Path(run) / "weights" / str(which), WEIGHTS)
+    path = locate(run, which)
+    return _newest_good(Path(run), steps(run)) if which == "latest" else _verified(path, FILES)
+
+
+def locate(run: str | Path, which: str | int) -> Path:
+    """Return the folder of a checkpoint, not verified; `which` is latest, best or a step. UserError without
+    one."""
     refuse_gone(run)
     known = steps(run)
     if not known:
         what = "has no checkpoint yet" if Path(run).is_dir() else "no such folder"
         raise UserError(f"{run}: {what}; give the run.dir of a run that has saved")
+    path = pointed(run, str(which)) if which in ("latest", "best") else _explicit(Path(run), which)
     if which == "latest":
-        return _newest_good(Path(run), known)
-    path = pointed(run, "best") if which == "best" else _explicit(Path(run), which)
-    if path is None or not path.is_dir():
-        have = ", ".join(map(str, [*known, *names]))
+        path = path or _explicit(Path(run), known[-1])
+    elif path is None or not path.is_dir():
+        have = ", ".join(map(str, [*known, *named_weights(run)]))
         raise UserError(f"{run}: has no checkpoint {which!r}; take latest, or one of {have}")
-    return _verified(path, FILES)
+    assert path
+    return path
 
 
 def _verified(path: Path, kinds: Iterable[str]) -> tuple[Path, Stamps]:

@@ -4,14 +4,16 @@ Imports no torch.
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pretrain import checkpoint
-from pretrain.account import schedule
-from pretrain.account.budget import Totals
-from pretrain.account.recipe import make_recipe
+from pretrain.account import ledger, schedule
+from pretrain.account.budget import Totals, spent
+from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.checkpoint import State
-from pretrain.config import Config, build_config, phase_configs
+from pretrain.config import BUDGET_UNITS, BranchOptions, Config, build_config, phase_configs, read_yaml
 from pretrain.data.corpora import Data
 from pretrain.data.sampler import Segment, continue_segments
 from pretrain.errors import UserError
@@ -25,11 +27,14 @@ def run_segments(config: Config, data: Data, state: State | None) -> list[Segmen
     length = phase_configs(config)[0].train.seq_length
     if state is None:
         return continue_segments([], config.corpus.segment, data.blend, 0, length)
-    past = [
+    return continue_segments(_past(state), config.corpus.segment, data.blend, state.samples, length)
+
+
+def _past(state: State) -> list[Segment]:
+    return [
         Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
         for number, first, blend, *rest in state.segments
     ]
-    return continue_segments(past, config.corpus.segment, data.blend, state.samples, length)
 
 
 def check_continues(state: State, config: Config, data: Data | None) -> None:
@@ -59,6 +64,9 @@ def refuse_changes(config: Config, data: Data | None) -> None:
     checkpoint.refuse_gone(config.run.dir)
     state = _newest(Path(config.run.dir))
     if state is None:
+        if branch := config.run.branch:
+            trunk = checkpoint.verified_state(checkpoint.locate(branch.of, branch.step))
+            check_branches(trunk, config, data)
         return
     before, train = build_config(state.config, _WHOSE).train, config.train
     kept = {
@@ -75,6 +83,103 @@ def _newest(run: Path) -> State | None:
         with suppress(UserError):  # the start says so, and takes the next
             return checkpoint.read_state(path)
     return None
+
+
+# ---- a run that begins with the checkpoint of another
+
+
+def with_branch(config: Config) -> Config:
+    """Return the config of a branch with the step that it begins at and what its trunk had spent by then.
+
+    Both are kept by the run; before it has begun, the trunk says them. UserError if that has no such
+    checkpoint, or the run is another's branch.
+    """
+    branch, run = config.run.branch, Path(config.run.dir)
+    if branch is None:
+        return config
+    kept = _kept_branch(run)
+    if kept is None:
+        state = checkpoint.verified_state(checkpoint.locate(branch.of, branch.step))
+        totals = ledger.as_totals(_account(branch, state))
+        inherited = {unit: spent(totals, unit) for unit in BUDGET_UNITS}
+        kept = branch.model_copy(update={"step": state.step, "inherited": inherited})
+    elif branch.of != kept.of or branch.step not in ("latest", "best", kept.step):
+        raise UserError(
+            f"run.branch = {branch.of} at {branch.step}: {run} is a branch of {kept.of} at {kept.step}; set"
+            " it back, or choose another run.dir"
+        )
+    return config.model_copy(update={"run": config.run.model_copy(update={"branch": kept})})
+
+
+def _kept_branch(run: Path) -> BranchOptions | None:
+    """Return what a run that has begun keeps of the checkpoint from which it began."""
+    state = _newest(run)
+    if state is None and not (run / "ledger.jsonl").exists():
+        return None
+    return build_config(state.config if state else read_yaml(run / "config.yaml"), _WHOSE).run.branch
+
+
+def _account(branch: BranchOptions, state: State) -> ledger.Line:
+    """Return what the trunk had spent; of a checkpoint that does not say, by the trunk's ledger."""
+    account = state.account
+    if account is None:
+        with suppress(UserError):
+            account = ledger.with_absent(ledger.chain(branch.of)).get(state.ledger_head)
+    if not account:
+        raise UserError(
+            f"run.branch: neither the checkpoint of step {state.step} nor the ledger of {branch.of} says what"
+            " it had spent; restore the ledger, or take another checkpoint"
+        )
+    return ledger.statement_of(account)
+
+
+_SHAPELESS = ("mask_leak", "dropout", "decoder_dropout", "init_from", "init_std", "norm_eps", "rope_theta")
+"""Keys of `model` that no weight depends on."""
+
+
+def check_branches(state: State, config: Config, data: Data | None) -> None:
+    """UserError, a line for each reason, where a branch cannot have the weights of a checkpoint; data: None
+    where it is not here."""
+    assert config.run.branch
+    old, new = build_config(state.config, _WHOSE).model, config.model
+    free = {
+        *_SHAPELESS,
+        *(["max_positions"] if new.block == "modern" else []),
+        *(["mask_from"] if old.mask_from and new.mask_from else []),
+    }
+    changes = [
+        f"model.{name}: {value} -> {getattr(new, name)}"
+        for name, value in old
+        if name not in free and value != getattr(new, name)
+    ]
+    if data and data.tokenizer.hash != state.fingerprints.get("tokenizer", data.tokenizer.hash):
+        changes.append("corpus: another tokenizer")
+    if changes:
+        advice = f"a branch has the weights of {config.run.branch.of}; set it back, or leave run.branch out"
+        raise UserError("\n".join(f"{change}: {advice}" for change in changes))
+
+
+def branched(state: State, recipe: Recipe, data: Data) -> State:
+    """Return the state of a trunk's checkpoint as its branch has it: with its own phase, an account, and its
+    place in the data, which is the start of the order if that is another."""
+    config, budget = recipe.config, recipe.budget
+    assert config.run.branch
+    phase = budget.phase_at(budget.inherited / budget.total)
+    length = recipe.phases[phase].config.train.seq_length
+    old = build_config(state.config, _WHOSE)
+    past = _past(state)
+    same = (
+        past[-1].blend == tuple((float(weight), name) for weight, name in data.blend)
+        and old.run.data_seed == config.run.data_seed
+        and (old.masking.views, old.masking.views_mode) == (config.masking.views, config.masking.views_mode)
+    )
+    if not same:
+        past = continue_segments([], config.corpus.segment, data.blend, state.samples, length)
+    past[-1] = past[-1]._replace(number=config.corpus.segment)
+    if past[-1].length != length:
+        past.append(past[-1]._replace(first=state.samples, length=length))
+    segments: list[Any] = [list(segment) for segment in past]
+    return replace(state, phase=phase, segments=segments, account=_account(config.run.branch, state))
 
 
 def carried(state: State, config: Config) -> float | None:

@@ -114,9 +114,9 @@ def vocabulary(config: Config, args: argparse.Namespace) -> int:
 
 
 def settled(config: Config, recipe: Recipe) -> Config:
-    """Return the config with an amount for a budget that is relative to another recipe, which may be edited
-    or go on before a job reads it."""
-    return config.model_copy(update={"budget": recipe.config.budget})
+    """Return the config with an amount for a budget that is relative to another recipe, and the step of a
+    trunk, which may be edited or go on before a job reads it."""
+    return config.model_copy(update={"budget": recipe.config.budget, "run": recipe.config.run})
 
 
 def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
@@ -158,7 +158,8 @@ def refuse_changes(config: Config, recipe: Recipe) -> None:
         data = open_data(config.corpus)
     except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
         data = None
-    continuing.refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
+    known = {"model": recipe.config.model, "run": recipe.config.run}
+    continuing.refuse_changes(config.model_copy(update=known), data)
 
 
 def tokenizer_of(config: Config) -> Path | None:

@@ -66,6 +66,8 @@ class Budget:
     """Of an update of each phase."""
     phase_ends: tuple[float, ...]
     """Share of the budget at which each phase but the last ends."""
+    inherited: float = 0.0
+    """What a branch has from its trunk, which `total` includes."""
 
     @property
     def measured(self) -> bool:
@@ -74,10 +76,12 @@ class Budget:
 
     def check(self) -> None:
         """Raise UserError if the budget does not pay for a single update."""
-        one = price(self.costs[0], self.unit)
-        if one is not None and self.total * (1 + TOLERANCE) < one:
+        one = price(self.costs[self.phase_at(self.inherited / self.total)], self.unit) or 0.0
+        if self.total * (1 + TOLERANCE) < self.inherited + one:
+            spent = f" and the branch begins with ({self.inherited:g})" if self.inherited else ""
             raise UserError(
-                f"budget.{self.unit} = {self.total:g} is less than one update costs ({one:g}); raise it"
+                f"budget.{self.unit} = {self.total:g} is less than one update costs ({one:g}){spent};"
+                " raise it"
             )
 
     def spent(self, totals: Totals) -> float:
@@ -105,11 +109,11 @@ class Budget:
         return self.spent(totals) + (held_back if each is None else each) <= self.total * (1 + TOLERANCE)
 
     def updates(self) -> list[int]:
-        """Return how many updates each phase has; UserError if only a run can tell."""
+        """Return how many updates of its own each phase has; UserError if only a run can tell."""
         prices = [price(cost, self.unit) for cost in self.costs]
         if None in prices:
             raise UserError(f"budget.{self.unit}: how many updates it pays for is known only once it has run")
-        made, paid = [], 0.0
+        made, paid = [], self.inherited
         for each, end in zip(prices, [*self.phase_ends, None], strict=True):
             assert each
             number = math.floor((self.total * (1 + TOLERANCE) - paid) / each)

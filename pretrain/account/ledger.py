@@ -50,11 +50,12 @@ COUNTERS = (
 )
 REPEATED = ("productive", "evaluate")  # what is done again after going back to a checkpoint
 EVENTS = (
+    "branch",  # before `start`: the run begins with the account of a checkpoint of another, of `trunk`
     "start",  # first attempt
     "resume",  # any other; `head` names the line it goes on from, `lost_steps` what it repeats
     "crash-detected",  # the attempt before ended without a word, or in an error
     "repaired",  # a torn last line was cut off; `torn` is what it held
-    "gap",  # lines are lost: `found` says how, `lost` which were referred to, with what is known of them
+    "gap",  # lines are lost: `found` says how, `stands_for` which were referred to, with what they stated
     "layout-change",  # other devices, ranks, parallelism or recomputation than in the attempt before
     "budget-change",
     "blend-change",  # another blend of corpora from here on
@@ -166,7 +167,7 @@ def head(run: str | Path) -> str:
 def check(run: str | Path) -> int:
     """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
     lines = chain(run)
-    before, known = empty_statement(), with_lost(lines)
+    before, known = empty_statement(), with_absent(lines)
     for number, line in enumerate(lines.values(), 1):
         before = taken_over(before, line)
         if wrong := _disagreement(before, line, known):
@@ -175,18 +176,18 @@ def check(run: str | Path) -> int:
     return len(lines)
 
 
-# ---- lines that are lost
+# ---- lines that are elsewhere: lost, or of the run that a branch begins from
 
 
-def with_lost(lines: dict[str, Line]) -> dict[str, Line]:
-    """Return the lines, and what is known of those for which a gap stands: their statements, or nothing."""
-    gaps = [line["lost"] for line in lines.values() if line["event"] == "gap"]
-    return {**{head: stated or {} for lost in gaps for head, stated in lost.items()}, **lines}
+def with_absent(lines: dict[str, Line]) -> dict[str, Line]:
+    """Return the lines, and those for which a gap or a branch stands: what they stated, or nothing."""
+    absent = [line["stands_for"] for line in lines.values() if "stands_for" in line]
+    return {**{head: stated or {} for each in absent for head, stated in each.items()}, **lines}
 
 
 def taken_over(before: Line, line: Line) -> Line:
-    """Return the statement from which a line goes on: of a gap, that of a lost line if it was further on."""
-    for stated in line.get("lost", {}).values():
+    """Return the statement from which a line goes on: that of a line it stands for, if that is further on."""
+    for stated in line.get("stands_for", {}).values():
         if stated and _reach(stated) > _reach(before):
             before = {**before, **stated}
     return before
@@ -203,7 +204,7 @@ def missing(lines: dict[str, Line], head: str, account: Line | None) -> str:
 
     A ledger that lost its end does not reach as far as that line; one that does has other lines there.
     """
-    if head in with_lost(lines):
+    if head in with_absent(lines):
         return ""
     if account is None:
         return "was cut off, or changed"
@@ -229,7 +230,7 @@ def gaps(lines: Iterable[Line]) -> list[str]:
 
 
 def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
-    """What in a line contradicts itself or the lines before it; lines: with those that are lost."""
+    """What in a line contradicts itself or the lines before it; lines: with those that are elsewhere."""
     if missing := [
         name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
     ]:
@@ -268,7 +269,8 @@ def _sum(parts: dict[str, Any]) -> Any:
     return sum(value for name, value in parts.items() if name != "total")
 
 
-def _totals(line: Line) -> dict[str, Any]:
+def as_totals(line: Line) -> dict[str, Any]:
+    """Return a statement under the promised keys of ``tools.ledger total``."""
     parts = line["joules"]
     return {
         "steps": line["step"],
@@ -284,26 +286,63 @@ def _totals(line: Line) -> dict[str, Any]:
 
 
 def total(runs: Iterable[str | Path]) -> dict[str, Any]:
-    """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest."""
-    spent = _totals(empty_statement())
+    """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest.
+
+    What several have in common, as a trunk and its branches, is counted once, as far as any of them went.
+    """
+    parts: dict[str, tuple[Line, Line]] = {}
     for run in runs:
-        lines = read(run)
-        more = _totals({**empty_statement(), **lines[-1]} if lines else empty_statement())
-        peak = max(spent["peak_bytes"], more["peak_bytes"])
-        spent = {**_add(spent, more), "peak_bytes": peak}
-    return spent
+        before = empty_statement()
+        for begun, after in lineage(run):
+            if begun not in parts or _reach(after) > _reach(parts[begun][1]):
+                parts[begun] = before, after
+            before = after
+    spent = empty_statement()
+    for before, after in parts.values():
+        peak = max(spent["peak_bytes"], after["peak_bytes"])
+        spent = {**_add(spent, since(before, after)), "peak_bytes": peak}
+    return as_totals(spent)
 
 
-def _add(left: Any, right: Any) -> Any:
-    if left is None or right is None:  # energy that nobody measured
-        return right if left is None else left
+def lineage(run: str | Path) -> list[tuple[str, Line]]:
+    """Return the statements that a run's account has gone through, its trunk's first: (hash of the first line
+    of that ledger, statement at which the next one begins, or the last)."""
+    lines = chain(run)
+    if not lines:
+        return []
+    (begun, first), last = next(iter(lines.items())), next(reversed(lines.values()))
+    return [*first.get("trunk", []), (begun, statement_of(last))]
+
+
+def trunk(run: str | Path, head: str, account: Line) -> list[tuple[str, Line]]:
+    """Return the lineage with which a branch begins, at a checkpoint of `run` with that head and account; one
+    whose ledger cannot be read is known by the head."""
+    try:
+        *before, (begun, _) = lineage(run)
+    except (UserError, ValueError):
+        return [(head, account)]
+    return [*before, (begun, account)]
+
+
+def since(before: Line, after: Line) -> Line:
+    """Return what was spent between two statements; the peak is that of the later one."""
+    spent = _add(statement_of(after), statement_of(before), -1)
+    return {**spent, "peak_bytes": after["peak_bytes"]}
+
+
+def _add(left: Any, right: Any, sign: int = 1) -> Any:
     if isinstance(left, dict):
-        return {name: _add(left.get(name, 0), right.get(name, 0)) for name in {**left, **right}}
-    return _rounded(left + right)
+        return {name: _add(left.get(name, 0), right.get(name, 0), sign) for name in {**left, **right}}
+    return _rounded(left + sign * right)
 
 
 def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
+
+
+def statement_of(line: Line) -> Line:
+    """Return what a line states of the whole run; of what it does not say, none."""
+    return {name: line.get(name, none) for name, none in empty_statement().items()}
 
 
 def empty_statement() -> Line:
@@ -345,8 +384,9 @@ class Ledger:
         self._torn = truncate_torn_line(self._path)
         self._lines, self._wrong = self._keep_unbroken()
         self._last = next(reversed(self._lines.values()), None)
-        known = {**empty_statement(), **(self._last or {})}
-        self._account = {name: copy.copy(known[name]) for name in empty_statement()}
+        self.statement = statement_of(self._last or {})
+        """What the last line states."""
+        self._account = copy.deepcopy(self.statement)
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
         self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
         self._joules: dict[str, float] = {}  # of this attempt
@@ -357,8 +397,6 @@ class Ledger:
         self._over = threading.Event()
         self.head = next(reversed(self._lines), "")
         """Hash of the last line."""
-        self.statement = known
-        """What that stated."""
         self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
         self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
 
@@ -400,36 +438,38 @@ class Ledger:
         last: str = "",
         account: Line | None = None,
         phase: int = 0,
+        branch: dict[str, Any] | None = None,
         **details: Any,
     ) -> None:
         """Starts the run, or resumes it at `step` from the checkpoint that carries `head` and `account`.
 
         last: hash of the last word of the attempt before, if it had one. phase: of the update before. All
         since the process started is start-up. `details` go into the line. Where `head` or `last` is not a
-        line of this ledger, the gap is noted; UserError if the checkpoint is of a program that did not write
-        what its line stated.
+        line of this ledger, the gap is noted, or the `branch` if the checkpoint is another run's; UserError
+        if the checkpoint is of a program that did not write what its line stated.
         """
-        known = with_lost(self._lines)
+        known = with_absent(self._lines)
         referred: dict[str, Line | None] = {last: None, head: account}
         lost = {line: stated for line, stated in referred.items() if line and line not in known}
-        branch = (known.get(head) or account) if head else empty_statement()
-        if branch is None or branch["step"] != step:
+        base = (known.get(head) or account) if head else empty_statement()
+        if base is None or base["step"] != step:
             raise UserError(
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
                 " refers; restore the ledger, or move checkpoints/ away to start over"
             )
-        found = self._wrong
-        for line, stated in lost.items():
+        found, begins = self._wrong, bool(branch) and head in lost
+        for line, stated in {} if begins else lost.items():
             found = self._wrong or missing(self._lines, line, stated) or "has lost it already"
         layouts = [line["layout"] for line in self._lines.values() if "layout" in line]
         self._lines = {}  # all that was needed of them
-        further = taken_over(self._account, {"lost": lost})
-        self._account = {name: copy.copy(further[name]) for name in empty_statement()}
+        self._account = copy.deepcopy(statement_of(taken_over(self._account, {"stands_for": lost})))
         self._account["attempt"] += 1
         self._claim("startup", self._started)
+        if branch and begins:
+            self.note("branch", stands_for=lost, phase=phase, **branch)
         if found:
             log.warning("warning: %s %s; goes on with what is known of step %d", self._path, found, step)
-            self.note("gap", lost=lost, found=found, phase=phase)
+            self.note("gap", stands_for=lost, found=found, phase=phase)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
         if self._last is None and not found:
@@ -444,7 +484,7 @@ class Ledger:
             )
         if not found and self._last and self._last["event"] not in LAST_WORDS:
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
-        self._go_back({**empty_statement(), **branch})
+        self._go_back(statement_of(base))
         if step:
             spent = self._account["device_seconds"]
             self._steps.append(spent["productive"] / step / 3600)
@@ -573,7 +613,7 @@ class Ledger:
     def totals(self) -> dict[str, Any]:
         """What the run has spent up to now: the promised keys of ``tools.ledger total``."""
         with self._lock:
-            return _totals(self._statement(self._clock()))
+            return as_totals(self._statement(self._clock()))
 
     def heartbeat(self) -> None:
         """Writes a heartbeat if the last line is 10 s old."""

@@ -108,7 +108,8 @@ def make_recipe(
     phases = tuple(_make_phase(one, pieces) for one in phase_configs(config))
     unit, total = config.budget.amount
     ends = tuple(phase.until for phase in train.phases)
-    return Recipe(config, phases, Budget(unit, total, tuple(phase.cost for phase in phases), ends))
+    costs = tuple(phase.cost for phase in phases)
+    return Recipe(config, phases, Budget(unit, total, costs, ends, config.run.inherited(unit)))
 
 
 def baseline(phase: Phase) -> Phase:

@@ -12,15 +12,20 @@ from pretrain.config import Config
 _DESCENT = 0.2
 
 
-def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
-    """Factor on the peak rate. progress, warmup, floor in [0, 1]; returns [0, 1].
+def scale(kind: str, progress: float, warmup: float, floor: float, start: float = 0.0) -> float:
+    """Factor on the peak rate. progress, warmup, floor, start in [0, 1]; returns [0, 1].
 
     Rises linearly from 0 over the first `warmup` of the budget; then `linear` and `cosine` fall to
-    `floor` at the end, `trapezoid` stays at 1 and falls linearly over the last fifth.
+    `floor` at the end, `trapezoid` stays at 1 and falls linearly over the last fifth. `decay` and
+    `decay-linear` fall from `start` on, the former as 1 - sqrt (Hagele et al. 2024).
     """
     if progress < warmup:
         return progress / warmup
-    if kind == "trapezoid":
+    if kind.startswith("decay"):
+        begin = max(start, warmup)
+        gone = max(0.0, progress - begin) / (1.0 - begin)
+        rest = 1.0 - (gone if kind == "decay-linear" else math.sqrt(gone))
+    elif kind == "trapezoid":
         rest = min(1.0, (1.0 - progress) / min(_DESCENT, 1.0 - warmup))
     else:
         rest = 1.0 - (progress - warmup) / (1.0 - warmup)
@@ -31,5 +36,6 @@ def scale(kind: str, progress: float, warmup: float, floor: float) -> float:
 
 def rate(config: Config, progress: float) -> float:
     """Return the learning rate at `progress`."""
-    schedule = config.schedule
-    return config.optimizer.lr * scale(schedule.kind, progress, schedule.warmup, schedule.floor)
+    schedule, (unit, total) = config.schedule, config.budget.amount
+    start = config.run.inherited(unit) / total
+    return config.optimizer.lr * scale(schedule.kind, progress, schedule.warmup, schedule.floor, start)

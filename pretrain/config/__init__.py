@@ -13,6 +13,7 @@ from pretrain.config.load import (
 from pretrain.config.options import (
     BUDGET_UNITS,
     SECTIONS,
+    BranchOptions,
     BudgetOptions,
     CheckpointOptions,
     Config,
@@ -35,6 +36,7 @@ from pretrain.config.options import (
 
 __all__ = [
     "BUDGET_UNITS",
+    "BranchOptions",
     "BudgetOptions",
     "CheckpointOptions",
     "Config",

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from pretrain.config.checks import contradictions
-from pretrain.config.options import SECTIONS, Config, PhaseOptions, Section, kinds_of
+from pretrain.config.options import SECTIONS, BranchOptions, Config, PhaseOptions, Section, kinds_of
 from pretrain.errors import UserError
 
 # What may differ when a run continues: layout, cadence and budget, nothing that changes the samples, the
@@ -236,12 +236,18 @@ def _section(name: str, kind: type[Section], given: Any, found: list[str]) -> Se
         return kind.model_construct(_fields_set=set(given), **good)
 
 
+_INNER: dict[Any, type[Section]] = {"phases": PhaseOptions, "branch": BranchOptions}
+"""Sections that are values of a key."""
+
+
 def _problem(name: str, kind: type[Section], item: Any) -> str:
     key = ".".join([name, *(str(part) for part in item["loc"])])
     inner = len(item["loc"]) > 1
     if item["type"] == "extra_forbidden":
         known, prefix = (
-            (list(PhaseOptions.model_fields), "") if inner else (list(kind.model_fields), f"{name}.")
+            (list(_INNER[item["loc"][0]].model_fields), "")
+            if inner
+            else (list(kind.model_fields), f"{name}.")
         )
         return f"unknown key {key}{_nearest(str(item['loc'][-1]), known, prefix)}"
     if item["type"] == "missing" and not inner:

@@ -64,6 +64,23 @@ class Section(BaseModel):
         return value
 
 
+def _step(value: Any) -> Any:
+    if value in ("latest", "best") or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("should be a step, latest or best")
+
+
+class BranchOptions(Section):
+    """The checkpoint of another run that a run takes weights, moments, place in the data and account from."""
+
+    of: Place
+    """Folder of that run. It is read when the branch begins, and not again once that has saved."""
+    step: Annotated[Any, AfterValidator(_step)] = "latest"
+    """Of the checkpoint: a number, `latest` or `best`. The number is kept in the run's config.yaml."""
+    inherited: dict[str, float] = {}
+    """What that run had spent by then, in each unit of budget; found out when the branch begins."""
+
+
 class RunOptions(Section):
     """Where the run lives and what makes it random."""
 
@@ -73,6 +90,14 @@ class RunOptions(Section):
     """Seed of the initial weights (and of dropout)."""
     data_seed: int = Field(0, ge=0)
     """Seed of the order of documents and windows, and of the masks."""
+    branch: BranchOptions | None = None
+    """`{of: RUN, step: N}` begins where a checkpoint of RUN ends. Everything may be other than there but what
+    gives the weights their shape; the budget includes what RUN had spent. Another corpus, `data_seed` or
+    number of views begins its order at the start."""
+
+    def inherited(self, unit: str) -> float:
+        """Return what the run has from its trunk, in a unit of budget."""
+        return self.branch.inherited.get(unit, 0.0) if self.branch else 0.0
 
 
 class CorpusOptions(Section):
@@ -276,8 +301,9 @@ class OptimizerOptions(Section):
 class ScheduleOptions(Section):
     """Learning rate as a function of the spent share of the budget."""
 
-    kind: Literal["linear", "cosine", "trapezoid"] = "linear"
-    """Shape after the warm-up; `trapezoid` stays at the peak and falls linearly over the last fifth."""
+    kind: Literal["linear", "cosine", "trapezoid", "decay", "decay-linear"] = "linear"
+    """Shape after the warm-up; `trapezoid` stays at the peak and falls linearly over the last fifth. `decay`
+    falls as 1 - sqrt from where `run.branch` begins, `decay-linear` linearly. A `floor` of 1 is constant."""
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the budget over which the rate rises linearly from 0."""
     floor: float = Field(0.0, ge=0, le=1)

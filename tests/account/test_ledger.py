@@ -333,7 +333,7 @@ def test_joules_add_up_over_attempts_and_say_what_they_leave_out(tmp_path):
     assert totals["metered_device_seconds"] == 2 * (10 + 1)
     assert totals["device_seconds"]["total"] == 2 * (10 + 5 + 1)
     third.note("stop")
-    assert ledger.total([tmp_path, tmp_path])["joules"] == 9501.0
+    assert ledger.total([tmp_path, tmp_path])["joules"] == 4750.5  # the same work, once
 
 
 def test_a_log_is_noted_every_ten_seconds(tmp_path):
@@ -372,8 +372,8 @@ def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def written(run):
-    clock = Clock()
+def written(run, now=1000.0):
+    clock = Clock(now)
     account = opened(run, clock)
     account.begin()
     clock.work(account, 10)
@@ -567,9 +567,9 @@ def test_the_ledger_and_its_program_do_not_import_torch():
 
 
 def test_total_adds_runs_up(tmp_path):
-    for name in ("a", "b"):
+    for name, now in (("a", 1000.0), ("b", 2000.0)):
         (tmp_path / name).mkdir()
-        written(tmp_path / name)
+        written(tmp_path / name, now)
     one, both = ledger.total([tmp_path / "a"]), ledger.total([tmp_path / "a", tmp_path / "b"])
     assert both["steps"] == 20 and both["attempts"] == 2 and both["joules"] is None
     assert both["flops"] == {part: 2 * value for part, value in one["flops"].items()}

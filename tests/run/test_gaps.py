@@ -105,7 +105,7 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert result(cut) == whole
     (gap,) = [line for line in ledger.read(cut) if line["event"] == "gap"]
     assert gap["found"].startswith(DAMAGES[damage]) and gap["step"] == state.step == 5
-    assert (state.ledger_head in gap["lost"]) == (damage is not torn_last_word)
+    assert (state.ledger_head in gap["stands_for"]) == (damage is not torn_last_word)
     (checked,), text = program.check([str(cut)])
     assert f"notes a gap: the ledger {DAMAGES[damage]}" in " ".join(text.split())
     assert checked["gaps"] == ledger.gaps(ledger.read(cut))

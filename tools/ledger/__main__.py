@@ -22,6 +22,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
 from tools.ledger import emissions, reconcile
 from tools.ledger.reconcile import SACCT
+from tools.ledger.tree import tree
 from tools.shared import console
 
 ACTIONS = {
@@ -142,10 +143,10 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     costs = {way: _costs(config, way) for way in ("none", "block")}
     # A program that did not say whether it recomputed could not change that either.
     before, phase, phases, ways = ledger.empty_statement(), 0, {"": 0}, list(costs)
-    known = {"": before, **ledger.with_lost(lines)}
+    known = {"": before, **ledger.with_absent(lines)}
     for number, (head, line) in enumerate(lines.items(), 1):
         before = ledger.taken_over(before, line)
-        phases |= dict.fromkeys(line.get("lost", ()), line.get("phase", phase))
+        phases |= dict.fromkeys(line.get("stands_for", ()), line.get("phase", phase))
         if line["event"] == "resume":
             before, phase = known[line["head"]], phases[line["head"]]
         if way := line.get("layout", {}).get("recompute"):
@@ -223,7 +224,7 @@ def _details(line: ledger.Line) -> str:
 
 
 def total(runs: list[str]) -> tuple[Any, str]:
-    """The sum of the runs, under the promised keys."""
+    """The sum of the runs, under the promised keys; what branches have from a trunk is counted once."""
     report = ledger.total(runs)
     spent, flops = report["device_seconds"], report["flops"]
     rows = [("attempts", f"{report['attempts']}")]
@@ -239,7 +240,9 @@ def total(runs: list[str]) -> tuple[Any, str]:
     if spent["total"]:
         rows += [("metered share of hours", f"{report['metered_device_seconds'] / spent['total']:.1%}")]
     rows += [("peak bytes of a rank", f"{report['peak_bytes']}")]
-    return report, "\n".join(f"{name:24} {value:>16}" for name, value in rows)
+    return report, "\n".join(
+        [*tree({run: run for run in runs}), *(f"{name:24} {value:>16}" for name, value in rows)]
+    )
 
 
 if __name__ == "__main__":

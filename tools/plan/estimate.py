@@ -10,6 +10,7 @@ from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
 from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
 from pretrain.config import Config, method_of
+from pretrain.continuing import with_branch
 from pretrain.data.corpora import Mapped, mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -54,6 +55,7 @@ class Tariff:
 def planned_recipe(config: Config, device: Device | None = None) -> tuple[Recipe, str]:
     """Return the recipe of a config, and where its number of pieces is from: the config, the tokenizer, or
     RoBERTa. Without a device one that has bf16 is taken."""
+    config = with_branch(config)
     pieces, source = config.model.vocab_size, "config"
     prefix = config.corpus.blend[0][1]
     if pieces is None and (config.corpus.tokenizer or Path(f"{prefix}.json").exists()):
@@ -241,12 +243,12 @@ class PlannedRun:
             return budget.updates()
         if self.device is None:
             return None
-        hours = budget.total
+        hours = budget.total - budget.inherited
         if budget.unit == "kwh":
             each = self.tariff.kwh(self.device, 1.0)
             if each is None:
                 return None
-            hours = budget.total / each
+            hours /= each
         edges = [0.0, *budget.phase_ends, 1.0]
         shares = [after - before for before, after in zip(edges, edges[1:], strict=False)]
         return [

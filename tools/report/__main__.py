@@ -32,6 +32,7 @@ from pretrain.files import seen_from
 from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
+from tools.ledger.tree import branches, tree
 from tools.plan.documents import RelativeCosts
 from tools.report import pages as report_pages
 from tools.report.documents import (
@@ -141,6 +142,8 @@ class ReportedRun:
         """In order; none before the first update, and two of a phase that a larger budget came back to."""
         borders = [(0, 0, 0.0)]  # phase, and what there was before it
         for line in self.lines:
+            if line["event"] == "branch":  # what is before is the trunk's
+                borders = []
             if line["event"] == "resume":  # phases that the run went back from are not begun yet
                 borders = [border for border in borders if border[1] <= line["samples"]]
             if "phase" in line:
@@ -199,11 +202,15 @@ def gather(paths: Sequence[str]) -> Report:
     """Return all figures of the report."""
     runs = read_runs(paths)
     described = [_describe(run, runs) for run in runs]
+    begun = {run.name: run.path for run in runs if run.lines}
+    known = branches(begun)
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=[*_warnings(described), *_gone(runs, described), *_gaps(runs)],
-        runs=described,
+        runs=[replace(one, branch=known.get(one.name)) for one in described],
+        tree=tree(begun),
+        together=ledger.total(begun.values()),
     )
 
 

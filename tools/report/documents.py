@@ -1,8 +1,9 @@
 """What a report says: its document, whose fields are the keys of its JSON."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from tools.ledger.tree import Branch
 from tools.plan.documents import RelativeCosts
 
 
@@ -140,6 +141,8 @@ class RunReport:
     evaluations: list[Evaluation]
     downstream: list[TaskScores]
     speed: list[SpeedPoint]
+    branch: Branch | None = None
+    """What it is a branch of."""
 
 
 @dataclass(frozen=True)
@@ -151,3 +154,7 @@ class Report:
     warnings: list[str]
     runs: list[RunReport]
     """In the order given."""
+    tree: list[str] = field(default_factory=list)
+    """Where some are branches, a line for each run with its own part."""
+    together: dict[str, Any] = field(default_factory=dict)
+    """Totals of all runs, of which what branches share is counted once."""

@@ -415,6 +415,14 @@ def _subtitle(document: Report) -> str:
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, as of {when}, LateMask {document.version}"
 
 
+def _tree(document: Report) -> list[str]:
+    """A line for each run with its own part, and the sum."""
+    spent = document.together
+    hours = _hours(spent["device_seconds"]["total"])
+    sums = f"{_count(spent['steps'])} updates, {spent['flops']['total']:.3e} FLOPs, {hours} device-hours"
+    return [*document.tree, f"together, what they share counted once: {sums}"]
+
+
 # ---- figures -------------------------------------------------------------------------------------
 
 Points = Sequence[RunPoint]
@@ -580,6 +588,8 @@ def speed_picture(document: Report) -> bytes:
 
 def show(document: Report, stream: IO[str]) -> None:
     """The tables, without the meanings of their columns, for a terminal."""
+    if document.tree:
+        print("\n".join(_tree(document)) + "\n", file=stream)
     for table in TABLES:
         print(f"{table.title}\n\n{_text_table(table, document.runs)}\n", file=stream)
 
@@ -601,6 +611,8 @@ def markdown(document: Report) -> str:
     """report.md; it shows the pictures beside it."""
     parts = [f"{outputs.MARKDOWN_MARK}\n# Pre-training report\n\n{_subtitle(document)}"]
     parts += [f"> **Warning:** {_plain(warning)}" for warning in document.warnings]
+    if document.tree:
+        parts.append("\n".join(["```", *_tree(document), "```"]))
     for table in TABLES:
         parts += [f"## {table.title}", tables.markdown(_rows(table.columns, document.runs))]
         parts.append("\n".join(f"* **{title}**: {meaning}." for title, meaning in _meanings(table)))
@@ -669,6 +681,8 @@ def html(document: Report) -> str:
     runs = document.runs
     body = [f'<h1>Pre-training report</h1>\n<p class="subtitle">{escape(_subtitle(document))}</p>']
     body += [f'<p class="warning">{escape(warning)}</p>' for warning in document.warnings]
+    if document.tree:
+        body.append(f"<pre>{escape(chr(10).join(_tree(document)))}</pre>")
     for table in TABLES:
         body += [f"<h2>{table.title}</h2>", _html_table(table, document.runs)]
         if table is RESULT:
