@@ -615,6 +615,8 @@ def test_bad_rows_and_other_inputs_are_refused(
         program.main(words)
     with pytest.raises(UserError, match="--protocol fixed sets --lrs"):
         program.main([*words, "--protocol", "fixed"])
+    with pytest.raises(UserError, match="--checkpoint best: Hugging Face folders have none"):
+        program.main([*words, "--checkpoint=best"])
     with pytest.raises(UserError, match="neither a run"):
         program.main([str(tmp_path), *words[1:]])
     with pytest.raises(UserError, match="Other: no task of GLUE"):

@@ -155,6 +155,8 @@ def make_sources(args: argparse.Namespace) -> list[Source]:
         if name in found:
             raise UserError(f"{word}: a second encoder named {name}; write NAME={word}")
         found[name] = _source(name, path, args)
+    if args.checkpoint != "latest" and all(source.step is None for source in found.values()):
+        raise UserError(f"--checkpoint {args.checkpoint}: Hugging Face folders have none; leave it out")
     return list(found.values())
 
 
