@@ -70,7 +70,7 @@ class HeldOut:
         self.tokens_per_byte = manifest.tokens / manifest.text_bytes if manifest.text_bytes else None
 
     def questions(self, first: int, count: int) -> Masked:
-        """The masked windows `first` to `first + count - 1`."""
+        """Return the masked windows `first` to `first + count - 1`."""
         s = self.sampler.read(np.arange(first, min(first + count, self.samples)))
         return self.masker(s.tokens, s.keys, s.views)
 
@@ -83,7 +83,7 @@ class HeldOut:
         ranks: int = 1,
         add_up: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> HeldOutScore:
-        """Scores `model(batch, score=True)`, data-parallel rank `rank` of `ranks` doing its share.
+        """Score `model(batch, score=True)`, data-parallel rank `rank` of `ranks` doing its share.
 
         add_up sums a float64 tensor over those ranks. Every rank calls the model equally often, as
         partitioned parameters need it.
@@ -101,7 +101,8 @@ class HeldOut:
         return self._result(loss, right)
 
     def unigram(self, train_prefix: str, vocab_size: int) -> HeldOutScore:
-        """The score of guessing by frequency in the training corpus (add-one smoothing): no context."""
+        """Return the score of guessing by frequency in the training corpus (add-one smoothing): no
+        context."""
         frequency = np.ones(vocab_size)
         tokens = IndexedReader(train_prefix).tokens
         for start in range(0, len(tokens), 1 << 22):

@@ -23,7 +23,7 @@ class Feed:
         """Seconds that `take` has waited."""
 
     def take(self, first: int) -> list[Batch]:
-        """The micro-batches of the update that starts at sample `first`."""
+        """Return the micro-batches of the update that starts at sample `first`."""
         begin = time.perf_counter()
         if self._ready is None or self._ready[0] != first:
             self._ready = first, self._pool.submit(self._prepare, first)

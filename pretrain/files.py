@@ -104,7 +104,8 @@ def seen_from(name: str | Path) -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """UserError where no file could be made in `folder`, to be found out before the work and not after it.
+    """Raise UserError where no file could be made in `folder`, to be found out before the work and not after
+    it.
 
     It is tried, as permissions do not tell everything; nothing stays, nor is the folder made.
     """

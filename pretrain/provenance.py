@@ -39,7 +39,8 @@ def provenance() -> dict[str, Any]:
 
 
 def code_revision() -> str | None:
-    """Commit of this code, with -dirty if it was edited; None where neither git nor a frozen copy says."""
+    """Return the commit of this code, with -dirty if it was edited; None where neither git nor a frozen copy
+    says."""
     root = Path(__file__).parent.parent
     if (root / "REVISION").exists():
         return (root / "REVISION").read_text(encoding="utf-8").strip()

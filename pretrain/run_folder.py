@@ -163,14 +163,14 @@ class RunFolder:
         write_atomic(self.path / "status.json", json_text({**status, "attempt": attempt}))
 
     def last_attempt(self) -> dict[str, Any]:
-        """`time`, `exit_code` and `reason` of the newest attempt, of one that never began too; {} if none
-        has said anything."""
+        """Return `time`, `exit_code` and `reason` of the newest attempt, of one that never began too; {} if
+        none has said anything."""
         status = self.status()
         known: dict[str, Any] = status.get("attempt") or status
         return known
 
     def status(self) -> dict[str, Any]:
-        """What `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
+        """Return what `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
         try:
             status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

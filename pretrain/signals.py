@@ -18,7 +18,8 @@ class Signals:
             signal.signal(number, self._remember)
 
     def leave_with(self, code: int) -> None:
-        """The run is over: whoever interrupts from here on ends the process at once, with its exit code."""
+        """Declare the run over: whoever interrupts from here on ends the process at once, with its exit
+        code."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(code))
 

@@ -25,7 +25,8 @@ DONE, AGAIN, STOP = "done", "again", "stop"
 
 
 def progress(run: Path, stage: str) -> int:
-    """A number that grows with the work that is safe on disk: the newest step, or the parts of a corpus."""
+    """Return a number that grows with the work that is safe on disk: the newest step, or the parts of a
+    corpus."""
     if stage == "train":
         return max(checkpoint.steps(run), default=-1)
     config = load_config(run / "slurm" / "config.yaml")
@@ -33,7 +34,7 @@ def progress(run: Path, stage: str) -> int:
 
 
 def failed_attempts(lines: list[journal.Line], stage: str, reached: int) -> int:
-    """Attempts that began where the run still is, since it was submitted or had stopped."""
+    """Return the attempts that began where the run still is, since it was submitted or had stopped."""
     count = 0
     for line in reversed([line for line in lines if line["stage"] == stage]):
         if line["event"] == "submit" and "instead_of" not in line or line.get("verdict") == STOP:
@@ -59,7 +60,7 @@ def begin(run: Path, stage: str, job: str, nodes: str, limit: int) -> int:
 
 
 def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
-    """What follows; noted with its reason."""
+    """Return what follows; noted with its reason."""
     lines = journal.read(run)
     began = max(
         (line["time"] for line in lines if line["event"] == "begin" and line["job"] == job), default=0
@@ -74,7 +75,7 @@ def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
 
 
 def judge(run: Path, stage: str, code: int, began: float) -> tuple[str, str]:
-    """Verdict and reason of an attempt that started at Unix time `began` and ended with `code`."""
+    """Return the verdict and reason of an attempt that started at Unix time `began` and ended with `code`."""
     status = RunFolder(run).last_attempt() if stage == "train" else {}
     if status and status["time"] >= began and status.get("state") != "running":
         code, reason = status["exit_code"], status["reason"]

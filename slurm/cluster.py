@@ -73,7 +73,7 @@ FORMS: dict[str, Callable[[str], Any]] = {
 
 
 def read(path: Path | None = None) -> Cluster:
-    """The site file `path`; UserError if it is missing, does not run or sets what nobody reads."""
+    """Return the site file `path`; UserError if it is missing, does not run or sets what nobody reads."""
     path = path or DEFAULT
     if not path.is_file():
         raise UserError(f"{path}: no such file; copy {EXAMPLE} there and edit it")

@@ -25,7 +25,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def freeze(folder: Path, site: Cluster, form: Shape) -> None:
-    """Code, packages and cluster.env as they are now; a job reads nothing else of ours."""
+    """Keep code, packages and cluster.env as they are now; a job reads nothing else of ours."""
     shutil.rmtree(folder / "code", ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "sample", "results")
     (folder / "code").mkdir(parents=True)

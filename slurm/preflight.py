@@ -48,7 +48,7 @@ MEMORY_BYTES = 1 << 30
 
 
 def check_alone(config: Config, copies: str, gpus: int) -> list[str]:
-    """What this rank finds wrong without the others."""
+    """Return what this rank finds wrong without the others."""
     return [*_device(gpus), *_memory(config), *_corpus(config), *_space(config, copies)]
 
 
@@ -138,7 +138,7 @@ def _room(folder: Path, wanted: int) -> list[str]:
 
 
 def check_together(config: Config) -> list[str]:
-    """What shows only together: an all-reduce with a known answer, and the clocks."""
+    """Return what shows only together: an all-reduce with a known answer, and the clocks."""
     import torch
     import torch.distributed as dist
 
@@ -166,12 +166,13 @@ def check_together(config: Config) -> list[str]:
 
 
 def off(clocks: Mapping[str, float], node: str) -> float:
-    """Seconds by which a node's clock differs from the median of the nodes; of two, both are as far off."""
+    """Return the seconds by which a node's clock differs from the median of the nodes; of two, both are as
+    far off."""
     return clocks[node] - statistics.median(clocks.values())
 
 
 def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
-    """One rank's part; exit code 1 if any rank found something."""
+    """Return one rank's part; exit code 1 if any rank found something."""
     from pretrain.parallel.launchers import identify
 
     me = identify(os.environ)
@@ -199,7 +200,7 @@ def _node() -> str:
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks have said so far."""
+    """Return what the ranks have said so far."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in _said(folder)]
 
 
@@ -211,7 +212,7 @@ def _said(folder: Path) -> list[Path]:
 
 
 def blame(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
-    """Node -> what is wrong with it."""
+    """Return what is wrong with each node, by its name."""
     found = dict.fromkeys((node for node in nodes if all(note["node"] != node for note in said)), "no answer")
     for note in said:
         if note["problems"]:
@@ -220,7 +221,7 @@ def blame(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def judge(run: Path, job: str, nodes: list[str], folder: Path, limit: int) -> str:
-    """`again NODES` (none: nobody knows whose fault it is) or `stop`, noted with its reason."""
+    """Return `again NODES` (none: nobody knows whose fault it is) or `stop`, noted with its reason."""
     bad = blame(nodes, notes(folder))
     everywhere = len(nodes) > 1 and len(bad) == len(nodes)
     words = [f"{node}: {problem}" for node, problem in bad.items()]

@@ -21,14 +21,15 @@ PROGRAMS = ("evaluate", "export", "report")
 
 
 def render(stage: str, template: str, heads: Sequence[str], values: Mapping[str, str]) -> str:
-    """An sbatch file: the template with its heads and values."""
+    """Return an sbatch file: the template with its heads and values."""
     text = (cluster.HERE / f"{template}.sbatch").read_text(encoding="utf-8")
     values = {**values, "stage": stage, "headers": "\n".join(f"#SBATCH {head}" for head in heads)}
     return re.sub(r"@(\w+)@", lambda found: values[found[1]], text)
 
 
 def heads(site: Cluster, folder: Path, stage: str, form: Shape, args: argparse.Namespace) -> list[str]:
-    """The #SBATCH words of a job. Slurm reads quotes in them as a shell does; % is special in paths."""
+    """Return the #SBATCH words of a job. Slurm reads quotes in them as a shell does; % is special in
+    paths."""
     for name in (str(folder), os.getcwd()):
         if re.search(r"[\\\n\r]", name):
             raise UserError(f"{name!r}: Slurm cannot have a backslash or a line's end in a path; rename it")
@@ -137,7 +138,7 @@ def _limits(encoding: argparse.Namespace) -> list[str]:
 
 
 def array_script(count: int, folder: Path, site: Cluster, form: Shape, args: argparse.Namespace) -> str:
-    """The sbatch file of an array of `count` commands, each in a job of this shape."""
+    """Return the sbatch file of an array of `count` commands, each in a job of this shape."""
     here, tasks = folder.absolute() / "slurm", min(count, scheduler.MAX_ARRAY)
     values = {"here": shlex.quote(str(here)), "count": str(count), "tasks": str(tasks)}
     at_once = f"%{args.at_once}" if args.at_once else ""

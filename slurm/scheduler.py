@@ -43,7 +43,8 @@ def of_a_job(environ: Mapping[str, str]) -> list[str]:
 
 
 def submit(script: Path, after: str | None = None) -> str:
-    """The new job's id; `after`: only if that job succeeds. UserError with Slurm's words if it refuses."""
+    """Return the new job's id; `after`: only if that job succeeds. UserError with Slurm's words if it
+    refuses."""
     waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     without = set(of_a_job(os.environ))
     environ = {name: value for name, value in os.environ.items() if name not in without}
@@ -54,7 +55,7 @@ def submit(script: Path, after: str | None = None) -> str:
 
 
 def query(jobs: Sequence[str]) -> dict[str, list[Seen]]:
-    """Job id -> the job, or the tasks of the array; what the queue has forgotten is missing."""
+    """Return by job id the job, or the tasks of the array; what the queue has forgotten is missing."""
     found: dict[str, list[Seen]] = {}
     if not jobs:
         return found

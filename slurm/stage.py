@@ -23,7 +23,8 @@ from tools.shared import console
 
 
 def copy(prefix: str, folder: Path) -> tuple[Path, bool]:
-    """The copy's prefix, and whether it was made now; UserError if it differs from what it should be."""
+    """Return the copy's prefix, and whether it was made now; UserError if it differs from what it should
+    be."""
     target = copy_of(prefix, own_folder(folder))
     if _is_good(prefix, target):
         return target, False

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def rows(runs: Sequence[Path]) -> list[Row]:
-    """One for each stage of each run: its newest job, its state and, for training, how far it is."""
+    """Return one for each stage of each run: its newest job, its state and, for training, how far it is."""
     journals = {run: journal.read(run) for run in runs}
     newest = {run: newest_jobs(lines) for run, lines in journals.items()}
     seen = scheduler.query([job for stages in newest.values() for jobs in stages.values() for job in jobs])
@@ -84,12 +84,12 @@ def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen
 
 
 def worst(counted: Counter[str]) -> str:
-    """One state for all tasks of an array: a live one if there is any, finished only if all are."""
+    """Return one state for all tasks of an array: a live one if there is any, finished only if all are."""
     return min(counted, key=lambda name: (name in ENDED, name == "finished", -counted[name]))
 
 
 def state(seen: Seen) -> str:
-    """One word for people."""
+    """Return one word for people."""
     if seen.state == "PENDING":
         if seen.reason.startswith("JobHeld"):
             return "held"
@@ -98,7 +98,7 @@ def state(seen: Seen) -> str:
 
 
 def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> list[str]:
-    """How each task of an array stands, by what the queue knows of it and what is done on disk."""
+    """Return how each task of an array stands, by what the queue knows of it and what is done on disk."""
     count, done = commands(run)
     words = {int(one.job.partition("_")[2]): state(one) for one in seen}  # who took a task's place comes last
     events = [line["event"] for line in lines if line["event"] in ("submit", "cancel")]
@@ -113,14 +113,14 @@ def tasks(run: Path, lines: list[journal.Line], seen: list[Seen]) -> list[str]:
 
 
 def commands(run: Path) -> tuple[int, set[int]]:
-    """How many an array has, and the numbers (from 0) of those that are done."""
+    """Return how many an array has, and the numbers (from 0) of those that are done."""
     here = run / "slurm"
     count = (here / "commands.txt").read_text(encoding="utf-8").count("\n")
     return count, {int(path.name) for path in (here / "done").iterdir()}
 
 
 def failed(run: Path, words: Sequence[str]) -> str:
-    """Which commands of an array its failed tasks have left undone, the first few by their lines."""
+    """Return which commands of an array its failed tasks have left undone, the first few by their lines."""
     count, done = commands(run)
     left = [str(n + 1) for n in range(count) if n not in done and words[n % len(words)] == "failed"]
     few = [*left[:FEW], "..."] if len(left) > FEW else left
@@ -128,7 +128,7 @@ def failed(run: Path, words: Sequence[str]) -> str:
 
 
 def forgotten(lines: list[journal.Line], job: str) -> str:
-    """The state of a job that the queue does not know any more, by what it wrote itself."""
+    """Return the state of a job that the queue does not know any more, by what it wrote itself."""
     mine = [line for line in lines if line["job"] == job]
     codes = [line["code"] for line in mine if line["event"] == "exit"]
     if any(line["event"] == "cancel" for line in mine):  # its script may have said something after that
@@ -137,7 +137,7 @@ def forgotten(lines: list[journal.Line], job: str) -> str:
 
 
 def message(run: Path, stage: str, lines: list[journal.Line], seen: list[Seen]) -> str:
-    """The last thing worth knowing: why it waits, or what the run or its last attempt said."""
+    """Return the last thing worth knowing: why it waits, or what the run or its last attempt said."""
     ends = [line for line in lines if line["event"] == "end"]
     words = [one.reason for one in seen[:1] if one.reason not in ("None", "BeginTime")]
     if ends:
@@ -151,7 +151,7 @@ _PROGRESS = ("step", "progress", "slots_per_second", "seconds_left", "loss")
 
 
 def training(run: Path) -> Row:
-    """How far a run is, by what it logged; empty before its first log."""
+    """Return how far a run is, by what it logged; empty before its first log."""
     found: Row = dict.fromkeys(_PROGRESS)
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     for line in lines:
@@ -166,7 +166,7 @@ def training(run: Path) -> Row:
 
 
 def text(table: list[Row]) -> str:
-    """The table for people."""
+    """Return the table for people."""
     head = ["run", "stage", "job", "state", "tries", "step", "budget", "slots/s", "left", "loss"]
     lines = [head]
     for row in table:

@@ -65,7 +65,7 @@ def submit(folder: Path, files: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def refuse_live(run: Path) -> None:
-    """UserError if a job of this run is in the queue already."""
+    """Raise UserError if a job of this run is in the queue already."""
     for row in status.rows([run]):
         if row["state"] not in status.ENDED:
             raise UserError(
@@ -91,7 +91,7 @@ def start_array(
 
 
 def submit_run(args: argparse.Namespace) -> int:
-    """CONFIG -> jobs in the queue."""
+    """Put the jobs of a CONFIG into the queue."""
     site = read_site(args)
     config = load_config(args.config, args.overrides)
     stages = args.pipeline.split(",")
@@ -145,7 +145,7 @@ def show(files: Mapping[str, str], as_json: bool) -> int:
 
 
 def submit_array(args: argparse.Namespace) -> int:
-    """The lines of a file -> an array in the queue."""
+    """Put the lines of a file into the queue as an array."""
     if not args.output:
         raise UserError("--array needs --output DIR, for the logs and the frozen code")
     refuse_foreign(args.output / "slurm")
@@ -197,7 +197,7 @@ def submit_runs(args: argparse.Namespace) -> int:
 
 
 def read_commands(path: Path) -> list[str]:
-    """The commands of a file, one a line; empty lines and those that begin with # say nothing."""
+    """Return the commands of a file, one a line; empty lines and those that begin with # say nothing."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -216,7 +216,8 @@ def read_commands(path: Path) -> list[str]:
 
 
 def runs_of(words: Sequence[str]) -> list[Path]:
-    """The run folders that words name: folders, or configs with overrides; all in runs/ if there are none."""
+    """Return the run folders that words name: folders, or configs with overrides; all in runs/ if there are
+    none."""
     if not words:
         return sorted(path.parent.parent for path in Path("runs").glob("*/slurm/journal.jsonl"))
     changes = [word for word in words if "=" in word and not Path(word).exists()]
@@ -264,7 +265,7 @@ def cancel(words: Sequence[str]) -> int:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Return the command line, checked."""
     parser = console.parser("submit", "Put a run, a pipeline or an array into Slurm's queue", True, "slurm")
     parser.usage = (
         "%(prog)s CONFIG [section.key=value ...] [options]\n"

@@ -15,13 +15,13 @@ def yes_or_no(text: str) -> str:
 
 
 def time_limit(text: str) -> str:
-    """A time limit that Slurm understands, as it is."""
+    """Return a time limit that Slurm understands, as it is."""
     seconds(text)
     return text
 
 
 def seconds(limit: str) -> float:
-    """Of a time limit; as for Slurm, UNLIMITED and 0 are infinite."""
+    """Return those of a time limit; as for Slurm, UNLIMITED and 0 are infinite."""
     if limit.upper() == "UNLIMITED":
         return math.inf
     found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+){0,2})", limit)

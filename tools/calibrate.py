@@ -88,7 +88,7 @@ CASES = (
 
 
 def step_of(recipe: Recipe, micro: int, here: "Topology") -> Callable[[], None]:
-    """One update of a new engine in this process."""
+    """Return one update of a new engine in this process."""
     import torch
 
     from pretrain.build import build_engine
@@ -115,7 +115,8 @@ def step_of(recipe: Recipe, micro: int, here: "Topology") -> Callable[[], None]:
 
 
 def measured(recipe: Recipe, micro: int, peak: float) -> tuple[float, float, int]:
-    """(seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32 FLOP/s."""
+    """Return (seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32
+    FLOP/s."""
     from pretrain.parallel import topology
 
     here = topology.connect(
@@ -127,7 +128,8 @@ def measured(recipe: Recipe, micro: int, peak: float) -> tuple[float, float, int
 
 
 def timed(recipe: Recipe, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
-    """(median seconds of a step at full pace, median pace), from when all ranks are ready until all are."""
+    """Return (median seconds of a step at full pace, median pace), from when all ranks are ready until all
+    are."""
     import torch
 
     step = step_of(recipe, micro, here)
@@ -152,7 +154,7 @@ def timed(recipe: Recipe, micro: int, peak: float, here: "Topology") -> tuple[fl
 
 
 def held(recipe: Recipe, micro: int, here: "Topology") -> int:
-    """Bytes of tensors at the fullest moment of a step."""
+    """Return the bytes of tensors at the fullest moment of a step."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -168,7 +170,7 @@ def held(recipe: Recipe, micro: int, here: "Topology") -> int:
 
 
 def fullest(changes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> int:
-    """(time, bytes more or less) and (begin, end) of steps -> largest sum in a step.
+    """Return (time, bytes more or less) and (begin, end) of steps -> largest sum in a step.
 
     What is left from one step to the next is no tensor of ours: the first begins at the true level.
     """
@@ -187,7 +189,7 @@ def fullest(changes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 
 
 def bounds() -> dict[str, float]:
-    """FLOP/s of matrix products, bytes/s of a copy and of an all-reduce, on this rank."""
+    """Return FLOP/s of matrix products, bytes/s of a copy and of an all-reduce, on this rank."""
     import torch
     import torch.distributed as dist
 
@@ -219,7 +221,7 @@ def _quickest(action: Callable[[], Any], times: int = 5) -> float:
 
 
 def launch(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns on rank 0 of so many new processes."""
+    """Return what the function returns on rank 0 of so many new processes."""
     import torch.distributed.launcher.api as launcher
 
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
@@ -240,7 +242,7 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def this_device() -> Device:
-    """A core of this machine as a device, by its measured bounds."""
+    """Return a core of this machine as a device, by its measured bounds."""
     found = launch(2, bounds)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = console.available_cores()
@@ -320,7 +322,7 @@ def _beside_its_plan(one: Observation, device: Device, share: float) -> Calibrat
 
 
 def text(document: Calibration) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     table = [["case", "s planned", "measured", "error", "MB planned", "measured", "error"]]
     for row in document.rows:
         table.append(

@@ -26,7 +26,7 @@ VOCABULARY = 4096
 
 
 def steps(home: Path, overrides: Sequence[str]) -> list[tuple[str, list[str], Path | None]]:
-    """(what it does, program and arguments, the file that says it is done), in order."""
+    """Return (what it does, program and arguments, the file that says it is done), in order."""
     data = home / "demo-data"
     tokenizer = data / "tokenizer"
     todo: list[tuple[str, list[str], Path | None]] = [

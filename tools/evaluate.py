@@ -90,7 +90,7 @@ class BySource:
         return np.where(documents_N < 0, len(self.names), codes_N)
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """By source: loss, accuracy, predicted tokens, bits per byte; empty where only one is known."""
+        """Return by source loss, accuracy, predicted tokens, bits per byte; empty where only one is known."""
         if len(self.names) < 2:
             return {}
         found = {}
@@ -110,7 +110,7 @@ class BySource:
 
 
 def counted(model: Callable[..., Tensor], done: Callable[[int], None]) -> Callable[..., Tensor]:
-    """The model, telling how many windows it has seen."""
+    """Return the model, telling how many windows it has seen."""
 
     def call(batch: Batch, score: bool) -> Tensor:
         answer = model(batch, score=score)

@@ -23,7 +23,7 @@ TOP = 5
 def fill_mask(
     model: LateMaskModel, tokenizer: JsonTokenizer, text: str, top: int = TOP
 ) -> list[list[dict[str, Any]]]:
-    """For each mask of `text`, the `top` pieces as transformers' pipeline reports them.
+    """Return for each mask of `text` the `top` pieces as transformers' pipeline reports them.
 
     tokenizer: of `hugging_face_tokenizer`. Each answer has score, token, token_str and sequence, where
     the other masks stay. UserError if the text has no mask or too many tokens.

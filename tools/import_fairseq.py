@@ -39,7 +39,7 @@ _CHUNK = 4 << 20
 
 
 def read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
-    """Type of the ids and tokens per item of a fairseq .idx; UserError if it is none."""
+    """Return the type of the ids and tokens per item of a fairseq .idx; UserError if it is none."""
     data = path.read_bytes() if path.is_file() else None
     if data is None:
         raise UserError(f"{path}: no such file; give the prefix of a data-bin, such as data-bin/train")
@@ -54,7 +54,7 @@ def read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
 
 
 def translation(dictionary: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """Our id of each fairseq id [ids of dict.txt and 4 specials]; -1 where we have no such piece."""
+    """Return our id of each fairseq id [ids of dict.txt and 4 specials]; -1 where we have no such piece."""
     ours = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
     merges = None
     if tokenizer.kind == "json":
@@ -70,7 +70,7 @@ def translation(dictionary: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]
 def documents(
     tokens: npt.NDArray[Any], sizes: npt.NDArray[np.int32], ids: npt.NDArray[np.int64], name: str
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-    """Tokens, sequence lengths and document ends of some megabytes of whole documents.
+    """Yield the tokens, sequence lengths and document ends of some megabytes of whole documents.
 
     An item is a document where no item is empty, else a sequence of the document between blank lines.
     """

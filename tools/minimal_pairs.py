@@ -366,7 +366,7 @@ def _downstream(rows: Iterable[Share], path: str, averaged: str) -> list[Downstr
 
 
 def text(rows: Sequence[Share]) -> str:
-    """For people: a row for each file, field and paradigm, a column for each model."""
+    """Return for people a row for each file, field and paradigm, a column for each model."""
     models = list(dict.fromkeys(row.model for row in rows))
     by_model = [[row for row in rows if row.model == model] for model in models]
     lines = [["", "pairs", *models]]

@@ -346,7 +346,7 @@ def best(results: Sequence[Result]) -> list[Result]:
 
 
 def text(results: Sequence[Result]) -> str:
-    """For people: what speaks for each encoder, then the layers, a column for each task."""
+    """Return for people what speaks for each encoder, then the layers, a column for each task."""
     parts = ["best layer, chosen on held-out rows of train", "", aligned(summary(results), names=1)]
     for states in (*STATES, COSINE):
         if rows := [result for result in results if result.states == states]:

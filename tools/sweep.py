@@ -55,7 +55,7 @@ class Variant:
 
 
 def variants(path: str, overrides: list[str], over: list[str], output: Path) -> list[Variant]:
-    """Every combination of the values in `over` (``key=v1,v2``), the last key changing fastest."""
+    """Return every combination of the values in `over` (``key=v1,v2``), the last key changing fastest."""
     axes = [_axis(word) for word in over]
     keys = [key for key, _ in axes]
     for key in keys:
@@ -135,7 +135,7 @@ def prepare(variant: Variant, output: Path, folder: Path | None = None) -> Path 
 
 
 def config_file(variant: Variant, output: Path) -> Path:
-    """Where the config of a variant is kept."""
+    """Return where the config of a variant is kept."""
     return output / f"{variant.name}.yaml"
 
 
@@ -213,7 +213,7 @@ def start(command: list[str], stdout: IO[str] | None = sys.__stderr__) -> int:
 
 
 def described(variant: Variant, output: Path) -> dict[str, Any]:
-    """A row of the table: what the variant is, how it stands, what it cost and what it gave."""
+    """Return a row of the table: what the variant is, how it stands, what it cost and what it gave."""
     folder = output / variant.name
     row: dict[str, Any] = {"name": variant.name, "values": variant.values, "run": str(folder)}
     outcome = dict.fromkeys(("method", "state", "reason", "steps", "flops", "device_hours", *_SCORES))

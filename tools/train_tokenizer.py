@@ -49,7 +49,7 @@ _SALT = b"tokenizer sample"
 
 
 def sample(documents: Iterable[Document], max_bytes: int) -> tuple[list[str], int]:
-    """Texts of at most `max_bytes` UTF-8 bytes, in order of hash, and the bytes of all documents.
+    """Return the texts of at most `max_bytes` UTF-8 bytes, in order of hash, and the bytes of all documents.
 
     A heap keeps the documents of the smallest hashes seen so far, so memory is bounded as well.
     """
@@ -103,7 +103,7 @@ class Statistic:
         self.bytes = 0
 
     def split(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Those to train on; some of the others stay here."""
+        """Yield those to train on; some of the others stay here."""
         for document in documents:
             if not held_out(document.utf8, _HELD_OUT):
                 yield document
@@ -112,7 +112,7 @@ class Statistic:
                 self.bytes += len(document.utf8)
 
     def report(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """What people compare vocabularies by; None without text."""
+        """Return what people compare vocabularies by; None without text."""
         words = sum(len(text.split()) for text in self.texts)
         tokens, _ = tokenizer.encode_flat(self.texts)
         if not words or not len(tokens):
@@ -253,7 +253,7 @@ def _import(args: Namespace) -> dict[str, Any]:
 
 
 def without_state(text: str) -> tuple[str, list[str]]:
-    """A tokenizer.json without what makes ids depend on chance or on a length, and what that was."""
+    """Return a tokenizer.json without what makes ids depend on chance or on a length, and what that was."""
     spec = json.loads(text)
     places = {"truncation": spec, "padding": spec, "dropout": spec["model"]}
     found = [name for name, place in places.items() if place.get(name) is not None]

@@ -95,7 +95,8 @@ MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct"}
 
 
 def find(name: str) -> Device | None:
-    """The device that a driver or a person calls so (``NVIDIA H100 80GB HBM3``, ``h100``); None: unknown."""
+    """Return the device that a driver or a person calls so (``NVIDIA H100 80GB HBM3``, ``h100``); None:
+    unknown."""
     words = _words(name)
     for device in DEVICES:
         if words in map(_words, (device.name, *ALIASES.get(device.name, ()))):

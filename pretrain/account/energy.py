@@ -31,7 +31,7 @@ class Sensor(Protocol):
     method: str
 
     def read(self) -> float:
-        """Joules since the sensor was opened."""
+        """Return the joules since the sensor was opened."""
 
 
 # ---- NVIDIA GPUs ---------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _os_errors(nvml: Any) -> Iterator[None]:
 
 
 def open_gpu(uuid: str) -> list[Sensor]:
-    """The sensor of the GPU so named; none without NVML, or where it does not tell."""
+    """Return the sensor of the GPU so named; none without NVML, or where it does not tell."""
     try:
         import pynvml
     except ImportError:
@@ -122,7 +122,7 @@ class RaplZone:
 
 
 def open_host(powercap: Path) -> list[Sensor]:
-    """Packages and their memory; none where the kernel does not let us read them."""
+    """Return the packages and their memory; none where the kernel does not let us read them."""
     found: list[Sensor] = []
     for folder in sorted(powercap.glob("intel-rapl:*")):  # AMD's too
         try:
@@ -135,7 +135,7 @@ def open_host(powercap: Path) -> list[Sensor]:
 
 
 def host_share(environ: Mapping[str, str] = os.environ) -> float:
-    """This job's share of the host's cores: Slurm's word, or the cores that this process may use."""
+    """Return this job's share of the host's cores: Slurm's word, or the cores that this process may use."""
     cores = os.cpu_count() or 1
     given = environ.get("SLURM_CPUS_ON_NODE", "")
     if given.isdecimal():
@@ -145,7 +145,7 @@ def host_share(environ: Mapping[str, str] = os.environ) -> float:
 
 
 def host_name() -> str:
-    """What tells this host from all others."""
+    """Return what tells this host from all others."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
@@ -187,11 +187,11 @@ class Meter:
                     continue
 
     def age(self) -> float:
-        """Seconds since the meter was opened."""
+        """Return the seconds since the meter was opened."""
         return time.monotonic() - self._opened
 
     def joules(self) -> dict[str, float]:
-        """By part, since the meter was opened, as of the last look."""
+        """Return joules by part, since the meter was opened, as of the last look."""
         with self._lock:
             return dict(self._joules)
 
@@ -201,7 +201,7 @@ class Meter:
 
 
 def open_meter(rank: int, places: list[tuple[str, str]]) -> Meter:
-    """The meter of a rank, of the GPU and the host that nobody before it answers for.
+    """Return the meter of a rank, of the GPU and the host that nobody before it answers for.
 
     places: (host, GPU) of every rank, GPU "" where there is none.
     """
@@ -213,7 +213,7 @@ def open_meter(rank: int, places: list[tuple[str, str]]) -> Meter:
 
 
 def known_parts(places: list[tuple[str, str]], readers: Mapping[str, int]) -> list[str]:
-    """The parts that somebody reads everywhere. readers: how many ranks read a part."""
+    """Return the parts that somebody reads everywhere. readers: how many ranks read a part."""
     hosts, gpus = {host for host, _ in places}, {gpu for _, gpu in places} - {""}
     wanted = {"gpu": len(gpus), "cpu": len(hosts), "ram": len(hosts)}
     return [part for part in PARTS if 0 < wanted[part] == readers[part]]

@@ -14,7 +14,7 @@ ABSURD = 100
 
 
 def epochs(recipe: Recipe, updates: Sequence[int] | None = None) -> float | None:
-    """How often a recipe reads its corpora, on average; None where that is not known.
+    """Return how often a recipe reads its corpora, on average; None where that is not known.
 
     updates: of each phase, where the budget does not tell.
     """
@@ -34,7 +34,7 @@ def epochs(recipe: Recipe, updates: Sequence[int] | None = None) -> float | None
 
 
 def warning(read: float | None) -> str:
-    """A line about a plan that reads its text absurdly often; "" for any other."""
+    """Return a line about a plan that reads its text absurdly often; "" for any other."""
     if read is None or read <= ABSURD:
         return ""
     return f"the budget reads the corpus {read:,.0f} times (epochs); lower the budget, or take more text"

@@ -27,12 +27,13 @@ def tokenizer_folder(corpus: CorpusOptions) -> str:
 
 
 def copy_of(prefix: str | Path, copies: str | Path) -> Path:
-    """Prefix of a copy of a corpus in the folder `copies`, there or not: its name and fingerprint."""
+    """Return the prefix of a copy of a corpus in the folder `copies`, there or not: its name and
+    fingerprint."""
     return Path(copies) / f"{Path(prefix).name}-{load_manifest(prefix).fingerprint[:16]}"
 
 
 def open_nearest(prefix: str, copies: str | None) -> "IndexedReader":
-    """The corpus, from its copy in the folder `copies` if that has a whole one (`slurm.stage`)."""
+    """Return the corpus, from its copy in the folder `copies` if that has a whole one (`slurm.stage`)."""
     copy = copy_of(prefix, copies) if copies else None
     return IndexedReader(prefix, copy if copy and is_copy(prefix, copy) else None)
 
@@ -109,7 +110,7 @@ def open_data(corpus: CorpusOptions) -> Data:
 def open_blend(
     config: Config, data: Data, segments: Sequence[Segment] = (), folder: Path | None = None
 ) -> Blend:
-    """What reads the samples of a run, in the last of its segments. folder: as `Sampler`'s."""
+    """Return what reads the samples of a run, in the last of its segments. folder: as `Sampler`'s."""
     k, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
     seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.

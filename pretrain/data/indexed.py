@@ -57,12 +57,12 @@ NO_SOURCE = 0xFFFF
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Type of the ids in the .bin, by Megatron's rule."""
+    """Return the type of the ids in the .bin, by Megatron's rule."""
     return np.dtype(np.uint16 if vocab_size < _UINT16_LIMIT else np.int32)
 
 
 def corpus_file(prefix: str | Path, extension: str) -> Path:
-    """PREFIX.bin, PREFIX.idx or PREFIX.json; a prefix may contain dots."""
+    """Return PREFIX.bin, PREFIX.idx or PREFIX.json; a prefix may contain dots."""
     return Path(f"{prefix}.{extension}")
 
 
@@ -147,7 +147,7 @@ class IndexedReader:
         return np.diff(self.document_bounds)
 
     def token_offsets(self, sequences: Int64Array) -> Int64Array:
-        """First token of each of these sequences; T for S. Needs no table of its own."""
+        """Return the first token of each of these sequences; T for S. Needs no table of its own."""
         if self.num_sequences == 0:
             return np.zeros(len(sequences), dtype=np.int64)
         # Not by `take`, which first copies a table that is not aligned.
@@ -158,13 +158,13 @@ class IndexedReader:
         return offsets
 
     def document(self, i: int) -> TokenArray:
-        """Tokens of document i, a view."""
+        """Return the tokens of document i, a view."""
         start, end = self.token_offsets(self.document_table[[i, i + 1]]).tolist()
         return self.tokens[start:end]
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
-    """The file's bytes as a plain read-only array (slices of numpy.memmap itself are slow)."""
+    """Return the file's bytes as a plain read-only array (slices of numpy.memmap itself are slow)."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
@@ -183,7 +183,7 @@ def index_bytes(sequences: int, entries: int) -> int:
 
 
 def read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
-    """Token type, sequences S, length of the document table D."""
+    """Return the token type, sequences S, length of the document table D."""
     head = index[: HEADER.size].tobytes()
     if head.startswith(OLD_MAGIC):
         raise UserError(

@@ -88,7 +88,7 @@ class Manifest(Origin):
 
 
 def load_manifest(prefix: str | Path) -> Manifest:
-    """The manifest of a finished corpus; UserError where there is none or it was edited."""
+    """Return the manifest of a finished corpus; UserError where there is none or it was edited."""
     path = corpus_file(prefix, "json")
     if not path.is_file() and not corpus_file(prefix, "bin").is_file():
         raise UserError(
@@ -132,7 +132,7 @@ def seal_of(manifest: Manifest) -> str:
 
 
 def check_seal(prefix: str | Path, manifest: Manifest) -> None:
-    """Separate from loading: a run goes on with a manifest whose paths somebody has corrected by hand."""
+    """Check apart from loading: a run goes on with a manifest whose paths somebody has corrected by hand."""
     if manifest.seal and manifest.seal != seal_of(manifest):
         raise UserError(
             f"{corpus_file(prefix, 'json')}: does not match its own seal: bytes of text, sources, inputs or "
@@ -141,7 +141,8 @@ def check_seal(prefix: str | Path, manifest: Manifest) -> None:
 
 
 def refuse_appended_end(prefix: str | Path, manifest: Manifest) -> None:
-    """UserError for a corpus whose documents end in a piece of their own: windows put one between them."""
+    """Raise UserError for a corpus whose documents end in a piece of their own: windows put one between
+    them."""
     if end := manifest.history.get(APPENDED_END):
         raise UserError(
             f"{prefix}: made for another program's training, with {end['piece']} (id {end['id']}) after each "

@@ -294,7 +294,8 @@ def _runs(ids: Int64) -> list[tuple[int, int]]:
 
 
 def document_numbers(tokens: Tokens, document_end: int) -> npt.NDArray[np.int64]:
-    """[B, L] which document of its window each token belongs to, from 0; an end belongs to what it ends."""
+    """Return [B, L] which document of its window each token belongs to, from 0; an end belongs to what it
+    ends."""
     ends = tokens == document_end
     return ends.cumsum(1) - ends
 
@@ -319,7 +320,7 @@ def _cut(unit_rows: Int64, predicted: int) -> int:
 def masker(
     masking: MaskingOptions, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
 ) -> Masker:
-    """The masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
+    """Return the masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
     specials = np.setdiff1d(everything, tokenizer.random_ids)
     end = tokenizer.eos if bounded else None

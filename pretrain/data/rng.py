@@ -30,7 +30,7 @@ _WORD = 2**64 - 1
 
 
 def mix(x: Uint64) -> Uint64:
-    """A bijection of 64-bit words whose output bits each depend on all input bits; any shape."""
+    """Map 64-bit words one to one, each output bit depending on all input bits; any shape."""
     x = x ^ (x >> np.uint64(30))
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -40,7 +40,7 @@ def mix(x: Uint64) -> Uint64:
 
 
 def key(*parts: int | npt.NDArray[np.integer]) -> Uint64:
-    """A 64-bit key of a tuple of integers; arrays broadcast. Order matters, (1, 2) is not (2, 1)."""
+    """Return a 64-bit key of a tuple of integers; arrays broadcast. Order matters, (1, 2) is not (2, 1)."""
     known = 0  # leading Python integers, at a fraction of numpy's price for single numbers
     numbers = 0
     while numbers < len(parts) and isinstance(part := parts[numbers], int):
@@ -61,14 +61,15 @@ def _mix_int(x: int) -> int:
 
 
 def stream(keys: Uint64, length: int) -> Uint64:
-    """`length` random words for each key: [...] -> [..., length]."""
+    """Return `length` random words for each key: [...] -> [..., length]."""
     with np.errstate(over="ignore"):
         counter = np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN
         return mix(keys[..., None] + counter)
 
 
 def name_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for the thing called `name`: parameters keep their values when others come or go."""
+    """Return a 63-bit seed for the thing called `name`: parameters keep their values when others come or
+    go."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -107,7 +107,7 @@ class Sampler:
         self._folder = folder or scratch(None)
 
     def windows_at(self, length: int) -> int:
-        """Windows of an epoch if they had this length."""
+        """Return the windows of an epoch if they had this length."""
         return self.stream_tokens // (length - 2)
 
     @property
@@ -120,7 +120,7 @@ class Sampler:
         return self.stream_tokens - self.windows_per_epoch * (self.length - 2)
 
     def read(self, samples: Int64) -> Samples:
-        """The windows, mask keys and views of the given sample numbers [B]."""
+        """Return the windows, mask keys and views of the given sample numbers [B]."""
         partitions, windows, views = self._place(samples)
         tokens = np.empty((len(samples), self.length), self.corpus.tokens.dtype)
         keys = np.empty(len(samples), np.uint64)
@@ -141,7 +141,7 @@ class Sampler:
         return partitions, windows, view if self.per_text > 1 else epoch_view
 
     def documents(self, samples: Int64) -> Int64:
-        """Document of each token of the windows [B, L], -1 where a special stands.
+        """Return the document of each token of the windows [B, L], -1 where a special stands.
 
         With `corpus.read_sources`, the source of each.
         """
@@ -234,7 +234,7 @@ class Segment(NamedTuple):
 def continue_segments(
     past: Sequence[Segment], number: int, blend: Sequence[tuple[float, str]], samples: int, length: int
 ) -> list[Segment]:
-    """The segments of a run that goes on after `samples` samples; UserError if the blend has changed
+    """Return the segments of a run that goes on after `samples` samples; UserError if the blend has changed
     and `number` does not say that it may. `length` is that of the first segment."""
     now = tuple((float(weight), fingerprint) for weight, fingerprint in blend)
     if not past:
@@ -254,8 +254,8 @@ def continue_segments(
 
 
 def used_samples(segments: Sequence[Segment], samplers: Mapping[str, Sampler]) -> dict[str, int]:
-    """Where each corpus (by fingerprint) goes on in the last of the segments: the samples of its length that
-    lie before, rounded up to whole texts."""
+    """Return where each corpus (by fingerprint) goes on in the last of the segments: the samples of its
+    length that lie before, rounded up to whole texts."""
     epochs = dict.fromkeys(samplers, Fraction(0))
     for segment, following in pairwise(segments):
         per_text = next(iter(samplers.values())).per_text
@@ -271,7 +271,7 @@ def used_samples(segments: Sequence[Segment], samplers: Mapping[str, Sampler]) -
 
 
 def shares(weights: Sequence[float], number: Int64) -> list[Int64]:
-    """How many of the first `number` texts [n] belong to each corpus: one array [n] for each weight.
+    """Return how many of the first `number` texts [n] belong to each corpus: one array [n] for each weight.
 
     The counts add up to `number`, never fall, and differ from weight x number by at most 1/2 for two
     corpora and by less than 2 for a dozen: each takes its rounded share of what the heavier ones leave.
@@ -319,7 +319,7 @@ class Blend:
         return sum(sampler.samples_per_epoch for sampler in self.samplers)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each corpus (by prefix) has been read after `samples` samples of the run."""
+        """Return how often each corpus (by prefix) has been read after `samples` samples of the run."""
         texts = np.array([(samples - self.first) // self._per_text])
         return {
             sampler.corpus.prefix: (before + int(count[0]) * self._per_text) / sampler.samples_per_epoch
@@ -329,7 +329,7 @@ class Blend:
         }
 
     def read(self, samples: Int64) -> Samples:
-        """The windows, mask keys and views of the given sample numbers [B]."""
+        """Return the windows, mask keys and views of the given sample numbers [B]."""
         texts, view = np.divmod(samples - self.first, self._per_text)
         before, after = shares(self.weights, texts), shares(self.weights, texts + 1)
         tokens = np.empty((len(samples), self.samplers[0].length), self._dtype)

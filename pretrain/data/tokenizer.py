@@ -132,11 +132,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
-        """Token ids of all texts end to end (int32), without specials, and ids per text [n]. Texts
+        """Return the token ids of all texts end to end (int32), without specials, and ids per text [n]. Texts
         must be valid Unicode."""
 
     def encode_batch(self, texts: list[str]) -> list[IdArray]:
-        """Token ids of each text (int32 [n], a view), without specials."""
+        """Return the token ids of each text (int32 [n], a view), without specials."""
         tokens, lengths = self.encode_flat(texts)
         return np.split(tokens, np.cumsum(lengths)[:-1]) if texts else []
 
@@ -146,7 +146,7 @@ class Tokenizer(ABC):
         (SentencePiece)."""
 
     def encode(self, text: str) -> IdArray:
-        """Token ids of one text (int32 [n]), without specials."""
+        """Return the token ids of one text (int32 [n]), without specials."""
         return self.encode_flat([text])[0]
 
     def piece(self, id: int) -> str:
@@ -158,12 +158,13 @@ class Tokenizer(ABC):
         return self._pieces[id]
 
     def special_names(self) -> dict[str, int]:
-        """Spelling and id of every piece that text never becomes."""
+        """Return the spelling and id of every piece that text never becomes."""
         plain = set(self.random_ids.tolist())
         return {piece: i for i, piece in enumerate(self._pieces) if piece and i not in plain}
 
     def end_of_document(self, name: str = "") -> tuple[str, int]:
-        """Piece and id that ends a document in files of other programs: `name`, else the usual one."""
+        """Return the piece and id that ends a document in files of other programs: `name`, else the usual
+        one."""
         known = self.special_names()
         for piece in (name,) if name else _ENDS:
             if piece in known:
@@ -302,8 +303,8 @@ class _JsonTokenizer(Tokenizer):
 
 
 def read_json_tokenizer(path: Path, content: bytes) -> Any:
-    """The `tokenizers.Tokenizer` of a tokenizer.json's content, without what it may switch on that makes ids
-    depend on chance or on a length: dropout of merges, truncation, padding."""
+    """Return the `tokenizers.Tokenizer` of a tokenizer.json's content, without what it may switch on that
+    makes ids depend on chance or on a length: dropout of merges, truncation, padding."""
     import tokenizers
 
     try:
@@ -320,7 +321,8 @@ def read_json_tokenizer(path: Path, content: bytes) -> Any:
 def load_tokenizer(
     directory: str | Path, use_fastokens: bool = True, need_specials: bool = True
 ) -> Tokenizer:
-    """The tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``; or of such a file.
+    """Return the tokenizer of a folder: its ``tokenizer.model``, else its ``tokenizer.json``; or of such a
+    file.
 
     need_specials: UserError where one of the five is missing, without which nothing can be masked. Text
         can be encoded all the same.
@@ -498,8 +500,8 @@ class _Field(NamedTuple):
 
 
 def model_pieces(model: bytes) -> list[Piece]:
-    """Pieces of a ``tokenizer.model``'s content in id order, with the scores and types that an exporter
-    needs."""
+    """Return the pieces of a ``tokenizer.model``'s content in id order, with the scores and types that an
+    exporter needs."""
     return [_piece(field.value) for field in _parse(model) if field.number == _PIECE]
 
 

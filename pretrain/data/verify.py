@@ -117,7 +117,7 @@ def _counted(reader: IndexedReader, codes: npt.NDArray[np.uint16]) -> tuple[int,
 
 
 def check_ids(reader: IndexedReader, tokenizer: TokenizerRecord | None) -> None:
-    """UserError unless every id is one of the tokenizer's (of a foreign corpus above all)."""
+    """Raise UserError unless every id is one of the tokenizer's (of a foreign corpus above all)."""
     limit = tokenizer.vocab_size if tokenizer else np.iinfo(reader.dtype).max + 1
     for start in range(0, reader.num_tokens, CHUNK):
         chunk = reader.tokens[start : start + CHUNK]

@@ -35,7 +35,7 @@ _MISS_COST = 20
 
 
 def packed(ids: Iterable[int]) -> bytes:
-    """Ids as int32 bytes."""
+    """Return the ids as int32 bytes."""
     return array("i", ids).tobytes()
 
 
@@ -59,7 +59,7 @@ class WordCache(dict[str, bytes]):
 def encode_flat(
     texts: Sequence[str], split: Callable[[str], list[str]], cache: WordCache
 ) -> tuple[IdArray, npt.NDArray[np.int64]]:
-    """Ids of all texts end to end, and ids per text."""
+    """Return the ids of all texts end to end, and ids per text."""
     word_ids = cache.__getitem__
     encoded = [b"".join(map(word_ids, split(text))) for text in texts]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // 4
@@ -106,7 +106,7 @@ _ascii_pretokens = re.compile(
 
 
 def is_byte_level(spec: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is GPT-2's kind of byte-level BPE, to which this cache is exact."""
+    """Return whether a tokenizer.json is GPT-2's kind of byte-level BPE, to which this cache is exact."""
     model, before = spec["model"], spec["pre_tokenizer"] or {}
     plain = not any(
         model.get(key)
@@ -124,7 +124,7 @@ def is_byte_level(spec: dict[str, Any]) -> bool:
 
 
 def byte_level_cache(reference: Any) -> WordCache:
-    """The cache in front of a `tokenizers.Tokenizer` for which `is_byte_level` holds."""
+    """Return the cache in front of a `tokenizers.Tokenizer` for which `is_byte_level` holds."""
     model = reference.model
     letters = str.maketrans({chr(byte): letter for byte, letter in byte_letters().items() if byte < 128})
     pretokens = WordCache(
@@ -140,7 +140,7 @@ def byte_level_cache(reference: Any) -> WordCache:
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    """Return GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in prints]
     return {byte: chr(byte) for byte in prints} | {byte: chr(256 + n) for n, byte in enumerate(others)}

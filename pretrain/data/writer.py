@@ -86,7 +86,7 @@ class CorpusWriter:
         self._table.write(np.zeros(1, dtype="<i8").tobytes())
 
     def source(self, name: str) -> int:
-        """The code of a source; that of "other" for a new one where there are too many already."""
+        """Return the code of a source; that of "other" for a new one where there are too many already."""
         codes = self._source_codes
         if name not in codes and len(codes) >= MAX_SOURCES:
             name = "other"
@@ -224,7 +224,7 @@ EXTENSIONS = ("json", "idx", "bin", "src")
 
 
 def refuse_existing(prefix: str | Path) -> None:
-    """UserError where any file of a corpus has this name already."""
+    """Raise UserError where any file of a corpus has this name already."""
     refuse_foreign(prefix)
     for extension in EXTENSIONS:
         path = corpus_file(prefix, extension)

@@ -53,7 +53,7 @@ class Order(NamedTuple):
         return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, varlen)
 
     def bounds(self, queries_BS: Tensor, keys_BT: Tensor) -> Bounds:
-        """Between rows of the batch, given by their numbers."""
+        """Return those between rows of the batch, given by their numbers."""
         queries, keys = self.documents.gather(1, queries_BS), self.documents.gather(1, keys_BT)
         same = None if self.varlen else (queries[:, :, None] == keys[:, None, :])[:, None]
         return Bounds(
@@ -116,7 +116,8 @@ class CrossAttention(nn.Module):
 def attend(
     q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, dropout: float, bounds: Bounds | None = None
 ) -> Tensor:
-    """Softmax attention -> [B, S, H * E]; every query row to every key row, or to those within `bounds`."""
+    """Return softmax attention -> [B, S, H * E]; every query row to every key row, or to those within
+    `bounds`."""
     if bounds is not None and bounds.mask_B1ST is None:
         (B, S), T = q_BSHE.shape[:2], k_BTHE.shape[1]
         q, k, v = q_BSHE.flatten(0, 1), k_BTHE.flatten(0, 1), v_BTHE.flatten(0, 1)
@@ -140,12 +141,13 @@ def _unfused_attention(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: 
 
 
 def supports_varlen(device: torch.device) -> bool:
-    """Whether torch's kernel for rows of varying length runs here. It takes 16 bits and drops nothing."""
+    """Return whether torch's kernel for rows of varying length runs here. It takes 16 bits and drops
+    nothing."""
     return device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def rotate(x_BSHE: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) in the half-split layout, in float32."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) in the half-split layout, in float32."""
     if rotation is None:
         return x_BSHE
     cos, sin = rotation

@@ -29,7 +29,7 @@ def convert(model: LateMaskModel, device: torch.device) -> None:
 
 
 def swap(model: LateMaskModel, emulate: bool = False) -> None:
-    """The same without a look at the machine; to emulate is to round only, which works anywhere."""
+    """Do the same without a look at the machine; to emulate is to round only, which works anywhere."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     how = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)

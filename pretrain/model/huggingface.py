@@ -62,7 +62,7 @@ _TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 
 def model_type(m: ModelOptions) -> str:
-    """Hugging Face's name of this block."""
+    """Return Hugging Face's name of this block."""
     if m.block == "roberta":
         return "roberta" if m.norm == "post" else "roberta-prelayernorm"
     return {"bert": "bert", "modern": "modernbert"}[m.block]
@@ -117,7 +117,7 @@ def _projections(m: ModelOptions) -> dict[str, list[str]]:
 def hugging_face_state(
     m: ModelOptions, ours: Mapping[str, Tensor], vocab_size: int, head: bool, pad: int = 1
 ) -> dict[str, Tensor]:
-    """Our parameters (or their gradients) under Hugging Face's names, the decoder left out.
+    """Return our parameters (or their gradients) under Hugging Face's names, the decoder left out.
 
     vocab_size: rows of the word table to keep, padding excluded. head: the masked-LM class, else
     the base class. pad: id of the padding piece, after which RoBERTa's positions begin. The key set is
@@ -143,12 +143,13 @@ def hugging_face_state(
 
 
 def first_position(m: ModelOptions, pad: int) -> int:
-    """Row of their table that is our position 0: RoBERTa's up to the padding id stand for "no position"."""
+    """Return the row of their table that is our position 0: RoBERTa's up to the padding id stand for "no
+    position"."""
     return pad + 1 if m.block == "roberta" else 0
 
 
 def token_types(m: ModelOptions) -> int:
-    """Rows of their table of token types, of which every token here has the first."""
+    """Return the rows of their table of token types, of which every token here has the first."""
     return 2 if m.block == "bert" else 1
 
 
@@ -198,7 +199,7 @@ def left_out(ours: Mapping[str, Tensor], head: bool) -> list[str]:
 
 
 def our_state(m: ModelOptions, theirs: Mapping[str, Tensor], rows: int, pad: int = 1) -> dict[str, Tensor]:
-    """Their parameters under our names: the inverse of `hugging_face_state`, with or without a head.
+    """Return their parameters under our names: the inverse of `hugging_face_state`, with or without a head.
 
     rows: of our word table; those beyond theirs are zero. pad: id of the padding piece.
     """

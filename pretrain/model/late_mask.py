@@ -67,7 +67,7 @@ class Batch(NamedTuple):
         documents: Array | None,
         device: torch.device,
     ) -> "Batch":
-        """From numpy arrays of the same meaning, moved to `device` without waiting for it."""
+        """Make one of numpy arrays of the same meaning, moved to `device` without waiting for it."""
 
         def moved(array: Array) -> Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -189,7 +189,7 @@ class Head(nn.Module):
 
 
 def norm(m: ModelOptions) -> nn.LayerNorm:
-    """The LayerNorm of this block (the modern block has no biases)."""
+    """Return the LayerNorm of this block (the modern block has no biases)."""
     return nn.LayerNorm(m.hidden_size, eps=m.norm_eps, bias=m.block != "modern")
 
 
@@ -227,13 +227,14 @@ class LateMaskModel(nn.Module):
         self.cross_entropy = ChunkedCrossEntropy(vocab_size)
 
     def all_layers(self) -> list[nn.Module]:
-        """Layers of the encoder and of the decoder."""
+        """Return the layers of the encoder and of the decoder."""
         return [*self.layers, *(self.decoder.layers if self.decoder else [])]
 
     # -- training and scoring: everything that touches the word table is inside this one forward
 
     def forward(self, batch: Batch, score: bool = False) -> Tensor:
-        """Mean loss over the B * P predicted rows; with `score`, [sum of losses, rows right] instead."""
+        """Return the mean loss over the B * P predicted rows; with `score`, [sum of losses, rows right]
+        instead."""
         hidden_BPD = self.head(self.predicted_rows(batch))
         total, right = self.cross_entropy(
             hidden_BPD.flatten(0, 1), self.tok.weight, self.head.bias, batch.targets.flatten()
@@ -241,7 +242,7 @@ class LateMaskModel(nn.Module):
         return torch.stack((total, right)) if score else total / batch.targets.numel()
 
     def predicted_rows(self, batch: Batch) -> Tensor:
-        """What the head reads: [B, P, D]."""
+        """Return what the head reads: [B, P, D]."""
         P, order = batch.targets.shape[1], self._order(batch)
         x_BSD = self.encode(batch.ids, batch.positions, batch.num_masked, order)
         return _last(x_BSD, P, order) if self.decoder is None else self._decode(x_BSD, batch, P, order)
@@ -249,7 +250,8 @@ class LateMaskModel(nn.Module):
     def encode(
         self, ids: Tensor, positions: Tensor, num_masked: int = 0, order: Order | None = None
     ) -> Tensor:
-        """ids, positions [B, L] -> encoder output; V rows when the masks meet only a decoder, else L.
+        """Return the encoder's output of ids and positions [B, L]; V rows when the masks meet only a decoder,
+        else L.
 
         With num_masked = 0 this is the exported encoder on ordinary input. With an `order` the rows come
         out sorted by document.
@@ -350,7 +352,7 @@ class LateMaskModel(nn.Module):
         return self.mask_vector.expand(B, M, -1)
 
     def rotation(self, positions_BS: Tensor) -> Rotation:
-        """cos and sin of position x frequency, in float32 (as Hugging Face computes them)."""
+        """Return cos and sin of position x frequency, in float32 (as Hugging Face computes them)."""
         if self.m.block != "modern":
             return None
         E = self.m.hidden_size // self.m.num_heads
@@ -391,7 +393,7 @@ def _both(first: Rotation, second: Rotation) -> Rotation:
 
 @torch.no_grad()
 def init_weights(model: LateMaskModel, seed: int) -> None:
-    """Every initial value, here and nowhere else. Each parameter is seeded by its own name.
+    """Set every initial value, here and nowhere else. Each parameter is seeded by its own name.
 
     matrices, embeddings, vectors       N(0, init_std)
     norm gains                          1

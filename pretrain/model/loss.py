@@ -35,7 +35,7 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 
 
 def whole(tensor: Tensor, operation: str) -> Tensor:
-    """The reduction over a vocabulary that is not split: nothing to do."""
+    """Return the reduction over a vocabulary that is not split: nothing to do."""
     return tensor
 
 
@@ -56,11 +56,12 @@ class ChunkedCrossEntropy(nn.Module):
         """By what the loss's mean is multiplied before the backward pass, where float16 needs it."""
 
     def real(self, rows: int) -> int:
-        """How many of this part's rows of the table are pieces and no padding."""
+        """Return how many of this part's rows of the table are pieces and no padding."""
         return max(0, min(rows, self.vocab_size - self.first_id))
 
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], weight [W, D], bias [W], target [N] -> (sum of losses, rows predicted right).
+        """Return, of hidden [N, D], weight [W, D], bias [W] and target [N], (sum of losses, rows predicted
+        right).
 
         Both are scalars, float32 (float64 for float64 inputs); only the first has a gradient. A row is
         right when its target is the argmax: of equal logits, which are common in 16 bits, the first counts.
@@ -232,7 +233,7 @@ class ExternalCrossEntropy(ChunkedCrossEntropy):
         self.kernel = KERNELS[kind]
 
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As ours, but in training nobody counts which rows are right: not a number."""
+        """Return the same as ours, but in training nobody counts which rows are right: not a number."""
         if not torch.is_grad_enabled():
             return super().forward(hidden, weight, bias, target)
         # They know of no padding: these pieces get no chance and their rows no gradient.

@@ -44,7 +44,7 @@ class LossScale:
         self.skipped += overflow
 
     def state(self) -> dict[str, float]:
-        """Everything, in numbers; waits for the device."""
+        """Return everything, in numbers; wait for the device."""
         return {name: float(getattr(self, name)) for name in ("value", "clean", "skipped", "stuck")}
 
     def load(self, state: dict[str, float]) -> None:
@@ -54,5 +54,5 @@ class LossScale:
 
 
 def scale_exhausted(state: dict[str, float]) -> bool:
-    """Whether gradients overflow although the factor cannot become smaller."""
+    """Return whether gradients overflow although the factor cannot become smaller."""
     return bool(state["stuck"])

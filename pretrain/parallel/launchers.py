@@ -134,13 +134,14 @@ def _whole_number(environ: Mapping[str, str], name: str, default: int | None = N
 
 
 def first_host(nodelist: str) -> str:
-    """First name of a Slurm node list: ``gpu[03-05,9],n1`` -> ``gpu03``."""
+    """Return the first name of a Slurm node list: ``gpu[03-05,9],n1`` -> ``gpu03``."""
     first = re.split(r",(?![^\[]*\])", nodelist)[0]
     return re.sub(r"\[([^\]]*)\]", lambda group: re.split("[-,]", group[1])[0], first)
 
 
 def job_end(environ: Mapping[str, str]) -> float | None:
-    """Unix time at which this process's Slurm job reaches its limit; None outside of a job with one."""
+    """Return the Unix time at which this process's Slurm job reaches its limit; None outside of a job with
+    one."""
     if "SLURM_JOB_END_TIME" in environ:
         return float(_whole_number(environ, "SLURM_JOB_END_TIME"))
     if "SLURM_JOB_ID" not in environ:

@@ -55,13 +55,13 @@ TABLE: dict[str, dict[str, Cut]] = {
 
 
 def cut(name: str) -> Cut | None:
-    """How the parameter called `name` is divided; None: replicated."""
+    """Return how the parameter called `name` is divided; None: replicated."""
     module, _, parameter = name.rpartition(".")
     return TABLE.get(module.rpartition(".")[2], {}).get(parameter)
 
 
 def split(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
-    """The part of a whole tensor that belongs to `rank` of `size`; all of it if replicated."""
+    """Return the part of a whole tensor that belongs to `rank` of `size`; all of it if replicated."""
     how = cut(name)
     if how is None or size == 1:
         return tensor
@@ -70,7 +70,7 @@ def split(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
 
 
 def merge(name: str, shards: list[Tensor]) -> Tensor:
-    """The whole tensor of the ranks' parts in rank order: the inverse of `split`."""
+    """Return the whole tensor of the ranks' parts in rank order: the inverse of `split`."""
     how = cut(name)
     if how is None:
         return shards[0]
@@ -79,7 +79,7 @@ def merge(name: str, shards: list[Tensor]) -> Tensor:
 
 
 def gather(name: str, local: Tensor, topology: Topology) -> Tensor:
-    """The whole tensor on every rank that shares the model; collective over them."""
+    """Return the whole tensor on every rank that shares the model; collective over them."""
     if topology.tensor_group is None or cut(name) is None:
         return local
     local = local.contiguous()

@@ -69,11 +69,11 @@ class Topology:
         return self.rank == 0
 
     def agree(self, values: list[int]) -> list[int]:
-        """Element-wise maximum over all ranks: a flag raised anywhere is raised everywhere."""
+        """Return the element-wise maximum over all ranks: a flag raised anywhere is raised everywhere."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def add_up(self, values: list[int]) -> list[int]:
-        """Element-wise sum over all ranks."""
+        """Return the element-wise sum over all ranks."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def _reduce(self, values: list[int], operation: Any) -> list[int]:
@@ -84,7 +84,7 @@ class Topology:
         return tensor.tolist()
 
     def gather_text(self, text: str) -> list[str]:
-        """The text of every rank, on every rank."""
+        """Return the text of every rank, on every rank."""
         if self.flags is None:
             return [text]
         data = text.encode(errors="backslashreplace")
@@ -95,7 +95,7 @@ class Topology:
         return [bytes(given.tolist()).rstrip(b"\0").decode() for given in texts]
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
-        """The text of rank `source`, on every rank."""
+        """Return the text of rank `source`, on every rank."""
         if self.flags is None:
             return text
         data = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8)
@@ -106,18 +106,18 @@ class Topology:
         return bytes(data.tolist()).decode()
 
     def first_text(self, text: str) -> str:
-        """The text of the lowest rank that has any, on every rank; empty if none has."""
+        """Return the text of the lowest rank that has any, on every rank; empty if none has."""
         (turn,) = self.agree([self.world_size - self.rank if text else 0])
         return self.broadcast_text(text, self.world_size - turn) if turn else ""
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """In-place sum over the ranks that saw different samples; returns `tensor`."""
+        """Sum in place over the ranks that saw different samples; return `tensor`."""
         if self.data_group is not None:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def sum_over_tensor(self, tensor: Tensor) -> Tensor:
-        """In-place sum over the ranks that hold parts of one model; returns `tensor`."""
+        """Sum in place over the ranks that hold parts of one model; return `tensor`."""
         if self.tensor_group is not None:
             dist.all_reduce(tensor, group=self.tensor_group)
         return tensor
@@ -127,7 +127,7 @@ class Topology:
         self.agree([0])
 
     def mpu(self) -> "ModelParallelUnit | None":
-        """The face that DeepSpeed wants; None without tensor parallelism: it makes its own groups."""
+        """Return the face that DeepSpeed wants; None without tensor parallelism: it makes its own groups."""
         return None if self.tensor_group is None else ModelParallelUnit(self)
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class ModelParallelUnit:
         return self._topology.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks that share a model."""
+        """Return the ranks that share a model."""
         return self._topology.tensor_size
 
     def __getattr__(self, name: str) -> Any:
@@ -272,7 +272,7 @@ def _parallel_state() -> ModuleType:
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself: ``NVIDIA H200``, or the model name of the CPU."""
+    """Return what the hardware calls itself: ``NVIDIA H200``, or the model name of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -284,7 +284,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_uuid(device: torch.device) -> str:
-    """What tells a GPU from all others, as NVML spells it; "" for a CPU."""
+    """Return what tells a GPU from all others, as NVML spells it; "" for a CPU."""
     if device.type != "cuda":
         return ""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -68,7 +68,7 @@ class Spectrum:
         return both
 
     def singular_values(self, centred: bool) -> npt.NDArray[np.float64]:
-        """Of the matrix of all rows, [D], the largest first."""
+        """Return those of the matrix of all rows, [D], the largest first."""
         gram = self.gram
         if centred and self.count:
             gram = gram - torch.outer(self.total, self.total) / self.count
@@ -77,7 +77,7 @@ class Spectrum:
 
 
 def effective_ranks(spectrum: Spectrum) -> dict[str, float]:
-    """The six MEASURES."""
+    """Return the six MEASURES."""
     found: dict[str, float] = {}
     for end, centred in (("", False), ("_centred", True)):
         s = spectrum.singular_values(centred)
@@ -88,13 +88,13 @@ def effective_ranks(spectrum: Spectrum) -> dict[str, float]:
 
 
 def energy_rank(weights: npt.NDArray[np.float64]) -> int:
-    """How many of the weights, the largest first, make up ENERGY of their sum."""
+    """Return how many of the weights, the largest first, make up ENERGY of their sum."""
     reached = np.cumsum(weights) >= ENERGY * weights.sum() * (1 - 1e-12)
     return int(reached.argmax()) + 1
 
 
 def entropy_rank(weights: npt.NDArray[np.float64]) -> float:
-    """exp of the entropy of weights / sum."""
+    """Return exp of the entropy of weights / sum."""
     share = weights / weights.sum()
     share = share[share > 0]
     return math.exp(-(share * np.log(share)).sum())
@@ -146,7 +146,7 @@ class Collector:
 
     @torch.no_grad()
     def add(self, tokens: Tensor, masked: Batch) -> None:
-        """One batch of texts [B, L], without masks and with."""
+        """Take in one batch of texts [B, L], without masks and with."""
         self.ids, self.clean = tokens, True
         self.model.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
         self.ids, self.clean = masked.ids, False
@@ -154,7 +154,7 @@ class Collector:
 
 
 def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The ranks of each layer and group of rows of a model on `device`, one row of the table each."""
+    """Return the ranks of each layer and group of rows of a model on `device`, one row of the table each."""
     model, config, tokenizer, _ = loaded
     length = config.train.seq_length
     heldout = HeldOut(corpus, tokenizer, length, math.ceil(tokens / (length - 2)))
@@ -174,7 +174,8 @@ def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) ->
 
 
 def table(spectra: Spectra) -> Iterator[dict[str, Any]]:
-    """Rows of the table; the union of real tokens and [MASK] rows comes free, as Gram matrices add."""
+    """Yield the rows of the table; the union of real tokens and [MASK] rows comes free, as Gram matrices
+    add."""
     sites = sorted({site for site, _ in spectra}, key=lambda site: (site.part == "decoder", site.layer))
     for site in sites:
         parts = [spectra[site, group] for group in (MASKED, MASKS) if (site, group) in spectra]
@@ -189,7 +190,8 @@ def table(spectra: Spectra) -> Iterator[dict[str, Any]]:
 
 
 def figure(rows: list[dict[str, Any]], measure: str) -> bytes:
-    """A panel for each group of rows, a line for each run; [MASK] rows are shown through the decoder."""
+    """Return a panel for each group of rows, a line for each run; [MASK] rows are shown through the
+    decoder."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     with plots.theme("light"):
         drawn, panels = plots.figure(len(GROUPS))
@@ -217,7 +219,7 @@ def _line(run: str, rows: list[dict[str, Any]], group: str, measure: str) -> plo
 
 
 def text(rows: list[dict[str, Any]], measure: str) -> str:
-    """For people: the last encoder layer of each run, and where its rank is lowest."""
+    """Return for people the last encoder layer of each run, and where its rank is lowest."""
     lines = [f"effective rank of the encoder's output ({measure.replace('_', ' ')}):"]
     for run in dict.fromkeys(row["run"] for row in rows):
         of_run = [row for row in rows if row["run"] == run and row["part"] == "encoder"]

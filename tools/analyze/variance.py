@@ -47,7 +47,7 @@ _STRETCH = 1 << 20
 def samplers(
     predicted: int, length: int, views: int, corruption: tuple[float, ...]
 ) -> dict[str, MaskingOptions]:
-    """Ways to draw K masks of P tokens for one text."""
+    """Return the ways to draw K masks of P tokens for one text."""
     same = {"rate": predicted / (length - 2), "corruption": corruption}
     return {
         "independent": MaskingOptions(**same),
@@ -88,7 +88,7 @@ class Spread:
     """Sum of |(g + g') / 2|^2."""
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """The gradients [G] of one text under two draws."""
+        """Take in the gradients [G] of one text under two draws."""
         (own, shared), (_, others) = products([one, other]).tolist()
         self.over_masks.add((own + others) / 2 - shared)
         self.shared.add(shared)
@@ -111,8 +111,8 @@ class Covariances:
     """Keyed by tokens moved; the Hamming distance is twice that."""
 
     def add(self, one: list[Tensor], other: list[Tensor], shifts: list[int]) -> None:
-        """Gradients of two independent chains of masks of one text; mask j is moved by shifts[j], j
-        equal steps."""
+        """Take in the gradients of two independent chains of masks of one text; mask j is moved by shifts[j],
+        j equal steps."""
         J = len(shifts)
         all_products = products([*one, *other])
         centre = all_products[:J, J:].mean()  # |E_m g|^2
@@ -122,7 +122,7 @@ class Covariances:
 
 
 def products(vectors: list[Tensor]) -> Tensor:
-    """Inner products [n, n] of n vectors [G] in float64, in stretches so that no copy is large."""
+    """Return the inner products [n, n] of n vectors [G] in float64, in stretches so that no copy is large."""
     found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
     for parts in zip(*(vector.split(_STRETCH) for vector in vectors), strict=True):
         block = torch.stack(parts).double()
@@ -131,14 +131,16 @@ def products(vectors: list[Tensor]) -> Tensor:
 
 
 def shifts_of(predicted: int, tokens: int) -> list[int]:
-    """STEPS + 1 shifts of a stretch of P among N tokens, as far as it can go without overlap, or at all."""
+    """Return STEPS + 1 shifts of a stretch of P among N tokens, as far as it can go without overlap, or at
+    all."""
     farthest = min(predicted, tokens - predicted)
     step = max(1, farthest // STEPS)
     return list(range(0, min(STEPS * step, farthest) + 1, step))
 
 
 def additive_covariance(overlap: float, predicted: int, tokens: int) -> float:
-    """Covariance of g(m) = (1 / P) sum of a_i over the masked i, in units of S^2 = sum a_i^2 / (N - 1).
+    """Return the covariance of g(m) = (1 / P) sum of a_i over the masked i, in units of S^2 = sum a_i^2 / (N
+    - 1).
 
     The a_i sum to zero. It falls linearly with the Hamming distance 2 (P - overlap).
     """
@@ -161,7 +163,7 @@ class Gradients:
         return torch.cat([g.flatten() for g in found])
 
     def of_draw(self, masker: Masker, text: Tokens, number: int, draw: int, views: int) -> Tensor:
-        """Mean gradient of K masks of a text: K views of one partition, or K independent masks."""
+        """Return the mean gradient of K masks of a text: K views of one partition, or K independent masks."""
         view = np.arange(views) if masker.masking.views > 1 else np.zeros(views, np.int64)
         part = np.zeros_like(view) if masker.masking.views > 1 else np.arange(views)
         masked = masker(np.tile(text, (views, 1)), rng.key(_SEED, number, draw, part), view)
@@ -170,7 +172,8 @@ class Gradients:
     def of_chain(
         self, mask_id: int, text: Tokens, order: npt.NDArray[np.int64], predicted: int, shifts: list[int]
     ) -> list[Tensor]:
-        """Gradients under masks that are the stretches of `order` (places of the N tokens) at `shifts`."""
+        """Return the gradients under masks that are the stretches of `order` (places of the N tokens) at
+        `shifts`."""
         return [self.of(self._stretch(mask_id, text, np.roll(order, -shift), predicted)) for shift in shifts]
 
     def _stretch(self, mask_id: int, text: Tokens, order: npt.NDArray[np.int64], predicted: int) -> Batch:
@@ -183,7 +186,7 @@ class Gradients:
 
 
 def texts_of(loaded: RunModel, corpus: str, count: int) -> Tokens:
-    """At most `count` windows [T, L] of a corpus in a fixed order, without a special inside."""
+    """Return at most `count` windows [T, L] of a corpus in a fixed order, without a special inside."""
     tokenizer, length = loaded.tokenizer, loaded.config.train.seq_length
     sampler = Sampler(IndexedReader(corpus), MaskingOptions(), length, _SEED, tokenizer.bos, tokenizer.eos)
     windows = sampler.read(np.arange(min(sampler.samples_per_epoch, 20 * count))).tokens
@@ -201,7 +204,7 @@ def measure(
     views: int | None,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Variances of each sampler and covariances by distance, one row of the table each."""
+    """Return the variances of each sampler and covariances by distance, one row of the table each."""
     model, config, tokenizer, _ = loaded
     length, tokens = config.train.seq_length, config.train.seq_length - 2
     views, predicted = _sizes(rate or config.masking.rate, views, tokens)
@@ -237,7 +240,7 @@ def _sizes(rate: float, views: int | None, tokens: int) -> tuple[int, int]:
 def table(
     spreads: dict[str, Spread], covariances: Covariances, predicted: int, views: int, tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for each figure."""
+    """Yield one row for each figure."""
     shape = {"predicted": predicted, "tokens": tokens}
     for name, spread in spreads.items():
         about = {"sampler": name, "masks": views, "distance": None, **shape}
@@ -256,8 +259,8 @@ def table(
 
 
 def figure(rows: list[dict[str, Any]]) -> bytes:
-    """Left: variance over masks of each sampler, independent masks = 1. Right: covariance by distance,
-    in units of that at distance 0, beside what an additive gradient would have."""
+    """Draw, on the left, variance over masks of each sampler, independent masks = 1; on the right covariance
+    by distance, in units of that at distance 0, beside what an additive gradient would have."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     with plots.theme("light"):
         drawn, (left, right) = plots.figure(2)
@@ -278,7 +281,7 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
 
 
 def relative_variances(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Sampler -> variance over masks and its standard error, independent masks = 1."""
+    """Return by sampler the variance over masks and its standard error, independent masks = 1."""
     over_masks = {row["sampler"]: row for row in rows if row["quantity"] == OVER_MASKS}
     unit = over_masks["independent"]["value"]
     return {name: (row["value"] / unit, row["standard_error"] / unit) for name, row in over_masks.items()}
@@ -310,7 +313,8 @@ def _additive_line(P: int, N: int, rows: list[dict[str, Any]], run: str, several
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """For people: each sampler's variances over masks and over texts, that of independent masks being 1."""
+    """Return for people each sampler's variances over masks and over texts, that of independent masks being
+    1."""
     lines = []
     for run in dict.fromkeys(row["run"] for row in rows):
         here = [row for row in rows if row["run"] == run]

@@ -53,7 +53,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 
 
 def bounds(task: BenchmarkTask) -> Bounds:
-    """Four documents in each window, their rows sorted."""
+    """Return four documents in each window, their rows sorted."""
     numbers = (torch.arange(task.length) * 4 // task.length).expand(task.batch_size, -1).contiguous()
     varlen = task.device.type == "cuda" and task.precision == "bf16"
     order = Order.of(numbers.to(task.device), task.length, 1, 4, varlen)
@@ -61,7 +61,7 @@ def bounds(task: BenchmarkTask) -> Bounds:
 
 
 def hugging_face_attention(task: BenchmarkTask, kind: str) -> nn.Module:
-    """Projections, attention and output projection of RobertaLayer, without its norm."""
+    """Return the projections, attention and output projection of RobertaLayer, without its norm."""
     from transformers import RobertaConfig
     from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
@@ -86,7 +86,7 @@ def hugging_face_attention(task: BenchmarkTask, kind: str) -> nn.Module:
 
 
 def passes(task: BenchmarkTask, layer: nn.Module, *bounds: Bounds | None) -> Callable[[], Tensor]:
-    """One forward and backward pass of `layer` over random rows."""
+    """Return one forward and backward pass of `layer` over random rows."""
     layer.to(task.device).train()
     width = SIZES[task.size]["hidden_size"]
     x = torch.randn(task.batch_size, task.length, width, device=task.device, requires_grad=True)

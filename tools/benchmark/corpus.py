@@ -79,13 +79,13 @@ def count(args: argparse.Namespace) -> int:
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """The rows that were asked for; ids can be compared only of an encoder that is there."""
+    """Return the rows that were asked for; ids can be compared only of an encoder that is there."""
     lost = set() if importlib.util.find_spec("fastokens") else {_FASTOKENS_IDS}
     return console.matching([name for name in MEASURED if name not in lost], [args.only])
 
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
-    """Every row, as it is measured."""
+    """Yield every row, as it is measured."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
     texts = read_texts(args.input, int(args.max_megabytes * 1e6))
@@ -98,7 +98,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 
 
 def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
-    """The first documents of the input."""
+    """Return the first documents of the input."""
     texts: list[str] = []
     size = 0
     for batch in batches(find_files(patterns)):
@@ -111,7 +111,7 @@ def read_texts(patterns: list[str], max_bytes: int) -> list[str]:
 
 
 def batches(files: Sequence[Path]) -> Iterator[list[str]]:
-    """All documents, some at a time."""
+    """Yield all documents, some at a time."""
     for file in files:
         with open_reader(file, "blank-line", max_bytes=MAX_DOCUMENT_BYTES) as reader:
             for batch in reader.read(None):
@@ -119,7 +119,7 @@ def batches(files: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def reference(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """The ids of texts by the library that defines the vocabulary, in its plainest way."""
+    """Return the ids of texts by the library that defines the vocabulary, in its plainest way."""
     if tokenizer.kind == "json":
         import tokenizers
 
@@ -171,7 +171,8 @@ class Bench:
         )
 
     def ids(self, name: str, folder: str | Path, use_fastokens: bool = False) -> BenchmarkRow:
-        """Documents of the whole input with the ids of the reference library, of all that were compared."""
+        """Count the documents of the whole input with the ids of the reference library, of all that were
+        compared."""
         tokenizer = load_tokenizer(folder, use_fastokens)
         if use_fastokens and not getattr(tokenizer, "_fast", None):
             raise UserError(f"{folder}: fastokens does not encode this vocabulary; leave the row {name} out")
@@ -239,7 +240,8 @@ class Bench:
     # ---- training data ---------------------------------------------------------------------------
 
     def masking(self, name: str, make_peer: Callable[[int, int, Any], Side], rounds: int) -> BenchmarkRow:
-        """Windows of ids to a whole batch: ours with its rows in order and their positions as well."""
+        """Measure windows of ids to a whole batch: ours with its rows in order and their positions as
+        well."""
         words = 30_000
         tokens = np.random.default_rng(0).integers(5, words - 1, (_BATCH, _LENGTH)).astype(np.uint16)
         special, pool = np.array([0, 1, 2, 3, words - 1]), np.arange(5, words - 1)
@@ -256,8 +258,8 @@ class Bench:
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "transformers"])
 
     def reading(self, name: str, batch: int, length: int) -> BenchmarkRow:
-        """Windows of shuffled documents that are joined, with their mask keys, against items of that length
-        as they lie."""
+        """Measure windows of shuffled documents that are joined, with their mask keys, against items of
+        that length as they lie."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         batches = (1 << 22) // (batch * length)
@@ -284,7 +286,8 @@ class Bench:
         return compare(name, "million tokens/s", amount, ours, peer, self.runs, ["numpy", "megatron-core"])
 
     def reading_many(self, name: str, batch: int, length: int) -> BenchmarkRow:
-        """Windows of many documents, whose order is a mapped file, against those of an order in memory."""
+        """Measure windows of many documents, whose order is a mapped file, against those of an order in
+        memory."""
         draw, batches = np.random.default_rng(0), (1 << 22) // (batch * length)
         if not corpus_file(prefix := self.folder / "many", "json").exists():
             with CorpusWriter(prefix, np.dtype(np.uint16)) as writer:
@@ -310,8 +313,8 @@ class Bench:
     # ---- whole programs --------------------------------------------------------------------------
 
     def merging(self, name: str) -> BenchmarkRow:
-        """Growth of the process over what it holds before the merge, in MB; once, for memory does not
-        vary and the peer takes minutes."""
+        """Measure the growth of the process over what it holds before the merge, in MB; once, for memory does
+        not vary and the peer takes minutes."""
         lengths = np.full(_SHARD_DOCUMENTS, 16)
         tokens = np.zeros(lengths.sum(), np.uint16)
         shards = [self.folder / "shards" / f"{i:04d}" for i in range(_SHARDS)]
@@ -326,7 +329,7 @@ class Bench:
         return row(name, "MB", *grown, ["megatron-core"])
 
     def two_processes(self, name: str) -> BenchmarkRow:
-        """Wall time of the whole program on one and on two processes."""
+        """Measure the wall time of the whole program on one and on two processes."""
         source = self.folder / "text.jsonl"
         copies = max(1, round(self.wall_megabytes / self.megabytes))
         with source.open("w", encoding="utf-8") as file:
@@ -345,7 +348,7 @@ class Bench:
         return row(name, "MB/s", speeds[2], speeds[1], ["sentencepiece"])
 
     def start_up(self, name: str) -> BenchmarkRow:
-        """CPU seconds from the start of the program to the first document encoded; no peer."""
+        """Measure the CPU seconds from the start of the program to the first document encoded; no peer."""
         folder = self._trained("unigram")
         seconds = []
         for _ in range(self.runs):
@@ -354,8 +357,8 @@ class Bench:
         return row(name, "s", seconds, [], ["sentencepiece"])
 
     def unseen(self, name: str, folder: str | Path, plain: bool = False) -> BenchmarkRow:
-        """Of the largest process of two, over random words that no cache has met; once, for memory does not
-        vary; no peer. plain: without fastokens."""
+        """Measure the largest process of two, over random words that no cache has met; once, for memory does
+        not vary; no peer. plain: without fastokens."""
         source = self.folder / "unseen.jsonl"
         if not source.exists():
             write_unseen(source, int(self.unseen_megabytes * 1e6))
@@ -386,7 +389,7 @@ class Bench:
 
 
 def write_unseen(path: Path, size: int) -> None:
-    """Documents of 4 kB of random words, of seven letters on the average."""
+    """Write documents of 4 kB of random words, of seven letters on the average."""
     draw = np.random.default_rng(1)
     with path.open("wb") as file:
         while file.tell() < size:
@@ -474,7 +477,7 @@ print(time.process_time())
 
 
 def hugging_face_masking(words: int, rounds: int, tokens: Any) -> Side:
-    """transformers' collator: `torch_mask_tokens` on a batch of ids."""
+    """Return transformers' collator: `torch_mask_tokens` on a batch of ids."""
 
     def prepare() -> Callable[[], None]:
         import torch
@@ -507,7 +510,7 @@ def hugging_face_masking(words: int, rounds: int, tokens: Any) -> Side:
 
 
 def fairseq_masking(words: int, rounds: int, tokens: Any) -> Side:
-    """The logic of fairseq's MaskTokensDataset, item by item (source and target are two datasets)."""
+    """Return the logic of fairseq's MaskTokensDataset, item by item (source and target are two datasets)."""
     weights = np.ones(words)
     weights[[0, 1, 2, 3, words - 1]] = 0
     weights /= weights.sum()

@@ -45,14 +45,14 @@ def count(args: argparse.Namespace) -> int:
 
 
 def chosen(args: argparse.Namespace, device: torch.device) -> dict[str, Head]:
-    """Ours and the peers that were asked for."""
+    """Return ours and the peers that were asked for."""
     heads = available(device)
     ours, *peers = heads
     return {name: heads[name] for name in (ours, *console.matching(peers, [args.only]))}
 
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
-    """Time and memory of ours beside each peer, for each precision."""
+    """Yield the time and memory of ours beside each peer, for each precision."""
     torch.set_num_threads(args.threads or console.available_cores())
     device = benchmark_task.chosen_device(args.device)
     shape = (args.rows, args.width, args.vocab_size)
@@ -84,7 +84,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 
 
 def available(device: torch.device) -> dict[str, Head]:
-    """Ours first, then what this torch and this device have."""
+    """Return ours first, then what this torch and this device have."""
     heads: dict[str, Head] = {
         "ours": lambda h, w, b, t: ChunkedCrossEntropy(len(w))(h, w, b, t)[0],
         "logits and cross-entropy": logits_and_cross_entropy,
@@ -102,7 +102,7 @@ def logits_and_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targe
 
 
 def checkpointed_chunks(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """What a user without a fused kernel writes."""
+    """Return what a user without a fused kernel writes."""
     return torch.stack(
         [
             checkpoint(logits_and_cross_entropy, h, weight, bias, t, use_reentrant=False)
@@ -114,7 +114,7 @@ def checkpointed_chunks(hidden: Tensor, weight: Tensor, bias: Tensor, target: Te
 def prepared(
     head: Head, shape: tuple[int, int, int], precision: str, device: torch.device
 ) -> Callable[[], Tensor]:
-    """Loss and gradients of random inputs, ready to be run."""
+    """Return loss and gradients of random inputs, ready to be run."""
     N, D, W = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(W, D).normal_(0, 0.02, generator=generator).to(device).requires_grad_()
@@ -137,7 +137,7 @@ def prepared(
 
 
 def peak(name: str, shape: tuple[int, int, int], precision: str, device: torch.device) -> float:
-    """MB that a head adds to its inputs at its worst."""
+    """Return MB that a head adds to its inputs at its worst."""
     if device.type == "cuda":
         work = prepared(available(device)[name], shape, precision, device)
         work()
@@ -159,7 +159,7 @@ def _peak_on_cpu(name: str, shape: tuple[int, int, int], precision: str, threads
 
 
 def growth(work: Callable[[], object]) -> float:
-    """MB by which this process's resident memory grows at its worst while `work` runs (Linux)."""
+    """Return MB by which this process's resident memory grows at its worst while `work` runs (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = _resident("VmRSS")
     work()

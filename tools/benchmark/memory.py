@@ -56,7 +56,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 
 
 def peak(task: BenchmarkTask, method: str, recompute: str) -> float:
-    """MB beyond what lies there between two updates."""
+    """Return MB beyond what lies there between two updates."""
     if task.device.type == "cuda":
         return _peak_on_gpu(task, method, recompute)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

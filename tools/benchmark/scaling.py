@@ -37,7 +37,7 @@ def count(args: argparse.Namespace) -> int:
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """The rows that were asked for."""
+    """Return the rows that were asked for."""
     return console.matching(SUBJECTS, [args.only])
 
 
@@ -61,7 +61,7 @@ Seconds = tuple[list[float], list[float]]
 
 
 def tensor_block(task: BenchmarkTask, runs: int) -> Seconds:
-    """A layer divided between the ranks, and whole; every rank times both."""
+    """Time a layer divided between the ranks, and whole; every rank times both."""
     place = topology.connect(tensor=2)
     whole, divided = (task.module(task.config()).to(place.device) for _ in range(2))
     tensor_parallel.shard(divided, place)
@@ -80,7 +80,7 @@ def zero_update(task: BenchmarkTask, runs: int) -> Seconds:
 
 
 def data_update(task: BenchmarkTask, runs: int) -> Seconds:
-    """Slots a second: two ranks with half of the batch each, and one with half of the batch alone."""
+    """Measure slots a second: two ranks with half of the batch each, and one with half of the batch alone."""
     place = topology.connect()
     half = BenchmarkTask(task.size, task.length, max(1, task.batch_size // 2), task.precision, place.device)
     two = ours(task, "mlm", place)
@@ -99,7 +99,7 @@ SUBJECTS: dict[str, tuple[int, str, Callable[[BenchmarkTask, int], Seconds]]] = 
 
 
 def passes(task: BenchmarkTask, layer: nn.Module) -> Callable[[], Tensor]:
-    """One forward and backward pass of a layer over random rows, equal on all ranks."""
+    """Return one forward and backward pass of a layer over random rows, equal on all ranks."""
     device = next(layer.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shape = (task.batch_size, task.length, SIZES[task.size]["hidden_size"])
@@ -120,7 +120,7 @@ def passes(task: BenchmarkTask, layer: nn.Module) -> Callable[[], Tensor]:
 
 
 def on_ranks(count: int, function: Callable[..., Seconds], task: BenchmarkTask, runs: int) -> Seconds:
-    """What rank 0 of `count` processes returns."""
+    """Return what rank 0 of `count` processes returns."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -75,7 +75,7 @@ def count(args: argparse.Namespace) -> int:
 
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
-    """Every row, when the sides of its precision have been measured."""
+    """Yield every row, when the sides of its precision have been measured."""
     for task in benchmark_task.tasks(args):
         peers = chosen_peers(args.peers, task.device)
         yield from table(task, measured(task, args, peers, done), args.compile)
@@ -84,7 +84,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 def measured(
     task: BenchmarkTask, args: argparse.Namespace, peers: list[str], done: Done
 ) -> dict[str, list[float]]:
-    """Seconds of an update of every side, round by round."""
+    """Return the seconds of an update of every side, round by round."""
     mode = {"compile": args.compile}
     makers = {method: partial(our_side, task, method, mode) for method in ["mlm", *args.methods]}
     if args.profile:
@@ -99,14 +99,14 @@ def measured(
 
 
 def our_side(task: BenchmarkTask, method: str, mode: dict[str, str]) -> Update:
-    """Our update in the process that `python -m pretrain` makes for it."""
+    """Return our update in the process that `python -m pretrain` makes for it."""
     if task.device.type == "cpu":
         keep_freed_memory()
     return ours(task, method, train=mode)
 
 
 def chosen_peers(names: list[str] | None, device: torch.device) -> list[str]:
-    """Those asked for, which must be installed, or those that are and make sense on this device."""
+    """Return those asked for, which must be installed, or those that are and make sense on this device."""
 
     def missing(name: str) -> list[str]:
         return [package for package in PEERS[name][1] if measure.version(package) == "absent"]
@@ -124,7 +124,7 @@ def chosen_peers(names: list[str] | None, device: torch.device) -> list[str]:
 
 
 def table(task: BenchmarkTask, seconds: Mapping[str, list[float]], mode: str) -> Iterator[BenchmarkRow]:
-    """The rows of one task's measured rounds."""
+    """Yield the rows of one task's measured rounds."""
     what = f"{task.size} {task.length}, {task.precision}"
     settings = {**task.settings(), "compile": mode}
     common: dict[str, Any] = {
@@ -175,7 +175,8 @@ def check_profiles(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_profile(make: Callable[[], Update], folder: Path, name: str) -> None:
-    """NAME.json.gz, a Chrome trace of one update, and NAME-operations.json; the latter also on stderr."""
+    """Write NAME.json.gz, a Chrome trace of one update, and NAME-operations.json; the latter also on
+    stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     operations, trace = _profile_files(folder, name)
     places = (make, str(trace), torch.get_num_threads())

@@ -137,7 +137,7 @@ def _is_help(error: BaseException) -> bool:
 
 
 def plan(files: Sequence[Path], txt_document: Any, workers: int) -> list[EncodeTask]:
-    """All tasks, in an order in which they can be dealt out to `workers` processes in turn.
+    """Return all tasks, in an order in which they can be dealt out to `workers` processes in turn.
 
     Pieces depend on the input only. A compressed file is one task, or where there are fewer of them
     than workers several tasks that read it side by side.
@@ -214,7 +214,7 @@ def coverage(parts: Sequence[Part], files: Sequence[Path]) -> list[dict[str, int
 def join(
     parts: Sequence[Part], dropped: Iterator[Any], side: str, output: str, origin: Origin, advance: Any
 ) -> Manifest:
-    """One corpus from the parts of its side, without the documents `dropped` of each part.
+    """Return one corpus from the parts of its side, without the documents `dropped` of each part.
 
     UserError, and no manifest, where it has not as many documents as its history says.
     """
@@ -315,7 +315,7 @@ def refuse_foreign_rejected(output: str) -> None:
 
 
 def count_literals(parts: Sequence[Part]) -> dict[str, int]:
-    """How often the letters of each special piece stand in the text that was read."""
+    """Return how often the letters of each special piece stand in the text that was read."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(load_manifest(part.prefix).history["literals"])
@@ -342,7 +342,7 @@ def find_suspicions(parts: Sequence[Part], names: Sequence[str]) -> list[str]:
 def assemble(
     tasks: Sequence[EncodeTask], job: EncodeJob, args: Namespace, files: Sequence[Path]
 ) -> dict[str, Any]:
-    """Parts -> corpora; the report."""
+    """Join the parts into corpora; return the report."""
     parts = list_parts(tasks, job)
     sides = job.sides[::-1]  # held out first: of two copies of a text the held-out one stays
     prefixes = [part.prefix + side for side in sides for part in parts]
@@ -520,7 +520,7 @@ def _digest(file: Path) -> str:
 
 
 def arguments(words: Sequence[str] | None = None) -> Namespace:
-    """The command line, checked."""
+    """Return the command line, checked."""
     parser = console.parser("encode_corpus", "Encode raw text into PREFIX.bin, .idx, .json", True)
     console.add_input(parser)
     parser.add_argument(
@@ -602,7 +602,8 @@ def _show(report: dict[str, Any], output: str) -> None:
 
 
 def describe_literals(literals: dict[str, int], mapped: Sequence[str]) -> list[str]:
-    """Lines that say what became of text that looks like a special piece; none where there was none."""
+    """Return the lines that say what became of text that looks like a special piece; none where there was
+    none."""
     known = {
         argument if argument in literals else argument.rpartition("=")[0] or argument for argument in mapped
     }

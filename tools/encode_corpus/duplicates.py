@@ -25,7 +25,7 @@ _ENTRY = np.dtype([("key", "<u8", 2), ("number", "<i8")])
 def find_duplicates(
     files: Sequence[Path], record: np.dtype[np.void], folder: Path
 ) -> tuple[list[int], Iterator[npt.NDArray[np.int64]]]:
-    """For each file how many records repeat the 128-bit `key` of an earlier one, and which, ascending.
+    """Return for each file how many records repeat the 128-bit `key` of an earlier one, and which, ascending.
 
     Earlier in the order of the files. `folder` holds the buckets meanwhile.
     """

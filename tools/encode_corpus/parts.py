@@ -82,7 +82,7 @@ class EncodeTask(NamedTuple):
 
 
 def part_name(folder: str, file: int, piece: int) -> str:
-    """Prefix of the training part of a piece."""
+    """Return the prefix of the training part of a piece."""
     return f"{folder}/{file:05d}-{piece:06d}"
 
 
@@ -121,12 +121,13 @@ def remove_parts(folder: Path) -> None:
 
 
 def input_name(job: EncodeJob, file: Path) -> str:
-    """What the user calls an input: the copy of the standard input goes with the folder of the parts."""
+    """Return what the user calls an input: the copy of the standard input goes with the folder of the
+    parts."""
     return STDIN if file.parent == Path(job.folder) else str(file)
 
 
 def identity(job: EncodeJob, task: EncodeTask, piece: int) -> dict[str, Any]:
-    """What a part must have been made from."""
+    """Return what a part must have been made from."""
     size, modified = task.state
     place = ("folder", "tokenizer", "stdin_hash")
     options = {key: value for key, value in asdict(job).items() if key not in place}
@@ -154,7 +155,7 @@ def refuse_changed(path: str | Path, state: tuple[int, int]) -> None:
 
 
 def finished(job: EncodeJob, task: EncodeTask, piece: int) -> Manifest | None:
-    """The manifest of a part, if it is there and of this piece as it is now."""
+    """Return the manifest of a part, if it is there and of this piece as it is now."""
     try:
         manifest = load_manifest(part_name(job.folder, task.file, piece))
     except UserError:
@@ -164,7 +165,7 @@ def finished(job: EncodeJob, task: EncodeTask, piece: int) -> Manifest | None:
 
 
 def stop_file(job: EncodeJob) -> Path:
-    """Its presence tells all processes that one of them has failed."""
+    """Return the file whose presence tells all processes that one of them has failed."""
     return Path(job.folder, "stop")
 
 
@@ -318,7 +319,7 @@ class _Side:
 
 
 def held_out(utf8: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out corpus: a hash of its text falls below `share`.
+    """Return whether a document belongs to the held-out corpus: a hash of its text falls below `share`.
 
     So the split survives any reordering of the input, and copies of a text stay on one side.
     """
@@ -329,7 +330,7 @@ def held_out(utf8: bytes, share: float) -> bool:
 
 
 def text_hash(text: str) -> tuple[int, int]:
-    """Equal for texts that differ in white space and letter case only (128 bits).
+    """Return a hash that is equal for texts that differ in white space and letter case only (128 bits).
 
     No Unicode form is applied: NFKC would make x2 of x with a raised 2.
     """
@@ -344,7 +345,7 @@ def tally(
     lengths: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.integer[Any]],
 ) -> dict[str, Tally]:
-    """What each source contributed: codes, tokens and bytes per document [n]."""
+    """Return what each source contributed: codes, tokens and bytes per document [n]."""
     return {
         names[code]: Tally(
             documents=int(np.count_nonzero(mine := codes == code)),
@@ -356,7 +357,7 @@ def tally(
 
 
 def tokenizer_record(directory: str, tokenizer: Tokenizer) -> TokenizerRecord:
-    """What a manifest says about a tokenizer folder."""
+    """Return what a manifest says about a tokenizer folder."""
     return TokenizerRecord(
         path=str(Path(directory).resolve()),
         kind=tokenizer.kind,

@@ -104,7 +104,7 @@ def _digests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def form_of(config: Config, with_decoder: bool) -> Form:
-    """What of the model is exported; UserError if there is no decoder to add."""
+    """Return what of the model is exported; UserError if there is no decoder to add."""
     if method_of(config) != "mlm":
         return "late" if with_decoder else "encoder"
     if with_decoder:
@@ -113,7 +113,7 @@ def form_of(config: Config, with_decoder: bool) -> Form:
 
 
 def count_left_out(model: LateMaskModel, form: Form) -> int:
-    """Parameters that the export does not carry (padded rows of the word table apart)."""
+    """Return the parameters that the export does not carry (padded rows of the word table apart)."""
     state = model.state_dict()
     return 0 if form == "late" else sum(state[name].numel() for name in left_out(state, form == "masked-lm"))
 
@@ -260,7 +260,8 @@ def _publish(partial: Path, output: Path) -> None:
 
 @torch.no_grad()
 def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, form: Form) -> float:
-    """Largest difference between transformers and `model`, relative to scale; ExportError if too large.
+    """Return the largest difference between transformers and `model`, relative to scale; ExportError if too
+    large.
 
     One sequence of full length and one padded to it, in natural order, random pieces and masks. Of a late
     model the answers to the masks are compared.
@@ -294,7 +295,7 @@ def check_model(folder: Path, model: LateMaskModel, tokenizer: Tokenizer, form: 
 def check_sentences(
     folder: Path, model: LateMaskModel, tokenizer: Tokenizer, max_length: int
 ) -> float | None:
-    """Largest difference of embeddings, as `embeddings_differ`; ExportError if too large."""
+    """Return the largest difference of embeddings, as `embeddings_differ`; ExportError if too large."""
     worst = embeddings_differ(folder, model.eval(), tokenizer, max_length)
     if worst is not None and not worst <= TOLERANCE:
         raise ExportError(

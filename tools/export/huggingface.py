@@ -38,7 +38,7 @@ def model_class(m: ModelOptions, form: Form) -> str:
 
 
 def late_state(ours: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Parameters of a `late` folder: ours, without the padded rows of the vocabulary."""
+    """Return the parameters of a `late` folder: ours, without the padded rows of the vocabulary."""
     vocabulary = ("tok.weight", "head.bias")
     return {
         name: (tensor[:vocab_size] if name in vocabulary else tensor).contiguous()
@@ -47,7 +47,7 @@ def late_state(ours: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]
 
 
 def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
-    """config.json of the exported folder, every value that matters written out."""
+    """Return config.json of the exported folder, every value that matters written out."""
     m = config.model
     common = {
         "architectures": [model_class(m, form)],

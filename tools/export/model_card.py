@@ -53,7 +53,7 @@ def model_card(
     scores: Sequence[DownstreamScore] = (),
     sentences: bool = False,
 ) -> str:
-    """Markdown with Hugging Face's front matter.
+    """Return Markdown with Hugging Face's front matter.
 
     name: its title. left_out: parameters of the pre-training model that are not exported. state: the
     checkpoint; corpora: weight and manifest of each that it was trained on; totals: of the ledger;

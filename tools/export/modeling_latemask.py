@@ -77,7 +77,7 @@ def make_norm(c: LateMaskConfig) -> nn.LayerNorm:
 
 
 def attend(q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, seen_BT: Tensor) -> Tensor:
-    """Softmax attention of every row to the rows that are seen (bool) -> [B, S, D]."""
+    """Return softmax attention of every row to the rows that are seen (bool) -> [B, S, D]."""
     q, k, v = q_BSHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BT[:, None, None])
     return mixed.transpose(1, 2).flatten(-2)
@@ -252,7 +252,8 @@ class LateMaskForMaskedLM(PreTrainedModel):
         labels: Tensor | None = None,
         **_: Any,
     ) -> MaskedLMOutput:
-        """input_ids [B, S] with [MASK]s; labels [B, S]: the true ids, -100 where there is no question."""
+        """Take input_ids [B, S] with [MASK]s; labels [B, S]: the true ids, -100 where there is no
+        question."""
         text = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
         positions = (text.long().cumsum(1) - 1).clamp(min=0)
         late = self._late(input_ids, text)

@@ -57,7 +57,7 @@ CHECK_TEXTS = (
 
 
 def hugging_face_tokenizer(ours: Tokenizer) -> JsonTokenizer:
-    """The tokenizer with its specials recognised in text.
+    """Return the tokenizer with its specials recognised in text.
 
     Encoding adds <s> and </s>.
     """
@@ -134,7 +134,7 @@ def _completed(tokenizer: JsonTokenizer) -> JsonTokenizer:
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json."""
+    """Return the tokenizer_config.json."""
     bos, eos = tokenizer.piece(tokenizer.bos), tokenizer.piece(tokenizer.eos)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -159,7 +159,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, max_length: int) -> None
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """UserError unless AutoTokenizer loads `folder` and gives the training ids on CHECK_TEXTS."""
+    """Raise UserError unless AutoTokenizer loads `folder` and gives the training ids on CHECK_TEXTS."""
     from transformers import AutoTokenizer
 
     # The folder is ours; not trusted, a model's code beside the tokenizer makes transformers ask on stdout.

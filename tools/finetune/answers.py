@@ -159,7 +159,7 @@ class Answers(FinetuneTask):
         return [text] * len(rows)
 
     def tfidf(self, train: Sequence[Question], rows: Sequence[Question]) -> list[str]:
-        """The sentence of the text that is nearest to the question: there is nothing to classify."""
+        """Return the sentence of the text that is nearest to the question: there is nothing to classify."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(sublinear_tf=True)

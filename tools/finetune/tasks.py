@@ -119,7 +119,7 @@ class Sentences(FinetuneTask):
         return [float(answer)] * len(rows)
 
     def tfidf(self, train: Sequence[glue.LabelledRow], rows: Sequence[glue.LabelledRow]) -> list[float]:
-        """Words and pairs of words; of two sentences, what they share and in what they differ."""
+        """Return the words and pairs of words; of two sentences, what they share and in what they differ."""
         from scipy import sparse
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import Ridge

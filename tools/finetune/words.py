@@ -173,7 +173,7 @@ class Words(FinetuneTask):
         return [[label] * len(row.words) for row in rows]
 
     def tfidf(self, train: Sequence[Sentence], rows: Sequence[Sentence]) -> list[list[str]]:
-        """Letters of the word, and the words beside it."""
+        """Return the letters of the word, and the words beside it."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(analyzer=lambda features: features)

@@ -31,7 +31,7 @@ _WINDOW = 96
 
 
 def lengths(reader: IndexedReader) -> dict[str, float]:
-    """Statistics of the documents' lengths in tokens."""
+    """Return the statistics of the documents' lengths in tokens."""
     sizes = reader.document_lengths
     if not len(sizes):
         return {}
@@ -48,7 +48,7 @@ def lengths(reader: IndexedReader) -> dict[str, float]:
 
 
 def frequencies(reader: IndexedReader, vocab_size: int) -> np.ndarray:
-    """Occurrences of each id: int64 [W]; UserError where an id is outside the vocabulary."""
+    """Return the occurrences of each id: int64 [W]; UserError where an id is outside the vocabulary."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, reader.num_tokens, _CHUNK):
         chunk = np.bincount(reader.tokens[start : start + _CHUNK], minlength=vocab_size)
@@ -62,12 +62,12 @@ def frequencies(reader: IndexedReader, vocab_size: int) -> np.ndarray:
 
 
 def specials_inside(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
-    """How often each special piece stands in a corpus, of those that do."""
+    """Return how often each special piece stands in a corpus, of those that do."""
     return {name: int(counts[i]) for name, i in tokenizer.special_names().items() if counts[i]}
 
 
 def frequent(counts: np.ndarray, tokenizer: Tokenizer | None, top: int) -> list[dict[str, Any]]:
-    """The most frequent ids with their share of all tokens."""
+    """Return the most frequent ids with their share of all tokens."""
     order = np.argsort(-counts, kind="stable")[:top]
     return [
         {
@@ -83,7 +83,7 @@ def frequent(counts: np.ndarray, tokenizer: Tokenizer | None, top: int) -> list[
 
 
 def documents(reader: IndexedReader, tokenizer: Tokenizer | None, number: int) -> list[dict[str, Any]]:
-    """The beginnings of `number` documents, evenly spread over those with text."""
+    """Return the beginnings of `number` documents, evenly spread over those with text."""
     filled = np.flatnonzero(reader.document_lengths)
     chosen = filled[np.linspace(0, len(filled) - 1, min(number, len(filled)), dtype=np.int64)]
     return [
@@ -98,7 +98,7 @@ def documents(reader: IndexedReader, tokenizer: Tokenizer | None, number: int) -
 
 
 def histogram(reader: IndexedReader) -> list[dict[str, int]]:
-    """Documents by length: 0, 1, 2-3, 4-7, ... tokens, without empty ends."""
+    """Return the documents by length: 0, 1, 2-3, 4-7, ... tokens, without empty ends."""
     bits = np.bincount(np.frexp(reader.document_lengths.astype(np.float64))[1], minlength=1)
     filled = np.flatnonzero(bits)
     if not len(filled):
@@ -110,7 +110,7 @@ def histogram(reader: IndexedReader) -> list[dict[str, int]]:
 
 
 def methods(rate: float) -> dict[str, MaskingOptions]:
-    """What is shown: the methods' usual ways to mask, and the mask rate asked for."""
+    """Return what is shown: the methods' usual ways to mask, and the mask rate asked for."""
     all_masks = (1.0, 0.0, 0.0)
     return {
         "mlm, 15 %, uniform": MaskingOptions(rate=0.15),
@@ -123,7 +123,7 @@ def methods(rate: float) -> dict[str, MaskingOptions]:
 
 
 def windows(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: int) -> list[dict[str, Any]]:
-    """One training window under each method: its pieces as [state, true piece, shown piece].
+    """Return one training window under each method: its pieces as [state, true piece, shown piece].
 
     States: context (seen, not predicted), masked, random, kept (the last three predicted). In the late
     methods the encoder sees all but the masked.
@@ -153,13 +153,13 @@ def _state(tokenizer: Tokenizer, true: int, shown: int, predicted: bool) -> str:
 
 
 def mark(state: str, true: str, shown: str) -> str:
-    """{piece} where it is masked, {right>wrong} where replaced, {=piece} where kept."""
+    """Return {piece} where it is masked, {right>wrong} where replaced, {=piece} where kept."""
     text = {"context": true, "masked": f"{{{true}}}", "kept": f"{{={true}}}", "random": f"{{{true}>{shown}}}"}
     return text[state].replace("\u2581", " ")
 
 
 def find_tokenizer(manifest: Manifest | None, directory: str | None) -> Tokenizer | None:
-    """The tokenizer given, else the one the manifest names if it is still there and the same."""
+    """Return the tokenizer given, else the one the manifest names if it is still there and the same."""
     record = manifest.tokenizer if manifest else None
     if directory is None and record and Path(record.path).exists():
         directory = record.path
@@ -180,7 +180,7 @@ def find_tokenizer(manifest: Manifest | None, directory: str | None) -> Tokenize
 
 
 def inspect(prefix: str, directory: str | None, top: int, samples: int, rate: float) -> dict[str, Any]:
-    """The report."""
+    """Return the report."""
     reader = IndexedReader(prefix)
     manifest = load_manifest(prefix) if corpus_file(prefix, "json").exists() else None
     tokenizer = find_tokenizer(manifest, directory)
@@ -211,7 +211,7 @@ def inspect(prefix: str, directory: str | None, top: int, samples: int, rate: fl
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     print(
         f"{report['prefix']}: {report['documents']:,} documents ({report['empty_documents']:,} empty), "
         f"{report['sequences']:,} sequences, {report['tokens']:,} tokens ({report['dtype']})"

@@ -21,7 +21,7 @@ td:last-child, th:last-child { text-align: left; white-space: normal; overflow-w
 
 
 def page(report: dict[str, Any]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     title = escape(f"{report['prefix']}: {report['documents']:,} documents, {report['tokens']:,} tokens")
     parts = [
         "<!doctype html>",

@@ -106,7 +106,7 @@ class Account:
 
 
 def attempts(lines: Sequence[ledger.Line]) -> list[Attempt]:
-    """The attempts of a run, in order; `job` is "" outside of Slurm."""
+    """Return the attempts of a run, in order; `job` is "" outside of Slurm."""
     by_number: dict[int, list[ledger.Line]] = {}
     for line in lines:
         by_number.setdefault(line["attempt"], []).append(line)
@@ -130,7 +130,7 @@ def _attempt(number: int, lines: Sequence[ledger.Line]) -> Attempt:
 
 
 def allocations(jobs: Sequence[str]) -> tuple[str, list[Allocation]]:
-    """(where it comes from, what Slurm says of these jobs); UserError if it has nothing to say."""
+    """Return (where it comes from, what Slurm says of these jobs); UserError if it has nothing to say."""
     wanted = f"--jobs={','.join(jobs)}"
     environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     text, complaint = _ask((*SACCT, wanted), environ)
@@ -167,7 +167,7 @@ _LINE = re.compile(
 
 
 def read_sacct(text: str, source: str = "sacct") -> list[Allocation]:
-    """The allocations in the output of `SACCT` or `COMPLETION`; one that has not begun is left out."""
+    """Return the allocations in the output of `SACCT` or `COMPLETION`; one that has not begun is left out."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -182,7 +182,7 @@ def read_sacct(text: str, source: str = "sacct") -> list[Allocation]:
 
 
 def read_scontrol(text: str) -> list[Allocation]:
-    """The allocations in the output of `SCONTROL`."""
+    """Return the allocations in the output of `SCONTROL`."""
     found = []
     for line in text.splitlines():
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -223,7 +223,7 @@ def _time(text: str) -> float | None:
 def accounts(
     given: Sequence[Allocation], made: Sequence[Attempt], stages: Mapping[str, str] | None = None
 ) -> list[Account]:
-    """Where the device-seconds of each allocation went; `stages`: of the jobs that did not train."""
+    """Return where the device-seconds of each allocation went; `stages`: of the jobs that did not train."""
     return [
         _account(
             one,
@@ -282,7 +282,8 @@ def _read(run: str) -> list[Attempt]:
 
 
 def reconcile(runs: Sequence[str], saved: str | None = None) -> tuple[Any, str]:
-    """The accounts of the runs' jobs as a document and as text; `saved`: a file with `SACCT`'s output."""
+    """Return the accounts of the runs' jobs as a document and as text; `saved`: a file with `SACCT`'s
+    output."""
     made = [attempt for run in runs for attempt in _read(run)]
     stages = {line["job"]: line["stage"] for run in runs for line in journal.read(run)}
     jobs = list(dict.fromkeys([*stages, *(attempt.job for attempt in made if attempt.job)]))

@@ -53,7 +53,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def signals_kill() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once: foreign code that runs for minutes without returning to
+    """Let Ctrl-C and SIGTERM end the process at once: foreign code that runs for minutes without returning to
     the interpreter would not see them. For work that leaves nothing half-written."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,11 +91,11 @@ class _Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message: str) -> NoReturn:
-        """One line, as for any other mistake; argparse would print its usage before it."""
+        """Raise one line, as for any other mistake; argparse would print its usage before it."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """A blank line of an @FILE says nothing."""
+        """Pass over a blank line of an @FILE."""
         return [arg_line] if arg_line.strip() else []
 
 
@@ -108,7 +108,7 @@ def at_home(word: str) -> str:
 def parser(
     name: str, description: str, reports: bool = False, package: str = "tools"
 ) -> argparse.ArgumentParser:
-    """An argument parser for ``python -m PACKAGE.NAME``; ``--json`` where it `reports`.
+    """Return an argument parser for ``python -m PACKAGE.NAME``; ``--json`` where it `reports`.
 
     An argument ``@FILE`` stands for the lines of FILE.
     """
@@ -124,7 +124,7 @@ def parser(
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an argument: a whole number from `low` to `high`."""
+    """Return the type of an argument: a whole number from `low` to `high`."""
 
     def number(text: str) -> int:
         if re.fullmatch("[0-9]+", text) and low <= int(text) <= (high or math.inf):
@@ -136,7 +136,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def share(text: str) -> float:
-    """The type of an argument: a number between 0 and 1, without both."""
+    """Return the type of an argument: a number between 0 and 1, without both."""
     value = _number(text)
     if 0 < value < 1:
         return value
@@ -144,7 +144,7 @@ def share(text: str) -> float:
 
 
 def part(text: str) -> float:
-    """The type of an argument: a number above 0, and 1 at most."""
+    """Return the type of an argument: a number above 0, and 1 at most."""
     value = _number(text)
     if 0 < value <= 1:
         return value
@@ -152,7 +152,7 @@ def part(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    """The type of an argument: a finite number above 0."""
+    """Return the type of an argument: a finite number above 0."""
     value = _number(text)
     if 0 < value < math.inf:
         return value
@@ -167,14 +167,14 @@ def _number(text: str) -> float:
 
 
 def prefix(text: str) -> str:
-    """The type of an argument: what the names of files begin with; a folder alone would hide them."""
+    """Return the type of an argument: what the names of files begin with; a folder alone would hide them."""
     if os.path.basename(text) in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; add the name that its files begin with")
     return text
 
 
 def refuse_twice(names: Iterable[str], what: str = "folder", suffix: str = "") -> None:
-    """UserError if two names, with `suffix` added, are of one file or folder: it would count twice."""
+    """Raise UserError if two names, with `suffix` added, are of one file or folder: it would count twice."""
     seen: dict[str, str] = {}
     for name in names:
         place = os.path.realpath(name + suffix)
@@ -191,7 +191,7 @@ def labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def matching(names: Iterable[str], words: Sequence[str]) -> list[str]:
-    """What --only chooses: the names that hold one of the words; UserError if none does."""
+    """Return what --only chooses: the names that hold one of the words; UserError if none does."""
     known = list(names)
     found = [name for name in known if any(word in name for word in words)]
     if not found:
@@ -200,7 +200,7 @@ def matching(names: Iterable[str], words: Sequence[str]) -> list[str]:
 
 
 def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options of programs that read raw text."""
+    """Add the options of programs that read raw text."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -215,7 +215,7 @@ def add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_text_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """The options that say where in a file the documents are."""
+    """Add the options that say where in a file the documents are."""
     parser.add_argument("--text-key", default="text", help="JSON key or column of the text (%(default)s)")
     parser.add_argument(
         "--txt-document",
@@ -226,7 +226,7 @@ def add_text_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 
 def add_document_limit(parser: argparse.ArgumentParser, default: int) -> None:
-    """The option that bounds what is held of one document."""
+    """Add the option that bounds what is held of one document."""
     parser.add_argument(
         "--max-document-bytes",
         type=whole(1),
@@ -247,7 +247,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_prefix(parser: argparse.ArgumentParser) -> None:
-    """The options of programs that write a corpus."""
+    """Add the options of programs that write a corpus."""
     parser.add_argument(
         "--output", required=True, type=prefix, metavar="PREFIX", help="prefix of the corpus written"
     )
@@ -255,7 +255,7 @@ def add_output_prefix(parser: argparse.ArgumentParser) -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may run on: a job's share of a node, not the node."""
+    """Return the cores this process may run on: a job's share of a node, not the node."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -278,7 +278,7 @@ def printable(text: str) -> str:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
+    """Print the one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
     finite = json.loads(documents.to_json(document), parse_constant=lambda name: None)
     print(documents.to_json(finite))
 
@@ -294,8 +294,7 @@ def _below(console: "Console") -> dict[str, Any]:
 
 @contextmanager
 def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error; yields the function that takes bytes
-    done."""
+    """Yield a bar with rate and time left on standard error; yields the function that takes bytes done."""
     if quiet:
         yield lambda done: None
         return
@@ -323,7 +322,7 @@ def progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Call
 
 @contextmanager
 def counter(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar that counts things, with their rate and the time left, on standard error."""
+    """Yield a bar that counts things, with their rate and the time left, on standard error."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -7,7 +7,7 @@ from tools.shared import console
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """The counts people ask for first."""
+    """Return the counts people ask for first."""
     return manifest.model_dump(
         include={"documents", "empty_documents", "tokens", "text_bytes", "dtype", "fingerprint"}
     )

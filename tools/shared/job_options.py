@@ -1,4 +1,4 @@
-"""The options that say what a job may have: `slurm.submit` obeys them, `tools.sweep` hands them on."""
+"""Add the options that say what a job may have: `slurm.submit` obeys them, `tools.sweep` hands them on."""
 
 import argparse
 from pathlib import Path

@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 
 def path(run: str | Path) -> Path:
-    """Where the journal of a run lies."""
+    """Return where the journal of a run lies."""
     return Path(run) / "slurm" / "journal.jsonl"
 
 
@@ -31,7 +31,7 @@ def note(run: str | Path, event: str, stage: str, job: str, **details: Any) -> N
 
 
 def read(run: str | Path) -> list[Line]:
-    """All lines, oldest first; one that was torn by a full disk is left out."""
+    """Return all lines, oldest first; one that was torn by a full disk is left out."""
     found = []
     for text in path(run).read_text(encoding="ascii").splitlines() if path(run).exists() else []:
         try:

@@ -72,7 +72,7 @@ def compare(
     packages: Sequence[str],
     dtype: str = "uint16",
 ) -> BenchmarkRow:
-    """`amount` units done by each side, in turn, `runs` times: units a CPU second."""
+    """Return `amount` units done by each side, in turn, `runs` times: units a CPU second."""
     np.ones(_LARGE_BLOCK, np.uint8)
     speeds: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs):
@@ -82,11 +82,11 @@ def compare(
 
 
 def no_progress(count: int) -> None:
-    """A `Done` that nobody watches."""
+    """Watch nothing: a `Done` that nobody looks at."""
 
 
 def cpu_seconds(side: Side) -> float:
-    """CPU time of the function that `side` returns."""
+    """Return the CPU time of the function that `side` returns."""
     work = side()
     gc.collect()
     begin = time.process_time()
@@ -105,7 +105,7 @@ def row(
     flop_ratio: float | None = None,
     settings: dict[str, Any] | None = None,
 ) -> BenchmarkRow:
-    """A row of measured rounds; `peer` may be empty. device_name: default: the processor."""
+    """Return a row of measured rounds; `peer` may be empty. device_name: default: the processor."""
     ratios = [a / b for a, b in zip(ours, peer, strict=False)]
     return BenchmarkRow(
         name=name,
@@ -125,7 +125,7 @@ def row(
 
 
 def version(package: str) -> str:
-    """Of an installed distribution, "absent" otherwise."""
+    """Return the version of an installed distribution, "absent" otherwise."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -134,7 +134,7 @@ def version(package: str) -> str:
 
 @cache
 def device() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -144,7 +144,7 @@ def device() -> str:
 
 @cache
 def commit() -> str | None:
-    """The revision of this checkout, with + where it was changed; None outside of one."""
+    """Return the revision of this checkout, with + where it was changed; None outside of one."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(

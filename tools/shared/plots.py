@@ -103,13 +103,13 @@ def theme(name: str) -> Iterator[None]:
 
 
 def figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """A row of panels that share their vertical scale."""
+    """Return a row of panels that share their vertical scale."""
     made, (row,) = grid(panels, 1)
     return made, row
 
 
 def grid(columns: int, rows: int) -> tuple[Figure, Sequence[Sequence[Axes]]]:
-    """Rows of panels; those of a row share their vertical scale."""
+    """Return the rows of panels; those of a row share their vertical scale."""
     made = Figure(figsize=(5.4 * columns, 3.9 * rows), layout="constrained")
     return made, cast(Any, made.subplots(rows, columns, sharey="row", squeeze=False))
 
@@ -145,7 +145,8 @@ def draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], x_label: st
 
 
 def ratios(bars: Sequence[Ratio]) -> Figure:
-    """Ratios as points with the extremes of their rounds, one under another, and 1 as the line to compare.
+    """Return the ratios as points with the extremes of their rounds, one under another, and 1 as the line to
+    compare.
 
     What costs (time, memory) has another colour than what is had (slots a second).
     """
@@ -229,12 +230,12 @@ def _draw_level(axes: Axes, level: Level, below: bool) -> None:
 
 
 def short(label: str) -> str:
-    """The end of a long label: of a path, that is where runs differ."""
+    """Return the end of a long label: of a path, that is where runs differ."""
     return label if len(label) <= _LABEL else f"...{label[3 - _LABEL :]}"
 
 
 def legend(drawn: Figure, axes: Axes) -> None:
-    """One legend over all panels, in as many columns as fit; the figure grows by its rows."""
+    """Draw one legend over all panels, in as many columns as fit; the figure grows by its rows."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [short(label) for label in labels]
     longest = max(map(len, labels)) + 8  # with the sample of the line
@@ -244,7 +245,7 @@ def legend(drawn: Figure, axes: Axes) -> None:
 
 
 def encode(drawn: Figure, kind: str) -> bytes:
-    """The bytes of a png or svg file."""
+    """Return the bytes of a png or svg file."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else PNG_MARK)
     return buffer.getvalue()

@@ -30,7 +30,7 @@ class RunModel(NamedTuple):
 
 
 def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
-    """The model of a run's checkpoint (latest, best or a step), every byte of it verified."""
+    """Return the model of a run's checkpoint (latest, best or a step), every byte of it verified."""
     path, stamps = checkpoint.find_verified(run, which)
     state = checkpoint.read_state(path, stamps)
     config = run_config(run)

@@ -12,7 +12,7 @@ from tools.shared import outputs
 
 
 def table_files(folder: Path, name: str) -> list[Path]:
-    """The files of a table."""
+    """Return the files of a table."""
     return [folder / f"{name}.csv", folder / f"{name}.json"]
 
 

@@ -20,7 +20,7 @@ from pretrain.errors import UserError
 
 
 def convert(folder: Path) -> str:
-    """The tokenizer.json of the files in `folder`; a tokenizer.json there is taken as it is."""
+    """Return the tokenizer.json of the files in `folder`; a tokenizer.json there is taken as it is."""
     if folder.is_file() and folder.suffix == ".json":
         return _read(folder)
     if (folder / JSON_FILE).is_file():
@@ -39,7 +39,7 @@ def convert(folder: Path) -> str:
 
 
 def build(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> str:
-    """tokenizer.json of pieces and merges, with RoBERTa's specials."""
+    """Return tokenizer.json of pieces and merges, with RoBERTa's specials."""
     missing = [name for name in SPECIALS if name not in vocabulary]
     if missing:
         raise UserError(f"{folder}: no piece {' '.join(missing)}; these are not the files of a masked model")
@@ -61,7 +61,7 @@ def build(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Pat
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """The merges of a merges.txt or vocab.bpe, most frequent first."""
+    """Return the merges of a merges.txt or vocab.bpe, most frequent first."""
     merges = []
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line and not line.startswith("#version"):
@@ -73,7 +73,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def fairseq_symbols(path: Path) -> list[str]:
-    """The symbols of a fairseq dictionary in the order of their ids, which begin at 4."""
+    """Return the symbols of a fairseq dictionary in the order of their ids, which begin at 4."""
     symbols = []
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line:
@@ -85,7 +85,7 @@ def fairseq_symbols(path: Path) -> list[str]:
 
 
 def fairseq_ids(dictionary: Path, gpt2_ids: dict[str, int]) -> dict[str, int]:
-    """Piece -> id of RoBERTa: the specials, the symbols of dict.txt, <mask>."""
+    """Return RoBERTa's ids by piece: the specials, the symbols of dict.txt, <mask>."""
     pieces = {i: piece for piece, i in gpt2_ids.items()}
     symbols = fairseq_symbols(dictionary)
     for symbol in symbols:
@@ -96,7 +96,7 @@ def fairseq_ids(dictionary: Path, gpt2_ids: dict[str, int]) -> dict[str, int]:
 
 
 def gpt2_pieces(merges: list[tuple[str, str]]) -> list[str]:
-    """Pieces by GPT-2's ids, which follow from the merges: bytes, merges, end of text."""
+    """Return the pieces by GPT-2's ids, which follow from the merges: bytes, merges, end of text."""
     return [*byte_letters().values(), *(left + right for left, right in merges), "<|endoftext|>"]
 
 

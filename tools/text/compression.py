@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 
 
 def decompressed(path: Path, raw: BinaryIO) -> Any:
-    """The file's content, whatever its compression."""
+    """Return the file's content, whatever its compression."""
     if path.suffix == ".gz":
         return gzip.open(raw)
     if path.suffix == ".bz2":

@@ -29,7 +29,7 @@ _DATASET_SPLITS = "dataset_dict.json"
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files named by `patterns`: files, folders (all they hold), Hugging Face datasets, globs.
+    """Return the files named by `patterns`: files, folders (all they hold), Hugging Face datasets, globs.
 
     In the order given; what one of them names is sorted. A name that exists is that file or folder, also
     where it could be a pattern. Files of other kinds in a folder are left out, named directly they are an
@@ -87,7 +87,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def spool_stdin(patterns: Sequence[str], kind: str, folder: Path) -> list[str]:
-    """`patterns` with STDIN replaced by a file in `folder` that holds the standard input.
+    """Return `patterns` with STDIN replaced by a file in `folder` that holds the standard input.
 
     So it can be cut into pieces like any other.
     """
@@ -142,7 +142,7 @@ def _dataset_files(folder: Path) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """ "json", "txt", "table" or "" for others, from the name."""
+    """Return "json", "txt", "table" or "" for others, from the name."""
     compressed = path.suffix in _COMPRESSED
     suffix = path.with_suffix("").suffix if compressed else path.suffix
     if suffix in JSON_SUFFIXES:
@@ -153,7 +153,7 @@ def kind_of(path: Path) -> str:
 
 
 def file_unit(path: Path, txt_unit: Unit) -> Unit:
-    """How the file is cut into documents, from its name."""
+    """Return how the file is cut into documents, from its name."""
     units: dict[str, Unit] = {"json": "json", "table": "row", "txt": txt_unit}
     if not (kind := kind_of(path)):
         raise UserError(
@@ -164,5 +164,5 @@ def file_unit(path: Path, txt_unit: Unit) -> Unit:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file can only be read from its beginning."""
+    """Return whether the file can only be read from its beginning."""
     return path.suffix in _COMPRESSED

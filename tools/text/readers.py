@@ -116,11 +116,11 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, stop: int | None) -> Iterator[TextBatch]:
-        """The documents from here to the last that starts before offset `stop` (None: the end)."""
+        """Return the documents from here to the last that starts before offset `stop` (None: the end)."""
 
     @abstractmethod
     def lines_before(self) -> int:
-        """Lines of the file before the place where `seek` went."""
+        """Return the lines of the file before the place where `seek` went."""
 
     @abstractmethod
     def close(self) -> None:
@@ -158,7 +158,7 @@ class Reader(ABC):
 def open_reader(
     path: Path, txt_unit: Unit = "line", text_key: str = "text", max_bytes: int = MAX_DOCUMENT_BYTES
 ) -> Reader:
-    """The reader of a file, by its name."""
+    """Return the reader of a file, by its name."""
     unit = file_unit(path, txt_unit)
     if unit == "row":
         return _TableReader(path, text_key, max_bytes)
@@ -373,7 +373,7 @@ class TextCut(NamedTuple):
 
 
 def cut(path: Path, txt_unit: Unit, piece_bytes: int) -> TextCut:
-    """Pieces of about `piece_bytes` of a file."""
+    """Return the pieces of about `piece_bytes` of a file."""
     unit = file_unit(path, txt_unit)
     if unit == "file":
         return TextCut(1 << 62, 1)

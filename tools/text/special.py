@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 
 
 def literal_ids(tokenizer: Tokenizer, wanted: Sequence[str]) -> dict[str, int]:
-    """Letters -> id, of arguments TEXT or TEXT=PIECE."""
+    """Return the id by letters, of arguments TEXT or TEXT=PIECE."""
     known, ids = tokenizer.special_names(), {}
     for argument in wanted:
         text, _, piece = (argument, "", argument) if argument in known else argument.rpartition("=")
@@ -47,7 +47,7 @@ class SpecialText:
         self._split = re.compile(f"({'|'.join(map(re.escape, mapped))})").split
 
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
-        """Token ids of all texts end to end (int32), and ids per text [n]."""
+        """Return the token ids of all texts end to end (int32), and ids per text [n]."""
         for text in texts:
             self.counts.update(self._names.findall(text))
         tokens, lengths = self._encode_mapped(texts) if self.ids else self.tokenizer.encode_flat(texts)

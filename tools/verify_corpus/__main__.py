@@ -51,7 +51,7 @@ def _check_overlap(args: Namespace) -> int:
 
 
 def specials_of(prefix: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How often each special piece stands in a corpus, and which of them ends how many documents."""
+    """Return how often each special piece stands in a corpus, and which of them ends how many documents."""
     reader = IndexedReader(prefix)
     names = {i: name for name, i in tokenizer.special_names().items()}
     ends = reader.document_offsets + reader.document_lengths
@@ -63,7 +63,7 @@ def specials_of(prefix: str, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def describe_specials(report: dict[str, Any]) -> list[str]:
-    """Lines that say what is in a foreign corpus besides text; none where there is nothing."""
+    """Return the lines that say what is in a foreign corpus besides text; none where there is nothing."""
     lines = []
     if found := report.get("specials"):
         told = ", ".join(f"{name} {count:,}" for name, count in found.items())

@@ -58,7 +58,7 @@ def _documents(reader: IndexedReader, tokenizer: Tokenizer, progress: Progress) 
 def overlap(
     corpus: IndexedReader, other: IndexedReader, tokenizer: Tokenizer, progress: Progress = lambda done: None
 ) -> dict[str, Any]:
-    """Which share of the runs of `asked` occurs in `other`, and the documents with the most."""
+    """Return which share of the runs of `asked` occurs in `other`, and the documents with the most."""
     hashes = WordHashes()
     mine = [np.unique(runs(text, hashes)) for text in _documents(corpus, tokenizer, progress)]
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *mine]))
