@@ -45,6 +45,7 @@ from pretrain.parallel.launchers import job_end
 from pretrain.parallel.topology import Topology, device_name, device_uuid, on_main, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
+from pretrain.tracker import Tracker
 
 
 def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro: int) -> Engine:
@@ -460,8 +461,15 @@ def _open_monitor(config: Config, topology: Topology, ledger: Ledger | None) -> 
     assert config.train.precision
     peak = flops.peak(device_name(topology.device), config.train.precision)
     totals, ranks = ledger.totals(), topology.world_size
-    board = config.monitor.tensorboard
-    return Monitor(config.run.dir, method_of(config), totals, ranks, peak, board)
+    board, kind = config.monitor.tensorboard, config.monitor.tracker
+    tracker = Tracker(kind, Path(config.run.dir), _flat(config)) if kind else None
+    return Monitor(config.run.dir, method_of(config), totals, ranks, peak, board, tracker)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """All options by their names on the command line."""
+    sections = config.model_dump(mode="json").items()
+    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
 
 
 def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:

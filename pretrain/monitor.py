@@ -1,4 +1,4 @@
-"""What is written while training: metrics.jsonl, TensorBoard, a progress bar.
+"""What is written while training: metrics.jsonl, TensorBoard, a tracker, a progress bar.
 
 The one idea: a speed is the difference of two statements of the ledger, over the seconds of
 productive work between them, so that an evaluation or a save in between does not look like slow
@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pretrain.errors import UserError
 from pretrain.files import truncate_torn_line
+from pretrain.tracker import Tracker
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -111,6 +112,7 @@ class Monitor:
         ranks: int = 1,
         peak: float | None = None,
         tensorboard: bool = False,
+        tracker: Tracker | None = None,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -119,6 +121,7 @@ class Monitor:
         self._ranks, self._peak, self._clock = ranks, peak, clock
         self._before = totals
         truncate_torn_line(self._path)
+        self._tracker = tracker
         self._boards = _tensorboard(Path(run), totals["steps"]) if tensorboard else None
         stream = stream or sys.stderr
         self._face = _Bar(method, stream) if stream.isatty() else _Plain(method, stream, clock)
@@ -146,6 +149,8 @@ class Monitor:
         with open(self._path, "a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")
         self._write_boards(line)
+        if self._tracker is not None:
+            self._tracker.add(line)
         self._past.append((at, progress))
         self._face.show(line, self.seconds_left())
         return line
@@ -165,8 +170,10 @@ class Monitor:
                 self._boards.add_scalar(name, value, line["step"], walltime=line["time"])
 
     def close(self) -> None:
-        """Ends the bar and the TensorBoard file."""
+        """Ends the bar, the TensorBoard file and the tracker."""
         self._face.close()
+        if self._tracker is not None:
+            self._tracker.close()
         if self._boards is not None:
             self._boards.close()
 

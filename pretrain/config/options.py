@@ -399,6 +399,9 @@ class MonitorOptions(Section):
     """Updates between two lines of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run."""
+    tracker: Literal["wandb", "mlflow", "aim", "trackio"] | None = None
+    """Send the metrics to this tracker as well (a package of that name; into the run's folder, unless
+    WANDB_MODE, MLFLOW_TRACKING_URI, AIM_REPO or TRACKIO_DIR says where to)."""
 
 
 class Config(Section):

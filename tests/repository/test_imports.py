@@ -12,7 +12,7 @@ LAW = [
     ("files",),
     ("streams",),
     ("signals",),
-    ("provenance",),
+    ("provenance", "tracker"),
     ("config",),
     ("data",),
     ("account",),
