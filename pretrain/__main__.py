@@ -40,7 +40,7 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBI
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; overrides are the words with a = in them."""
+    """Return the command line; overrides are the words with a = in them."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
         description="Pre-train an encoder as CONFIG says. Starting a run.dir again continues its run.",

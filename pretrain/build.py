@@ -217,7 +217,7 @@ def _milestones(ledger: Ledger, run: Run) -> set[float]:
 
 
 def open_meter(topology: Topology) -> energy.Meter:
-    """This rank's sensors, running; it knows which parts are read on all nodes."""
+    """Return this rank's sensors, running; the meter knows which parts are read on all nodes."""
     texts = topology.gather_text(f"{energy.host_name()} {device_uuid(topology.device)}")
     places = [(host, gpu) for host, _, gpu in (text.partition(" ") for text in texts)]
     meter = energy.open_meter(topology.rank, places)
@@ -285,7 +285,8 @@ def make_module(config: Config, tokenizer: Tokenizer, fresh: bool) -> LateMaskMo
 
 
 def refuse_other_weights(folder: str, module: torch.nn.Module, topology: Topology) -> None:
-    """UserError where ranks have read other weights in `init_from`: each reads the folder for itself."""
+    """Raise UserError where ranks have read other weights in `init_from`: each reads the folder for
+    itself."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         digest.update(tensor.numpy())
@@ -299,7 +300,7 @@ def refuse_other_weights(folder: str, module: torch.nn.Module, topology: Topolog
 
 
 def prepare_torch(deterministic: bool) -> None:
-    """Process-wide switches of torch."""
+    """Set torch's process-wide switches."""
     if deterministic:  # asked for by cuBLAS, and read when the first product on a GPU is formed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
@@ -375,7 +376,7 @@ def _open_ledger(
 
 
 def layout(recipe: Recipe, topology: Topology) -> dict[str, Any]:
-    """How the model is spread and computed, which may differ between attempts."""
+    """Return how the model is spread and computed, which may differ between attempts."""
     train, parallel = recipe.config.train, recipe.config.parallel
     return {
         "engine": train.engine,
@@ -392,7 +393,7 @@ def layout(recipe: Recipe, topology: Topology) -> dict[str, Any]:
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about.
+    """Return Slurm's names for where this runs, {} outside of it: what `tools.ledger reconcile` asks about.
 
     {} too where a shell has kept the names of a job that is over.
     """

@@ -23,7 +23,8 @@ _WHOSE = "config of the checkpoint"
 
 
 def run_segments(config: Config, data: Data, state: State | None) -> list[Segment]:
-    """The segments of a run that starts, or goes on from a checkpoint; UserError if the blend changed."""
+    """Return the segments of a run that starts, or goes on from a checkpoint; UserError if the blend
+    changed."""
     length = phase_configs(config)[0].train.seq_length
     if state is None:
         return continue_segments([], config.corpus.segment, data.blend, 0, length)
@@ -38,8 +39,8 @@ def _past(state: State) -> list[Segment]:
 
 
 def check_continues(state: State, config: Config, data: Data | None) -> None:
-    """UserError with all reasons, one a line, why the checkpoint cannot go on; data: None where it is not
-    here."""
+    """Raise UserError with all reasons, one a line, why the checkpoint cannot go on; data: None where it is
+    not here."""
     reasons = []
     try:
         if data:
@@ -55,8 +56,8 @@ def check_continues(state: State, config: Config, data: Data | None) -> None:
 
 
 def refuse_changes(config: Config, data: Data | None) -> None:
-    """UserError where the run of a config, its vocabulary size known, has a checkpoint that cannot go on with
-    it, or its folder is another's, as its start would say.
+    """Raise UserError where the run of a config, its vocabulary size known, has a checkpoint that cannot go
+    on with it, or its folder is another's, as its start would say.
 
     What only a start knows, such as the precision of its device, is taken to be as it was.
     """
@@ -138,8 +139,8 @@ _SHAPELESS = ("mask_leak", "dropout", "decoder_dropout", "init_from", "init_std"
 
 
 def check_branches(state: State, config: Config, data: Data | None) -> None:
-    """UserError, a line for each reason, where a branch cannot have the weights of a checkpoint; data: None
-    where it is not here."""
+    """Raise UserError, a line for each reason, where a branch cannot have the weights of a checkpoint; data:
+    None where it is not here."""
     assert config.run.branch
     old, new = build_config(state.config, _WHOSE).model, config.model
     free = {
@@ -183,7 +184,8 @@ def branched(state: State, recipe: Recipe, data: Data) -> State:
 
 
 def carried(state: State, config: Config) -> float | None:
-    """Progress with which a run of hours or kWh goes on from a checkpoint; None: what it has spent says.
+    """Return the progress with which a run of hours or kWh goes on from a checkpoint; None: what it has spent
+    says.
 
     Of another amount it is another share: else a finished run would go on at the rate of its end.
     """
@@ -194,7 +196,8 @@ def carried(state: State, config: Config) -> float | None:
 
 
 def rates(state: State, config: Config, progress: float, totals: Totals) -> tuple[float, float]:
-    """The learning rate at the checkpoint by its own budget, and by that of `config`, now at `progress`."""
+    """Return the learning rate at the checkpoint by its own budget, and by that of `config`, now at
+    `progress`."""
     before = state.progress
     if before is None:
         before = make_recipe(build_config(state.config, _WHOSE)).budget.progress(totals)

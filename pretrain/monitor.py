@@ -40,7 +40,7 @@ Totals = dict[str, Any]  # of Ledger.totals
 
 
 def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None) -> dict[str, float]:
-    """Rates of the updates between two statements of the ledger; none if there was no work.
+    """Return the rates of the updates between two statements of the ledger; none if there was no work.
 
     Slots are rows of input, [MASK] rows included; real tokens are the text among them. `peak` is
     one device's dense FLOP/s: with it the model FLOPs utilization `mfu` is given, without it never
@@ -77,7 +77,7 @@ def _counts(totals: Totals) -> Metrics:
 
 
 def read_metrics(run: str | Path) -> list[Metrics]:
-    """One dict per logged step, ascending; later lines of a step add to or replace the earlier ones.
+    """Return one dict per logged step, ascending; later lines of a step add to or replace the earlier ones.
 
     When a line's step is below the one before, the run had gone back to a checkpoint: what it had
     logged beyond is forgotten. A last line without an end is left out; any other bad line is a
@@ -156,7 +156,8 @@ class Monitor:
         return line
 
     def seconds_left(self) -> float | None:
-        """Until the budget is spent, at the pace of the last logs; None before the second log."""
+        """Return those until the budget is spent, at the pace of the last logs; None before the second
+        log."""
         if len(self._past) < 2:
             return None
         (begin, before), (end, after) = self._past[0], self._past[-1]

@@ -44,7 +44,8 @@ class Shape:
 
 
 def read_site(args: argparse.Namespace) -> Cluster:
-    """The site's file; the example where a dry run finds none. Warns of what jobs are not going to find."""
+    """Return the site's file; the example where a dry run finds none. Warns of what jobs are not going to
+    find."""
     path = args.cluster or cluster.DEFAULT
     if args.dry_run and not args.cluster and not path.is_file():
         warn(f"{path}: no such file; what follows is of {cluster.EXAMPLE}")
@@ -96,7 +97,7 @@ def shape(
 
 
 def with_vocabulary(config: Config, args: argparse.Namespace) -> Config:
-    """The config with the size of the vocabulary that the corpus job finds, or is going to make."""
+    """Return the config with the size of the vocabulary that the corpus job finds, or is going to make."""
     tokenizer = tokenizer_of(config)
     if tokenizer is None or config.model.vocab_size:
         return config
@@ -106,7 +107,7 @@ def with_vocabulary(config: Config, args: argparse.Namespace) -> Config:
 
 
 def vocabulary(config: Config, args: argparse.Namespace) -> int:
-    """Pieces of a tokenizer that the corpus job makes."""
+    """Return the pieces of a tokenizer that the corpus job makes."""
     own: int | None = config.model.vocab_size
     if args.vocab_size and own not in (None, args.vocab_size):
         raise UserError(f"--vocab-size {args.vocab_size}: model.vocab_size is {own}; leave one of them out")
@@ -120,7 +121,7 @@ def settled(config: Config, recipe: Recipe) -> Config:
 
 
 def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
-    """UserError where a job would not find what it reads, unless an earlier one makes it."""
+    """Raise UserError where a job would not find what it reads, unless an earlier one makes it."""
     run, first, read = Path(config.run.dir), stages[0], config.corpus
     made = set()
     if first == "corpus":
@@ -137,7 +138,7 @@ def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace)
 
 
 def check_data(read: CorpusOptions, made: Collection[Path] = ()) -> None:
-    """UserError unless all that a run reads is there, or among what is `made` before it.
+    """Raise UserError unless all that a run reads is there, or among what is `made` before it.
 
     What is in the files is the pre-flight's to check.
     """
@@ -153,7 +154,8 @@ def check_data(read: CorpusOptions, made: Collection[Path] = ()) -> None:
 
 
 def refuse_changes(config: Config, recipe: Recipe) -> None:
-    """UserError where the run has a checkpoint that cannot go on with this config, as its job would say."""
+    """Raise UserError where the run has a checkpoint that cannot go on with this config, as its job would
+    say."""
     try:
         data = open_data(config.corpus)
     except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
@@ -163,14 +165,15 @@ def refuse_changes(config: Config, recipe: Recipe) -> None:
 
 
 def tokenizer_of(config: Config) -> Path | None:
-    """Folder of the tokenizer that the corpus job uses, or makes; None for a blend."""
+    """Return the folder of the tokenizer that the corpus job uses, or makes; None for a blend."""
     if not isinstance(config.corpus.train, str):
         return None
     return Path(config.corpus.tokenizer or Path(config.corpus.train).parent / "tokenizer").absolute()
 
 
 def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
-    """Of each command: nodes as cluster.env has them with --nodes; else one GPU, or one process without."""
+    """Return that of each command: nodes as cluster.env has them with --nodes; else one GPU, or one
+    process without."""
     gpus = site.gpus_per_node if args.nodes else min(1, site.gpus_per_node)
     if args.gpus_per_node is not None:
         gpus = args.gpus_per_node
@@ -179,7 +182,7 @@ def shape_of_array(site: Cluster, args: argparse.Namespace) -> Shape:
 
 
 def size_line(form: Shape, estimates: Sequence[RunPlan]) -> str:
-    """What the plan says of a job, or of the largest of several, for people."""
+    """Return what the plan says of a job, or of the largest of several, for people."""
     words = f"nodes x ranks: {form.nodes} x {form.tasks}"
     gigabytes = max(each.memory_bytes_per_rank.total for each in estimates) / 1e9
     hours = [each.hours for each in estimates if each.hours]
@@ -196,8 +199,8 @@ def size_line(form: Shape, estimates: Sequence[RunPlan]) -> str:
 
 
 def epochs_of(recipe: Recipe, estimate: RunPlan) -> str:
-    """The updates that hours buy by the plan, and how often the corpora are read, as far as they are there;
-    warns if that is absurd."""
+    """Return the updates that hours buy by the plan, and how often the corpora are read, as far as they are
+    there; warns if that is absurd."""
     words, steps = "", estimate.steps
     if recipe.budget.measured and steps:
         words = f", about {steps:,} updates"

@@ -29,7 +29,7 @@ Totals = dict[str, Any]  # of Ledger.totals
 
 
 def spent(totals: Totals, unit: str) -> float:
-    """What a ledger's statement amounts to in a unit of budget; no energy measured counts as none."""
+    """Return what a ledger's statement amounts to in a unit of budget; no energy measured counts as none."""
     return {
         "steps": totals["steps"],
         "tokens": totals["tokens_seen"],
@@ -42,7 +42,7 @@ def spent(totals: Totals, unit: str) -> float:
 
 
 def price(cost: StepCost, unit: str) -> float | None:
-    """One update in a unit of budget; None for what only a run can tell."""
+    """Return one update in a unit of budget; None for what only a run can tell."""
     return {
         "steps": 1,
         "tokens": cost.tokens_seen,
@@ -167,7 +167,7 @@ class Course:
         self._mark = None
 
     def middle(self, totals: Totals) -> float:
-        """Progress in the middle of the next update, to which the learning rate belongs."""
+        """Return the progress in the middle of the next update, to which the learning rate belongs."""
         assert self.progress is not None and self._begin
         if not self._budget.measured:
             each = price(self._budget.costs[self._budget.phase_at(self.progress)], self._budget.unit)

@@ -80,7 +80,7 @@ _EPOCH = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Unix time in seconds that never steps back, whatever is done to the system's clock."""
+    """Return the Unix time in seconds that never steps back, whatever is done to the system's clock."""
     return _EPOCH + time.monotonic()
 
 
@@ -88,7 +88,8 @@ _IMPORTED = now()
 
 
 def process_start() -> float:
-    """Unix time at which this process started; without /proc, at which this module was imported."""
+    """Return the Unix time at which this process started; without /proc, at which this module was
+    imported."""
     try:
         text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")  # the name is any bytes
         fields = text.rpartition(")")[2].split()
@@ -99,7 +100,7 @@ def process_start() -> float:
 
 
 def peak_resident() -> int:
-    """Bytes of the host's memory that this process has held at its fullest.
+    """Return the bytes of the host's memory that this process has held at its fullest.
 
     Not by `getrusage`, where /proc exists: a process's own count begins there with its parent's.
     """
@@ -155,7 +156,7 @@ def _unbroken(data: bytes) -> tuple[dict[str, Line], str, int]:
 
 
 def read(run: str | Path) -> list[Line]:
-    """The lines of a run's ledger, as `chain` has them."""
+    """Return the lines of a run's ledger, as `chain` has them."""
     return list(chain(run).values())
 
 
@@ -165,7 +166,8 @@ def head(run: str | Path) -> str:
 
 
 def check(run: str | Path) -> int:
-    """Number of lines; UserError names the first that breaks the chain, or that does not add up."""
+    """Return the number of lines; UserError names the first that breaks the chain, or that does not add
+    up."""
     lines = chain(run)
     before, known = empty_statement(), with_absent(lines)
     for number, line in enumerate(lines.values(), 1):
@@ -286,7 +288,7 @@ def as_totals(line: Line) -> dict[str, Any]:
 
 
 def total(runs: Iterable[str | Path]) -> dict[str, Any]:
-    """What the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest.
+    """Return what the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest.
 
     What several have in common, as a trunk and its branches, is counted once, as far as any of them went.
     """
@@ -346,7 +348,7 @@ def statement_of(line: Line) -> Line:
 
 
 def empty_statement() -> Line:
-    """The statement before the first line: its keys are those of every line."""
+    """Return the statement before the first line: its keys are those of every line."""
     return {
         "attempt": 0,
         "step": 0,
@@ -551,7 +553,7 @@ class Ledger:
         return max(self._steps, default=0.0)
 
     def block_hours(self, category: str) -> float:
-        """Device-hours that another block may take, 0 if none was timed in this attempt.
+        """Return the device-hours that another block may take, 0 if none was timed in this attempt.
 
         The longest of n is exceeded by the next one with a chance of 1 / (n + 1): so much is added.
         """
@@ -611,7 +613,7 @@ class Ledger:
             return self.head
 
     def totals(self) -> dict[str, Any]:
-        """What the run has spent up to now: the promised keys of ``tools.ledger total``."""
+        """Return what the run has spent up to now: the promised keys of ``tools.ledger total``."""
         with self._lock:
             return as_totals(self._statement(self._clock()))
 
@@ -622,7 +624,8 @@ class Ledger:
                 self.note("heartbeat")
 
     def start_heartbeat(self) -> None:
-        """Heartbeats from a thread of its own, until the attempt's last word or the end of the process."""
+        """Write heartbeats from a thread of its own, until the attempt's last word or the end of the
+        process."""
         threading.Thread(target=self._heartbeats, name="heartbeat", daemon=True).start()
 
     def _heartbeats(self) -> None:

@@ -13,7 +13,7 @@ _DESCENT = 0.2
 
 
 def scale(kind: str, progress: float, warmup: float, floor: float, start: float = 0.0) -> float:
-    """Factor on the peak rate. progress, warmup, floor, start in [0, 1]; returns [0, 1].
+    """Return the factor on the peak rate, in [0, 1]; so are progress, warmup, floor and start.
 
     Rises linearly from 0 over the first `warmup` of the budget; then `linear` and `cosine` fall to
     `floor` at the end, `trapezoid` stays at 1 and falls linearly over the last fifth. `decay` and

@@ -171,7 +171,7 @@ def _check_parallel(config: Config) -> list[str]:
 
 
 def config_warnings(config: Config) -> list[str]:
-    """Settings that have no effect here, or another one than they say, one line each."""
+    """Return the settings that have no effect here, or another one than they say, one line each."""
     m, k, found = config.model, config.masking, []
     late, decoder = m.mask_from > 0, m.decoder_layers > 0
     for section, name, used, why in (

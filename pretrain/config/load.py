@@ -96,7 +96,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(words: list[str]) -> dict[str, dict[str, Any]]:
-    """``["train.batch_size=8"]`` -> ``{"train": {"batch_size": 8}}``; deeper keys nest (deepspeed.a.b=1)."""
+    """Parse ``["train.batch_size=8"]`` into ``{"train": {"batch_size": 8}}``; deeper keys nest
+    (deepspeed.a.b=1)."""
     tree: dict[str, Any] = {}
     for word in words:
         path, equals, text = word.partition("=")
@@ -151,7 +152,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def build_config(tree: dict[str, Any], where: str = "config", overridden: Sequence[str] = ()) -> Config:
-    """A checked and completed Config from nested dicts; UserError lists every problem, one a line.
+    """Return a checked and completed Config from nested dicts; UserError lists every problem, one a line.
 
     A problem that names an `overridden` key is said to be of the command line, any other of `where`.
     """
@@ -278,12 +279,12 @@ def _complete(config: Config) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML that `load` reads back to an equal config."""
+    """Return the config as YAML that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """``section.key: old -> new`` for each difference that a continued run must not have."""
+    """Return ``section.key: old -> new`` for each difference that a continued run must not have."""
     before, after, found = old.model_dump(mode="json"), new.model_dump(mode="json"), []
     for section in before:
         if section in FREE_TO_CHANGE:

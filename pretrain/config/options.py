@@ -32,7 +32,7 @@ Place = Annotated[str, AfterValidator(place)]
 
 
 def kinds_of(annotation: Any) -> set[type]:
-    """The plain types that a value may have; none for a choice of words."""
+    """Return the plain types that a value may have; none for a choice of words."""
     if get_origin(annotation) is Literal:
         return {type(word) for word in get_args(annotation)} - {str}
     if get_origin(annotation) is Annotated:
@@ -431,8 +431,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def method_of(config: Config) -> str:
-    """The name under which the literature knows this combination of settings; +leak: the encoder sees some
-    of the [MASK]s all the same."""
+    """Return the name under which the literature knows this combination of settings; +leak: the encoder sees
+    some of the [MASK]s all the same."""
     m = config.model
     if m.mask_from == 0:
         return "mlm"
@@ -446,8 +446,8 @@ def method_of(config: Config) -> str:
 
 
 def replays_graphs(config: Config) -> bool:
-    """Whether a GPU replays the layers as CUDA graphs: their parameters and gradients must stay where they
-    are, which ZeRO does not allow, and no other rank may be waited for in them."""
+    """Return whether a GPU replays the layers as CUDA graphs: their parameters and gradients must stay where
+    they are, which ZeRO does not allow, and no other rank may be waited for in them."""
     t = config.train
     graphs = t.compile in ("reduce-overhead", "max-autotune")
     return graphs and t.engine == "torch" and config.parallel.tensor == 1 and t.recompute == "none"

@@ -150,11 +150,11 @@ class Tokenizer(ABC):
         return self.encode_flat([text])[0]
 
     def piece(self, id: int) -> str:
-        """Spelling of one id in the vocabulary's own alphabet, such as "\u2581the"."""
+        """Return the spelling of one id in the vocabulary's own alphabet, such as "\u2581the"."""
         return self._pieces[id]
 
     def readable(self, id: int) -> str:
-        """One id as people read it: its text where that can be told, with "\u2581" for a space."""
+        """Return one id as people read it: its text where that can be told, with "\u2581" for a space."""
         return self._pieces[id]
 
     def special_names(self) -> dict[str, int]:
@@ -290,7 +290,7 @@ class _JsonTokenizer(Tokenizer):
         return encoder if ids == [i for text in self._reference_ids(probe) for i in text] else None
 
     def readable(self, id: int) -> str:
-        """A byte-level piece as the text of its bytes; those of a part of a letter as \\xe2."""
+        """Return a byte-level piece as the text of its bytes; those of a part of a letter as \\xe2."""
         piece = self._pieces[id]
         if not piece or not set(piece) <= self._bytes.keys() or id in self._named:
             return piece

@@ -34,7 +34,7 @@ OWNED = {
 
 
 def deepspeed_config(config: Config, data_size: int, micro: int, pin: bool) -> dict[str, Any]:
-    """Our options in DeepSpeed's words, with the keys of `deepspeed` added or put over our defaults.
+    """Return our options in DeepSpeed's words, with the keys of `deepspeed` added or put over our defaults.
 
     pin: page-lock what is offloaded. UserError names every key that contradicts an option.
     """

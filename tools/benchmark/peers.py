@@ -32,7 +32,7 @@ IGNORED = -100
 
 
 def natural(task: BenchmarkTask) -> tuple[Tensor, Tensor, Tensor]:
-    """The `mlm` batch as peers want it: ids [B, L], labels [B, L] and the rows predicted [B * P].
+    """Return the `mlm` batch as peers want it: ids [B, L], labels [B, L] and the rows predicted [B * P].
 
     The last are places in the flattened batch.
     """
@@ -46,7 +46,7 @@ def natural(task: BenchmarkTask) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], Tensor]) -> Update:
-    """The plain loop that a user of torch writes."""
+    """Return the plain loop that a user of torch writes."""
     parameters = list(model.parameters())
     optimizer = build_optimizer(model, task.config().optimizer)
 
@@ -66,7 +66,7 @@ def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], T
 
 
 def hugging_face_model(task: BenchmarkTask, attention: str = "sdpa") -> Any:
-    """RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
+    """Return RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
     config = task.config("mlm")
@@ -129,7 +129,7 @@ def fairseq_style(task: BenchmarkTask) -> Update:
 
 
 def hugging_face_trainer(task: BenchmarkTask) -> Update:
-    """Trainer's own loop in a thread that takes one step at a time; needs the package `accelerate`."""
+    """Yield Trainer's own loop in a thread that takes one step at a time; needs the package `accelerate`."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     ids, labels, _ = (tensor.cpu() for tensor in natural(task))
@@ -194,7 +194,7 @@ def hugging_face_trainer(task: BenchmarkTask) -> Update:
 
 
 def megatron(task: BenchmarkTask) -> Update:
-    """BertModel with every logit computed, as it comes; one process in groups of its own."""
+    """Return a BertModel with every logit computed, as it comes; one process in groups of its own."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel

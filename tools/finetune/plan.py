@@ -69,7 +69,7 @@ class Plan:
         return replace(cell, held_out=self.chooses, data=task.fingerprint, **more)  # type: ignore[arg-type]
 
     def grid(self, source: Source, task: FinetuneTask, start: str, origin: str = "") -> Iterator[Cell]:
-        """Every setting and seed of an encoder on a task."""
+        """Yield every setting and seed of an encoder on a task."""
         for seed, batch, lr in product(range(self.args.seeds), self.batches, self.lrs):
             setting = {"lr": lr, "batch": batch, "epochs": self.epochs, "seed": seed}
             more = {"start": start, "origin": origin, "weights": source.weights}
@@ -193,7 +193,8 @@ def _source(name: str, path: Path, args: argparse.Namespace) -> Source:
 
 
 def refuse_others(plan: Plan, runs: Sequence[FinetuneRun]) -> None:
-    """UserError where the lines are of other weights or rows by the same name: a table would mix them."""
+    """Raise UserError where the lines are of other weights or rows by the same name: a table would mix
+    them."""
     weights = {source.name: source.weights for source in plan.sources}
     data = {task.name: task.fingerprint for task in plan.tasks}
     for cell in (run.cell for run in runs):

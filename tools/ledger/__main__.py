@@ -86,7 +86,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def check(runs: list[str], said: str | None = None) -> tuple[Any, str]:
-    """Lines and checkpoints of each run; UserError at the first thing that does not hold.
+    """Return the lines and checkpoints of each run; UserError at the first thing that does not hold.
 
     said: hash of a line, or its first letters, that must be in the ledger.
     """
@@ -135,7 +135,7 @@ def _verdict(one: dict[str, Any]) -> str:
 
 
 def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
-    """UserError at the first line whose counts are not those of its updates, by the closed form."""
+    """Raise UserError at the first line whose counts are not those of its updates, by the closed form."""
     path = run / "config.yaml"
     if not path.exists():
         return
@@ -185,7 +185,8 @@ def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str |
 
 
 def show(runs: list[str]) -> tuple[Any, str]:
-    """Every line of each run as JSON; as text without the heartbeats and logs that something follows."""
+    """Return every line of each run as JSON; as text without the heartbeats and logs that something
+    follows."""
     found = {run: ledger.read(run) for run in runs}
     rows = [f"{'time (UTC)':19}  try  {'event':14} {'step':>9} {'dev. hours':>10} {'lost':>7} {'FLOPs':>9}"]
     for run, lines in found.items():
@@ -224,7 +225,8 @@ def _details(line: ledger.Line) -> str:
 
 
 def total(runs: list[str]) -> tuple[Any, str]:
-    """The sum of the runs, under the promised keys; what branches have from a trunk is counted once."""
+    """Return the sum of the runs, under the promised keys; what branches have from a trunk is counted
+    once."""
     report = ledger.total(runs)
     spent, flops = report["device_seconds"], report["flops"]
     rows = [("attempts", f"{report['attempts']}")]

@@ -146,7 +146,7 @@ class PlannedRun:
         return self.device
 
     def share(self) -> tuple[float, str]:
-        """(share of the device's peak that products reach, where it is from)."""
+        """Return (share of the device's peak that products reach, where it is from)."""
         if self.achieved is not None:
             return self.achieved, "given"
         return layouts.achieved(self._device, self._jobs[-1].precision)
@@ -154,7 +154,7 @@ class PlannedRun:
     # ---- layouts
 
     def layouts(self, gpus: int, fastest: bool) -> list[Layout]:
-        """Of each phase: the config's, or the fastest; UserError with the smallest that fits."""
+        """Return that of each phase: the config's, or the fastest; UserError with the smallest that fits."""
         if fastest:
             if found := self.fastest(gpus):
                 return found
@@ -170,11 +170,11 @@ class PlannedRun:
         return found
 
     def fastest(self, gpus: int) -> list[Layout] | None:
-        """The fastest that fits, of each phase; None: nothing does."""
+        """Return the fastest that fits, of each phase; None: nothing does."""
         return layouts.fastest(self._jobs, gpus, self._device, self.share()[0])
 
     def obstacle(self, gpus: int) -> str:
-        """Why there is no layout on so many devices."""
+        """Return why there is no layout on so many devices."""
         if layouts.divisions(self._jobs, gpus, self._device):
             return "nothing fits"
         return f"{self._batches} sequences cannot be so divided"
@@ -198,19 +198,19 @@ class PlannedRun:
         return f"no layout on up to {MOST:,} of them fits"
 
     def memory(self, chosen: Sequence[Layout]) -> Memory:
-        """Of the phase that needs most."""
+        """Return that of the phase that needs most."""
         held = [layouts.memory_of(job, layout) for job, layout in zip(self._jobs, chosen, strict=True)]
         return max(held, key=lambda one: one.total)
 
     # ---- what is spent
 
     def totals(self, chosen: Sequence[Layout]) -> tuple[Work, Times]:
-        """Of the whole run, and means over it; None for what cannot be known."""
+        """Return those of the whole run, and means over it; None for what cannot be known."""
         steps = self._steps(chosen)
         return self._work(steps), self._times(chosen, steps)
 
     def relative(self, chosen: Sequence[Layout]) -> RelativeCosts:
-        """Costs over those of the baseline on the same sequences."""
+        """Return the costs over those of the baseline on the same sequences."""
         ours = dict.fromkeys(("token_layers", "flops_without_head", "flops_with_head"), 0.0)
         theirs = dict.fromkeys(ours, 0.0)
         phases = self.recipe.phases
@@ -381,7 +381,7 @@ def scaling(
 
 
 def methods(length: int, device: Device | None, achieved: float | None = None) -> list[MethodCosts]:
-    """Costs against `mlm` at 15 % of every method at every rate, for RoBERTa's two sizes."""
+    """Return the costs against `mlm` at 15 % of every method at every rate, for RoBERTa's two sizes."""
     rows = []
     for name, rate, all_mask in METHODS:
         masking = {"rate": rate, "corruption": (1.0, 0.0, 0.0) if all_mask else (0.8, 0.1, 0.1)}

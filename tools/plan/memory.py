@@ -74,7 +74,8 @@ class Memory:
 
 
 def local_parameters(model: ModelOptions, vocab_size: int, tensor: int) -> int:
-    """Parameters of one of `tensor` ranks that share a model: divided matrices, and all the vectors."""
+    """Return the parameters of one of `tensor` ranks that share a model: divided matrices, and all the
+    vectors."""
     divided = _divided(model, vocab_size)
     return flops.parameters(model, vocab_size)["total"] - divided + divided // tensor
 
@@ -90,7 +91,7 @@ def _divided(model: ModelOptions, vocab_size: int) -> int:
 
 
 def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> Memory:
-    """What a rank holds; the largest micro-batch decides."""
+    """Return what a rank holds; the largest micro-batch decides."""
     state = _state(model, vocab_size, layout)
     saved = layout.micro_batch * activations(model, rows, layout)
     again = layout.micro_batch * max(_layers(model, rows, layout)) if layout.recompute == "block" else 0
@@ -173,7 +174,7 @@ def _largest(model: ModelOptions, vocab_size: int, layout: Layout) -> int:
 
 
 def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
-    """Bytes that the forward pass of one sequence keeps for the backward pass, the head left out.
+    """Return the bytes that the forward pass of one sequence keeps for the backward pass, the head left out.
 
     Under recomputation these are the inputs of the layers, and what is between layers.
     """

@@ -21,7 +21,7 @@ PAYS = 1.5
 
 
 def text(plans: Sequence[RunPlan]) -> str:
-    """What the runs are, what a rank holds and, where a device is named, how long they take."""
+    """Return what the runs are, what a rank holds and, where a device is named, how long they take."""
     parts = [_costs(plans), _run(plans), _memory(plans)]
     if plans[0].step_seconds:
         parts.append(_time(plans))
@@ -142,7 +142,7 @@ def _missing(counts: Sequence[MissingCount]) -> str:
 
 
 def pays_up_to(rows: Sequence[ScalingRow]) -> int:
-    """The largest count up to which each doubling pays."""
+    """Return the largest count up to which each doubling pays."""
     best = rows[0].gpus
     for row in rows[1:]:
         if (row.gain or 0) < PAYS:
@@ -152,12 +152,12 @@ def pays_up_to(rows: Sequence[ScalingRow]) -> int:
 
 
 def verdict(rows: Sequence[ScalingRow]) -> str:
-    """One sentence."""
+    """Return one sentence."""
     return f"Doubling pays (a gain of {PAYS} or more) up to {pays_up_to(rows):,} devices."
 
 
 def methods_text(rows: Sequence[MethodCosts], device: str | None) -> str:
-    """A line for each method and rate, with the four costs for base and large."""
+    """Return a line for each method and rate, with the four costs for base and large."""
     sizes = list(dict.fromkeys(row.size for row in rows))
     measures = {"token_layers": "t-lay", "flops_without_head": "no hd", "flops_with_head": "FLOPs"}
     if device:
@@ -178,7 +178,7 @@ def methods_text(rows: Sequence[MethodCosts], device: str | None) -> str:
 
 
 def layout_word(layout: Layout | LayoutDocument) -> str:
-    """``2x4 z1 16x8``: tensor 2, data 4, ZeRO 1, micro-batches of 16, 8 of them."""
+    """Return ``2x4 z1 16x8``: tensor 2, data 4, ZeRO 1, micro-batches of 16, 8 of them."""
     word = f"{layout.tensor}x{layout.data} z{layout.zero} {layout.micro_batch}x{layout.accumulation}"
     word += {"none": "", "optimizer": " o", "all": " O"}[layout.offload]
     return word + (" r" if layout.recompute == "block" else "")

@@ -57,7 +57,7 @@ class Collective:
 
 
 def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
-    """The collectives that a rank takes part in during one update."""
+    """Return the collectives that a rank takes part in during one update."""
     found: list[Collective] = []
     if layout.data > 1:
         found += _data(memory.local_parameters(model, vocab_size, layout.tensor), layout)
@@ -118,14 +118,14 @@ def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[i
 
 
 def sent(collective: Collective, layout: Layout) -> float:
-    """Bytes that a rank sends for all calls, in a ring."""
+    """Return the bytes that a rank sends for all calls, in a ring."""
     n = layout.data if collective.group == "data" else layout.tensor
     rounds = 2 if collective.kind == "all-reduce" else 1
     return collective.calls * rounds * (n - 1) / n * collective.bytes
 
 
 def seconds(collective: Collective, layout: Layout, device: Device) -> float:
-    """How long all calls take on a cluster of such devices, tensor groups inside a node."""
+    """Return how long all calls take on a cluster of such devices, tensor groups inside a node."""
     n = layout.data if collective.group == "data" else layout.tensor
     apart = collective.group == "data" and layout.ranks > device.per_node
     rate = LINK_SHARE * (network_rate(layout, device) if apart else device.link)
@@ -138,5 +138,6 @@ def seconds(collective: Collective, layout: Layout, device: Device) -> float:
 
 
 def network_rate(layout: Layout, device: Device) -> float:
-    """Of a data group's ring: the node's adapters serve as many rings as a tensor group has ranks."""
+    """Return that of a data group's ring: the node's adapters serve as many rings as a tensor group has
+    ranks."""
     return min(device.link, device.network * device.per_node / layout.tensor)

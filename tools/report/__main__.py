@@ -163,7 +163,7 @@ def _surviving(line: ledger.Line) -> tuple[int, float]:
 
 
 def read_runs(paths: Sequence[str]) -> list[ReportedRun]:
-    """Each run once, in the order given; UserError names what is no run."""
+    """Return each run once, in the order given; UserError names what is no run."""
     unique: dict[Path, str] = {}
     for path in paths:
         unique.setdefault(Path(path).resolve(), path)
@@ -382,7 +382,8 @@ def _is_baseline(other: ReportedRun, run: ReportedRun) -> bool:
 
 @cache
 def unigram(corpus: CorpusOptions, length: int, samples: int) -> UnigramScore | None:
-    """The score of guessing by frequency on a run's held-out windows; None if they cannot be opened."""
+    """Return the score of guessing by frequency on a run's held-out windows; None if they cannot be
+    opened."""
     if corpus.valid is None:
         return None
     from pretrain.evaluate import HeldOut  # imports torch, a second of start-up

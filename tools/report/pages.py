@@ -570,14 +570,14 @@ def _drawn(
 
 
 def picture(document: Report) -> bytes:
-    """loss.png: held-out loss, accuracy and downstream score against what they cost."""
+    """Return loss.png: held-out loss, accuracy and downstream score against what they cost."""
     runs = document.runs
     with plots.theme("light"):
         return _drawn(runs, _measured(runs, _qualities(runs)), _axes(runs), "png")
 
 
 def speed_picture(document: Report) -> bytes:
-    """speed.png: throughput and MFU over the run."""
+    """Return speed.png: throughput and MFU over the run."""
     runs = document.runs
     with plots.theme("light"):
         return _drawn(runs, _measured(runs, RATES), [AXES[2]], "png")
@@ -587,7 +587,7 @@ def speed_picture(document: Report) -> bytes:
 
 
 def show(document: Report, stream: IO[str]) -> None:
-    """The tables, without the meanings of their columns, for a terminal."""
+    """Print the tables, without the meanings of their columns, for a terminal."""
     if document.tree:
         print("\n".join(_tree(document)) + "\n", file=stream)
     for table in TABLES:
@@ -608,7 +608,7 @@ def _text_table(table: Table, runs: Sequence[RunReport]) -> str:
 
 
 def markdown(document: Report) -> str:
-    """report.md; it shows the pictures beside it."""
+    """Return report.md; it shows the pictures beside it."""
     parts = [f"{outputs.MARKDOWN_MARK}\n# Pre-training report\n\n{_subtitle(document)}"]
     parts += [f"> **Warning:** {_plain(warning)}" for warning in document.warnings]
     if document.tree:
@@ -677,7 +677,7 @@ img { display: block; width: 100%; max-width: 40rem; height: auto; }
 
 
 def html(document: Report) -> str:
-    """report.html: style and figures inside, nothing fetched, no script."""
+    """Return report.html: style and figures inside, nothing fetched, no script."""
     runs = document.runs
     body = [f'<h1>Pre-training report</h1>\n<p class="subtitle">{escape(_subtitle(document))}</p>']
     body += [f'<p class="warning">{escape(warning)}</p>' for warning in document.warnings]
