@@ -83,9 +83,7 @@ def _phase(phase: Phase, data_size: int) -> list[str]:
 
     model, train, update = phase.config.model, phase.config.train, phase.cost.flops
     count, micro = counts(phase.config.masking, train.seq_length), phase.micro_batch(data_size)
-    shares = "  ".join(
-        f"{part} {getattr(update, part) / update.total:.0%}" for part in ("encoder", "decoder", "head")
-    )
+    shares = "  ".join(f"{part} {count / update.total:.0%}" for part, count in update.parts.items())
     return [
         f"sequence    {count.length} rows: {count.predicted} predicted ({count.masked} [MASK],"
         f" {count.random} random, {count.predicted - count.masked - count.random} kept); the encoder sees"

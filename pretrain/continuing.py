@@ -142,7 +142,8 @@ def check_branches(state: State, config: Config, data: Data | None) -> None:
     """Raise UserError, a line for each reason, where a branch cannot have the weights of a checkpoint; data:
     None where it is not here."""
     assert config.run.branch
-    old, new = build_config(state.config, _WHOSE).model, config.model
+    before = build_config(state.config, _WHOSE)
+    old, new = before.model, config.model
     free = {
         *_SHAPELESS,
         *(["max_positions"] if new.block == "modern" else []),
@@ -155,6 +156,9 @@ def check_branches(state: State, config: Config, data: Data | None) -> None:
     ]
     if data and data.tokenizer.hash != state.fingerprints.get("tokenizer", data.tokenizer.hash):
         changes.append("corpus: another tokenizer")
+    kind = config.optimizer.kind
+    if before.optimizer.kind == "muon" != kind:
+        changes.append(f"optimizer.kind: muon -> {kind}, but its matrices have no second moment")
     if changes:
         advice = f"a branch has the weights of {config.run.branch.of}; set it back, or leave run.branch out"
         raise UserError("\n".join(f"{change}: {advice}" for change in changes))

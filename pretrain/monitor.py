@@ -67,7 +67,7 @@ def _counts(totals: Totals) -> Metrics:
     return {
         **{name: totals[name] for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted")},
         "flops": totals["flops"]["total"],
-        "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
+        "flops_without_head": totals["flops"]["total"] - totals["flops"]["head"],
         "token_layers": totals["token_layers"],
         "device_hours": totals["device_seconds"]["total"] / 3600,
         "lost_hours": totals["device_seconds"]["lost"] / 3600,

@@ -34,7 +34,7 @@ def spent(totals: Totals, unit: str) -> float:
         "steps": totals["steps"],
         "tokens": totals["tokens_seen"],
         "flops": totals["flops"]["total"],
-        "flops_without_head": totals["flops"]["encoder"] + totals["flops"]["decoder"],
+        "flops_without_head": totals["flops"]["total"] - totals["flops"]["head"],
         "token_layers": totals["token_layers"],
         "device_hours": totals["device_seconds"]["total"] / 3600,
         "kwh": (totals["joules"] or 0.0) / JOULES_PER_KWH,
@@ -47,7 +47,7 @@ def price(cost: StepCost, unit: str) -> float | None:
         "steps": 1,
         "tokens": cost.tokens_seen,
         "flops": cost.flops.total,
-        "flops_without_head": cost.flops.encoder + cost.flops.decoder,
+        "flops_without_head": cost.flops.without_head,
         "token_layers": cost.token_layers,
     }.get(unit)
 

@@ -1,19 +1,23 @@
 """What a model costs, in closed form: parameters, FLOPs and token-layers.
 
 Convention: one multiply-add is 2 FLOPs; matrix products only (norms, activations, softmax, biases,
-look-ups and the optimizer are left out); bidirectional attention in full; the head on predicted rows
+look-ups and AdamW are left out); bidirectional attention in full; the head on predicted rows
 only, with the padded vocabulary charged as computed; training = 3 x forward (backward forms the
-gradients of both operands). Recomputation counts in hardware FLOPs only. Everything is derived from the
-shapes of `model.py`, and tests hold it equal to torch.utils.flop_counter on forward and backward.
+gradients of both operands), and what Muon multiplies in an update. Recomputation counts in hardware
+FLOPs only. Everything is derived from the shapes of `model.py` and `muon.py`, and tests hold it equal to
+torch.utils.flop_counter on forward and backward.
 
 Letters: L rows of a sequence, V visible, P predicted, n rows asking, m rows asked, D width, F inner
 width, W rows of the padded word table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.account import devices
 from pretrain.config import ModelOptions
+
+NEWTON_SCHULZ_STEPS = 5
+"""Of Muon, as its author takes."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,23 @@ class Flops:
     encoder: int
     decoder: int
     head: int
+    optimizer: int = 0
+    """Of an update, however many sequences it is of."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Return the FLOPs of each part; those of the optimizer where it multiplies matrices."""
+        model = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
+        return {**model, "optimizer": self.optimizer} if self.optimizer else model
 
     @property
     def total(self) -> int:
-        return self.encoder + self.decoder + self.head
+        return sum(self.parts.values())
+
+    @property
+    def without_head(self) -> int:
+        """Return the FLOPs of all parts but the head."""
+        return self.total - self.head
 
     def __mul__(self, factor: int) -> "Flops":
         return Flops(self.encoder * factor, self.decoder * factor, self.head * factor)
@@ -52,9 +69,9 @@ class StepCost:
     """Those of them that are text: <s> and </s> at the ends of a window are not."""
     tokens_predicted: int
     flops: Flops
-    """Model FLOPs of training."""
+    """Model FLOPs of training, and the optimizer's."""
     hardware_flops: int
-    """Model FLOPs and what recomputation repeats."""
+    """Those and what recomputation repeats."""
     token_layers: float
     """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
 
@@ -120,19 +137,48 @@ def training(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
     return forward(model, rows, vocab_size) * 3
 
 
-def step_cost(model: ModelOptions, rows: Rows, vocab_size: int, batch_size: int, recompute: str) -> StepCost:
+def step_cost(
+    model: ModelOptions,
+    rows: Rows,
+    vocab_size: int,
+    batch_size: int,
+    recompute: str,
+    optimizer: str = "adamw",
+) -> StepCost:
     """Cost of one update of `batch_size` sequences."""
     once = forward(model, rows, vocab_size)
     again = _recomputed(model, rows, once) if recompute == "block" else 0
+    own = muon(model) if optimizer == "muon" else 0
     return StepCost(
         samples=batch_size,
         tokens_seen=batch_size * rows.length,
         tokens_real=batch_size * (rows.length - 2),
         tokens_predicted=batch_size * rows.predicted,
-        flops=once * (3 * batch_size),
-        hardware_flops=batch_size * (3 * once.total + again),
+        flops=replace(once * (3 * batch_size), optimizer=own),
+        hardware_flops=batch_size * (3 * once.total + again) + own,
         token_layers=batch_size * token_layers(model, rows),
     )
+
+
+def muon(model: ModelOptions) -> int:
+    """FLOPs by which Muon orthogonalises the matrices of all layers, in an update."""
+    return sum(newton_schulz(*shape) * number for shape, number in muon_matrices(model).items())
+
+
+def muon_matrices(model: ModelOptions) -> dict[tuple[int, int], int]:
+    """(rows, columns) -> how many such matrices Muon orthogonalises; fused ones are taken apart."""
+    D, layers = model.hidden_size, model.num_layers + model.decoder_layers
+    crossed = model.decoder_layers if model.decoder == "cross" else 0
+    found = {(D, D): 4 * (layers + crossed)}  # queries, keys, values, outputs
+    inner = (model.ffn_size, D)
+    found[inner] = found.get(inner, 0) + (3 if model.block == "modern" else 2) * layers
+    return found
+
+
+def newton_schulz(rows: int, columns: int) -> int:
+    """FLOPs of orthogonalising a matrix: products with its transpose, of that with itself, of both."""
+    n, m = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * n * n * m + 2 * n**3)
 
 
 def _recomputed(model: ModelOptions, rows: Rows, once: Flops) -> int:

@@ -531,8 +531,8 @@ class Ledger:
         account["samples"] += cost.samples
         for name in ("tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops", "token_layers"):
             account[name] += getattr(cost, name)
-        for part in ("encoder", "decoder", "head", "total"):
-            flops[part] += getattr(cost.flops, part)
+        for part, count in {**cost.flops.parts, "total": cost.flops.total}.items():
+            flops[part] = flops.get(part, 0) + count
 
     @contextmanager
     def time(self, category: str) -> Iterator[None]:

@@ -24,12 +24,13 @@ BASELINE_RATE = 0.15
 
 @dataclass(frozen=True)
 class SequenceCosts:
-    """Of training on one sequence; the fourth cost, device time, is measured or estimated (`tools.plan`)."""
+    """Of training on one sequence, its share of the update included; the fourth cost, device time, is
+    measured or estimated (`tools.plan`)."""
 
     token_layers: float
     """Linear FLOPs of all layers in units of one self-attention layer on one row."""
-    flops_without_head: int
-    flops_with_head: int
+    flops_without_head: float
+    flops_with_head: float
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Phase:
     @property
     def sequence_costs(self) -> SequenceCosts:
         """Return what a sequence costs; two recipes are compared by the quotients of these fields."""
-        used = flops.training(self.config.model, self.rows, self.vocab_size)
+        used, samples = self.cost.flops, self.cost.samples
         layers = flops.token_layers(self.config.model, self.rows)
-        return SequenceCosts(layers, used.encoder + used.decoder, used.total)
+        return SequenceCosts(layers, used.without_head / samples, used.total / samples)
 
     def micro_batch(self, data_size: int) -> int:
         """Return the sequences of a forward pass of one of `data_size` data-parallel ranks; UserError if the
@@ -113,16 +114,19 @@ def make_recipe(
 
 
 def baseline(phase: Phase) -> Phase:
-    """Return ordinary MLM at 15 % on an encoder of the same size and the same sequences."""
+    """Return ordinary MLM at 15 % by AdamW, on an encoder of the same size and the same sequences."""
     model = phase.config.model.model_copy(update={"mask_from": 0, "decoder_layers": 0})
     masking = MaskingOptions(rate=BASELINE_RATE)
-    return _make_phase(phase.config.model_copy(update={"model": model, "masking": masking}), phase.vocab_size)
+    optimizer = phase.config.optimizer.model_copy(update={"kind": "adamw"})
+    changed = {"model": model, "masking": masking, "optimizer": optimizer}
+    return _make_phase(phase.config.model_copy(update=changed), phase.vocab_size)
 
 
 def _make_phase(config: Config, vocab_size: int) -> Phase:
     count, train = counts(config.masking, config.train.seq_length), config.train
     rows = Rows(count.length, count.visible, count.predicted)
-    cost = flops.step_cost(config.model, rows, vocab_size, train.batch_size, train.recompute)
+    kind = config.optimizer.kind
+    cost = flops.step_cost(config.model, rows, vocab_size, train.batch_size, train.recompute, kind)
     return Phase(config, vocab_size, rows, cost)
 
 

@@ -156,6 +156,12 @@ def _check_parallel(config: Config) -> list[str]:
             f"train.cross_entropy = {kernel} wants the whole vocabulary on a rank, which parallel.tensor ="
             f" {p.tensor} divides; take own"
         )
+    if config.optimizer.kind != "adamw" and p.zero:
+        found.append(
+            f"optimizer.kind = {config.optimizer.kind} works on whole tensors, which parallel.zero ="
+            f" {p.zero} cuts into flat pieces; take parallel.zero = 0, where data-parallel ranks share out"
+            " Muon's matrices and their state"
+        )
     if config.train.engine == "torch":
         if p.zero:
             found.append(f"parallel.zero = {p.zero} needs train.engine = deepspeed")
@@ -180,6 +186,7 @@ def config_warnings(config: Config) -> list[str]:
         ("model", "mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
         ("model", "mask_leak", late, "the encoder sees all [MASK]s when mask_from = 0"),
         ("model", "rope_theta", m.block == "modern", "only the modern block rotates"),
+        ("optimizer", "muon_lr_scale", config.optimizer.kind == "muon", "optimizer.kind is not muon"),
         ("masking", "span_stop", k.scheme == "span", "masking.scheme is not span"),
         ("masking", "span_max", k.scheme == "span", "masking.scheme is not span"),
         ("masking", "views_mode", k.views > 1, "masking.views is 1"),

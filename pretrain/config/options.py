@@ -286,8 +286,16 @@ class TrainOptions(Section):
 
 
 class OptimizerOptions(Section):
-    """AdamW. Biases, norms and vectors do not decay."""
+    """What updates the parameters. Biases, norms and vectors do not decay."""
 
+    kind: Literal["adamw", "stable-adamw", "muon"] = "adamw"
+    """`adamw`: arXiv 1711.05101. `stable-adamw`: AdamW at a lower rate for a tensor whose gradients outgrow
+    its second moment (arXiv 2304.13013). `muon`: the layers' matrices follow their orthogonalised momentum,
+    as far as AdamW would move them (arXiv 2502.16982), all else AdamW; its FLOPs count. Both of these need
+    `parallel.zero` 0. A run keeps its kind; a branch does not (but Muon's, which has no second moments)."""
+    muon_lr_scale: float = Field(5.0, gt=0)
+    """Learning rate of Muon's matrices in units of `lr`. At 1 an update is as large as one of AdamW; at 5 it
+    is, for base, what Muon's author takes for a model of that size."""
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -319,9 +327,9 @@ class BudgetOptions(Section):
     tokens: float | None = Field(None, gt=0)
     """Rows of input, those of <s>, </s> and [MASK] included."""
     flops: float | None = Field(None, gt=0)
-    """Model matmul FLOPs of training, head included."""
+    """Model matmul FLOPs of training, those of head and optimizer included."""
     flops_without_head: float | None = Field(None, gt=0)
-    """Those of encoder and decoder."""
+    """The same without the head's."""
     token_layers: float | None = Field(None, gt=0)
     """Linear FLOPs of all layers, in units of one self-attention layer on one row."""
     device_hours: float | None = Field(None, gt=0)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel
-from pretrain.parallel.engine import AUTOCAST, BUCKET, Engine
+from pretrain.parallel.buckets import BUCKET
+from pretrain.parallel.engine import AUTOCAST, Engine
 from pretrain.parallel.topology import Topology
 
 OWNED = {

@@ -26,15 +26,13 @@ from torch import Tensor, nn
 from pretrain.config import Config, replays_graphs
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.model.loss_scale import LossScale
-from pretrain.model.optimizer import build_optimizer
 from pretrain.parallel import tensor_parallel
+from pretrain.parallel.buckets import BUCKET, buckets
+from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
 from pretrain.parallel.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products by `train.precision`; fp32 needs no autocast."""
-
-BUCKET = 25_000_000
-"""Elements reduced at once (100 MB): enough for the full bandwidth, little for a buffer."""
 
 
 def compile_mode(config: Config) -> str:
@@ -54,7 +52,8 @@ class Engine(ABC):
     def __init__(self, config: Config, model: LateMaskModel, topology: Topology) -> None:
         self.module, self.topology = model, topology
         self.clip = config.train.clip
-        self.optimizer = build_optimizer(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config, topology)
+        self.muon = self.optimizer if isinstance(self.optimizer, Muon) else None
         self.loss_scale: LossScale | None = None
         """What float16 gradients are multiplied by."""
         if config.train.precision == "fp16":
@@ -75,7 +74,7 @@ class Engine(ABC):
         A norm that is not finite says that the update was skipped.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         norm = self._update()
         if self.loss_scale:
             self.loss_scale.update(norm)
@@ -92,8 +91,9 @@ class Engine(ABC):
         """Updates are of so many micro-batches from now on."""
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, full float32 CPU tensor) of every parameter; collective, to be read to the end."""
-        for name, parameter in self.module.named_parameters():
+        """(name, full float32 CPU tensor) of every parameter that has one; collective, to be read to the
+        end."""
+        for name, parameter in self._having(kind):
             part = self._read(kind, parameter)
             full = tensor_parallel.gather(name, part, self.topology)
             yield name, full.detach().to("cpu", torch.float32, copy=True)
@@ -102,9 +102,14 @@ class Engine(ABC):
         """The inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""
         t = self.topology
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._having(kind):
                 part = tensor_parallel.split(name, get(name), t.tensor_size, t.tensor_rank)
                 self._write(kind, parameter, part.to(t.device))
+
+    def _having(self, kind: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters by name; Muon's matrices have no second moment."""
+        without = self.muon.matrices if self.muon and kind == "exp_avg_sq" else {}
+        return ((name, p) for name, p in self.module.named_parameters() if name not in without)
 
     @property
     def optimizer_step(self) -> int:
@@ -114,21 +119,22 @@ class Engine(ABC):
     @optimizer_step.setter
     def optimizer_step(self, step: int) -> None:
         for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+            if "step" in state:  # Muon's matrices count none
+                state["step"].fill_(step)
 
     def _start_moments(self, tensors: Iterable[Tensor]) -> None:
-        """Gives AdamW its state before the first update: there is always one to save and to load."""
+        """Gives the optimizer its state before the first update: there is always one to save and to load."""
         self.optimizer.state.clear()
         for tensor in tensors:
-            self.optimizer.state[tensor] = {
-                "step": torch.zeros((), device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+            self.optimizer.state[tensor] = new_state(self.optimizer, tensor)
 
     def _read(self, kind: str, parameter: nn.Parameter) -> Tensor:
         """This tensor-parallel rank's part, whole over the data ranks."""
-        return parameter.data if kind == "param" else self.optimizer.state[parameter][kind]
+        if kind == "param":
+            return parameter.data
+        if self.muon and parameter in self.muon.owner:
+            return self.muon.momentum(parameter)
+        return self.optimizer.state[parameter][kind]
 
     def _write(self, kind: str, parameter: nn.Parameter, part: Tensor) -> None:
         self._read(kind, parameter).copy_(part)
@@ -193,15 +199,3 @@ class TorchEngine(Engine):
             flat = self.topology.sum_over_data(torch.cat([g.flatten() for g in bucket]))
             parts = flat.split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
-
-
-def buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Runs of neighbours that reach `size` elements, the last one excepted."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.numel() for t in bucket) >= size:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

@@ -78,6 +78,18 @@ def test_recomputation_counts_in_hardware_flops(method, dropout, block):
     assert counted(built.train(), batch).get_total_flops() == cost.hardware_flops > cost.flops.total
 
 
+def test_an_update_by_muon_costs_what_it_multiplies():
+    config, _, rows, _ = build("3ml-cross", "modern")
+    model = config.model
+    plain, update = (flops.step_cost(model, rows, VOCAB, 3, "block", kind) for kind in ("adamw", "muon"))
+    # 4 layers and 2 crossings of 4 squares, 12 products between widths of 32 and 48: both on 32 rows.
+    expected = 5 * (24 * 6 * 32**3 + 12 * (4 * 32 * 32 * 48 + 2 * 32**3))
+    assert update.flops.parts == {**plain.flops.parts, "optimizer": expected}
+    assert update.flops.without_head == plain.flops.encoder + plain.flops.decoder + expected
+    assert update.hardware_flops == plain.hardware_flops + expected
+    assert update.token_layers == plain.token_layers
+
+
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, FORMS)))
 def test_parameters_equal_the_models(method, block, imported):

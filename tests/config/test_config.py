@@ -72,6 +72,10 @@ def test_all_problems_are_reported_at_once():
         ({"parallel": {"tensor": 8}}, "no multiple of parallel.tensor"),
         ({"parallel": {"offload": "all"}, "train": {"engine": "deepspeed"}}, "needs parallel.zero = 3"),
         ({"deepspeed": {"zero_optimization": {}}}, "need train.engine = deepspeed"),
+        (
+            {"optimizer": {"kind": "muon"}, "parallel": {"zero": 1}, "train": {"engine": "deepspeed"}},
+            "optimizer.kind = muon works on whole tensors, which parallel.zero = 1 cuts",
+        ),
         ({"evaluate": {"seq_length": 9999}}, "evaluate.seq_length = 9999 exceeds model.max_positions"),
         ({"masking": {"corruption": [0.5, 0.5]}}, "masking.corruption = [0.5, 0.5]: Of the predicted"),
     ],
@@ -299,8 +303,9 @@ def test_what_may_change_when_a_run_continues():
     computed = {"micro_batch_size": 1, "recompute": "block", "deterministic": False, "compile": "default"}
     assert changed_keys(old, small(**free, train=computed)) == []
     assert changed_keys(old, small(train={"cross_entropy": "torch"})) == []
-    assert changed_keys(old, small(optimizer={"lr": 1.0}, masking={"rate": 0.25})) == [
+    assert changed_keys(old, small(optimizer={"lr": 1.0, "kind": "muon"}, masking={"rate": 0.25})) == [
         "masking.rate: 0.5 -> 0.25",
+        "optimizer.kind: adamw -> muon",
         "optimizer.lr: 0.0005 -> 1.0",
     ]
 

@@ -1,7 +1,7 @@
 """Both engines in every layout against one plain loop of torch; state through every door.
 
-The oracle is ten lines below: no accumulation, no ranks, torch's own clipping and unfused AdamW. Each
-layout must follow it, save what it would save, go on from its state, and repeat its own bits.
+The oracle is ten lines below: no accumulation, no ranks, torch's own clipping and optimizers as papers write
+them. Each layout must follow it, save what it would save, go on from its state, and repeat its own bits.
 """
 
 import copy
@@ -21,6 +21,7 @@ from pretrain.parallel.deepspeed_engine import deepspeed_config
 from tests.parallel.test_tensor_parallel import MASK, VOCAB, make_batch
 from tests.support import ranks
 from tests.support.methods import small
+from tests.support.optimizers import Reference as ReferenceOptimizer
 
 BATCH, LR = 12, 1e-3
 MIDDLE, STEPS = 2, 3
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     """Small parameters stay whole under ZeRO-3 (DeepSpeed's default keeps all of this model)."""
     compile: str = "none"
     cross_entropy: str = "own"
+    optimizer: str = "adamw"
 
     def config(self) -> Config:
         # Small buckets: several are needed, and filling them costs no time.
@@ -51,6 +53,8 @@ class Case(NamedTuple):
             zero["stage3_param_persistence_threshold"] = 0
         return small(
             "3ml-cross",
+            # All kinds of fused matrices.
+            "modern" if self.optimizer == "muon" else "post",
             # Half of the head's bias is odd: on 2 x 2 ranks ZeRO has to pad.
             model={"vocab_multiple": 2, "num_layers": 1, "mask_from": 1, "decoder_layers": 1},
             train={
@@ -62,6 +66,7 @@ class Case(NamedTuple):
                 # Between the norms of the first and the last update: clipping is on, then off.
                 "clip": 1.12,
             },
+            optimizer={"kind": self.optimizer},
             parallel={"tensor": self.tensor, "zero": self.zero, "offload": self.offload},
             deepspeed={"zero_optimization": zero} if self.engine == "deepspeed" else {},
         )
@@ -72,17 +77,26 @@ TENSOR = [case._replace(tensor=2, persist=False) for case in (Case(), *ZERO)]
 STOCK = [Case(engine="deepspeed", zero=3, persist=False, cross_entropy="torch")]
 if not hasattr(nn.functional, "linear_cross_entropy"):  # torch 2.11
     STOCK = []
+KINDS_BESIDE = ("stable-adamw", "muon")
+OTHERS = [Case(engine=engine, optimizer=kind) for engine in ("torch", "deepspeed") for kind in KINDS_BESIDE]
+TENSOR_OTHERS = [case._replace(tensor=2) for case in OTHERS]
 CASES = {
-    1: [Case(), *ZERO],
+    1: [Case(), *ZERO, *OTHERS],
     2: [
         Case(),
+        *OTHERS,
         *ZERO,
         Case(engine="deepspeed", zero=2, offload="optimizer"),
         Case(engine="deepspeed", zero=3, offload="all", persist=False),
         *STOCK,
         *TENSOR,
+        *TENSOR_OTHERS,
     ],
-    4: [*TENSOR, *(TENSOR[stage]._replace(precision="bf16") for stage in (0, 4))],
+    4: [
+        *TENSOR,
+        *TENSOR_OTHERS,
+        *(case._replace(precision="bf16") for case in (TENSOR[0], TENSOR[4], TENSOR_OTHERS[1])),
+    ],
 }
 
 
@@ -105,7 +119,7 @@ def some_rows(batch: Batch, first: int, count: int) -> Batch:
 # ---- the oracle ----------------------------------------------------------------------------------
 
 
-class Reference(NamedTuple):
+class Expected(NamedTuple):
     losses: list[float]
     norms: list[float]
     middle: State
@@ -113,27 +127,21 @@ class Reference(NamedTuple):
     end: State
 
 
-def reference() -> Reference:
-    config, model = Case().config(), make_model(Case())
-    o = config.optimizer
-    decay = {True: o.weight_decay, False: 0.0}
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() > 1) is kind], "weight_decay": decay[kind]}
-        for kind in decay
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=o.betas, eps=o.eps)
+def expectation(kind: str) -> Expected:
+    case = Case(optimizer=kind)
+    config, model = case.config(), make_model(case)
+    optimizer = ReferenceOptimizer(model, config.optimizer)
     losses, norms, states = [], [], []
     for step in range(STEPS):
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = model(whole_batch(step))
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.train.clip).item())
-        optimizer.step()
+        optimizer.step(LR)
         losses.append(loss.item())
-        named = dict(model.named_parameters())
-        state = {kind: {n: optimizer.state[p][kind] for n, p in named.items()} for kind in KINDS[1:]}
-        states.append(copy.deepcopy({"param": {n: p.data for n, p in named.items()}, **state}))
-    return Reference(losses, norms, states[MIDDLE - 1], states[-1])
+        parameters = {name: p.data for name, p in model.named_parameters()}
+        states.append(copy.deepcopy({"param": parameters, **optimizer.state}))
+    return Expected(losses, norms, states[MIDDLE - 1], states[-1])
 
 
 def same_bits(a: State, b: State) -> None:
@@ -173,7 +181,7 @@ def update(built: engine.Engine, place: topology.Topology, micro: int, step: int
     return loss.item(), norm.item()
 
 
-def check(case: Case, place: topology.Topology, expected: Reference) -> State:
+def check(case: Case, place: topology.Topology, expected: Expected) -> State:
     """Everything asked of one engine in one layout; returns its state after MIDDLE updates."""
     micro = BATCH // place.data_size // 2
     exact = case.precision == "fp32"
@@ -233,14 +241,14 @@ def not_a_number(built: engine.Engine, place: topology.Topology, micro: int) -> 
     assert math.isfinite(norm) and built.optimizer_step == count + 1
 
 
-def on_ranks(cases: list[Case], expected: Reference) -> list[State]:
+def on_ranks(cases: list[Case], expected: dict[str, Expected]) -> list[State]:
     torch.use_deterministic_algorithms(True)
     states, place = [], topology.Topology(tensor_size=0)
     for case in cases:
         if case.tensor != place.tensor_size:
             place = topology.connect(case.tensor, needs_group=True)
         try:
-            states.append(check(case, place, expected))
+            states.append(check(case, place, expected[case.optimizer]))
         except Exception as error:
             raise AssertionError(f"{case} failed") from error
     return states if place.is_main else []
@@ -248,21 +256,23 @@ def on_ranks(cases: list[Case], expected: Reference) -> list[State]:
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_engines(world_size: int) -> None:
-    expected = reference()
-    clip = Case().config().train.clip
-    assert [norm > clip for norm in expected.norms] == [True, True, False]
     cases = CASES[world_size]
+    expected = {kind: expectation(kind) for kind in ("adamw", *KINDS_BESIDE)}
+    clip = Case().config().train.clip
+    for one in expected.values():
+        assert [norm > clip for norm in one.norms] == [True, True, False], one.norms
     saved = ranks.run(world_size, on_ranks, cases, expected)[0]
     # What any layout saves, one plain process goes on from.
     for case, state in zip(cases, saved, strict=True):
-        plain = build_engine(Case().config(), make_model(Case()), topology.Topology(), BATCH)
+        alone = Case(optimizer=case.optimizer)
+        plain = build_engine(alone.config(), make_model(alone), topology.Topology(), BATCH)
         give(plain, state, MIDDLE)
         same_bits(state_of(plain), state)
         for step in range(MIDDLE, STEPS):
             loss, _ = update(plain, topology.Topology(), BATCH, step)
-            assert math.isclose(loss, expected.losses[step], rel_tol=2e-3)
+            assert math.isclose(loss, expected[case.optimizer].losses[step], rel_tol=2e-3)
         if case.precision == "fp32":
-            close(state_of(plain), expected.end)
+            close(state_of(plain), expected[case.optimizer].end)
 
 
 # ---- without ranks -------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
-from pretrain.model.optimizer import build_optimizer
 from pretrain.parallel import tensor_parallel, topology
+from pretrain.parallel.optimizer import adamw
 from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small
 
@@ -92,7 +92,7 @@ def compare(whole: LateMaskModel, method: str, block: str, place: topology.Topol
     config = small(method, block, model={"vocab_multiple": PADDED})
     divided = make_model(config)
     tensor_parallel.shard(divided, place)
-    optimizers = [build_optimizer(m, config.optimizer) for m in (whole, divided)]
+    optimizers = [adamw(m.parameters(), config.optimizer) for m in (whole, divided)]
     for step in range(5):
         batch = make_batch(step)
         losses = []

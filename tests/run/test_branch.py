@@ -196,6 +196,15 @@ def test_what_cannot_be_is_refused(words: Words, trunk: Path, tiny: Path, tmp_pa
     assert "run.branch:" in refusal(words("g"))
 
 
+def test_muon_may_follow_adamw_but_not_go_before(words: Words, trunk: Path, tmp_path: Path) -> None:
+    finish(words("muon", "optimizer.kind=muon", *branch(trunk)))
+    ledger_program.check([str(tmp_path / "muon")])
+    own = ledger.total([tmp_path / "muon"])["flops"]
+    assert own["optimizer"] > 0 and own["total"] == sum(own[part] for part in own if part != "total")
+    said = refusal(words("a", *branch(tmp_path / "muon", "latest"), "budget.steps=9"))
+    assert "optimizer.kind: muon -> adamw, but its matrices have no second moment: a branch has" in said
+
+
 def test_a_damaged_trunk_is_refused(words: Words, trunk: Path, tmp_path: Path) -> None:
     shutil.copytree(trunk, tmp_path / "parent")
     os.truncate(tmp_path / "parent" / "checkpoints" / "step-00000004" / "exp_avg.safetensors", 100)

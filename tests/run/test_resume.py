@@ -41,6 +41,8 @@ VARIANTS = {
     "views-over-epochs": ("masking.views=2", "masking.rate=0.3"),
     "views-in-a-batch": ("masking.views=2", "masking.views_mode=batch"),
     "deepspeed": ("train.engine=deepspeed", "parallel.zero=1"),
+    "stable-adamw": ("optimizer.kind=stable-adamw",),
+    "muon": ("optimizer.kind=muon", "model.block=modern", *QUERY),
 }
 
 

@@ -373,6 +373,7 @@ def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path)
         (1, ("corpus.tokenizer=/no/where",), "/no/where"),
         (2, ("budget.steps=null", "budget.device_hours=1e-9"), "is spent before the first update"),
         (2, ("run.dir=/proc/run",), "/proc/run: cannot be written"),
+        (2, (*ZERO, "optimizer.kind=muon"), "take parallel.zero = 0, where data-parallel ranks share out"),
         (
             1,
             (*ZERO, "deepspeed.gradient_clipping=3"),

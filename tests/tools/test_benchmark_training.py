@@ -81,6 +81,14 @@ def test_sides_take_turns() -> None:
             ["attention", *TINY, "--dtype", "bf16"],
             ["attention, packed, against hugging face sdpa", "attention, packed, against hugging face eager"],
         ),
+        (
+            ["optimizer", *TINY, "--dtype", "fp32", "--ranks", "2"],
+            [
+                "update of the parameters, stable-adamw against adamw",
+                "update of the parameters, muon on 2",
+                "what muon on 2 ranks adds",
+            ],
+        ),
         (["memory", *TINY, "--dtype", "fp32", "--methods", "mlm"], ["memory of an update, mlm"]),
         (
             ["scaling", *TINY, "--dtype", "fp32", "--only", "tensor"],

@@ -43,6 +43,10 @@ ALONE = {
     "two micro-batches": case(accumulation=2),
     "one sequence": case(micro=1),
     "several chunks of logits": case("3ml-self", micro=48),
+    "muon": case("3ml-query", "modern", micro=24, optimizer={"kind": "muon"}),
+    "muon, one sequence": case(
+        "3ml-query", "modern", 1, optimizer={"kind": "muon"}, model={"num_layers": 8, "mask_from": 8}
+    ),
 }
 LONG = {"max_positions": 1024}
 SCORES = {
@@ -64,6 +68,7 @@ SCORES = {
 DEEPSPEED = {"engine": "deepspeed"}
 DATA = {
     "data": case(data=2),
+    "muon": case(data=2, micro=1, optimizer={"kind": "muon"}, model={"num_layers": 8}),
     "zero 1": case(data=2, accumulation=2, train=DEEPSPEED, parallel={"zero": 1}),
     "zero 2": case(data=2, accumulation=2, train=DEEPSPEED, parallel={"zero": 2}),
     "zero 3": case(data=2, train=DEEPSPEED, parallel={"zero": 3}),
@@ -135,7 +140,8 @@ def test_the_fullest_moment_is_counted_from_each_steps_own_beginning():
 
 
 def test_state_by_stage():
-    """Bytes a parameter: 4 + 4 and moments of 8; ZeRO's master copy and moments 12, divided."""
+    """Bytes a parameter: 4 + 4 and moments of 8; ZeRO's master copy and moments 12, divided. Muon's matrices
+    have one moment, divided."""
     o = case("mlm")
     P = memory.local_parameters(o.model, VOCAB, 1)
     base = Layout(data=4, engine="deepspeed", precision="fp32")
@@ -147,6 +153,8 @@ def test_state_by_stage():
         ]
 
     assert per_parameter(zero=0) == [4, 4, 8, 0]
+    share = memory.orthogonalized(o.model) / P
+    assert per_parameter(optimizer="muon") == [4, 4, pytest.approx(8 - 8 * share + share, abs=0.01), 0]
     assert per_parameter(zero=1) == [4, 4, 3, 0]
     assert per_parameter(zero=2) == [4, 1, 3, 0]
     assert per_parameter(zero=3) == [1, 1, 3, 0]

@@ -55,7 +55,7 @@ def test_the_promised_keys(capsys):
         for flop_counts in ("flops_per_sequence", "flops_per_step", "flops_total_by_part"):
             parts = dict(one[flop_counts])
             assert parts.pop("total") == pytest.approx(sum(parts.values()), rel=1e-12)
-            assert set(parts) == {"encoder", "decoder", "head"}
+            assert set(parts) == {"encoder", "decoder", "head", "optimizer"}
         assert one["flops_total_by_part"]["total"] == one["flops_total"]
         assert one["flops_per_step"]["head"] * one["steps"] == pytest.approx(
             one["flops_total_by_part"]["head"], rel=1e-12

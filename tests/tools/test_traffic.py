@@ -52,6 +52,8 @@ def case(world, micro, accumulation, method="mlm", block="post", **sections):
 DATA = {
     "all-reduce": case(2, 2, 1),
     "one all-reduce for all micro-batches": case(2, 2, 2),
+    "muon": case(2, 2, 1, optimizer={"kind": "muon"}),
+    "muon in bf16": case(2, 2, 1, optimizer={"kind": "muon"}, train={"precision": "bf16"}),
     "zero 1": case(2, 2, 2, parallel={"zero": 1}),
     "zero 2": case(2, 2, 2, parallel={"zero": 2}),
     "zero 3": case(2, 2, 2, parallel={"zero": 3}),
@@ -76,7 +78,10 @@ TENSOR = {
         )
     },
 }
-BOTH = {"query": case(4, 8, 1, "3ml-query", "modern", parallel={"tensor": 2, "zero": 1})}
+BOTH = {
+    "query": case(4, 8, 1, "3ml-query", "modern", parallel={"tensor": 2, "zero": 1}),
+    "muon": case(4, 8, 1, "3ml-query", "modern", parallel=TWO, optimizer={"kind": "muon"}),
+}
 GROUPS = {"data": (2, DATA), "tensor": (2, TENSOR), "both": (4, BOTH)}
 
 
@@ -198,6 +203,7 @@ def layout(world, config, micro, accumulation):
         zero=p.zero,
         recompute=config.train.recompute,
         precision=config.train.precision,
+        optimizer=config.optimizer.kind,
     )
 
 

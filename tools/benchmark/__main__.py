@@ -9,6 +9,7 @@ is in `tools.shared.measure`.
     head        the loss over the vocabulary: time and peak memory
     attention   one attention layer beside Hugging Face's
     memory      peak memory of an update, by method and recomputation
+    optimizer   the update of the parameters, Muon's and StableAdamW's beside AdamW's
     scaling     ranks: tensor parallel, data parallel, ZeRO beside one rank or the plain engine
 
 ``table`` measures nothing: it writes the tables of the pages from what was measured (`tables`).
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from tools.benchmark import attention, corpus, head, memory, scaling, step, tables
+from tools.benchmark import attention, corpus, head, memory, optimizer, scaling, step, tables
 from tools.shared import console, documents, outputs
 from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
@@ -31,6 +32,7 @@ SUBJECTS = {
     "head": head,
     "attention": attention,
     "memory": memory,
+    "optimizer": optimizer,
     "scaling": scaling,
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pretrain.build import keep_freed_memory
 from pretrain.model.huggingface import hugging_face_state
-from pretrain.model.optimizer import build_optimizer
+from pretrain.parallel.optimizer import adamw
 from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, Update
 
 IGNORED = -100
@@ -48,7 +48,7 @@ def natural(task: BenchmarkTask) -> tuple[Tensor, Tensor, Tensor]:
 def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], Tensor]) -> Update:
     """Return the plain loop that a user of torch writes."""
     parameters = list(model.parameters())
-    optimizer = build_optimizer(model, task.config().optimizer)
+    optimizer = adamw(parameters, task.config().optimizer)
 
     def update() -> Tensor:
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):

@@ -162,7 +162,7 @@ def in_turns(
     for update in updates.values():
         update()
         done(1)
-    clock = time.perf_counter if wall or device.type == "cuda" else _thread_seconds
+    clock = time.perf_counter if wall else clock_of(device)
     sides = {name: partial(timed, update, repeat, device, clock) for name, update in updates.items()}
     return take_turns(sides, runs, done)
 
@@ -179,17 +179,22 @@ def take_turns(
     return seconds
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return what tells the seconds of work on a device; of a CPU those of a thread."""
+    return time.perf_counter if device.type == "cuda" else _thread_seconds
+
+
 def _thread_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def timed(update: Update, repeat: int, device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds of an update, the mean of some."""
+def timed(work: Callable[[], object], repeat: int, device: torch.device, clock: Callable[[], float]) -> float:
+    """Seconds of some work, such as an update, the mean of some."""
     gc.collect()
     finish(device)
     begin = clock()
     for _ in range(repeat):
-        update()
+        work()
     finish(device)
     return (clock() - begin) / repeat
 
@@ -224,9 +229,8 @@ def _serve(make: Callable[[], Update], repeat: int, device: torch.device, thread
         update = make()
         update()
         pipe.send(0.0)
-        clock = time.perf_counter if device.type == "cuda" else _thread_seconds
         while pipe.recv():
-            pipe.send(timed(update, repeat, device, clock))
+            pipe.send(timed(update, repeat, device, clock_of(device)))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 

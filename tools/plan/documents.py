@@ -14,6 +14,7 @@ class PartCosts:
     encoder: float
     decoder: float
     head: float
+    optimizer: float
     total: float
 
 
@@ -43,6 +44,7 @@ class LayoutDocument:
     offload: str
     recompute: str
     precision: str
+    optimizer: str
     overrides: str
     """The words that turn the config's layout into this one."""
 

@@ -1,7 +1,7 @@
 """What a run will cost, need and take, from its config alone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +261,8 @@ class PlannedRun:
         phases = self.recipe.phases
         counts = _counts(steps, len(phases))
         spent = [(number, phase.cost) for number, phase in zip(counts, phases, strict=True)]
-        whole = Flops(
-            encoder=sum(number * cost.flops.encoder for number, cost in spent),
-            decoder=sum(number * cost.flops.decoder for number, cost in spent),
-            head=sum(number * cost.flops.head for number, cost in spent),
-        )
+        parts = [part.name for part in fields(Flops)]
+        whole = Flops(*(sum(number * getattr(cost.flops, part) for number, cost in spent) for part in parts))
         known = steps is not None
         return Work(
             phases=len(counts),

@@ -72,6 +72,7 @@ class PlannedJob:
     vocab_size: int
     batch_size: int
     precision: str
+    optimizer: str = "adamw"
 
 
 def job(phase: Phase, device: Device | None) -> PlannedJob:
@@ -83,9 +84,8 @@ def job(phase: Phase, device: Device | None) -> PlannedJob:
             f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
             f" {', '.join(device.peak)}"
         )
-    return PlannedJob(
-        phase.config.model, phase.rows, phase.vocab_size, phase.config.train.batch_size, precision
-    )
+    batch_size, kind = phase.config.train.batch_size, phase.config.optimizer.kind
+    return PlannedJob(phase.config.model, phase.rows, phase.vocab_size, batch_size, precision, kind)
 
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
@@ -110,6 +110,7 @@ def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> L
         offload=p.offload,
         recompute=t.recompute,
         precision=precision,
+        optimizer=config.optimizer.kind,
         gpu=gpu,
     )
 
@@ -157,6 +158,7 @@ def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: floa
     for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
         hiding = OVERLAP_SHARE * call.beside * computing if device.gpu else 0.0
         waiting += max(0.0, traffic.seconds(call, layout, device) - hiding)
+    waiting += orthogonalizing_seconds(job, layout, device, achieved)
     return computing + waiting + update_seconds(job, layout, device)
 
 
@@ -173,6 +175,16 @@ def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: flo
     hooks = layers * HOOKS if layout.zero == 3 else 0.0
     # A GPU computes while its host starts kernels; a CPU does one after the other.
     return max(seconds, layers * KERNELS * LAUNCH + hooks) if device.gpu else seconds + hooks
+
+
+def orthogonalizing_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
+    """Seconds of Muon's products: those of a data-parallel rank's share of the matrices, which all ranks that
+    share the model form."""
+    if job.optimizer != "muon":
+        return 0.0
+    precision = "fp32" if job.precision == "fp16" else job.precision
+    peak = device.peak.get(precision, device.peak[job.precision])
+    return flops.muon(job.model) / layout.data / peak / achieved
 
 
 def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
@@ -258,8 +270,8 @@ def nearest(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[int]:
 def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterator[list[Layout]]:
     """For each way to divide the model, its state and its activations, the simpler ones first: the layout
     of each phase, with the largest micro-batch that fits."""
-    divided = divisions(jobs, gpus, device)
-    for zero, offload in SAVINGS:
+    divided, kind = divisions(jobs, gpus, device), jobs[-1].optimizer
+    for zero, offload in SAVINGS if kind == "adamw" else SAVINGS[:1]:
         for tensor, data in divided:
             for recompute in ("none", "block"):
                 layout = Layout(
@@ -270,6 +282,7 @@ def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterato
                     offload=offload,
                     recompute=recompute,
                     precision=jobs[-1].precision,
+                    optimizer=kind,
                     gpu=device.gpu,
                 )
                 fitting = [largest_micro_batch(job, layout, device) for job in jobs]

@@ -43,6 +43,7 @@ class Layout:
     offload: str = "none"
     recompute: str = "none"
     precision: str = "bf16"
+    optimizer: str = "adamw"
     gpu: bool = True
     """Attention that drops weights without writing them, dropout remembered in bytes, sums of mixed width
     without a copy: kernels that a CPU has not."""
@@ -93,6 +94,7 @@ def _divided(model: ModelOptions, vocab_size: int) -> int:
 def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> Memory:
     """Return what a rank holds; the largest micro-batch decides."""
     state = _state(model, vocab_size, layout)
+    updates = _muon_updates(model, layout) if layout.optimizer == "muon" else 0
     saved = layout.micro_batch * activations(model, rows, layout)
     again = layout.micro_batch * max(_layers(model, rows, layout)) if layout.recompute == "block" else 0
     table = FULL * flops.padded_vocab(vocab_size, model.vocab_multiple) * model.hidden_size // layout.tensor
@@ -104,7 +106,7 @@ def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -
     forward = carried + bucket + saved + casts + head
     read = layout.micro_batch * FULL * model.hidden_size * rows.length  # by the head, which is done by then
     turn = carried + state.bucket + saved + casts + max(2 * table, table + again + working - read)
-    end = state.gradients + state.bucket + max((table if carried else 0) + table, state.joined)
+    end = state.gradients + state.bucket + max((table if carried else 0) + table, state.joined, updates)
     always = state.parameters + state.optimizer + state.buffers
     return Memory(
         parameters=state.parameters,
@@ -112,7 +114,7 @@ def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -
         optimizer=state.optimizer,
         activations=saved + again,
         head=head,
-        buffers=state.buffers + state.bucket + max(casts, state.joined),
+        buffers=state.buffers + state.bucket + max(casts, state.joined, updates),
         total=always + max(forward, turn, end),
         host=state.host,
     )
@@ -145,7 +147,11 @@ def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
     share = -(-P // layout.data)
     if layout.zero == 0:
         joined = P if layout.engine == "deepspeed" else min(P, BUCKET + _largest(model, vocab_size, layout))
-        return _State(FULL * P, FULL * P, 2 * FULL * P, joined=FULL * joined if layout.data > 1 else 0)
+        moments = 2 * P
+        if layout.optimizer == "muon":  # one of a matrix, on one data-parallel rank
+            matrices = orthogonalized(model) // layout.tensor
+            moments -= 2 * matrices - matrices // layout.data
+        return _State(FULL * P, FULL * P, FULL * moments, joined=FULL * joined if layout.data > 1 else 0)
     whole = layout.zero < 3
     on_device = _State(
         parameters=FULL * (P if whole else share),
@@ -161,6 +167,21 @@ def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
     if layout.offload == "optimizer":
         return replace(on_device, optimizer=0, host=away)
     return replace(on_device, optimizer=0, parameters=0, host=away + on_device.parameters)
+
+
+def orthogonalized(model: ModelOptions) -> int:
+    """Return the elements of all matrices that are Muon's."""
+    return sum(rows * columns * number for (rows, columns), number in flops.muon_matrices(model).items())
+
+
+def _muon_updates(model: ModelOptions, layout: Layout) -> int:
+    """Bytes of the updates of all matrices; or of those of a rank's own, fused ones twice, with the momentum
+    of those that are under way and as much as the iteration holds of them: one shape, of a third to a half of
+    all elements, goes through it at once."""
+    width, every = 2 if layout.precision == "bf16" else FULL, orthogonalized(model)
+    mine = every // layout.data
+    under_way = min(mine, BUCKET * layout.tensor)
+    return max(width * every // layout.tensor, (FULL + width) * under_way + width * mine * 5 // 4)
 
 
 def _largest(model: ModelOptions, vocab_size: int, layout: Layout) -> int:

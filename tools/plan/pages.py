@@ -51,11 +51,19 @@ def _cautions(plans: Sequence[RunPlan]) -> list[str]:
     return found
 
 
+def _parts(plans: Sequence[RunPlan]) -> list[str]:
+    """The parts of FLOPs; the optimizer where one of the plans has any of it."""
+    multiplies = any(plan.flops_per_step.optimizer for plan in plans)
+    return ["encoder", "decoder", "head", *(["optimizer"] if multiplies else [])]
+
+
 def _costs(plans: Sequence[RunPlan]) -> str:
-    rows = [["config", "params", "GFLOPs", "enc/dec/head %", "t-layers", "no head", "FLOPs", "time"]]
+    parts = _parts(plans)
+    heading = "/".join(part[:3] if part != "head" else part for part in parts)
+    rows = [["config", "params", "GFLOPs", f"{heading} %", "t-layers", "no head", "FLOPs", "time"]]
     for plan in plans:
         per, relative = plan.flops_per_sequence, plan.relative
-        shares = [f"{100 * part / per.total:.0f}" for part in (per.encoder, per.decoder, per.head)]
+        shares = [f"{100 * vars(per)[part] / per.total:.0f}" for part in parts]
         rows.append(
             [
                 _name(plan),
@@ -71,10 +79,11 @@ def _costs(plans: Sequence[RunPlan]) -> str:
 
 
 def _run(plans: Sequence[RunPlan]) -> str:
-    rows = [["config", "updates", "tokens", "FLOPs", "encoder", "decoder", "head", "t-layers"]]
+    parts = _parts(plans)
+    rows = [["config", "updates", "tokens", "FLOPs", *parts, "t-layers"]]
     for plan in plans:
-        parts = plan.flops_total_by_part
-        work = [parts.total, parts.encoder, parts.decoder, parts.head] if parts else [None] * 4
+        spent = plan.flops_total_by_part
+        work = [vars(spent)[part] if spent else None for part in ("total", *parts)]
         figures = [plan.tokens_total, *work, plan.token_layers]
         rows.append([_name(plan), _maybe(plan.steps, ",d"), *map(_power, figures)])
     return f"The whole run: updates, tokens, FLOPs and their parts, token-layers.\n\n{aligned(rows)}"

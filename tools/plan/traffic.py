@@ -59,6 +59,8 @@ class Collective:
 def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> list[Collective]:
     """Return the collectives that a rank takes part in during one update."""
     found: list[Collective] = []
+    if layout.optimizer == "muon":
+        found += _muon(model, layout)
     if layout.data > 1:
         found += _data(memory.local_parameters(model, vocab_size, layout.tensor), layout)
     if layout.tensor > 1:
@@ -82,6 +84,16 @@ def _data(P: int, layout: Layout) -> Iterator[Collective]:
     if layout.zero == 3:
         yield Collective("all-gather", "data", padded, times, beside=FORWARD)
         yield Collective("reduce-scatter", "data", padded, times, beside=1 - FORWARD)
+
+
+def _muon(model: ModelOptions, layout: Layout) -> Iterator[Collective]:
+    """The parts of momentum that become whole matrices, and their updates, which each rank sends of its own:
+    together as much as an all-gather."""
+    whole, width = memory.orthogonalized(model), 2 if layout.precision == "bf16" else FULL
+    if layout.tensor > 1:
+        yield Collective("all-gather", "tensor", FULL * whole // layout.data)
+    if layout.data > 1:
+        yield Collective("all-gather", "data", width * whole // layout.tensor)
 
 
 def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[int, int]]:

@@ -236,7 +236,7 @@ def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> RunReport:
         budget=_budget(recipe, totals),
         costs=RunCosts(
             token_layers=totals["token_layers"],
-            flops_without_head=totals["flops"]["encoder"] + totals["flops"]["decoder"],
+            flops_without_head=totals["flops"]["total"] - totals["flops"]["head"],
             flops_with_head=totals["flops"]["total"],
             device_seconds=totals["device_seconds"]["productive"],
         ),

@@ -62,7 +62,7 @@ def _hours(seconds: float) -> str:
 
 def _flops_of(part: str) -> Callable[[RunReport], str]:
     """Return the cell of the FLOPs of a part of the model."""
-    return lambda run: _scientific(run.totals["flops"][part])
+    return lambda run: _scientific(run.totals["flops"].get(part, 0))
 
 
 def _hours_of(part: str) -> Callable[[RunReport], str]:
@@ -264,6 +264,7 @@ WORK = Table(
                 ("encoder", "matrix products of the layers that are kept, 2 a multiply-add, 3 x forward"),
                 ("decoder", "the same of the layers that are thrown away"),
                 ("head", "the same of the prediction head: predicted tokens x padded vocabulary"),
+                ("optimizer", "those by which Muon orthogonalises matrices; AdamW forms no products"),
                 ("total", "their sum; recomputed activations are not counted"),
             )
         ),
