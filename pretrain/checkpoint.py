@@ -400,7 +400,13 @@ def _stamp(file: IO[bytes]) -> list[int]:
 @contextmanager
 def _opened(path: Path, stamps: Stamps | None) -> Iterator[IO[bytes]]:
     """The file, open; with `stamps` UserError if it is not the one verified, before it is read or after."""
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        if stamps is None:
+            raise
+        raise UserError(f"{path}: is gone since it was verified; start again") from None
+    with file:
         for moment in range(2):
             if stamps is not None and _stamp(file) != stamps[path.name]:
                 raise UserError(f"{path}: changed since it was verified; start again")

@@ -323,7 +323,7 @@ def state_of(run: Run, head: str) -> State:
         fingerprints=run.data.fingerprints,
         segments=[list(segment) for segment in run.segments],
         ledger_head=head,
-        account=run.ledger.statement if run.ledger else None,
+        account=run.ledger.account if run.ledger else None,
         loss=run.scored[1] if run.scored[0] == run.step else None,
         layout=layout(run.recipe, run.topology),
         phase=run.phase,

@@ -310,10 +310,15 @@ def lineage(run: str | Path) -> list[tuple[str, Line]]:
     """Return the statements that a run's account has gone through, its trunk's first: (hash of the first line
     of that ledger, statement at which the next one begins, or the last)."""
     lines = chain(run)
-    if not lines:
-        return []
-    (begun, first), last = next(iter(lines.items())), next(reversed(lines.values()))
-    return [*first.get("trunk", []), (begun, statement_of(last))]
+    begun, before = _origin(lines)
+    return [*before, (begun, statement_of(lines[next(reversed(lines))]))] if lines else []
+
+
+def _origin(lines: dict[str, Line]) -> tuple[str, list[Any]]:
+    """Return the hash of a ledger's first line, of the one that was lost if a gap is the first now, and the
+    lineage of the trunk that it says."""
+    head, first = next(iter(lines.items()), ("", {}))
+    return first.get("begun", head), first.get("trunk", [])
 
 
 def trunk(run: str | Path, head: str, account: Line) -> list[tuple[str, Line]]:
@@ -386,9 +391,9 @@ class Ledger:
         self._torn = truncate_torn_line(self._path)
         self._lines, self._wrong = self._keep_unbroken()
         self._last = next(reversed(self._lines.values()), None)
-        self.statement = statement_of(self._last or {})
-        """What the last line states."""
-        self._account = copy.deepcopy(self.statement)
+        self._begun, self._trunk = _origin(self._lines)
+        self._stated = statement_of(self._last or {})  # by the last line
+        self._account = copy.deepcopy(self._stated)
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
         self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
         self._joules: dict[str, float] = {}  # of this attempt
@@ -471,7 +476,9 @@ class Ledger:
             self.note("branch", stands_for=lost, phase=phase, **branch)
         if found:
             log.warning("warning: %s %s; goes on with what is known of step %d", self._path, found, step)
-            self.note("gap", stands_for=lost, found=found, phase=phase)
+            names = ("begun", "trunk") if account and not self.head else ()  # of a ledger that is all gone
+            origin = {name: account[name] for name in names if account and name in account}
+            self.note("gap", stands_for=lost, found=found, phase=phase, **origin)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
         if self._last is None and not found:
@@ -591,7 +598,7 @@ class Ledger:
         assert event in EVENTS, event
         with self._lock:
             at = self._clock()
-            self.statement = self._statement(at)
+            self._stated = self._statement(at)
             line = {
                 "previous": self.head,
                 "event": event,
@@ -599,7 +606,7 @@ class Ledger:
                 "device": self._device,
                 "ranks": self._ranks,
                 "seconds": {name: round(value, 6) for name, value in self._seconds_at(at).items()},
-                **self.statement,
+                **self._stated,
                 **details,
             }
             text = json.dumps(line).encode("ascii")
@@ -607,6 +614,8 @@ class Ledger:
                 file.write(text + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if not self.head:
+                self._begun, self._trunk = _origin({_hash(text): line})
             self.head, self._written = _hash(text), at
             if event in LAST_WORDS:
                 self._over.set()
@@ -616,6 +625,11 @@ class Ledger:
         """Return what the run has spent up to now: the promised keys of ``tools.ledger total``."""
         with self._lock:
             return as_totals(self._statement(self._clock()))
+
+    @property
+    def account(self) -> Line:
+        """What a checkpoint carries: the statement of the last line, and which ledger that was."""
+        return {**self._stated, "begun": self._begun, "trunk": self._trunk}
 
     def heartbeat(self) -> None:
         """Writes a heartbeat if the last line is 10 s old."""

@@ -14,10 +14,16 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.account import ledger
+from pretrain.config import build_config, load_config
+from pretrain.continuing import _past
+from pretrain.data.corpora import open_blend, open_data
+from pretrain.files import digest
 from pretrain.monitor import read_metrics
+from slurm.sizing import settled
 from tests.support.runs import Strike, attempt, finish, result
 from tools.ledger import __main__ as ledger_program
 from tools.plan import __main__ as plan
+from tools.plan.estimate import planned_recipe
 from tools.report import __main__ as report
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +110,26 @@ def test_several_decays_of_a_constant_trunk(words: Words, tmp_path: Path) -> Non
     assert totals["flops"]["total"] == parts[0]["flops"]["total"] + sum(own)
 
 
+def test_shared_work_is_known_where_ledgers_are_lost(words: Words, trunk: Path, tmp_path: Path) -> None:
+    """That of the trunk, after the branch began, and the branch's own."""
+    shutil.copytree(trunk, tmp_path / "parent")
+    finish(words("a", *branch(tmp_path / "parent"), "budget.steps=6"))
+    for name, steps in (("parent", 9), ("a", 7)):
+        (tmp_path / name / "ledger.jsonl").unlink()
+        finish(words(name, *(branch(tmp_path / "parent") if name == "a" else ()), f"budget.steps={steps}"))
+    runs = [str(tmp_path / name) for name in ("parent", "a")]
+    assert ledger.total(runs)["steps"] == 9 + 3
+    ledger_program.check(runs)
+
+
+def test_another_layout_and_engine_go_on(words: Words, trunk: Path, tmp_path: Path) -> None:
+    """With the same data and masks: losses are equal to rounding."""
+    other = ("train.engine=deepspeed", "parallel.zero=1", "parallel.tensor=2")
+    finish(words("a", *branch(trunk), *other), 2)
+    whole, own = ({line[0]: line[1] for line in result(run)["losses"]} for run in (trunk, tmp_path / "a"))
+    assert own == pytest.approx({step: whole[step] for step in range(5, 9)}, rel=1e-5)
+
+
 def test_a_branch_of_a_branch_shares_the_trunk_too(words: Words, trunk: Path, tmp_path: Path) -> None:
     finish(words("one", *branch(trunk), "budget.steps=6", *EVERY))
     finish(words("two", *branch(tmp_path / "one", 5), "budget.steps=8"))
@@ -158,15 +184,12 @@ def test_rotary_positions_are_extended(words: Words, tmp_path: Path) -> None:
 
 def test_another_corpus_begins_at_its_start(words: Words, trunk: Path, tiny: Path, tmp_path: Path) -> None:
     """As it does in a run of its own; with the same one, the order goes on."""
-    from pretrain.config import build_config
-    from pretrain.data.corpora import open_blend, open_data
 
     finish(words("a", *branch(trunk), f"corpus.train={tiny}/short"))
     state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
     assert [(segment[1], len(state.segments)) for segment in state.segments] == [(32, 1)]
     config = build_config(state.config)
     data = open_data(config.corpus)
-    from pretrain.continuing import _past
 
     here, alone = open_blend(config, data, _past(state)), open_blend(config, data)
     some = torch.arange(8).numpy()
@@ -215,7 +238,6 @@ def test_a_damaged_trunk_is_refused(words: Words, trunk: Path, tmp_path: Path) -
 
 def test_a_trunk_of_a_program_that_did_not_say_what_it_had_spent(words: Words, trunk: Path) -> None:
     """Is asked by its ledger."""
-    from pretrain.files import digest
 
     parent = trunk.with_name("old")
     shutil.copytree(trunk, parent)
@@ -253,6 +275,9 @@ def test_the_plan_is_of_its_own_part(words: Words, trunk: Path, capsys: pytest.C
     plan.main([*words("a", *branch(trunk, "latest"), "budget.steps=20"), "--json"])
     (said,) = json.loads(capsys.readouterr().out)
     assert said["steps"] == 12 and said["flops_total"] * 8 == 12 * ledger.total([trunk])["flops"]["total"]
+    config = load_config(words("a")[0], [*branch(trunk, "latest"), "budget.steps=20"])
+    frozen = settled(config, planned_recipe(config)[0]).run.branch  # for a job that waits
+    assert frozen and frozen.step == 8 and frozen.inherited["steps"] == 8
     dry = attempt([*words("a", *branch(trunk, "latest"), "budget.steps=20"), "--dry-run"])
     assert dry.codes == [0], dry.text
     assert f"20 steps, 8 of them by {trunk} at step 8 = 12 updates" in " ".join(dry.text.split())

@@ -213,7 +213,7 @@ def _row(line: ledger.Line) -> str:
     ).rstrip()
 
 
-_TOLD = ("reason", "found", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
+_TOLD = ("reason", "found", "of", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
 
 
 def _details(line: ledger.Line) -> str:
