@@ -10,7 +10,8 @@ from typing import Any
 
 from pretrain import checkpoint
 from pretrain.account import ledger, schedule
-from pretrain.account.budget import Totals, spent
+from pretrain.account.budget import spent
+from pretrain.account.ledger import Totals
 from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.checkpoint import State
 from pretrain.config import BUDGET_UNITS, BranchOptions, Config, build_config, phase_configs, read_yaml

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from pretrain.account.ledger import Totals
 from pretrain.errors import UserError
 from pretrain.files import truncate_torn_line
 from pretrain.tracker import Tracker
@@ -36,7 +37,6 @@ PLAIN_EVERY = 20.0  # seconds between lines where there is no terminal
 WINDOW = 20  # logs over which the time left is estimated
 
 Metrics = dict[str, Any]
-Totals = dict[str, Any]  # of Ledger.totals
 
 
 def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None) -> dict[str, float]:
@@ -65,7 +65,10 @@ def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None)
 
 def _counts(totals: Totals) -> Metrics:
     return {
-        **{name: totals[name] for name in ("samples", "tokens_seen", "tokens_real", "tokens_predicted")},
+        "samples": totals["samples"],
+        "tokens_seen": totals["tokens_seen"],
+        "tokens_real": totals["tokens_real"],
+        "tokens_predicted": totals["tokens_predicted"],
         "flops": totals["flops"]["total"],
         "flops_without_head": totals["flops"]["total"] - totals["flops"]["head"],
         "token_layers": totals["token_layers"],

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.account import energy, schedule
 from pretrain.account.budget import TOLERANCE
-from pretrain.account.ledger import peak_resident
+from pretrain.account.ledger import Totals, peak_resident
 from pretrain.build import Run, layout, read_phase, timed
 from pretrain.checkpoint import State
 from pretrain.data import rng
@@ -145,7 +145,7 @@ def decide_step(run: Run) -> StepDecision:
     return StepDecision(bool(stop), bool(fits), bool(due), *shares, phase, bool(late), milestone - 1)
 
 
-def held_back(run: Run, totals: dict[str, Any]) -> tuple[float, float]:
+def held_back(run: Run, totals: Totals) -> tuple[float, float]:
     """What the next update, and what the end of the run will take of a budget of hours or kWh.
 
     The end is an evaluation and a save; an evaluation that has not been timed yet takes at most as long as
@@ -351,7 +351,7 @@ def finish(run: Run, turn: StepDecision) -> int:
     return code
 
 
-def unused(run: Run, totals: dict[str, Any]) -> str:
+def unused(run: Run, totals: Totals) -> str:
     """What of a budget that only a run can tell was held back for the end and then not needed, in words."""
     left = run.recipe.budget.total - run.recipe.budget.spent(totals)
     if not run.recipe.budget.measured or left <= 0:

@@ -12,9 +12,9 @@ Imports no torch.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.account.flops import StepCost
+from pretrain.account.ledger import Totals
 from pretrain.errors import UserError
 
 JOULES_PER_KWH = 3.6e6
@@ -24,8 +24,6 @@ TOLERANCE = 1e-9
 """Share of the budget within which amounts are equal: sums of floats depend on the order of their terms."""
 UNTIMED = 1e-3
 """Share of the budget that an update is taken for until one was timed."""
-
-Totals = dict[str, Any]  # of Ledger.totals
 
 
 def spent(totals: Totals, unit: str) -> float:

@@ -31,6 +31,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
 from pretrain.files import sync, truncate_torn_line
@@ -75,6 +77,31 @@ RECENT = 10  # updates
 PULSE = 1.0  # seconds between two looks at the clock
 
 Line = dict[str, Any]
+
+
+class Totals(TypedDict):
+    """What was spent: the promised keys of ``tools.ledger total``."""
+
+    steps: int
+    samples: int
+    tokens_seen: int
+    tokens_real: int
+    tokens_predicted: int
+    flops: dict[str, int]
+    """By part of the model, and their total."""
+    hardware_flops: int
+    token_layers: float
+    device_seconds: dict[str, float]
+    """By what they went into, and their total."""
+    lost_flops: int
+    joules: float | None
+    """None where nothing was metered."""
+    joules_by_part: dict[str, float]
+    metered_device_seconds: float
+    peak_bytes: int
+    """The most that a rank has held."""
+    attempts: int
+
 
 _EPOCH = time.time() - time.monotonic()
 
@@ -271,12 +298,18 @@ def _sum(parts: dict[str, Any]) -> Any:
     return sum(value for name, value in parts.items() if name != "total")
 
 
-def as_totals(line: Line) -> dict[str, Any]:
-    """Return a statement under the promised keys of ``tools.ledger total``."""
+def as_totals(line: Line) -> Totals:
+    """Return what a statement amounts to."""
     parts = line["joules"]
     return {
         "steps": line["step"],
-        **{name: line[name] for name in COUNTERS if name != "step"},
+        "samples": line["samples"],
+        "tokens_seen": line["tokens_seen"],
+        "tokens_real": line["tokens_real"],
+        "tokens_predicted": line["tokens_predicted"],
+        "flops": line["flops"],
+        "hardware_flops": line["hardware_flops"],
+        "token_layers": line["token_layers"],
         "device_seconds": line["device_seconds"],
         "lost_flops": line["lost_flops"],
         "joules": _rounded(sum(parts.values())) if parts else None,
@@ -287,8 +320,8 @@ def as_totals(line: Line) -> dict[str, Any]:
     }
 
 
-def total(runs: Iterable[str | Path]) -> dict[str, Any]:
-    """Return what the runs spent together, under the keys of `Ledger.totals`; `peak_bytes` is the largest.
+def total(runs: Iterable[str | Path]) -> Totals:
+    """Return what the runs spent together; `peak_bytes` is the largest.
 
     What several have in common, as a trunk and its branches, is counted once, as far as any of them went.
     """
@@ -621,8 +654,8 @@ class Ledger:
                 self._over.set()
             return self.head
 
-    def totals(self) -> dict[str, Any]:
-        """Return what the run has spent up to now: the promised keys of ``tools.ledger total``."""
+    def totals(self) -> Totals:
+        """Return what the run has spent up to now."""
         with self._lock:
             return as_totals(self._statement(self._clock()))
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pretrain import __version__
+from pretrain.account.ledger import Totals
 from pretrain.checkpoint import State
 from pretrain.config import Config, method_of, phase_configs
 from pretrain.data.manifest import Manifest
@@ -46,7 +47,7 @@ def model_card(
     left_out: int,
     state: State | None = None,
     corpora: Sequence[tuple[float, Manifest]] = (),
-    totals: dict[str, Any] | None = None,
+    totals: Totals | None = None,
     ledger_head: str = "",
     licence: str | None = None,
     with_decoder: bool = False,
@@ -165,7 +166,7 @@ def _training(config: Config, state: State | None) -> str:
     return text
 
 
-def _cost(totals: dict[str, Any] | None, ledger_head: str) -> str:
+def _cost(totals: Totals | None, ledger_head: str) -> str:
     if totals is None:
         return "Not recorded."
     spent = totals["device_seconds"]
@@ -177,8 +178,8 @@ def _cost(totals: dict[str, Any] | None, ledger_head: str) -> str:
         ("device-hours", f"{spent['total'] / 3600:.3f}"),
         ("of them lost to restarts", f"{spent['lost'] / 3600:.3f}"),
     ]
-    if totals.get("joules") is not None:
-        rows.append(("energy, kWh", f"{totals['joules'] / 3.6e6:.3f}"))
+    if (joules := totals["joules"]) is not None:
+        rows.append(("energy, kWh", f"{joules / 3.6e6:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = f"From the ledger of the whole run, all attempts:\n\n| | |\n|---|---|\n{table}"
     if ledger_head:

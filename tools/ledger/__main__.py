@@ -231,7 +231,7 @@ def total(runs: list[str]) -> tuple[Any, str]:
     spent, flops = report["device_seconds"], report["flops"]
     rows = [("attempts", f"{report['attempts']}")]
     counters = ("steps", "samples", "tokens_seen", "tokens_real", "tokens_predicted")
-    rows += [(name, f"{report[name]}") for name in counters]
+    rows += [(name, f"{value}") for name, value in report.items() if name in counters]
     rows += [("token-layers", f"{report['token_layers']:.4e}")]
     rows += [(f"FLOPs, {part}", f"{flops[part]:.4e}") for part in flops]
     rows += [("FLOPs, hardware", f"{report['hardware_flops']:.4e}")]

@@ -6,9 +6,9 @@ together.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.account import ledger
+from pretrain.account.ledger import Totals
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Branch:
     step: int
     run: str | None
     """The name of that one, if it is among those that are shown."""
-    own: dict[str, Any]
-    """Totals of its own part."""
+    own: Totals
+    """Of its own part."""
 
 
 def branches(runs: Mapping[str, str]) -> dict[str, Branch]:

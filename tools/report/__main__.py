@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from pretrain import __version__
 from pretrain.account import flops, ledger
+from pretrain.account.ledger import Totals
 from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
 from pretrain.config import Config, CorpusOptions, method_of
 from pretrain.data.corpora import tokenizer_folder
@@ -123,7 +124,7 @@ class ReportedRun:
     recipe: Recipe
     status: dict[str, Any]
     """{} before the run has begun."""
-    totals: dict[str, Any]
+    totals: Totals
     """Of the ledger."""
     lines: list[ledger.Line]
     ledger_head: str | None
@@ -328,7 +329,7 @@ def _parameters(recipe: Recipe) -> ParameterCounts:
     return ParameterCounts(kept, parts["total"] - kept, parts["total"])
 
 
-def _budget(recipe: Recipe, totals: dict[str, Any]) -> BudgetUse:
+def _budget(recipe: Recipe, totals: Totals) -> BudgetUse:
     budget, given = recipe.budget, recipe.config.budget
     relative_to = given.relative_to and f"{given.fraction:g} of {given.relative_to}"
     return BudgetUse(budget.unit, budget.total, budget.spent(totals), relative_to)

@@ -1,8 +1,8 @@
 """What a report says: its document, whose fields are the keys of its JSON."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from pretrain.account.ledger import Totals
 from tools.ledger.tree import Branch
 from tools.plan.documents import RelativeCosts
 
@@ -128,7 +128,7 @@ class RunReport:
     ledger_head: str | None = None
     devices: list[str]
     ranks: int | None
-    totals: dict[str, Any]
+    totals: Totals
     """Of the ledger."""
     budget: BudgetUse
     costs: RunCosts
@@ -156,5 +156,5 @@ class Report:
     """In the order given."""
     tree: list[str] = field(default_factory=list)
     """Where some are branches, a line for each run with its own part."""
-    together: dict[str, Any] = field(default_factory=dict)
-    """Totals of all runs, of which what branches share is counted once."""
+    together: Totals | None = None
+    """Of all runs, of which what branches share is counted once; None in a document of before 0.2.0."""

@@ -419,6 +419,8 @@ def _subtitle(document: Report) -> str:
 def _tree(document: Report) -> list[str]:
     """A line for each run with its own part, and the sum."""
     spent = document.together
+    if spent is None:
+        return document.tree
     hours = _hours(spent["device_seconds"]["total"])
     sums = f"{_count(spent['steps'])} updates, {spent['flops']['total']:.3e} FLOPs, {hours} device-hours"
     return [*document.tree, f"together, what they share counted once: {sums}"]
