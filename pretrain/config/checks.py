@@ -195,7 +195,7 @@ def config_warnings(config: Config) -> list[str]:
         default = SECTIONS[section].model_fields[name].default
         if not used and getattr(getattr(config, section), name) != default:
             found.append(f"{section}.{name} has no effect: {why}")
-    if k.rate * k.views > 1:
+    if k.rate * k.views > 1 and k.views_partition != "counts":
         found.append(
             f"masking.rate = {k.rate:g} is {1 / k.views:.3g} here: masking.views = {k.views} masks of a text"
             " have no token in common"

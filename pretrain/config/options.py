@@ -225,9 +225,10 @@ class MaskingOptions(Section):
     """Fully-explored masking: K disjoint masks of one text (arXiv 2010.06040)."""
     views_mode: Literal["epoch", "batch"] = "epoch"
     """`epoch`: visit e of a text uses mask e mod K. `batch`: all K masks of a text in one update."""
-    views_partition: Literal["random", "contiguous"] = "random"
+    views_partition: Literal["random", "contiguous", "counts"] = "random"
     """How the tokens of a text are divided among its K masks: at random, or into K segments of the text
-    (from a random place on and round its end), drawn anew every K visits."""
+    (from a random place on and round its end), drawn anew every K visits. `counts` divides softly (GPT-BERT,
+    arXiv 2410.24159): at any `rate`, those that the views before have hidden less often come first."""
 
 
 class PhaseOptions(Section):

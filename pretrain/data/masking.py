@@ -10,7 +10,9 @@ more often than their beginnings. Sequence specials get the smallest keys, so th
 where nothing else is left.
 
 K disjoint masks of a text (fully-explored masking, Zheng et al. 2020, arXiv 2010.06040) are K
-consecutive stretches of the same order; in the contiguous form, of the order of the text.
+consecutive stretches of the same order; in the contiguous form, of the order of the text. Divided by
+counts, each view has an order of its own, in which what the views before it have hidden less often comes
+first: they are drawn again to know that, so that nothing is kept from one visit to the next.
 
 Letters: B batch, L sequence, P predicted, M [MASK] rows, R random rows.
 """
@@ -32,6 +34,8 @@ Int64 = npt.NDArray[np.int64]
 
 _ORDINARY = np.uint32(1 << 31)
 """The bit of a sort key that puts all other tokens before a sequence special."""
+_COUNT_BITS = 4
+"""Of a sort key that orders by how often a token was hidden; so many times at most are told apart."""
 
 
 class Counts(NamedTuple):
@@ -61,7 +65,7 @@ def counts(masking: MaskingOptions, length: int) -> Counts:
     """
     tokens = length - 2
     hidden = _round(masking.rate * tokens)
-    if masking.views > 1:
+    if masking.views > 1 and masking.views_partition != "counts":
         hidden = min(hidden, tokens // masking.views)
     predicted = hidden if masking.predict is None else min(hidden, _round(masking.predict * tokens))
     mask_share, random_share, keep_share = masking.corruption
@@ -141,7 +145,7 @@ class Masker:
         if unit is not None:
             words = np.take_along_axis(words, unit, 1)
             low = self._sides(keys)
-        ordered = self._ordered(self._sort_keys(words, special, low), special, low, keys, view)
+        ordered = self._ordered(self._sort_keys(words, special, low), special, low, keys, view, unit)
         if unit is not None and self.rules > 1:
             self._draw_kinds(ordered, unit, special, low, keys)
         positions = self._places(ordered, low)
@@ -238,7 +242,15 @@ class Masker:
         keys |= low | _ORDINARY
         return np.bitwise_xor(keys, _ORDINARY, out=keys, where=special)
 
-    def _ordered(self, ordered: Keys, special: Bools, low: Keys, keys: rng.Uint64, view: Int64) -> Keys:
+    def _ordered(
+        self,
+        ordered: Keys,
+        special: Bools,
+        low: Keys,
+        keys: rng.Uint64,
+        view: Int64,
+        unit: Int64 | None = None,
+    ) -> Keys:
         """Sort keys [B, L] in the order of rows: context, kept, random, [MASK].
 
         All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
@@ -248,6 +260,8 @@ class Masker:
         if k.views == 1:
             ordered.sort(axis=1)
             return ordered
+        if k.views_partition == "counts":
+            return self._ordered_by_counts(special, low, keys, view, unit)
         contiguous = k.views_partition == "contiguous"
         by_view = self._ring(special, low, keys) if contiguous else ordered
         stretch = (np.arange(L) - (view * hidden)[:, None]) % L
@@ -256,6 +270,35 @@ class Masker:
             drawn = rows[:, L - hidden :]
             drawn[...] = np.sort(np.take_along_axis(ordered, self._places(drawn, low), 1), 1)
         return rows
+
+    def _ordered_by_counts(
+        self, special: Bools, low: Keys, keys: rng.Uint64, view: Int64, unit: Int64 | None
+    ) -> Keys:
+        """Return the sort keys [B, L] of each sequence's view, in the order of rows; see `_ordered`."""
+        L, hidden, most = self.window, self.counts.predicted + self.counts.dropped, (1 << _COUNT_BITS) - 1
+        seen, rows = np.zeros(special.shape, np.uint32), np.zeros(special.shape, np.uint32)
+        for number in range(int(view.max()) + 1):
+            words, often = self._words(rng.key(keys, number), unit), np.minimum(seen, most)
+            if unit is not None:
+                often = np.take_along_axis(often, unit, 1)
+            words = words >> np.uint32(_COUNT_BITS + 1) | (most - often) << np.uint32(31 - _COUNT_BITS)
+            chosen = np.sort(self._sort_keys(words, special, low), 1)
+            rows = np.where((view == number)[:, None], chosen, rows)
+            places = self._places(chosen[:, L - hidden :], low)
+            np.put_along_axis(seen, places, np.take_along_axis(seen, places, 1) + np.uint32(1), 1)
+        # What is hidden is settled; what becomes [MASK] of that must not depend on the counts.
+        with np.errstate(over="ignore"):
+            drawn = self._sort_keys(
+                self._words(rng.mix(rng.key(keys, view) + np.uint64(5)), unit), special, low
+            )
+        places = self._places(rows[:, L - hidden :], low)
+        rows[:, L - hidden :] = np.sort(np.take_along_axis(drawn, places, 1), 1)
+        return rows
+
+    def _words(self, keys: rng.Uint64, unit: Int64 | None) -> Keys:
+        """Return a random word for each token [B, L], the same for those of a unit."""
+        words = rng.stream(keys, (self.window + 1) // 2).view(np.uint32)[:, : self.window]
+        return words if unit is None else np.take_along_axis(words, unit, 1)
 
     def _draw_kinds(self, rows: Keys, unit: Int64, special: Bools, low: Keys, keys: rng.Uint64) -> None:
         """Sort the predicted rows by other keys of their units: the cut one, which has the smallest key of

@@ -151,7 +151,7 @@ def test_random_pieces_are_uniform():
     assert ((pieces - mean) ** 2 / mean).sum() < 275
 
 
-@pytest.mark.parametrize("partition", ["random", "contiguous"])
+@pytest.mark.parametrize("partition", ["random", "contiguous", "counts"])
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("scheme", ["uniform", *UNITS])
 def test_specials_only_where_nothing_else_is_left(scheme, views, partition):
@@ -159,7 +159,7 @@ def test_specials_only_where_nothing_else_is_left(scheme, views, partition):
     tokens = windows(8, 64)
     tokens[:, 1:41] = 2  # documents' ends: 42 specials in all, 22 words, P = 31
     chosen = [masker(tokens, rng.key(np.arange(8)), np.full(8, v)).specials_chosen for v in range(views)]
-    assert chosen == [8 * (31 - 22), 8 * 31][:views]
+    assert chosen == [8 * (31 - 22), 8 * (9 if partition == "counts" else 31)][:views]
 
 
 def predicted(masker, m):
@@ -341,6 +341,50 @@ def test_contiguous_views_are_segments_at_uniform_places():
     np.put_along_axis(masked, m.positions[:, 64 - c.masked :], True, 1)
     at_start = masked[np.arange(20000), starts].mean()
     assert at_start == pytest.approx(c.masked / 15, abs=5 * np.sqrt(0.25 / 20000))
+
+
+# ---- a soft partition ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["uniform", *UNITS])
+def test_what_was_hidden_less_often_comes_first(scheme):
+    """Beyond one cycle too, each in an order of its own; of words and spans but for those that are cut."""
+    masker = make(rate=0.4, views=6, views_partition="counts", scheme=scheme)
+    assert masker.counts.predicted == 25
+    views = [predicted(masker, run(masker, view=view)[1])[:, 1:63] for view in range(6)]
+    for number in range(1, 7):
+        seen = sum(view.astype(int) for view in views[:number])
+        spread = seen.max(1) - seen.min(1)
+        assert spread.max() <= 1 if scheme == "uniform" else spread.mean() < 3
+    assert seen.std(1).mean() < 0.9  # independent masks: 1.2
+    if scheme == "uniform":
+        for view in views:
+            assert abs(view.mean(0) - 25 / 62).max() < 5 * np.sqrt(0.25 / 256)
+        again = (views[0] & views[3]).sum(1).mean()  # of 25, 3 of them in the first cycle's rest
+        assert again < 15
+
+
+def test_a_view_by_counts_is_a_function_of_its_number():
+    masker = make(rate=0.5, views=4, views_partition="counts")
+    tokens, keys = windows(64, 64), rng.key(3, np.arange(64))
+    mixed = masker(tokens, keys, np.arange(64) % 4)
+    for view in range(4):
+        alone = masker(tokens[view::4], keys[view::4], np.full(16, view))
+        assert (alone.ids == mixed.ids[view::4]).all() and (alone.positions == mixed.positions[view::4]).all()
+
+
+def test_kinds_by_counts_are_spread_evenly():
+    """In the third view half of the predicted are hidden for the first time: they are [MASK] as often."""
+    masker = make(rate=0.4, views=3, views_partition="counts", corruption=(0.4, 0.3, 0.3))
+    c = masker.counts
+    before = sum(predicted(masker, run(masker, batch=4000, view=view)[1]).astype(int) for view in (0, 1))
+    _, m = run(masker, batch=4000, view=2)
+    masked = np.zeros(before.shape, bool)
+    np.put_along_axis(masked, m.positions[:, 64 - c.masked :], True, 1)
+    chosen = predicted(masker, m)
+    new, old = masked[chosen & (before == 0)], masked[chosen & (before == 1)]
+    assert len(new) == 4000 * 12 and len(old) == 4000 * 13
+    assert new.mean() == pytest.approx(old.mean(), abs=5 * np.sqrt(0.25 / 24000))
 
 
 @pytest.mark.parametrize("views", [{}, {"views": 3, "views_partition": "contiguous"}])

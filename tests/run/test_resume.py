@@ -39,6 +39,7 @@ VARIANTS = {
     ),
     "dropout": ("model.dropout=0.1", "train.micro_batch_size=4", *QUERY),
     "views-over-epochs": ("masking.views=2", "masking.rate=0.3"),
+    "views-by-counts": ("masking.views=3", "masking.views_partition=counts"),
     "views-in-a-batch": ("masking.views=2", "masking.views_mode=batch"),
     "deepspeed": ("train.engine=deepspeed", "parallel.zero=1"),
     "stable-adamw": ("optimizer.kind=stable-adamw",),
