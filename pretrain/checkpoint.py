@@ -226,7 +226,7 @@ def _name(step: int) -> str:
 
 
 def steps(run: str | Path) -> list[int]:
-    """Steps of which the run has a checkpoint, good or bad, ascending."""
+    """Return the steps of which the run has a checkpoint, good or bad, ascending."""
     names = (path.name for path in (Path(run) / "checkpoints").glob("step-*"))
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
@@ -269,7 +269,7 @@ def refuse_gone(run: str | Path) -> None:
 
 
 def pointed(run: str | Path, pointer: str) -> Path | None:
-    """The checkpoint that `latest` or `best` names; None without a readable pointer."""
+    """Return the checkpoint that `latest` or `best` names; None without a readable pointer."""
     path = Path(run) / "checkpoints" / pointer
     try:
         name = path.read_text(encoding="utf-8").strip()
@@ -290,13 +290,14 @@ written to since: inode, size, time of the last change. No device number: anothe
 
 
 def find(run: str | Path, which: str | int = "latest") -> Path:
-    """The folder of a checkpoint, every byte of it verified; see `find_verified`."""
+    """Return the folder of a checkpoint, every byte of it verified; see `find_verified`."""
     return find_verified(run, which)[0]
 
 
 def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, Stamps]:
-    """The folder of a checkpoint, every byte of it verified, and the stamps of its files, by which those who
-    read them know that they read what was verified; `which` is latest, best, a step or the name of weights.
+    """Return the folder of a checkpoint, every byte of it verified, and the stamps of its files, by which
+    those who read them know that they read what was verified; `which` is latest, best, a step or the name of
+    weights.
 
     For `latest` a bad checkpoint is named in a warning and the newest good other one is taken; a
     bad `best` or step is a UserError, as is a run without any good one. Reads whole files: call
@@ -356,7 +357,7 @@ def _newest_good(run: Path, known: list[int]) -> tuple[Path, Stamps]:
 
 
 def problem(path: Path, kinds: Iterable[str] = FILES) -> str | None:
-    """What is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
+    """Return what is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
     found = verify(path, kinds)
     return found if isinstance(found, str) else None
 
@@ -425,8 +426,8 @@ def _tensors(path: Path, stamps: Stamps | None) -> Iterator[Any]:
 
 
 def read_state(path: Path, stamps: Stamps | None = None) -> State:
-    """The state of a checkpoint; UserError if another version of this program wrote it, or it is not the
-    file that was verified."""
+    """Return the state of a checkpoint; UserError if another version of this program wrote it, or it is not
+    the file that was verified."""
     try:
         with _opened(path / STATE, stamps) as file:
             values = json.loads(file.read())
@@ -466,7 +467,8 @@ def read_tensors(path: Path, kind: str = "param", stamps: Stamps | None = None) 
 
 
 def check_continues(old: State, new: Config, fingerprints: dict[str, str]) -> None:
-    """UserError, one line per change, if the checkpoint cannot go on under this config and these data."""
+    """Raise UserError, one line per change, if the checkpoint cannot go on under this config and these
+    data."""
     changes = changed_keys(build_config(old.config, "config of the checkpoint"), new)
     changes += [
         f"corpus: {name} has other content than at step {old.step} ({before[:12]} -> {now[:12]})"

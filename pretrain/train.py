@@ -118,7 +118,7 @@ def start_phase(run: Run, number: int) -> None:
 
 
 def decide_step(run: Run) -> StepDecision:
-    """One all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
+    """Make one all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
     if run.deadline and time.time() >= run.deadline:
         run.signals.received = run.signals.received or _TIME_LIMIT
     late = int(run.signals.received == _TIME_LIMIT)
@@ -146,7 +146,7 @@ def decide_step(run: Run) -> StepDecision:
 
 
 def held_back(run: Run, totals: Totals) -> tuple[float, float]:
-    """What the next update, and what the end of the run will take of a budget of hours or kWh.
+    """Return what the next update, and what the end of the run will take of a budget of hours or kWh.
 
     The end is an evaluation and a save; an evaluation that has not been timed yet takes at most as long as
     training on its samples. Joules: at the mean power so far, and for the time by which their count is late.
@@ -164,7 +164,7 @@ def held_back(run: Run, totals: Totals) -> tuple[float, float]:
 
 
 def seed_dropout(run: Run, number: int) -> None:
-    """Dropout is a function of (seed, step, micro-batch, data rank) too: nothing to save.
+    """Seed dropout, a function of (seed, step, micro-batch, data rank) too: nothing to save.
 
     Ranks that share a model draw alike, so that replicated activations lose the same elements. It is none of
     the sample: a GPU's fused attention draws for a whole batch, so scores would have to be in memory (as on a
@@ -176,7 +176,7 @@ def seed_dropout(run: Run, number: int) -> None:
 
 
 def mean_loss(run: Run, loss: Tensor) -> float:
-    """Mean over all ranks; one that is no number ends the run.
+    """Return the mean over all ranks; one that is no number ends the run.
 
     The engine skips an update whose gradient is not finite, which is no harm if it happens once; a loss
     like this does not heal.
@@ -191,7 +191,7 @@ def mean_loss(run: Run, loss: Tensor) -> float:
 
 
 def write_log(run: Run, turn: StepDecision, loss: float) -> None:
-    """Loss of the updates since the last log, and the speeds; all ranks take part."""
+    """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
     scaling = check_scale(run)
     if run.monitor and run.ledger:
@@ -211,7 +211,7 @@ def write_log(run: Run, turn: StepDecision, loss: float) -> None:
 
 
 def check_scale(run: Run) -> dict[str, float]:
-    """Loss scale and skipped updates of a run in fp16, for its log; UserError if no scale will do."""
+    """Return loss scale and skipped updates of a run in fp16, for its log; UserError if no scale will do."""
     if run.engine.loss_scale is None:
         return {}
     state = run.engine.loss_scale.state()
@@ -224,14 +224,14 @@ def check_scale(run: Run) -> dict[str, float]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this rank has held: of the GPU's memory, or on a CPU of the host's."""
+    """Return the most that this rank has held: of the GPU's memory, or on a CPU of the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident()
 
 
 def evaluation_due(run: Run, turn: StepDecision) -> bool:
-    """Every so many steps, and at the end of the budget; never twice at one step."""
+    """Tell that one is due every so many steps, and at the end of the budget; never twice at one step."""
     if run.heldout is None or run.scored[0] == run.step or turn.stop:
         return False
     every = run.config.evaluate.every_steps
@@ -239,7 +239,7 @@ def evaluation_due(run: Run, turn: StepDecision) -> bool:
 
 
 def evaluate(run: Run, turn: StepDecision) -> None:
-    """Held-out loss under the fixed mask; all ranks take part."""
+    """Measure held-out loss under the fixed mask; all ranks take part."""
     assert run.heldout
     begin = time.monotonic()
     with timed(run.ledger, "evaluate"):
@@ -271,7 +271,7 @@ def evaluate(run: Run, turn: StepDecision) -> None:
 
 
 def save_due(run: Run) -> bool:
-    """By steps or by rank 0's clock."""
+    """Tell by steps or by rank 0's clock."""
     every = run.config.checkpoint
     if run.step == run.saved or run.step == 0:
         return False
@@ -352,7 +352,8 @@ def finish(run: Run, turn: StepDecision) -> int:
 
 
 def unused(run: Run, totals: Totals) -> str:
-    """What of a budget that only a run can tell was held back for the end and then not needed, in words."""
+    """Return what of a budget that only a run can tell was held back for the end and then not needed, in
+    words."""
     left = run.recipe.budget.total - run.recipe.budget.spent(totals)
     if not run.recipe.budget.measured or left <= 0:
         return ""

@@ -77,17 +77,18 @@ class StepCost:
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
-    """Rows of the word table: the vocabulary rounded up, whatever the parallel layout."""
+    """Return the rows of the word table: the vocabulary rounded up, whatever the parallel layout."""
     return -(-vocab_size // multiple) * multiple
 
 
 def late_masks(model: ModelOptions, masked: int) -> int:
-    """How many of M [MASK] rows join late; the encoder sees the rest, `mask_leak` of them, halves up."""
+    """Return how many of M [MASK] rows join late; the encoder sees the rest, `mask_leak` of them, halves
+    up."""
     return masked - int(model.mask_leak * masked + 0.5 + 1e-9)
 
 
 def encoded(rows: Rows, model: ModelOptions) -> int:
-    """V, rows that the encoder's first layers see."""
+    """Return V, the rows that the encoder's first layers see."""
     return rows.length - late_masks(model, rows.length - rows.visible)
 
 
@@ -116,13 +117,13 @@ def _decoder_layer(rows: Rows, model: ModelOptions) -> int:
 
 
 def encoder_rows(rows: Rows, model: ModelOptions) -> list[int]:
-    """Rows that each encoder layer works on."""
+    """Return the rows that each encoder layer works on."""
     late = min(model.mask_from, model.num_layers)
     return [encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
 
 
 def forward(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
-    """FLOPs of one sequence's forward pass."""
+    """Return FLOPs of one sequence's forward pass."""
     D = model.hidden_size
     table = padded_vocab(vocab_size, model.vocab_multiple)
     return Flops(
@@ -133,7 +134,7 @@ def forward(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
 
 
 def training(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
-    """FLOPs of one sequence's forward and backward pass."""
+    """Return FLOPs of one sequence's forward and backward pass."""
     return forward(model, rows, vocab_size) * 3
 
 
@@ -145,7 +146,7 @@ def step_cost(
     recompute: str,
     optimizer: str = "adamw",
 ) -> StepCost:
-    """Cost of one update of `batch_size` sequences."""
+    """Return the cost of one update of `batch_size` sequences."""
     once = forward(model, rows, vocab_size)
     again = _recomputed(model, rows, once) if recompute == "block" else 0
     own = muon(model) if optimizer == "muon" else 0
@@ -161,12 +162,12 @@ def step_cost(
 
 
 def muon(model: ModelOptions) -> int:
-    """FLOPs by which Muon orthogonalises the matrices of all layers, in an update."""
+    """Return FLOPs by which Muon orthogonalises the matrices of all layers, in an update."""
     return sum(newton_schulz(*shape) * number for shape, number in muon_matrices(model).items())
 
 
 def muon_matrices(model: ModelOptions) -> dict[tuple[int, int], int]:
-    """(rows, columns) -> how many such matrices Muon orthogonalises; fused ones are taken apart."""
+    """Return how many matrices of (rows, columns) Muon orthogonalises; fused ones are taken apart."""
     D, layers = model.hidden_size, model.num_layers + model.decoder_layers
     crossed = model.decoder_layers if model.decoder == "cross" else 0
     found = {(D, D): 4 * (layers + crossed)}  # queries, keys, values, outputs
@@ -176,7 +177,7 @@ def muon_matrices(model: ModelOptions) -> dict[tuple[int, int], int]:
 
 
 def newton_schulz(rows: int, columns: int) -> int:
-    """FLOPs of orthogonalising a matrix: products with its transpose, of that with itself, of both."""
+    """Return FLOPs of orthogonalising a matrix: products with its transpose, of that with itself, of both."""
     n, m = sorted((rows, columns))
     return NEWTON_SCHULZ_STEPS * (4 * n * n * m + 2 * n**3)
 
@@ -203,7 +204,8 @@ def recomputes_all(model: ModelOptions, dropout: float | None) -> bool:
 
 
 def token_layers(model: ModelOptions, rows: Rows) -> float:
-    """Linear FLOPs of all layers of one sequence, in units of one self-attention layer on one row."""
+    """Return the linear FLOPs of all layers of one sequence, in units of one self-attention layer on one
+    row."""
     D = model.hidden_size
     unit = 8 * D * D + _ffn(1, model)
     linear = unit * sum(encoder_rows(rows, model))
@@ -219,7 +221,8 @@ def token_layers(model: ModelOptions, rows: Rows) -> float:
 
 
 def parameters(model: ModelOptions, vocab_size: int) -> dict[str, int]:
-    """Numbers of parameters: encoder layers, decoder, head, embeddings (padded word table), total."""
+    """Return the numbers of parameters: encoder layers, decoder, head, embeddings (padded word table),
+    total."""
     D, learned = model.hidden_size, model.block != "modern"
     norm = 2 * D if learned else D
     decoder = 0
@@ -258,6 +261,6 @@ def _layer_parameters(model: ModelOptions) -> int:
 
 
 def peak(device: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device so named, None when the table does not know it."""
+    """Return the dense peak in FLOP/s of the device so named, None when the table does not know it."""
     found = devices.find(device)
     return found.peak.get(precision) if found else None

@@ -36,7 +36,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_mode(config: Config) -> str:
-    """torch.compile's word for ours, which names graphs also where there can be none."""
+    """Return torch.compile's word for ours, which names graphs also where there can be none."""
     mode = config.train.compile
     if replays_graphs(config):
         return mode
@@ -62,14 +62,14 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, score: bool = False) -> Tensor:
-        """What the model gives (see its forward), in the run's precision."""
+        """Return what the model gives (see its forward), in the run's precision."""
 
     @abstractmethod
     def backward(self, batch: Batch, scale: float) -> Tensor:
         """Adds the gradients of scale x loss of a micro-batch; returns the loss on this rank."""
 
     def step(self, lr: float) -> Tensor:
-        """Updates with the gradients since the last step; returns their norm before clipping.
+        """Update with the gradients since the last step; return their norm before clipping.
 
         A norm that is not finite says that the update was skipped.
         """
@@ -88,18 +88,18 @@ class Engine(ABC):
         return self.topology.device
 
     def accumulate(self, micro_batches: int) -> None:  # noqa: B027 (most need not know)
-        """Updates are of so many micro-batches from now on."""
+        """Make updates of so many micro-batches from now on."""
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, full float32 CPU tensor) of every parameter that has one; collective, to be read to the
-        end."""
+        """Yield (name, full float32 CPU tensor) of every parameter that has one; collective, to be read to
+        the end."""
         for name, parameter in self._having(kind):
             part = self._read(kind, parameter)
             full = tensor_parallel.gather(name, part, self.topology)
             yield name, full.detach().to("cpu", torch.float32, copy=True)
 
     def load_tensors(self, kind: str, get: Callable[[str], Tensor]) -> None:
-        """The inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""
+        """Load, the inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""
         t = self.topology
         with torch.no_grad():
             for name, parameter in self._having(kind):

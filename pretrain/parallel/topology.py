@@ -301,7 +301,7 @@ def on_main(topology: Topology, action: Callable[[], str | None]) -> str:
 
 @contextmanager
 def raise_on_all_ranks(topology: Topology) -> Iterator[None]:
-    """A user's error of one rank is raised on all, which would wait for that rank for ever."""
+    """Raise a user's error of one rank on all, which would wait for that rank for ever."""
     problem = ""
     try:
         yield

@@ -71,3 +71,49 @@ def test_names_are_the_fields_own(path: Path) -> None:
         if isinstance(name, str) and name.strip("_") in TRANSLATED:
             found.add(f"{name}: say {TRANSLATED[name.strip('_')]}")
     assert not found
+
+
+NOUNS = {
+    "the",
+    "a",
+    "an",
+    "what",
+    "how",
+    "whether",
+    "which",
+    "where",
+    "why",
+    "usererror",
+    "every",
+    "each",
+    "all",
+}
+NOUNS |= {
+    "one",
+    "those",
+    "our",
+    "ours",
+    "their",
+    "of",
+    "for",
+    "by",
+    "from",
+    "as",
+    "with",
+    "in",
+    "at",
+    "until",
+}
+"""Words by which a docstring begins with a thing and not with what the function does."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_a_docstring_says_what_the_function_does(path: Path) -> None:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            words = (ast.get_docstring(node) or "").lower().split()
+            a_property = any("property" in ast.unparse(one) for one in node.decorator_list)
+            if not a_property and words and words[0].rstrip(",;:") in NOUNS:
+                found.append(f"{node.name}, line {node.lineno}")
+    assert found == []

@@ -56,7 +56,7 @@ class BenchmarkTask:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def config(self, method: str = "mlm", **sections: Any) -> Config:
-        """The config of a method; `sections` add to its own."""
+        """Return the config of a method; `sections` add to its own."""
         shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": True}
         if method != "mlm":
             decoder = method.removeprefix("3ml-")
@@ -89,31 +89,31 @@ class BenchmarkTask:
         return np.random.default_rng(0).integers(5, MASK_ID, (self.batch_size, self.length))
 
     def masked(self, method: str = "mlm") -> Masked:
-        """The tokens under a method's masks."""
+        """Return the tokens under a method's masks."""
         pool, special = np.arange(5, MASK_ID), np.array([0, 1, 2, 3, MASK_ID])
         mask = Masker(self.config(method).masking, self.length, MASK_ID, pool, special)
         keys = np.arange(self.batch_size, dtype=np.uint64)
         return mask(self.tokens, keys, np.zeros(self.batch_size, np.int64))
 
     def module(self, config: Config) -> LateMaskModel:
-        """Our model with its first weights."""
+        """Return our model with its first weights."""
         model = LateMaskModel(config.model, VOCAB, MASK_ID, config.train.recompute == "block")
         init_weights(model, 0)
         return model
 
     def flop_ratio(self, method: str) -> float:
-        """FLOPs of a method's update over those of `mlm`'s, head included."""
+        """Return FLOPs of a method's update over those of `mlm`'s, head included."""
         return self.flops(method) / self.flops("mlm")
 
     def flops(self, method: str) -> int:
-        """Model FLOPs of one update."""
+        """Return the model FLOPs of one update."""
         config = self.config(method)
         c = counts(config.masking, self.length)
         rows = flops.Rows(c.length, c.visible, c.predicted)
         return flops.training(config.model, rows, VOCAB).total * self.batch_size
 
     def settings(self) -> dict[str, Any]:
-        """What a row says of this."""
+        """Return what a row says of this."""
         return {
             "size": self.size,
             "length": self.length,
@@ -125,7 +125,7 @@ class BenchmarkTask:
 def ours(
     task: BenchmarkTask, method: str = "mlm", place: topology.Topology | None = None, **sections: Any
 ) -> Update:
-    """Our engine's update; `sections` add to those of the config."""
+    """Return our engine's update; `sections` add to those of the config."""
     config = task.config(method, **sections)
     place = place or topology.Topology(device=task.device)
     built = build_engine(config, task.module(config), place, task.batch_size // place.data_size)
@@ -150,7 +150,8 @@ def in_turns(
     wall: bool = False,
     done: Done = no_progress,
 ) -> dict[str, list[float]]:
-    """Seconds of an update of each side, `runs` times, in turn; each time the mean of `repeat` updates.
+    """Return the seconds of an update of each side, `runs` times, in turn; each time the mean of `repeat`
+    updates.
 
     The order is reversed every other round, and a first update of each (which compiles) is not timed. On a
     CPU these are CPU seconds of a thread, which another process on the machine disturbs less than those of
@@ -170,7 +171,7 @@ def in_turns(
 def take_turns(
     sides: Mapping[str, Callable[[], float]], runs: int, done: Done = no_progress
 ) -> dict[str, list[float]]:
-    """What each side returns, `runs` times, the order reversed every other round."""
+    """Return what each side returns, `runs` times, the order reversed every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(runs):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
@@ -189,7 +190,7 @@ def _thread_seconds() -> float:
 
 
 def timed(work: Callable[[], object], repeat: int, device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds of some work, such as an update, the mean of some."""
+    """Return the seconds of some work, such as an update, the mean of some."""
     gc.collect()
     finish(device)
     begin = clock()
@@ -203,7 +204,7 @@ def timed(work: Callable[[], object], repeat: int, device: torch.device, clock: 
 def apart(
     makers: Mapping[str, Callable[[], Update]], repeat: int, task: "BenchmarkTask", done: Done
 ) -> Iterator[dict[str, Any]]:
-    """Sides for `take_turns`, each in a process of its own with its own settings and memory.
+    """Yield the sides for `take_turns`, each in a process of its own with its own settings and memory.
 
     makers: what makes each side's update; they travel to the processes, so they are no lambdas.
     """
@@ -257,7 +258,7 @@ def finish(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """As rows show it."""
+    """Return the name of a device as rows show it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else measure.device()
 
 
@@ -265,7 +266,7 @@ def device_name(device: torch.device) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What several subjects ask."""
+    """Add what several subjects ask."""
     parser.add_argument("--size", choices=SIZES, default="base", help="of the model (%(default)s)")
     parser.add_argument(
         "--length", type=console.whole(8, 512), default=128, help="rows of a sequence (%(default)s)"
@@ -281,21 +282,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    """``--threads``."""
+    """Add ``--threads``."""
     parser.add_argument(
         "--threads", type=console.whole(1), help="of torch on the CPU (all cores that this process has)"
     )
 
 
 def tasks(args: argparse.Namespace) -> list[BenchmarkTask]:
-    """One for each precision; sets the threads."""
+    """Return one for each precision; sets the threads."""
     torch.set_num_threads(args.threads or console.available_cores())
     device = chosen_device(args.device)
     return [BenchmarkTask(args.size, args.length, args.batch_size, dtype, device) for dtype in args.dtype]
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device so named, or the best there is; UserError without a GPU where one was asked for."""
+    """Return the device so named, or the best there is; UserError without a GPU where one was asked for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave it out")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -104,7 +104,7 @@ class Ranks:
             )
 
     def raise_on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere.
+        """Return every rank's result of `action`; its UserError, of the lowest rank that has one, everywhere.
 
         Only rank 0 has the words of it: all would print the same line. The others leave no sooner, for
         MPI_Finalize, when Python ends, waits for all.

@@ -89,7 +89,7 @@ def job(phase: Phase, device: Device | None) -> PlannedJob:
 
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
-    """The layout that a config asks for on so many devices; UserError if they do not divide."""
+    """Return the layout that a config asks for on so many devices; UserError if they do not divide."""
     p, t = config.parallel, config.train
     if gpus % p.tensor:
         raise UserError(f"{gpus} GPUs are no multiple of parallel.tensor = {p.tensor}; change either")
@@ -116,7 +116,7 @@ def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> L
 
 
 def overrides(layout: Layout) -> dict[str, str | int]:
-    """The keys and values of a config that make this layout."""
+    """Return the keys and values of a config that make this layout."""
     return {
         "parallel.tensor": layout.tensor,
         "parallel.zero": layout.zero,
@@ -128,7 +128,7 @@ def overrides(layout: Layout) -> dict[str, str | int]:
 
 
 def changes(config: Config, layout: Layout) -> str:
-    """The override words that turn a config's layout into this one; empty if it is the config's."""
+    """Return the override words that turn a config's layout into this one; empty if it is the config's."""
     sections: dict[str, Any] = config.model_dump()
     words = []
     for key, value in overrides(layout).items():
@@ -142,17 +142,17 @@ def changes(config: Config, layout: Layout) -> str:
 
 
 def memory_of(job: PlannedJob, layout: Layout) -> Memory:
-    """Bytes of a rank."""
+    """Return the bytes of a rank."""
     return memory.per_rank(job.model, job.rows, job.vocab_size, layout)
 
 
 def needs(held: Memory) -> float:
-    """Bytes that a device must have to hold this."""
+    """Return the bytes that a device must have to hold this."""
     return held.total * (1 + FRAGMENTS) + RESERVE
 
 
 def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
-    """Seconds of an update."""
+    """Return the seconds of an update."""
     computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
     waiting = 0.0
     for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
@@ -163,7 +163,7 @@ def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: floa
 
 
 def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
-    """Seconds of a micro-batch's forward and backward pass."""
+    """Return the seconds of a micro-batch's forward and backward pass."""
     B, T = layout.micro_batch, layout.tensor
     cost = flops.step_cost(job.model, job.rows, job.vocab_size, B, layout.recompute)
     saved = memory.activations(job.model, job.rows, replace(layout, recompute="none"))
@@ -178,8 +178,8 @@ def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: flo
 
 
 def orthogonalizing_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
-    """Seconds of Muon's products: those of a data-parallel rank's share of the matrices, which all ranks that
-    share the model form."""
+    """Return the seconds of Muon's products: those of a data-parallel rank's share of the matrices, which all
+    ranks that share the model form."""
     if job.optimizer != "muon":
         return 0.0
     precision = "fp32" if job.precision == "fp16" else job.precision
@@ -188,7 +188,7 @@ def orthogonalizing_seconds(job: PlannedJob, layout: Layout, device: Device, ach
 
 
 def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
-    """Seconds of the optimizer, and of carrying what is offloaded to it."""
+    """Return the seconds of the optimizer, and of carrying what is offloaded to it."""
     P = memory.local_parameters(job.model, job.vocab_size, layout.tensor)
     share = -(-P // layout.data) if layout.zero else P
     if layout.offload == "none":
@@ -205,7 +205,7 @@ def measured() -> dict[str, CalibratedDevice]:
 
 
 def achieved(device: Device, precision: str) -> tuple[float, str]:
-    """(share of the device's peak that products reach in training, whether measured or assumed)."""
+    """Return (share of the device's peak that products reach in training, whether measured or assumed)."""
     if calibrated := measured().get(device.name):
         known = calibrated.achieved
         other = precision if precision in known else min(known)
@@ -214,7 +214,7 @@ def achieved(device: Device, precision: str) -> tuple[float, str]:
 
 
 def share_of(job: PlannedJob, layout: Layout, device: Device, seconds: float) -> float:
-    """The share of the peak at which an update takes so long: its time is A / share + B."""
+    """Return the share of the peak at which an update takes so long: its time is A / share + B."""
     whole, half = (step_seconds(job, layout, device, share) for share in (1.0, 0.5))
     return (half - whole) / (seconds - (2 * whole - half))
 
@@ -228,7 +228,7 @@ ROBERTA_PIECES = 50_265
 
 
 def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -> Config:  # noqa: B006
-    """A config of RoBERTa's size; `model` and `masking` make it a method.
+    """Return a config of RoBERTa's size; `model` and `masking` make it a method.
 
     The same rows in a micro-batch at every length, so that short sequences do not wait for kernels to start.
     """
@@ -248,7 +248,8 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
 
 
 def divisions(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[tuple[int, int]]:
-    """(tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases divide."""
+    """Return (tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases
+    divide."""
     model, found = jobs[-1].model, []
     for tensor in powers(min(gpus, device.per_node)):
         data = gpus // tensor
@@ -259,7 +260,8 @@ def divisions(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[tup
 
 
 def nearest(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[int]:
-    """The next smaller and the next larger number of devices among which all divides, where there is one."""
+    """Return the next smaller and the next larger number of devices among which all divides, where there is
+    one."""
     most = device.per_node * max(job.batch_size for job in jobs)
     found = []
     for counts in (range(min(gpus - 1, most), 0, -1), range(gpus + 1, most + 1)):
@@ -268,8 +270,8 @@ def nearest(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[int]:
 
 
 def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterator[list[Layout]]:
-    """For each way to divide the model, its state and its activations, the simpler ones first: the layout
-    of each phase, with the largest micro-batch that fits."""
+    """Yield for each way to divide the model, its state and its activations, the simpler ones first: the
+    layout of each phase, with the largest micro-batch that fits."""
     divided, kind = divisions(jobs, gpus, device), jobs[-1].optimizer
     for zero, offload in SAVINGS if kind == "adamw" else SAVINGS[:1]:
         for tensor, data in divided:
@@ -305,7 +307,8 @@ def powers(limit: int) -> list[int]:
 
 
 def largest_micro_batch(job: PlannedJob, layout: Layout, device: Device) -> Layout | None:
-    """With the largest micro-batch, of those that divide a rank's samples, that fits; None: not even 1."""
+    """Return the layout with the largest micro-batch, of those that divide a rank's samples, that fits;
+    None: not even 1."""
     samples, rest = divmod(job.batch_size, layout.data)
     if rest:
         return None
@@ -318,13 +321,13 @@ def largest_micro_batch(job: PlannedJob, layout: Layout, device: Device) -> Layo
 
 @cache
 def divisors(number: int) -> list[int]:
-    """From 1 to the number."""
+    """Return those from 1 to the number."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def fastest(jobs: Sequence[PlannedJob], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
-    """The simplest layout that fits all phases and is, in the last of them, nearly as fast as the fastest,
-    by the margins above; of each phase. None: nothing fits."""
+    """Return the simplest layout that fits all phases and is, in the last of them, nearly as fast as the
+    fastest, by the margins above; of each phase. None: nothing fits."""
     found = [
         (with_margin(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)
     ]
@@ -333,12 +336,12 @@ def fastest(jobs: Sequence[PlannedJob], gpus: int, device: Device, achieved: flo
 
 
 def with_margin(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
-    """Seconds of an update with the margin of its stage: by these, layouts are compared."""
+    """Return the seconds of an update with the margin of its stage: by these, layouts are compared."""
     return step_seconds(job, layout, device, achieved) * (1 + MARGIN[layout.zero])
 
 
 def named(name: str, given: str = "--device ") -> Device:
-    """The device of that name, in the table or measured; UserError lists the known ones.
+    """Return the device of that name, in the table or measured; UserError lists the known ones.
 
     given: what a person wrote before the name.
     """
