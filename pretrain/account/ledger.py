@@ -198,11 +198,17 @@ def check(run: str | Path) -> int:
     lines = chain(run)
     before, known = empty_statement(), with_absent(lines)
     for number, line in enumerate(lines.values(), 1):
-        before = taken_over(before, line)
         if wrong := _disagreement(before, line, known):
             raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
         before = line
     return len(lines)
+
+
+def _wrong_at_the_end(lines: dict[str, Line]) -> str:
+    """Return what is wrong with the last line, which no hash holds yet; "" if nothing is."""
+    *_, before, last = [empty_statement(), empty_statement(), *lines.values()]
+    wrong = _disagreement(before, last, with_absent(lines)) if lines else None
+    return f"{len(lines)}: {wrong}" if wrong else ""
 
 
 # ---- lines that are elsewhere: lost, or of the run that a branch begins from
@@ -259,7 +265,15 @@ def gaps(lines: Iterable[Line]) -> list[str]:
 
 
 def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
-    """What in a line contradicts itself or the lines before it; lines: with those that are elsewhere."""
+    """Return what in a line contradicts itself or the one before it; lines: with those that are elsewhere."""
+    try:
+        return _contradiction(taken_over(before, line), line, lines)
+    except (KeyError, TypeError, AttributeError):
+        return "not a line of a ledger"
+
+
+def _contradiction(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
+    """Return what `_disagreement` does, of a line that has all that it reads."""
     if missing := [
         name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
     ]:
@@ -461,7 +475,11 @@ class Ledger:
     def _keep_unbroken(self) -> tuple[dict[str, Line], str]:
         """Cut off what follows a break of the chain, with the whole file kept beside; return the lines that
         are left, and what is wrong with the one after them."""
-        lines, wrong, size = _unbroken(self._path.read_bytes())
+        data = self._path.read_bytes()
+        lines, wrong, size = _unbroken(data)
+        if not wrong and (wrong := _wrong_at_the_end(lines)):
+            lines.popitem()
+            size = data[:-1].rfind(b"\n") + 1
         if wrong:
             number = len(list(self._path.parent.glob("ledger-damaged-*.jsonl"))) + 1
             kept = self._path.with_name(f"ledger-damaged-{number}.jsonl")
