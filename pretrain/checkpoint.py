@@ -1,9 +1,10 @@
 """The checkpoints of a run: written whole or not at all, verified before they are used.
 
-A checkpoint is three safetensors files (parameters and both moments of AdamW: full fp32 tensors
-under the model's own names, whatever TP x DP x ZeRO layout wrote them), `state.json` and a
-manifest of sizes and hashes. Nothing is ever unpickled. What is kept of milestones, or averaged, is
-weights alone: the same without moments, by name, in `weights/`; no run goes on from it.
+A checkpoint is three safetensors files: parameters, first moments (Muon's momentum among them) and second
+ones (which Muon's matrices have not), full fp32 tensors under the model's own names, whatever layout wrote
+them. With them go `state.json` and a manifest of sizes and hashes. Nothing is ever unpickled. What is kept
+of milestones, or averaged, is weights alone: the same without moments, by name, in `weights/`; no run goes
+on from it.
 
 The one idea: a checkpoint becomes visible by one rename, after every byte of it is on disk, and
 becomes the one to resume from by a second rename, that of the pointer `latest`. A kill at any

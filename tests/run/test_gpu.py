@@ -97,7 +97,7 @@ def test_a_deterministic_run_repeats_to_the_bit(words: Callable[..., list[str]])
     assert train(words("once", *exact), gpu=True) == train(words("again", *exact), gpu=True)
 
 
-@pytest.mark.parametrize("subject", ["step", "head", "attention", "memory"])
+@pytest.mark.parametrize("subject", ["step", "head", "attention", "memory", "optimizer"])
 def test_a_benchmark_has_all_its_rows(subject: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Megatron's BertModel and Trainer among them."""
     tiny = ["--size", "tiny", "--length", "32"]

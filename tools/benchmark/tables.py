@@ -72,7 +72,7 @@ FILES = (
     *("step-large-128-query-fp32", "step-large-512-self-fp32", "step-large-512-query-fp32"),
     *("step-large-512-self", "step-large-512-self-b4", "step-large-512-query"),
     *("scaling-tensor", "scaling-zero", "scaling-tensor-bf16", "head", "attention-128", "attention-512"),
-    *("memory", "corpus", "corpus-ids", "many-documents"),
+    *("memory", "optimizer", "corpus", "corpus-ids", "many-documents"),
 )
 """The results, ``results/benchmark-NAME.json``. Of rows with one name the last is shown."""
 
@@ -97,6 +97,29 @@ _ATTENTION = [
         ("attention layer, rate / Hugging Face's (eager)", "packed, against hugging face eager"),
         ("the same bounded by four documents / packed", "bounded, against packed"),
     )
+]
+_OPTIMIZER = [
+    (
+        "update of the parameters, StableAdamW / AdamW",
+        "-",
+        "update of the parameters, stable-adamw against adamw, base, DTYPE",
+    ),
+    *(
+        line
+        for ranks, which in (("1 rank", "Muon on one rank"), ("8 ranks", "Muon on one of eight"))
+        for line in (
+            (
+                f"the same, {which} / AdamW",
+                "-",
+                f"update of the parameters, muon on {ranks} against adamw, base, DTYPE",
+            ),
+            (
+                f"what {which} adds to an update of 32,768 rows a rank, minus share of FLOPs",
+                ".04 / -",
+                f"what muon on {ranks} adds to an update, base, DTYPE",
+            ),
+        )
+    ),
 ]
 SPEEDS = [
     ("`mlm` rate / Hugging Face eager loop", "1.40 / 1.50", "mlm against hugging face, base 128, DTYPE"),
@@ -128,6 +151,7 @@ SPEEDS = [
     ),
     *_HEAD,
     *_ATTENTION,
+    *_OPTIMIZER,
 ]
 """What is measured, our goal (floor / aim), and the name of its row."""
 
