@@ -483,8 +483,8 @@ def rewrite(run, change, last=1):
 
 def test_a_run_that_ended_is_held_to_its_last_line(ended, words):
     (report,), text = program.check([str(ended)])
-    assert report["held"] == report["lines"] and report["checkpoints"] == 1
-    assert text.endswith(f"{report['lines']} lines and 1 checkpoint agree; head {report['head']}")
+    assert report.held == report.lines and report.checkpoints == 1
+    assert text.endswith(f"{report.lines} lines and 1 checkpoint agree; head {report.head}")
     path = ended / "ledger.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -540,11 +540,11 @@ def test_what_nothing_holds_is_said(words, tmp_path):
     cut = attempt(words("a", *options), strike=Strike(signal.SIGKILL, 5))
     assert cut.codes == [-signal.SIGKILL], cut.text
     (report,), text = program.check([str(tmp_path / "a")])
-    assert report["held"] < report["lines"]
-    assert f"nothing holds the last {report['lines'] - report['held']} lines" in text
+    assert report.held < report.lines
+    assert f"nothing holds the last {report.lines - report.held} lines" in text
     shutil.rmtree(tmp_path / "a" / "checkpoints")
     _, text = program.check([str(tmp_path / "a")])
-    assert f"nothing holds the last {report['lines']} lines" in text
+    assert f"nothing holds the last {report.lines} lines" in text
 
 
 # ---- the outside ---------------------------------------------------------------------------------
@@ -634,7 +634,7 @@ def test_program_reads_a_ledger_without_a_line(tmp_path):
     Ledger.open(tmp_path, 2, "cpu", Clock(), started=1000.0)
     runs = [str(tmp_path)]
     none = {"lines": 0, "checkpoints": 0, "held": 0, "gaps": [], "head": ""}
-    assert program.check(runs)[0] == [{"run": runs[0], **none}]
+    assert [vars(one) for one in program.check(runs)[0]] == [{"run": runs[0], **none}]
     assert program.total(runs)[0]["steps"] == 0
     assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
     assert program.emissions.report(runs, None, None)[0].attempts == []

@@ -114,7 +114,7 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert (state.ledger_head in gap["stands_for"]) == (damage not in (torn_last_word, miscounted))
     (checked,), text = program.check([str(cut)])
     assert f"notes a gap: the ledger {DAMAGES[damage]}" in " ".join(text.split())
-    assert checked["gaps"] == ledger.gaps(ledger.read(cut))
+    assert checked.gaps == ledger.gaps(ledger.read(cut))
     assert state.account
     seconds, before = ledger.total([cut])["device_seconds"], state.account["device_seconds"]
     assert seconds["total"] > before["total"] and seconds["productive"] > before["productive"]

@@ -786,7 +786,7 @@ def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) ->
     for page in ("report.md", "report.html"):
         assert head[:16] in (tmp_path / "report" / page).read_text(encoding="utf-8")
     said, text = ledger_program.check([str(run)], head[:16])
-    assert said[0]["head"] == head and text.endswith(f"; head {head}")
+    assert said[0].head == head and text.endswith(f"; head {head}")
     first, *others = ledger.chain(run).values()
     (run / "ledger.jsonl").unlink()
     before = ""

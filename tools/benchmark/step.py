@@ -6,10 +6,10 @@ its users would start it, and all of a precision take turns.
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pretrain.errors import UserError
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.peers import PEERS
 from tools.benchmark.task import RATE, BenchmarkTask, Update, apart, device_name, ours, take_turns
-from tools.shared import console, measure, outputs
+from tools.shared import console, documents, measure, outputs
 from tools.shared.measure import BenchmarkRow, Done
 from tools.shared.tables import aligned
 
@@ -159,6 +159,18 @@ TOP = 15
 """Operations that a profile names; the others are added up."""
 
 
+@dataclass(frozen=True)
+class OperationTime:
+    """What an operation took of an update, by itself."""
+
+    operation: str
+    calls: int
+    seconds: float
+    share: float
+    tflops: float | None
+    """TFLOP/s of a matrix product, by the shapes that it was called with; None of other operations."""
+
+
 FIELDS = dict.fromkeys(("operation", "calls", "seconds", "share", "tflops"), "")
 """By which a profile's operations are known, and the trace beside them with them."""
 
@@ -182,21 +194,16 @@ def write_profile(make: Callable[[], Update], folder: Path, name: str) -> None:
     places = (make, str(trace), torch.get_num_threads())
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory is not kept
         found = pool.apply(profile, places)
-    outputs.write(operations, json.dumps(found, indent=1) + "\n", FIELDS)
+    outputs.write(operations, documents.to_json(found) + "\n", FIELDS)
     table = [(name, "calls", "s", "share", "TFLOP/s")]
     for row in found:
-        speed = f"{row['tflops']:.3f}" if row["tflops"] else ""
-        table.append(
-            (row["operation"], f"{row['calls']}", f"{row['seconds']:.3f}", f"{row['share']:.1%}", speed)
-        )
+        speed = f"{row.tflops:.3f}" if row.tflops else ""
+        table.append((row.operation, f"{row.calls}", f"{row.seconds:.3f}", f"{row.share:.1%}", speed))
     print(aligned(table), file=sys.stderr, flush=True)
 
 
-def profile(make: Callable[[], Update], trace: str, threads: int) -> list[dict[str, Any]]:
-    """Writes the trace of an update after a first one; its operations by the time that is their own.
-
-    tflops: TFLOP/s of a matrix product, by the shapes that it was called with; None of other operations.
-    """
+def profile(make: Callable[[], Update], trace: str, threads: int) -> list[OperationTime]:
+    """Writes the trace of an update after a first one; its operations by the time that is their own."""
     torch.set_num_threads(threads)
     update = make()
     update()
@@ -211,17 +218,11 @@ def profile(make: Callable[[], Update], trace: str, threads: int) -> list[dict[s
     events = sorted(found.key_averages(), key=lambda event: -getattr(event, own))
     total = sum(getattr(event, own) for event in events)
 
-    def row(name: str, some: list[Any]) -> dict[str, Any]:
+    def row(name: str, some: list[Any]) -> OperationTime:
         spent, flops = (sum(getattr(event, what) for event in some) for what in (own, "flops"))
         calls = sum(event.count for event in some)
         speed = flops / spent / 1e6 if flops and "mm" in name else None
-        return {
-            "operation": name,
-            "calls": calls,
-            "seconds": spent / 1e6,
-            "share": spent / total,
-            "tflops": speed,
-        }
+        return OperationTime(name, calls, spent / 1e6, spent / total, speed)
 
     rows = [row(event.key, [event]) for event in events[:TOP]]
     return [*rows, row(f"{len(events[TOP:])} others", events[TOP:])]

@@ -8,6 +8,7 @@ lists the events of each run; `total` adds the runs up; `energy` tells joules an
 
 import argparse
 import math
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,21 @@ def check(runs: list[str], said: str | None = None) -> tuple[Any, str]:
     return report, wrapped("\n".join(map(_verdict, report)), indent=4)
 
 
-def _checked(run: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CheckedLedger:
+    """A ledger that holds."""
+
+    run: str
+    lines: int
+    checkpoints: int
+    held: int
+    """Lines that something else of the run refers to, or that come before one."""
+    gaps: list[str]
+    head: str
+    """Hash of the newest line; "" without one."""
+
+
+def _checked(run: Path) -> CheckedLedger:
     ledger.check(run)
     lines = ledger.chain(run)
     check_counts(run, lines)
@@ -114,24 +129,24 @@ def _checked(run: Path) -> dict[str, Any]:
             )
     order = list(lines)
     held = max((order.index(head) + 1 for head, _ in heads.values() if head in lines), default=0)
-    return {
-        "run": str(run),
-        "lines": len(lines),
-        "checkpoints": len(saves),
-        "held": held,
-        "gaps": ledger.gaps(lines.values()),
-        "head": next(reversed(order), ""),
-    }
+    return CheckedLedger(
+        run=str(run),
+        lines=len(lines),
+        checkpoints=len(saves),
+        held=held,
+        gaps=ledger.gaps(lines.values()),
+        head=next(reversed(order), ""),
+    )
 
 
-def _verdict(one: dict[str, Any]) -> str:
+def _verdict(one: CheckedLedger) -> str:
     """In words; what follows the last line that something else refers to can be cut off unnoticed."""
-    checkpoints = f"{one['checkpoints']} checkpoint{'s' * (one['checkpoints'] != 1)}"
-    text = f"{one['run']}: {one['lines']} lines and {checkpoints} agree"
-    loose = one["lines"] - one["held"]
+    checkpoints = f"{one.checkpoints} checkpoint{'s' * (one.checkpoints != 1)}"
+    text = f"{one.run}: {one.lines} lines and {checkpoints} agree"
+    loose = one.lines - one.held
     if loose:
         text += f", but nothing holds the last {loose} lines: they could have been more"
-    return "\n".join([f"{text}; head {one['head'] or 'none'}", *one["gaps"]])
+    return "\n".join([f"{text}; head {one.head or 'none'}", *one.gaps])
 
 
 def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
