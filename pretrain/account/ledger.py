@@ -278,6 +278,9 @@ def _contradiction(before: Line, line: Line, lines: dict[str, Line]) -> str | No
         name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
     ]:
         return f"it has no {missing[0]}"
+    for name, parts in (*empty_statement().items(), ("seconds", dict.fromkeys(CATEGORIES))):
+        if isinstance(parts, dict) and (gone := parts.keys() - line[name].keys()):
+            return f"its {name} have no {min(gone)}"
     if before.get("event") in LAST_WORDS and line["attempt"] == before["attempt"]:
         return "it follows the last word of its attempt"
     spent, tolerance = line["device_seconds"], 1e-4 * line["ranks"]

@@ -73,6 +73,11 @@ def miscounted(lines: Lines) -> bytes:
     return b"".join([*lines[:-1], lines[-1].replace(b'"total": ', b'"total": 1', 1)])
 
 
+def misspelt(lines: Lines) -> bytes:
+    """A key of the last line, on which the next one builds."""
+    return b"".join([*lines[:-1], lines[-1].replace(b'"evaluate"', b'"evaluatd"')])
+
+
 def rewritten(lines: Lines) -> bytes:
     """By somebody who has written all hashes after it anew."""
     head, text = "", b""
@@ -89,6 +94,7 @@ DAMAGES = {
     emptied: "was cut off before it",
     flipped: "was damaged at line 3: does not follow from the line before",
     miscounted: "was damaged at line",
+    misspelt: "was damaged at line",
     rewritten: "was changed: it goes on without it",
 }
 
@@ -102,7 +108,9 @@ def test_goes_on_where_the_ledger_is_damaged(
     lines = path.read_bytes().splitlines(keepends=True)
     state = checkpoint.read_state(checkpoint.find(cut))
     path.write_bytes(damage(lines))
-    with pytest.raises(UserError, match="is missing: .*was c|does not follow from the line|do not add up"):
+    with pytest.raises(
+        UserError, match="is missing: .*was c|does not follow from the line|do not add up|have no evaluate"
+    ):
         program.check([str(cut)])
     killed = attempt(words("cut", *OPTIONS), strike=Strike(SIGKILL, 1))
     assert killed.codes == [-SIGKILL], killed.text
@@ -111,7 +119,7 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert result(cut) == whole
     (gap,) = [line for line in ledger.read(cut) if line["event"] == "gap"]
     assert gap["found"].startswith(DAMAGES[damage]) and gap["step"] == state.step == 5
-    assert (state.ledger_head in gap["stands_for"]) == (damage not in (torn_last_word, miscounted))
+    assert (state.ledger_head in gap["stands_for"]) == (damage not in (torn_last_word, miscounted, misspelt))
     (checked,), text = program.check([str(cut)])
     assert f"notes a gap: the ledger {DAMAGES[damage]}" in " ".join(text.split())
     assert checked.gaps == ledger.gaps(ledger.read(cut))
@@ -120,7 +128,7 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert seconds["total"] > before["total"] and seconds["productive"] > before["productive"]
     (warning,) = [one for one in report.gather([str(cut)]).warnings if "gap" in one]
     assert DAMAGES[damage] in warning
-    assert len(list(cut.glob("ledger-damaged-1.jsonl"))) == (damage in (flipped, miscounted))
+    assert len(list(cut.glob("ledger-damaged-1.jsonl"))) == (damage in (flipped, miscounted, misspelt))
 
 
 def test_goes_on_where_the_ledger_is_gone_and_the_newest_checkpoint_too(
