@@ -248,7 +248,8 @@ def total(runs: list[str]) -> tuple[Any, str]:
     counters = ("steps", "samples", "tokens_seen", "tokens_real", "tokens_predicted")
     rows += [(name, f"{value}") for name, value in report.items() if name in counters]
     rows += [("token-layers", f"{report['token_layers']:.4e}")]
-    rows += [(f"FLOPs, {part}", f"{flops[part]:.4e}") for part in flops]
+    parts = sorted(flops, key=lambda part: part == "total")  # the sum below its parts
+    rows += [(f"FLOPs, {part}", f"{flops[part]:.4e}") for part in parts]
     rows += [("FLOPs, hardware", f"{report['hardware_flops']:.4e}")]
     rows += [("FLOPs, lost", f"{report['lost_flops']:.4e}")]
     rows += [(f"device-hours, {part}", f"{spent[part] / 3600:.4f}") for part in spent]
