@@ -77,6 +77,7 @@ TENSOR = [case._replace(tensor=2, persist=False) for case in (Case(), *ZERO)]
 STOCK = [Case(engine="deepspeed", zero=3, persist=False, cross_entropy="torch")]
 if not hasattr(nn.functional, "linear_cross_entropy"):  # torch 2.11
     STOCK = []
+OFFLOADED = Case(engine="deepspeed", zero=3, offload="all", persist=False)
 KINDS_BESIDE = ("stable-adamw", "muon")
 OTHERS = [Case(engine=engine, optimizer=kind) for engine in ("torch", "deepspeed") for kind in KINDS_BESIDE]
 TENSOR_OTHERS = [case._replace(tensor=2) for case in OTHERS]
@@ -87,7 +88,7 @@ CASES = {
         *OTHERS,
         *ZERO,
         Case(engine="deepspeed", zero=2, offload="optimizer"),
-        Case(engine="deepspeed", zero=3, offload="all", persist=False),
+        OFFLOADED,
         *STOCK,
         *TENSOR,
         *TENSOR_OTHERS,
@@ -127,7 +128,7 @@ class Expected(NamedTuple):
     end: State
 
 
-def expectation(kind: str) -> Expected:
+def expectation(kind: str = "adamw") -> Expected:
     case = Case(optimizer=kind)
     config, model = case.config(), make_model(case)
     optimizer = ReferenceOptimizer(model, config.optimizer)
