@@ -65,10 +65,10 @@ class Tracker:
 
     def _work(self, run: Path, settings: Line) -> None:
         try:
-            known = _read_id(run, self._kind)
-            name, send, end = TRACKERS[self._kind](run, known, settings)
-            if name != known:
-                write_whole(run / FILE, (json.dumps({self._kind: name}) + "\n").encode())
+            ids = _read_ids(run)
+            name, send, end = TRACKERS[self._kind](run, ids.get(self._kind), settings)
+            if name != ids.get(self._kind):
+                write_whole(run / FILE, (json.dumps({**ids, self._kind: name}) + "\n").encode())
             while (line := self._lines.get()) is not None:
                 values = {key: value for key, value in line.items() if isinstance(value, int | float)}
                 send(int(values.pop("step")), values.pop("time"), values)
@@ -85,12 +85,13 @@ class Tracker:
             self._failed = True
 
 
-def _read_id(run: Path, kind: str) -> str | None:
-    """Return the id that earlier attempts had; None at the first, and where the file is damaged."""
+def _read_ids(run: Path) -> dict[str, str]:
+    """Return the id that earlier attempts had at each tracker; none at the first, or in a damaged file."""
     try:
-        return str(json.loads((run / FILE).read_text(encoding="utf-8"))[kind])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        known = json.loads((run / FILE).read_text(encoding="utf-8"))
+        return {kind: str(name) for kind, name in known.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _wandb(run: Path, known: str | None, settings: Line) -> Opened:

@@ -119,6 +119,23 @@ def test_only_numbers_are_sent(kind: Callable[..., str], tmp_path: Path) -> None
     assert sent == [(4, 1e9 + 4, {"loss": 0.25})]
 
 
+def test_a_run_keeps_its_id_at_each_tracker(kind: Callable[..., str], tmp_path: Path) -> None:
+    """Another tracker in between, or a damaged file, takes nothing from it."""
+    known: list[str | None] = []
+
+    def opener(run: Path, name: str | None, settings: dict[str, Any]) -> tracker.Opened:
+        known.append(name)
+        return "mine", lambda *values: None, lambda: None
+
+    name = kind(opener)
+    for content in ("{", '{"wandb": "other"}', None):
+        if content:
+            (tmp_path / FILE).write_text(content)
+        Tracker(name, tmp_path, {}).close()
+    assert known == [None, None, "mine"]
+    assert json.loads((tmp_path / FILE).read_text()) == {"wandb": "other", "aim": "mine"}
+
+
 def test_what_is_not_installed_is_said(
     words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

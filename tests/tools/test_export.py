@@ -28,6 +28,7 @@ from tests.support.methods import FORMS, METHODS, small
 from tools import evaluate
 from tools import fill_mask as fill_mask_program
 from tools.export import __main__ as export
+from tools.export import sentences
 from tools.export import tokenizer as huggingface_tokenizer
 from tools.export.__main__ import ExportError, export_folder
 from tools.export.model_card import model_card
@@ -775,6 +776,19 @@ def test_the_card_has_the_scores_of_its_checkpoint(finished_run: Path, tmp_path:
     subprocess.run([sys.executable, "-c", example], check=True, capture_output=True)
     with pytest.raises(UserError, match="takes the encoder alone"):
         export.main([str(run), "--output", str(output), "--sentence-transformers", "--with-decoder"])
+
+
+def test_embeddings_that_were_not_compared_are_told(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(finished_run), "--output", str(tmp_path / "encoder"), "--overwrite"]
+    assert export.main([*words, "--sentence-transformers"]) == 0
+    assert "sentence-transformers to " in capsys.readouterr().out
+    monkeypatch.setattr(sentences, "find_spec", lambda name: None)
+    assert export.main([*words, "--sentence-transformers"]) == 0
+    assert "is not installed, so its embeddings were not compared" in capsys.readouterr().out
+    assert export.main(words) == 0
+    assert "sentence-transformers" not in capsys.readouterr().out
 
 
 def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) -> None:

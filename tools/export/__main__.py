@@ -94,6 +94,7 @@ def export_folder(
         "parameters": parameters,
         "parameters_left_out": count_left_out(model, form),
         "largest_difference": difference,
+        "sentence_transformers": sentences,
         "embeddings_difference": embeddings,
     }
 
@@ -462,6 +463,8 @@ def _text(report: dict[str, Any]) -> str:
     step, parameters = f"{report['checkpoint']:,}", f"{report['parameters']:,}"
     embeddings = report["embeddings_difference"]
     and_sentences = "" if embeddings is None else f", sentence-transformers to {embeddings:.1e}"
+    if report["sentence_transformers"] and embeddings is None:
+        and_sentences = "; sentence-transformers is not installed, so its embeddings were not compared"
     return (
         f"{report['path']}: {report['class']} of step {step}, {parameters} parameters{gone}."
         f" transformers agrees with the training model to {report['largest_difference']:.1e}{and_sentences}."
