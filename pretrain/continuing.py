@@ -135,7 +135,9 @@ def _account(branch: BranchOptions, state: State) -> ledger.Line:
     return ledger.statement_of(account)
 
 
-_SHAPELESS = ("mask_leak", "dropout", "decoder_dropout", "init_from", "init_std", "norm_eps", "rope_theta")
+_SHAPELESS = (
+    *("mask_leak", "join", "dropout", "decoder_dropout", "init_from", "init_std", "norm_eps", "rope_theta"),
+)
 """Keys of `model` that no weight depends on."""
 
 

@@ -92,8 +92,8 @@ def encoded(rows: Rows, model: ModelOptions) -> int:
     return rows.length - late_masks(model, rows.length - rows.visible)
 
 
-def _attention(n: int, m: int, D: int) -> int:
-    return 4 * n * m * D  # scores and mixing, 2 n m D each
+def _attention(pairs: int, D: int) -> int:
+    return 4 * pairs * D  # scores and mixing, 2 D each
 
 
 def _ffn(n: int, model: ModelOptions) -> int:
@@ -101,18 +101,19 @@ def _ffn(n: int, model: ModelOptions) -> int:
     return 2 * products * n * model.hidden_size * model.ffn_size
 
 
-def _self_layer(n: int, model: ModelOptions) -> int:
+def _self_layer(n: int, model: ModelOptions, attended: int | None = None) -> int:
+    """`attended`: pairs of rows; default: all attend to all."""
     D = model.hidden_size
-    return 8 * n * D * D + _attention(n, n, D) + _ffn(n, model)
+    return 8 * n * D * D + _attention(n * n if attended is None else attended, D) + _ffn(n, model)
 
 
 def _decoder_layer(rows: Rows, model: ModelOptions) -> int:
     D, L, V, P = model.hidden_size, rows.length, encoded(rows, model), rows.predicted
     if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
-        return 4 * P * D * D + 4 * L * D * D + _attention(P, L, D) + _ffn(P, model)
+        return 4 * P * D * D + 4 * L * D * D + _attention(P * L, D) + _ffn(P, model)
     layer = _self_layer(L, model)
     if model.decoder == "cross":
-        layer += 4 * L * D * D + 4 * V * D * D + _attention(L, V, D)
+        layer += 4 * L * D * D + 4 * V * D * D + _attention(L * V, D)
     return layer
 
 
@@ -122,12 +123,27 @@ def encoder_rows(rows: Rows, model: ModelOptions) -> list[int]:
     return [encoded(rows, model)] * late + [rows.length] * (model.num_layers - late)
 
 
+def attended_pairs(rows: Rows, model: ModelOptions) -> list[int]:
+    """Return how many pairs of rows attend in each encoder layer."""
+    V, L = encoded(rows, model), rows.length
+    joined = V * V + (L - V) * L if one_way(model) else L * L
+    return [joined if i >= model.mask_from else V * V for i in range(model.num_layers)]
+
+
+def one_way(model: ModelOptions) -> bool:
+    """Return whether [MASK] rows join inside the encoder and its other rows do not attend to them."""
+    return model.join == "one_way" and 0 < model.mask_from < model.num_layers
+
+
 def forward(model: ModelOptions, rows: Rows, vocab_size: int) -> Flops:
     """Return FLOPs of one sequence's forward pass."""
     D = model.hidden_size
     table = padded_vocab(vocab_size, model.vocab_multiple)
     return Flops(
-        encoder=sum(_self_layer(n, model) for n in encoder_rows(rows, model)),
+        encoder=sum(
+            _self_layer(n, model, pairs)
+            for n, pairs in zip(encoder_rows(rows, model), attended_pairs(rows, model), strict=True)
+        ),
         decoder=model.decoder_layers * _decoder_layer(rows, model),
         head=rows.predicted * (2 * D * D + 2 * D * table),
     )
@@ -212,9 +228,9 @@ def token_layers(model: ModelOptions, rows: Rows) -> float:
     if model.decoder_layers:
         # Cost without its attention terms, which are what is left of n x m products.
         attention = {
-            "self": _attention(rows.length, rows.length, D),
-            "query": _attention(rows.predicted, rows.length, D),
-            "cross": _attention(rows.length, rows.length + encoded(rows, model), D),
+            "self": _attention(rows.length**2, D),
+            "query": _attention(rows.predicted * rows.length, D),
+            "cross": _attention(rows.length * (rows.length + encoded(rows, model)), D),
         }[model.decoder]
         linear += model.decoder_layers * (_decoder_layer(rows, model) - attention)
     return linear / unit

@@ -179,8 +179,9 @@ def _check_parallel(config: Config) -> list[str]:
 def config_warnings(config: Config) -> list[str]:
     """Return the settings that have no effect here, or another one than they say, one line each."""
     m, k, found = config.model, config.masking, []
-    late, decoder = m.mask_from > 0, m.decoder_layers > 0
+    late, inside, decoder = m.mask_from > 0, 0 < m.mask_from < m.num_layers, m.decoder_layers > 0
     for section, name, used, why in (
+        ("model", "join", inside, "the [MASK]s join before the first layer or after the last"),
         ("model", "decoder", decoder, "there is no decoder"),
         ("model", "decoder_positions", decoder and m.block != "modern", "no learned decoder positions"),
         ("model", "mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),

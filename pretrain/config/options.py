@@ -168,6 +168,9 @@ class ModelOptions(Section):
     bert `post` only."""
     mask_from: int = Field(0, ge=0)
     """Layer before which the [MASK] rows join: 0 = ordinary MLM, num_layers = they meet the decoder only."""
+    join: Literal["two_way", "one_way"] = "two_way"
+    """Who attends to [MASK] rows that join between two layers of the encoder: all rows, or the [MASK] rows
+    alone (`one_way`): the encoder stays free of [MASK], and its upper layers serve the masks as well."""
     decoder_layers: int = Field(0, ge=0)
     """Layers after the encoder that are discarded after pre-training."""
     decoder: Literal["self", "cross", "query"] = "self"
@@ -447,7 +450,7 @@ def method_of(config: Config) -> str:
         return "mlm"
     leak = "+leak" if m.mask_leak else ""
     if m.decoder_layers == 0:
-        return f"shared-depth{leak}"
+        return f"{'one-way' if m.join == 'one_way' else 'shared-depth'}{leak}"
     all_mask = config.masking.corruption[0] == 1.0
     if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
         return f"mae-lm{leak}"

@@ -24,17 +24,31 @@ class Bounds(NamedTuple):
     """[B * K + 1] int32: the same of the B * T rows that answer."""
 
 
+class OneWay(NamedTuple):
+    """Bounds of [visible rows; masks]: visible rows attend to visible rows only, masks to all."""
+
+    V: int
+    among: Bounds | None
+    """Of the visible rows."""
+    masks: Bounds | None
+    """Of the masks, to all rows."""
+    join: Tensor | None
+    """[B, L] which of the rows stands where among those that masks attend to; None: as they are."""
+
+
 class Order(NamedTuple):
     """Rows sorted by document: first those that enter the encoder, then all, when the masks have joined."""
 
-    visible: Tensor
-    """[B, V] which row of the batch stands where in the encoder."""
+    entry: Tensor
+    """[B, L] which row of the batch stands where before the join: V visible ones, then the masks."""
     join: Tensor
-    """[B, L] which of [encoder rows; masks] stands where after the join."""
+    """[B, L] which of these stands where after the join."""
     rows: Tensor
     """[B, L] which row of the batch that is."""
+    visible: Tensor
+    """[B, V] the first of `entry`: the rows in the encoder."""
     predicted: Tensor
-    """[B, P] where the batch's last rows stand then."""
+    """[B, P] where the batch's last rows stand after the join; after a one-way join, in `entry`."""
     documents: Tensor
     """[B, L] of the batch's rows."""
     most_documents: int
@@ -43,14 +57,13 @@ class Order(NamedTuple):
     """Attention by a kernel that takes stretches of rows, not a mask."""
 
     @classmethod
-    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, varlen: bool) -> "Order":
-        B, L = documents_BL.shape
-        visible = documents_BL[:, :V].argsort(dim=1, stable=True)
-        late = torch.arange(V, L, device=visible.device).expand(B, -1)
-        meeting = torch.cat((visible, late), 1)
-        join = documents_BL.gather(1, meeting).argsort(dim=1, stable=True)
-        rows = meeting.gather(1, join)
-        return cls(visible, join, rows, rows.argsort(1)[:, L - P :], documents_BL, K, varlen)
+    def of(cls, documents_BL: Tensor, V: int, P: int, K: int, varlen: bool, one_way: bool = False) -> "Order":
+        visible, masks = (part.argsort(dim=1, stable=True) for part in documents_BL.tensor_split([V], 1))
+        entry = torch.cat((visible, V + masks), 1)
+        join = documents_BL.gather(1, entry).argsort(dim=1, stable=True)
+        rows = entry.gather(1, join)
+        predicted = (entry if one_way else rows).argsort(1)[:, documents_BL.shape[1] - P :]
+        return cls(entry, join, rows, visible, predicted, documents_BL, K, varlen)
 
     def bounds(self, queries_BS: Tensor, keys_BT: Tensor) -> Bounds:
         """Return those between rows of the batch, given by their numbers."""
@@ -59,6 +72,15 @@ class Order(NamedTuple):
         return Bounds(
             same, _document_starts(queries, self.most_documents), _document_starts(keys, self.most_documents)
         )
+
+
+def one_way(V: int, order: Order | None) -> OneWay:
+    """Return the bounds of a one-way join of V rows and masks, documents kept apart where there is an
+    order."""
+    if order is None:
+        return OneWay(V, None, None, None)
+    masks = order.entry[:, V:]
+    return OneWay(V, order.bounds(order.visible, order.visible), order.bounds(masks, order.rows), order.join)
 
 
 def _document_starts(documents_BS: Tensor, K: int) -> Tensor:
@@ -81,10 +103,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(m.hidden_size, 3 * m.hidden_size, bias=bias)
         self.out = nn.Linear(m.hidden_size, m.hidden_size, bias=bias)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, bounds: Bounds | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: Rotation, bounds: Bounds | OneWay | None = None) -> Tensor:
         q, k, v = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).unbind(-2)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.out(attend(q, k, v, self.dropout if self.training else 0.0, bounds))
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(bounds, OneWay):
+            return self.out(attend_one_way(q, k, v, dropout, bounds))
+        return self.out(attend(q, k, v, dropout, bounds))
 
 
 class CrossAttention(nn.Module):
@@ -131,6 +156,22 @@ def attend(
         mask = None if bounds is None else bounds.mask_B1ST
         mixed_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return mixed_BHSE.transpose(1, 2).flatten(-2)
+
+
+def attend_one_way(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, dropout: float, one: OneWay) -> Tensor:
+    """Return softmax attention -> [B, L, H * E] of visible rows among each other, and of masks to all."""
+    q, k, v = (rows[:, : one.V] for rows in (q_BLHE, k_BLHE, v_BLHE))
+    visible = attend(q, k, v, dropout, one.among)
+    if one.join is not None:
+        k_BLHE, v_BLHE = take(k_BLHE, one.join), take(v_BLHE, one.join)
+    return torch.cat((visible, attend(q_BLHE[:, one.V :], k_BLHE, v_BLHE, dropout, one.masks)), 1)
+
+
+def take(x_BSX: Tensor, rows_BT: Tensor) -> Tensor:
+    """Return rows of each sequence, by number -> [B, T, ...]."""
+    B, S = x_BSX.shape[:2]
+    flat = rows_BT + S * torch.arange(B, device=rows_BT.device)[:, None]
+    return x_BSX.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (B, -1))
 
 
 def _unfused_attention(q_BHSE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, dropout: float) -> Tensor:

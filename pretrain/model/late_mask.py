@@ -14,6 +14,9 @@ the last P rows, and every shape is static. `mask_from` says before which layer 
 with a tied mask vector is MAE-LM (Meng et al. 2023, arXiv 2302.02060). `mask_leak` moves some of the
 [MASK] rows over to the visible ones, where they are pieces like others.
 
+Where the masks join between two layers, `join: one_way` lets only them attend to them: what the other rows
+become is what they are in a text without [MASK], though the layers above the join are the encoder's own.
+
 Where attention must stay within documents, the rows of each stage are sorted by document, those that enter
 the encoder and, after the join, all: see `Order`.
 
@@ -32,10 +35,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.account import flops
 from pretrain.account.flops import late_masks, padded_vocab
 from pretrain.config import ModelOptions
 from pretrain.data import rng
-from pretrain.model.attention import Attention, Bounds, CrossAttention, Order, Rotation, supports_varlen
+from pretrain.model.attention import (
+    Attention,
+    Bounds,
+    CrossAttention,
+    OneWay,
+    Order,
+    Rotation,
+    one_way,
+    supports_varlen,
+    take,
+)
 from pretrain.model.loss import ChunkedCrossEntropy
 
 Array = npt.NDArray[np.int64]
@@ -130,7 +144,7 @@ class Layer(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        bounds: Bounds | None = None,
+        bounds: Bounds | OneWay | None = None,
         context_BTD: Tensor | None = None,
         there: Rotation = None,
         across: Bounds | None = None,
@@ -257,12 +271,12 @@ class LateMaskModel(nn.Module):
         out sorted by document.
         """
         B, L = ids.shape
-        V, M, bounds = self._visible(L, num_masked), late_masks(self.m, num_masked), None
+        V, M = self._visible(L, num_masked), late_masks(self.m, num_masked)
         words, places = ids[:, :V], positions
+        bounds: Bounds | OneWay | None = None
         if order is not None:
             bounds = order.bounds(order.visible, order.visible)
-            words = words.gather(1, order.visible)
-            places = torch.cat((positions.gather(1, order.visible), positions[:, V:]), 1)
+            words, places = words.gather(1, order.visible), positions.gather(1, order.entry)
         rotation = self.rotation(places)
         x = self._embed(self.tok(words), places[:, :V])
         for i, layer in enumerate(self.layers):
@@ -270,8 +284,10 @@ class LateMaskModel(nn.Module):
                 # Shared depth: a mask enters the stack as a word would, only later.
                 masks = self._embed(self._mask_rows(B, M), places[:, V:])
                 x = torch.cat((x, masks), 1)
-                if order is not None:
-                    x, bounds = _take(x, order.join), order.bounds(order.rows, order.rows)
+                if self.m.join == "one_way":
+                    bounds = one_way(V, order)
+                elif order is not None:
+                    x, bounds = take(x, order.join), order.bounds(order.rows, order.rows)
                     rotation = self.rotation(positions.gather(1, order.rows))
             x = self._run(layer, x, _rows(rotation, 0, x.shape[1]), bounds)
         return self.final_norm(x)
@@ -287,7 +303,8 @@ class LateMaskModel(nn.Module):
         m, V = self.m, self._visible(batch.ids.shape[1], batch.num_masked)
         drops = self.training and bool(m.dropout or m.decoder_dropout)
         varlen = supports_varlen(batch.documents.device) and not drops
-        return Order.of(batch.documents, V, batch.targets.shape[1], batch.most_documents, varlen)
+        P, K = batch.targets.shape[1], batch.most_documents
+        return Order.of(batch.documents, V, P, K, varlen, flops.one_way(m))
 
     def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:
         """Decoder output of the predicted rows: [B, P, D]."""
@@ -298,7 +315,7 @@ class LateMaskModel(nn.Module):
         x = torch.cat((encoded_BVD, masks_BMD.to(encoded_BVD.dtype)), 1)
         positions = batch.positions
         if order is not None:
-            x, positions = _take(x, order.join), positions.gather(1, order.rows)
+            x, positions = take(x, order.join), positions.gather(1, order.rows)
         if self.m.block != "modern":
             table = d.positions if self.m.decoder_positions == "own" else self.positions
             x = x + table(positions)
@@ -327,13 +344,13 @@ class LateMaskModel(nn.Module):
         if order is not None:
             places, back = order.predicted.sort(1)  # by document, as all rows are
             across = order.bounds(order.rows.gather(1, places), order.rows)
-            context, there, x = x_BLD, rotation, _take(x_BLD, places)
-            rotation_P = rotation and (_take(rotation[0], places), _take(rotation[1], places))
+            context, there, x = x_BLD, rotation, take(x_BLD, places)
+            rotation_P = rotation and (take(rotation[0], places), take(rotation[1], places))
         for layer in d.layers:
             x = self._run(layer, x, rotation_P, None, context, there, across, places)
-        return d.final_norm(x if order is None else _take(x, back.argsort(1)))
+        return d.final_norm(x if order is None else take(x, back.argsort(1)))
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation | Bounds) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation | Bounds | OneWay) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -370,14 +387,7 @@ def _rows(rotation: Rotation, start: int, stop: int) -> Rotation:
 
 def _last(x_BLD: Tensor, P: int, order: Order | None) -> Tensor:
     """The predicted rows [B, P, D] of all."""
-    return x_BLD[:, -P:] if order is None else _take(x_BLD, order.predicted)
-
-
-def _take(x_BSX: Tensor, rows_BT: Tensor) -> Tensor:
-    """Rows of each sequence, by number -> [B, T, ...]."""
-    B, S = x_BSX.shape[:2]
-    flat = rows_BT + S * torch.arange(B, device=rows_BT.device)[:, None]
-    return x_BSX.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (B, -1))
+    return x_BLD[:, -P:] if order is None else take(x_BLD, order.predicted)
 
 
 def _put(x_BSD: Tensor, rows_BT: Tensor, new_BTD: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ def test_parts_equal_torchs_counter(method, leak):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize(("method", "dropout"), [("mlm", 0.0), ("3ml-query", 0.0), ("3ml-cross", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "dropout"), [("mlm", 0.0), ("one-way", 0.0), ("3ml-query", 0.0), ("3ml-cross", 0.1)]
+)
 def test_recomputation_counts_in_hardware_flops(method, dropout, block):
     config, built, rows, batch = build(
         method, block, model={"dropout": dropout}, train={"recompute": "block"}

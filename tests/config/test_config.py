@@ -290,9 +290,7 @@ def test_dump_reads_back_equal():
         assert build_config(yaml.safe_load(dump_config(whole))) == whole
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [(m, m) for m in ("mlm", "3ml-self", "3ml-cross", "3ml-query", "mae-lm")]
-)
+@pytest.mark.parametrize(("method", "name"), [(m, m) for m in METHODS])
 def test_method_names(method, name):
     assert method_of(small(method)) == name
 
@@ -319,3 +317,8 @@ def test_every_key_has_a_description():
 def test_a_setting_without_effect_is_named():
     assert config_warnings(small("3ml-self")) == []
     assert "model.mask_vector has no effect" in config_warnings(small(model={"mask_vector": "tied"}))[0]
+    for method in METHODS:
+        found = config_warnings(small(method, model={"join": "one_way"}))
+        assert any("model.join has no effect" in line for line in found) == (
+            small(method).model.mask_from != 1
+        )

@@ -9,6 +9,7 @@ METHODS = {
     "3ml-query": {"mask_from": 2, "decoder_layers": 2, "decoder": "query"},
     "mae-lm": {"mask_from": 2, "decoder_layers": 4, "decoder": "self", "mask_vector": "tied"},
     "shared-depth": {"mask_from": 1},
+    "one-way": {"mask_from": 1, "join": "one_way"},
 }
 BLOCKS = {
     "post": {"block": "roberta", "norm": "post"},

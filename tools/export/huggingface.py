@@ -108,7 +108,7 @@ def _modernbert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _late_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     module = MODELING.stem
-    same = ("block", "norm", "mask_from", "decoder_layers", "decoder_positions", "mask_vector")
+    same = ("block", "norm", "mask_from", "join", "decoder_layers", "decoder_positions", "mask_vector")
     return {
         "model_type": "latemask",
         "auto_map": {

@@ -24,6 +24,7 @@ _METHODS = {
     "3ml-query": "late masks, a decoder that updates only the predicted rows (after 3ML, arXiv 2211.04898)",
     "mae-lm": "an encoder that never sees [MASK] (MAE-LM, Meng et al. 2023, arXiv 2302.02060)",
     "shared-depth": "masks that join inside the encoder (after 3ML, arXiv 2211.04898)",
+    "one-way": "masks inside the encoder to which no other row attends (after 3ML, arXiv 2211.04898)",
 }
 
 _FILL_MASK = """from transformers import pipeline

@@ -42,6 +42,7 @@ class LateMaskConfig(PretrainedConfig):
         block: str = "roberta",
         norm: str = "post",
         mask_from: int = 12,
+        join: str = "two_way",
         decoder_layers: int = 2,
         decoder_kind: str = "self",
         decoder_positions: str = "own",
@@ -62,6 +63,7 @@ class LateMaskConfig(PretrainedConfig):
         self.block = block
         self.norm = norm
         self.mask_from = mask_from
+        self.join = join
         self.decoder_layers = decoder_layers
         self.decoder_kind = decoder_kind
         self.decoder_positions = decoder_positions
@@ -76,10 +78,10 @@ def make_norm(c: LateMaskConfig) -> nn.LayerNorm:
     return nn.LayerNorm(c.hidden_size, eps=c.norm_eps, bias=c.block != "modern")
 
 
-def attend(q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, seen_BT: Tensor) -> Tensor:
-    """Return softmax attention of every row to the rows that are seen (bool) -> [B, S, D]."""
+def attend(q_BSHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, seen_BST: Tensor) -> Tensor:
+    """Return softmax attention of every row to those it sees (bool; S may be 1, for all) -> [B, S, D]."""
     q, k, v = q_BSHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BT[:, None, None])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BST[:, None])
     return mixed.transpose(1, 2).flatten(-2)
 
 
@@ -269,14 +271,16 @@ class LateMaskForMaskedLM(PreTrainedModel):
         return masks & (masks.cumsum(1) > leaked)
 
     def _predict(self, ids: Tensor, positions: Tensor, text: Tensor, late: Tensor) -> Tensor:
-        c, seen, rotation = self.config, text & ~late, self._rotation(positions)
+        c, rotation = self.config, self._rotation(positions)
+        visible, text = (text & ~late)[:, None], text[:, None]
+        seen = visible
         vector = self.mask_vector if c.mask_vector == "learned" else self.tok.weight[c.mask_token_id]
         masks = vector.expand(*ids.shape, -1)
         x = self._embed(self.tok(ids), positions)
         for i, layer in enumerate(self.layers):
             if i == c.mask_from:
                 x = torch.where(late[..., None], self._embed(masks, positions), x)
-                seen = text
+                seen = torch.where(late[..., None], text, visible) if c.join == "one_way" else text
             x = layer(x, rotation, seen)
         x = encoded = self.final_norm(x)
         if self.decoder is None:
@@ -288,7 +292,7 @@ class LateMaskForMaskedLM(PreTrainedModel):
         x = d.input_norm(x)
         is_query = ids == c.mask_token_id if c.decoder_kind == "query" else None
         for layer in d.layers:
-            x = layer(x, rotation, text, encoded, seen, is_query)
+            x = layer(x, rotation, text, encoded, visible, is_query)
         return d.final_norm(x)
 
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:

@@ -217,16 +217,19 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
 
 def _layers(model: ModelOptions, rows: Rows, layout: Layout) -> list[int]:
     """Bytes that each layer saves for its backward pass."""
-    inputs = flops.encoder_rows(rows, model)
-    each = {n: _self_layer(n, model, layout, model.dropout) for n in set(inputs)}
-    encoder = [each[n] for n in inputs]
+    inputs = [*zip(flops.encoder_rows(rows, model), flops.attended_pairs(rows, model), strict=True)]
+    each = {(n, pairs): _self_layer(n, model, layout, model.dropout, pairs) for n, pairs in set(inputs)}
+    encoder = [each[one] for one in inputs]
     decoder = [_decoder_layer(rows, model, layout)] if model.decoder_layers else []
     return encoder + decoder * model.decoder_layers
 
 
-def _self_layer(n: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
-    """Bytes saved by a layer whose n rows attend to each other."""
-    return _attention(n, n, 3 * n, model, layout, dropout) + _inner(n, model, layout, dropout)
+def _self_layer(n: int, model: ModelOptions, layout: Layout, dropout: float, pairs: int | None = None) -> int:
+    """Bytes saved by a layer whose n rows attend to each other, or in so many pairs: then mixed rows are
+    saved by the attention, in parts, and by the projection that follows."""
+    again = 0 if pairs in (None, n * n) else layout.width * n * model.hidden_size // layout.tensor
+    attention = _attention(n, n, 3 * n, model, layout, dropout, pairs)
+    return attention + again + _inner(n, model, layout, dropout)
 
 
 def _decoder_layer(rows: Rows, model: ModelOptions, layout: Layout) -> int:
@@ -241,7 +244,15 @@ def _decoder_layer(rows: Rows, model: ModelOptions, layout: Layout) -> int:
     return layer
 
 
-def _attention(n: int, m: int, projected: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
+def _attention(
+    n: int,
+    m: int,
+    projected: int,
+    model: ModelOptions,
+    layout: Layout,
+    dropout: float,
+    pairs: int | None = None,
+) -> int:
     """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
     D, T, b = model.hidden_size, layout.tensor, layout.width
     written = _unfused_attention(layout, dropout)
@@ -251,7 +262,7 @@ def _attention(n: int, m: int, projected: int, model: ModelOptions, layout: Layo
     if not written:
         return saved + FULL * n * model.num_heads // T
     # Probabilities, as wide as the products; with dropout its mask, and the product of both.
-    return saved + (3 if dropout else 1) * b * n * m * model.num_heads // T
+    return saved + (3 if dropout else 1) * b * (pairs or n * m) * model.num_heads // T
 
 
 def _inner(n: int, model: ModelOptions, layout: Layout, dropout: float) -> int:
