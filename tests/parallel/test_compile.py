@@ -25,7 +25,7 @@ def breaks(model: LateMaskModel, documents: bool = False) -> list[tuple[int, int
         batch = batch._replace(documents=numbers, most_documents=4)
 
     def keep(layer: nn.Module, inputs: tuple) -> None:
-        kind = len(inputs), layer in list(model.layers)
+        kind = len(inputs), inputs[0].shape[1], layer in list(model.layers)
         found[kind] = layer, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
 
     handles = [layer.register_forward_pre_hook(keep) for layer in model.all_layers()]
