@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -274,7 +274,8 @@ def _run(config: Config, local_rank: int | None) -> int:
             _say(UserError(reason))
     if topology.is_main and folder.claimed:
         state = "stopped" if code == STOPPED else "failed"
-        folder.write_failure(state, reason, code)
+        with suppress(OSError):  # of a disk that is full, which has been said
+            folder.write_failure(state, reason, code)
     if topology.world_size == 1:
         return code
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.

@@ -32,8 +32,9 @@ def sync(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replaces a text file; after a kill at any instant it holds the old text or the new one."""
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    with named(path):
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
 

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pretrain.account.ledger import Totals
 from pretrain.errors import UserError
-from pretrain.files import truncate_torn_line
+from pretrain.files import named, truncate_torn_line
 from pretrain.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Monitor:
             line["data_wait"] = line["data_wait_seconds"] / seconds
         self._before = totals
         line = {name: _finite(value) for name, value in line.items()}
-        with open(self._path, "a", encoding="ascii") as file:
+        with named(self._path), open(self._path, "a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")
         self._write_boards(line)
         if self._tracker is not None:

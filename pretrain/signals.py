@@ -14,6 +14,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
 
@@ -24,6 +25,7 @@ class Signals:
             signal.signal(number, lambda *_: os._exit(code))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.received = signal.Signals(number).name

@@ -182,11 +182,12 @@ def mean_loss(run: Run, loss: Tensor) -> float:
     like this does not heal.
     """
     mean = float(run.topology.sum_over_data(loss.clone()) / run.topology.data_size)
-    if not math.isfinite(mean):
-        raise UserError(
-            f"the loss up to step {run.step} is {mean}; lower optimizer.lr or lengthen schedule.warmup, in"
-            " a new run.dir"
-        )
+    with raise_on_all_ranks(run.topology):  # a rank of a tensor group may be alone in it
+        if not math.isfinite(mean):
+            raise UserError(
+                f"the loss up to step {run.step} is {mean}; lower optimizer.lr or lengthen schedule.warmup,"
+                " in a new run.dir"
+            )
     return mean
 
 

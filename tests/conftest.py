@@ -37,6 +37,12 @@ def encode(texts: list[str], tokenizer: Path, prefix: Path) -> None:
     encode_corpus.main([str(word) for word in words])
 
 
+def sample_texts() -> list[str]:
+    """The first 2,000 letters of each of some documents."""
+    with gzip.open(SAMPLE / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"][:2000] for line in file]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer/`, `tiny.yaml`, and the corpora `train`, `valid` and `short`.
@@ -44,8 +50,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `train` has about 1,700 windows of 24, `short` about 60: eight updates are an epoch of it.
     """
     folder = tmp_path_factory.mktemp("tiny")
-    with gzip.open(SAMPLE / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"][:2000] for line in file]
+    texts = sample_texts()
     train_sentencepiece(texts, folder / "tokenizer", "unigram", 400)
     encode(texts[:28], folder / "tokenizer", folder / "train")
     encode(texts[28:], folder / "tokenizer", folder / "valid")

@@ -35,7 +35,7 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
-from pretrain.files import sync, truncate_torn_line
+from pretrain.files import named, sync, truncate_torn_line
 
 log = logging.getLogger(__name__)
 
@@ -664,7 +664,7 @@ class Ledger:
                 **details,
             }
             text = json.dumps(line).encode("ascii")
-            with open(self._path, "ab") as file:
+            with named(self._path), open(self._path, "ab") as file:
                 file.write(text + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 from pretrain import checkpoint
@@ -31,13 +31,34 @@ ENVIRON = {
     "PYTHONWARNINGS": "ignore",  # of megatron-core's and DeepSpeed's imports
 }
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["pretrain.train", "deepspeed", "megatron.core.tensor_parallel"])
+_server.set_forkserver_preload(
+    [
+        *(
+            "pretrain.__main__",
+            "pretrain.inputs",
+            "pretrain.train",
+            "deepspeed",
+            "megatron.core.tensor_parallel",
+        ),
+        *("safetensors.torch", "sentencepiece"),
+    ]
+)
 
 NEVER = 10**9
 UPDATE = ("pretrain.feed:Feed.take",)
 """What every rank calls once an update."""
 DISK = ("os:fsync", "os:replace")
 """What makes a file durable, and visible."""
+
+
+class Armed(Protocol):
+    """What is done to the ranks of an attempt from inside."""
+
+    def at_rank(self, rank: int) -> "Armed | None":
+        """Return what is done to one of them."""
+
+    def arm(self) -> None:
+        """Prepare it, in the process of the rank, before that begins."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,13 @@ class Strike:
     targets: tuple[str, ...] = UPDATE
     rank: int = 0
 
+    def at_rank(self, rank: int) -> "Strike | None":
+        return self if rank == self.rank else None
+
     def arm(self) -> None:
         calls = iter(range(1, sys.maxsize))
         for target in self.targets:
-            owner, name = _place(target)
+            owner, name = owner_of(target)
             setattr(owner, name, self._counted(getattr(owner, name), calls))
 
     def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
@@ -86,12 +110,12 @@ class Paced(Strike):
             moment += seconds
 
         for target, seconds in PACE.items():
-            owner, name = _place(target)
+            owner, name = owner_of(target)
             setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
         super().arm()
 
 
-def _place(target: str) -> tuple[Any, str]:
+def owner_of(target: str) -> tuple[Any, str]:
     """``module:Class.name`` -> what has the name, and the name."""
     module, _, path = target.partition(":")
     *parents, name = path.split(".")
@@ -123,13 +147,13 @@ class Outcome(NamedTuple):
 class Attempt:
     """One start of a run on `ranks` ranks, with the words of its command line."""
 
-    def __init__(self, words: list[str], ranks: int = 1, strike: Strike | None = None) -> None:
+    def __init__(self, words: list[str], ranks: int = 1, strike: Armed | None = None) -> None:
         self._logs = tempfile.TemporaryDirectory()
         self.processes = []
         port = free_port()
         for rank in range(ranks):
             environ = torch_variables(rank, ranks, port) if ranks > 1 else {}
-            hit = strike if strike and strike.rank == rank else None
+            hit = strike.at_rank(rank) if strike else None
             job = (words, environ, f"{self._logs.name}/{rank}", hit)
             self.processes.append(_server.Process(target=_rank, args=job, daemon=True))
         with mock.patch.dict(os.environ, ENVIRON):  # the first start starts the server
@@ -150,7 +174,7 @@ class Attempt:
         return Outcome([process.exitcode for process in self.processes], text)
 
 
-def _rank(words: list[str], environ: dict[str, str], log: str, strike: Strike | None) -> None:
+def _rank(words: list[str], environ: dict[str, str], log: str, strike: Armed | None) -> None:
     from pretrain.__main__ import leave, main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -168,7 +192,7 @@ def torch_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
 
 
-def attempt(words: list[str], ranks: int = 1, strike: Strike | None = None) -> Outcome:
+def attempt(words: list[str], ranks: int = 1, strike: Armed | None = None) -> Outcome:
     """Starts and waits."""
     return Attempt(words, ranks, strike).wait()
 

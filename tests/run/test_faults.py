@@ -1,0 +1,71 @@
+"""The short form of ``python -m tests.faults``, and faults that it, or the long one, has found."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.signals import Signals
+from tests.faults.campaign import campaign, read, workshop
+from tests.faults.kinds import Fault, Plan, free
+from tests.support.runs import Outcome, attempt, finish
+
+SEED = 1971
+"""Of runs on one rank, of both engines, and one on two ranks with tensor parallelism."""
+Words = Callable[..., list[str]]
+
+
+def test_thirty_faults(tmp_path: Path) -> None:
+    """Each is as promised, and no run is the worse for any."""
+    output = tmp_path / "faults.jsonl"
+    records = campaign(30, SEED, output)
+    assert len(records) >= 30
+    assert [record for record in records if record.broken or not record.equal] == []
+    assert read(output) == records
+    assert campaign(30, SEED, output) == records  # there is nothing left to do
+
+
+def struck(words: list[str], fault: Fault, folder: Path, ranks: int = 1) -> Outcome:
+    plan = Plan({0: fault}, folder, folder)
+    outcome = attempt(words, ranks, plan)
+    assert plan.struck(0)
+    return outcome
+
+
+def test_a_loss_that_is_no_number_on_one_rank_of_a_tensor_group(words: Words, tmp_path: Path) -> None:
+    """Its mean is over the data ranks: the others of the group do not see it."""
+    fault = Fault("not a number", "backward", 2, rank=1)
+    outcome = struck(words("a", "parallel.tensor=2"), fault, tmp_path, ranks=2)
+    assert outcome.codes == [2, 2]
+    assert re.search("^error: the loss up to step 2 is nan", outcome.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", ["ledger", "metrics", "status", "save"])
+def test_a_disk_that_is_full_is_told_once_with_the_file(place: str, tiny: Path) -> None:
+    with workshop() as shop:
+        if not shop.own_disk:
+            pytest.skip("a file system to fill takes root")
+        words = [str(tiny / "tiny.yaml"), f"run.dir={shop.disk / 'a'}", "checkpoint.every_steps=2"]
+        outcome = struck(words, Fault("disk full", place, 3), shop.disk)
+        assert outcome.codes == [2]
+        (line,) = re.findall("^error: .*", outcome.text, re.MULTILINE)
+        assert re.match(rf"error: {shop.disk / 'a'}/\S+: .*free space", line), line
+        free(shop.disk)
+        finish(words)
+
+
+def test_only_a_second_ctrl_c_interrupts_at_once() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        signals = Signals()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert signals.received == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
