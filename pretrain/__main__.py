@@ -94,13 +94,17 @@ def _phase(phase: Phase, data_size: int) -> list[str]:
 
 
 def _documents(blend: Blend) -> str:
-    """How much of the first windows is within one document."""
+    """How much of the first windows is within one document, and what of an epoch is in none."""
     from pretrain.data.masking import document_numbers
 
     tokens = blend.read(np.arange(min(_WINDOWS_SHOWN, blend.samples_per_epoch))).tokens
     numbers = document_numbers(tokens, blend.samplers[0].eos)
     pairs = np.mean([np.mean(row[:, None] == row) for row in numbers])
-    return f"{numbers[:, -2].mean() + 1:.2f} a window, {pairs:.0%} of the pairs of rows are within one"
+    tail = sum(sampler.tail_tokens for sampler in blend.samplers)
+    return (
+        f"{numbers[:, -2].mean() + 1:.2f} a window, {pairs:.0%} of the pairs of rows are within one;"
+        f" {tail:,} tokens at the end of an epoch fill no window"
+    )
 
 
 def _budget(recipe: Recipe, blend: Blend) -> str:

@@ -360,6 +360,16 @@ def test_all_problems_of_a_config_are_told_at_once(words: Words, tmp_path: Path)
     assert not (tmp_path / "a").exists()
 
 
+def test_a_dry_run_tells_of_every_token_of_an_epoch(words: Words) -> None:
+    text = finish(words("a", "--dry-run")).text
+    config = build_config(yaml.safe_load(text.split("method ")[0]))
+    manifest = json.loads(Path(f"{config.corpus.train}.json").read_text(encoding="utf-8"))
+    (windows,) = re.findall(r" epochs of ([\d,]+) windows", text)
+    (tail,) = re.findall(r" ([\d,]+) tokens at the end of an epoch fill no window$", text, re.M)
+    in_windows = int(windows.replace(",", "")) * (config.train.seq_length - 2)
+    assert in_windows + int(tail) == manifest["tokens"] + manifest["documents"] - 1
+
+
 @pytest.mark.parametrize(
     ("ranks", "options", "part"),
     [
