@@ -56,9 +56,19 @@ def run_config(run: str | Path) -> Config:
 def _started_in(run: Path) -> Path:
     """Return the folder in which the newest attempt of a run was started; the present one if unknown."""
     try:
-        return Path(json.loads((run / "provenance.json").read_text(encoding="utf-8"))[-1]["folder"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return Path(read_provenance(run)[-1]["folder"])
+    except (LookupError, TypeError):
         return Path.cwd()
+
+
+def read_provenance(run: Path) -> list[dict[str, Any]]:
+    """Return what each attempt said of its code, packages, host and command, oldest first; [] where that is
+    gone or cannot be read."""
+    try:
+        attempts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return attempts if isinstance(attempts, list) else []
 
 
 class RunFolder:
@@ -118,9 +128,13 @@ class RunFolder:
         write_atomic(self.path / "config.yaml", dump_config(resolved))
 
     def add_provenance(self, **details: Any) -> None:
-        """Appends what produces this attempt (code, packages, host, command) to provenance.json."""
-        path = self.path / "provenance.json"
-        attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        """Appends what produces this attempt (code, packages, host, command) to provenance.json; one that
+        cannot be read is kept beside it."""
+        path, attempts = self.path / "provenance.json", read_provenance(self.path)
+        if path.exists() and not attempts:
+            number = len(list(self.path.glob("provenance-damaged-*.json"))) + 1
+            kept = path.rename(path.with_name(f"provenance-damaged-{number}.json"))
+            log.warning("warning: %s: cannot be read; kept as %s, begun anew", path, kept.name)
         write_atomic(path, json_text([*attempts, {**provenance(), **details}]))
 
     def write_status(
@@ -154,8 +168,8 @@ class RunFolder:
         had ended leaves all as it was, but for a word of itself (`attempt`)."""
         status = self.status()
         ended = self._before.get("state") in ("finished", "stopped") and exit_code == _REFUSED
-        if self._told is not None and ended and self._before["step"] == status.get("step"):
-            status = {**self._before, "ledger_head": status["ledger_head"]}
+        if self._told is not None and ended and self._before.get("step") == status.get("step"):
+            status = {**self._before, "ledger_head": status.get("ledger_head", "")}
         elif self._told is not None or not status:
             self.write_status(state, status.get("step", 0), reason, exit_code)
             return
@@ -172,18 +186,18 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """Return what `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
         try:
-            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return status
+        return status if isinstance(status, dict) else {}
 
     def keep_tokenizer(self, file: Path, content: bytes) -> None:
-        """Keeps what the file of the vocabulary held, once: a run can be used where its corpus is gone.
+        """Keeps what the file of the vocabulary held: a run can be used where its corpus is gone.
 
         By the name that is looked for in a folder, whatever it was called.
         """
         kept = self.path / TOKENIZER / f"tokenizer{file.suffix}"
-        if not kept.exists():
+        if not kept.exists() or kept.read_bytes() != content:
             write_whole(kept, content)
 
 

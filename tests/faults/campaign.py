@@ -61,6 +61,7 @@ OF_A_THREAD = "(_die):\nTraceback"
 LONGEST = {1: 12, 2: 6, 4: 3}
 """Attempts of a run that are disturbed, by its ranks; after so many it is left in peace."""
 ROOT = Path(__file__).parents[2]
+TOKENIZER = "tokenizer.model"
 
 
 class Layout(NamedTuple):
@@ -248,7 +249,7 @@ class Disturbed:
         if (kind := self.one_of(kinds)) is None:
             return None
         place = self.draw.choice(kinds[kind].places)
-        rank = 0 if PLACES[place].main else self.draw.randrange(self.layout.ranks)
+        rank = 0 if PLACES[place].main or kind in NEEDS_DISK else self.draw.randrange(self.layout.ranks)
         return Fault(kind, place, self.draw.randint(1, PLACES[place].calls), rank)
 
     def record(self, fault: Fault, plain: bool = False) -> Record:
@@ -302,12 +303,16 @@ class Disturbed:
         ]
         if wrong:
             record.broken = f"exit codes {codes}"
-        elif promise.says and not re.search(promise.says, outcome.text, re.MULTILINE):
+        elif promise.says and not re.search(promise.says, self.said(outcome), re.MULTILINE):
             record.broken = f"does not say {promise.says!r}"
         elif not set(codes) - {0, 2, 75} and "Traceback" in outcome.text.replace(OF_A_THREAD, ""):
             record.broken = "a traceback"
         if record.broken:
             record.broken += f"\n{outcome.text[-3000:]}"
+
+    def said(self, outcome: Outcome) -> str:
+        """Return what was said of an end; where a signal came while it was being said, by status.json."""
+        return f"{outcome.text}\n: {RunFolder(self.path).status().get('reason')};"
 
     # Between attempts.
 
@@ -407,7 +412,7 @@ def wanted(kind: str, path: Path) -> bool:
 
     Bytes of a .bin that were flipped are for `tools.verify_corpus`, which reads it all, to find.
     """
-    read = path.name == "tokenizer.model" or path.suffix in (".bin", ".idx", ".json")
+    read = path.name == TOKENIZER or path.suffix in (".bin", ".idx", ".json")
     if not read or path.name in ("provenance.json", *(f"other.{end}" for end in ("bin", "idx", "json"))):
         return False
     return not (kind.endswith("flipped") and path.suffix == ".bin")
@@ -434,7 +439,7 @@ def disturbed(shop: Workshop, number: int, draw: random.Random, kinds: Sequence[
     for _ in range(2):  # a second start changes nothing
         if not over:
             over = run.attempt({})
-    wrong = differs(run.path, expected)
+    wrong = differs(run.path, run.inputs, expected)
     if wrong and run.records:
         run.records[-1].broken += f"\n{wrong}\n{run.text[-3000:]}"
     for record in run.records:
@@ -444,7 +449,7 @@ def disturbed(shop: Workshop, number: int, draw: random.Random, kinds: Sequence[
     return run.records
 
 
-def differs(run: Path, expected: dict[str, Any]) -> str:
+def differs(run: Path, inputs: Path, expected: dict[str, Any]) -> str:
     """Return how a run that is over is not like the undisturbed one; "" if it is.
 
     A checkpoint that was damaged and is not the newest stays as it is, and `tools.ledger check` says so: then
@@ -463,6 +468,8 @@ def differs(run: Path, expected: dict[str, Any]) -> str:
         return f"its status says {status}"
     if found != expected:
         return f"{found} is not {expected}"
+    if (run / "tokenizer" / TOKENIZER).read_bytes() != (inputs / "tokenizer" / TOKENIZER).read_bytes():
+        return "its tokenizer is another"
     try:
         ledger_program.check([str(run)])
     except UserError as error:

@@ -81,22 +81,26 @@ class Kind(NamedTuple):
     says: str = ""
 
 
+_LEFT = (1, 75)
+"""Codes of ranks that another has left in a collective: start again, as far as they know."""
 _STOPPED = r"stopped by (SIG\w+|another rank);|interrupted; what came after|: the budget is spent"
 _NO_SPACE = r"^error: \S+/\S+: .*free space.*"
 INSIDE = {
-    "kill": Kind(EVERYWHERE, (-9,), (1,)),
+    "kill": Kind(EVERYWHERE, (-9,), _LEFT),
     "kill all": Kind(EVERYWHERE, (-9,), (-9,)),
-    "torn line": Kind(("ledger", "metrics"), (-9,), (1,)),
-    "segfault": Kind(TRAINING, (-11,), (1,)),
-    "abort": Kind(TRAINING, (-6,), (1,)),
-    "raise": Kind(TRAINING, (1,), (1,)),
-    "raise from a thread": Kind(("batch", "backward", "update"), (1,), (1,)),
+    "torn line": Kind(("ledger", "metrics"), (-9,), _LEFT),
+    "segfault": Kind(TRAINING, (-11,), _LEFT),
+    "abort": Kind(TRAINING, (-6,), _LEFT),
+    "raise": Kind(TRAINING, (1,), _LEFT),
+    "raise from a thread": Kind(("batch", "backward", "update"), (1,), _LEFT),
     "SIGTERM": Kind(EVERYWHERE[1:], (75, 0), (75, 0), _STOPPED),
     "SIGINT": Kind(EVERYWHERE[1:], (75, 0), (75, 0), _STOPPED),
     "SIGUSR1": Kind(EVERYWHERE[1:], (75, 0), (75, 0), _STOPPED),
     "storm": Kind(TRAINING, (75, 0), (75, 0), _STOPPED),
     "Ctrl-C twice": Kind(TRAINING, (75, 0), (75, 0), _STOPPED),
-    "disk full": Kind(("build", "save", "gathering", "ledger", "metrics", "status"), (2,), (2,), _NO_SPACE),
+    "disk full": Kind(
+        ("build", "save", "gathering", "ledger", "metrics", "status"), (2,), (2, *_LEFT), _NO_SPACE
+    ),
     "not a number": Kind(("backward",), (2,), (2,), r"^error: the loss up to step \d+ is nan"),
 }
 """Faults that end an attempt."""

@@ -1,5 +1,6 @@
 """The short form of ``python -m tests.faults``, and faults that it, or the long one, has found."""
 
+import json
 import os
 import re
 import signal
@@ -55,6 +56,26 @@ def test_a_disk_that_is_full_is_told_once_with_the_file(place: str, tiny: Path) 
         assert re.match(rf"error: {shop.disk / 'a'}/\S+: .*free space", line), line
         free(shop.disk)
         finish(words)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "status.json", "tokenizer/tokenizer.model"])
+@pytest.mark.parametrize("content", ["", "7", '["'])
+def test_a_file_that_cannot_be_read_is_written_anew(
+    name: str, content: str, words: Words, tmp_path: Path
+) -> None:
+    """What provenance.json held is kept."""
+    finish(words("a", "budget.steps=1"))
+    path = tmp_path / "a" / name
+    before = path.read_bytes()
+    path.write_text(content)
+    finish(words("a", "budget.steps=2"))
+    if name == "provenance.json":
+        assert (tmp_path / "a" / "provenance-damaged-1.json").read_text() == content
+        assert len(json.loads(path.read_text())) == 1
+    elif name == "status.json":
+        assert json.loads(path.read_text())["state"] == "finished"
+    else:
+        assert path.read_bytes() == before
 
 
 def test_only_a_second_ctrl_c_interrupts_at_once() -> None:

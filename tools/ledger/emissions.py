@@ -11,7 +11,6 @@ of the run, so what it says of machine and software is what the attempt left in 
 
 import csv
 import io
-import json
 import math
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +21,7 @@ from pretrain.account import ledger
 from pretrain.account.budget import JOULES_PER_KWH
 from pretrain.account.energy import PARTS
 from pretrain.errors import UserError
+from pretrain.run_folder import read_provenance
 from pretrain.terminal import wrapped
 from tools.shared import outputs
 from tools.shared.tables import aligned
@@ -127,8 +127,7 @@ def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
 
     By its time: attempts that failed before their first line are in provenance.json only.
     """
-    file = run / "provenance.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    told = read_provenance(run)
     begin = first["time"] - sum(first["seconds"].values())
     return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first["time"] + 1), {})
 
