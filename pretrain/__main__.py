@@ -241,19 +241,25 @@ def _run(config: Config, local_rank: int | None) -> int:
     from pretrain.parallel.topology import Topology, connect, on_main, raise_on_all_ranks
     from pretrain.run_folder import RunFolder
     from pretrain.train import close, train
+    from pretrain.watchdog import Watchdog, patience
 
     for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
-    folder, topology = RunFolder(config.run.dir), Topology()
+    folder, topology, stall = RunFolder(config.run.dir), Topology(), config.monitor.stall_seconds
+    watchdog = Watchdog(topology, folder, 0)
     try:
-        topology = connect(config.parallel.tensor, config.train.engine == "deepspeed", local_rank)
+        needs_group = config.train.engine == "deepspeed"
+        topology = connect(config.parallel.tensor, needs_group, local_rank, patience(stall))
         on_main(topology, folder.claim)
+        # What NCCL leaves when it gives up by itself.
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.path.resolve() / "nccl-dump-rank-"))
+        watchdog = Watchdog(topology, folder, stall)
         if config.run.branch:  # of a trunk that goes on all ranks must see one step
             text = on_main(topology, lambda: with_branch(config).model_dump_json())
             config = build_config(json.loads(text))
         with raise_on_all_ranks(topology):
             inputs = open_inputs(config, topology.device, topology.data_size)
-        run = build(inputs, topology, folder, signals)
+        run = build(inputs, topology, folder, signals, watchdog)
         if topology.is_main:
             logging.info(wrapped(plan(run.recipe, topology.data_size, run.blend), sys.stderr, indent=12))
             _warn_of_epochs(run.recipe)
@@ -262,13 +268,17 @@ def _run(config: Config, local_rank: int | None) -> int:
         with run.monitor or nullcontext():  # whatever happens, its bar is gone before anything is said of it
             code = train(run)
         signals.leave_with(code)
+        watchdog.leave(0, "")
         close(run)
         if topology.is_main:
             _say_end(folder.path, folder.status()["reason"], code)
         topology.close()
         return code
     except BaseException as error:
+        if not signals.received:
+            watchdog.ask(error)
         code, reason = _verdict(error, signals.received)
+        watchdog.leave(code, reason)
         signals.leave_with(code)
         if code == DEFECT:
             traceback.print_exc()

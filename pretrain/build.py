@@ -46,6 +46,7 @@ from pretrain.parallel.topology import Topology, device_name, device_uuid, on_ma
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 from pretrain.tracker import Tracker
+from pretrain.watchdog import Watchdog
 
 
 def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro: int) -> Engine:
@@ -90,6 +91,7 @@ class Run:
     """On rank 0."""
     meter: energy.Meter
     signals: Signals
+    watchdog: Watchdog
     deadline: float | None
     """Unix time at which to stop, on rank 0 of a job with a time limit."""
     segments: list[Segment]
@@ -124,8 +126,17 @@ class Run:
         return self.recipe.phases[self.phase].cost
 
 
-def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signals) -> Run:
-    """Make all parts of a run, and restore the newest checkpoint if there is one; the folder is claimed."""
+def build(
+    inputs: Inputs,
+    topology: Topology,
+    folder: RunFolder,
+    signals: Signals,
+    watchdog: Watchdog | None = None,
+) -> Run:
+    """Make all parts of a run, and restore the newest checkpoint if there is one; the folder is claimed.
+
+    watchdog: none where nobody is to watch.
+    """
     recipe, config, data = inputs.recipe, inputs.recipe.config, inputs.data
     meter = open_meter(topology)
     with raise_on_all_ranks(topology):
@@ -167,6 +178,7 @@ def build(inputs: Inputs, topology: Topology, folder: RunFolder, signals: Signal
             monitor=_open_monitor(config, topology, ledger),
             meter=meter,
             signals=signals,
+            watchdog=watchdog or Watchdog(topology, folder, 0),
             deadline=_deadline(config) if topology.is_main else None,
             segments=segments,
             phase=number,

@@ -238,6 +238,8 @@ def _fields(line: Metrics, seconds_left: float | None) -> list[str]:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("skipped_updates"):
         parts.append(f"skipped {line['skipped_updates']:.0f}")
+    if line.get("slowest_rank") is not None:
+        parts.append(f"slowest rank {line['slowest_rank']} {line['slowest_excess']:+.1%}")
     if line.get("data_wait") is not None:
         parts.append(f"data wait {line['data_wait']:.1%}")
     return parts

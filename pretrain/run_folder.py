@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -81,6 +82,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._told: float | None = None  # when this process wrote status.json
         self._before: dict[str, Any] = {}  # what it said before that
+        self._writing = threading.Lock()
 
     def claim(self) -> None:
         """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
@@ -138,11 +140,18 @@ class RunFolder:
         write_atomic(path, json_text([*attempts, {**provenance(), **details}]))
 
     def write_status(
-        self, state: str, step: int, reason: str = "", exit_code: int | None = None, ledger_head: str = ""
+        self,
+        state: str,
+        step: int,
+        reason: str = "",
+        exit_code: int | None = None,
+        ledger_head: str = "",
+        stalled: dict[str, Any] | None = None,
     ) -> None:
         """Tells a queue how the run stands: `state` is running, finished, stopped or failed.
 
         ledger_head: hash of the ledger's line with an attempt's last word; it stays until the next one.
+        stalled: since when, where, on which hosts which ranks keep the others.
         """
         assert state in ("running", "finished", "stopped", "failed"), state
         if self._told is None:
@@ -155,7 +164,10 @@ class RunFolder:
             "time": time.time(),
             "ledger_head": ledger_head or self.status().get("ledger_head", ""),
         }
-        write_atomic(self.path / "status.json", json_text(status))
+        if stalled:
+            status["stalled"] = stalled
+        with self._writing:  # the watchdog's thread writes too
+            write_atomic(self.path / "status.json", json_text(status))
         self._told = time.monotonic()
 
     def follow(self, step: int) -> None:

@@ -22,6 +22,7 @@ from pretrain.build import Run, layout, read_phase, timed
 from pretrain.checkpoint import State
 from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
+from pretrain.model.late_mask import Batch
 from pretrain.model.loss_scale import LEAST, scale_exhausted
 from pretrain.parallel.topology import raise_on_all_ranks
 
@@ -53,7 +54,9 @@ def train(run: Run) -> int:
     """Updates until the budget is spent or somebody asks to stop; returns the exit code."""
     config, budget = run.config, run.recipe.budget
     loss_sum, logged = torch.zeros((), device=run.topology.device), run.step
+    at = run.watchdog.at
     while True:
+        at("agreement")
         turn = decide_step(run)
         if not (turn.step_fits or turn.stop or run.step):
             raise UserError(
@@ -66,32 +69,40 @@ def train(run: Run) -> int:
             )
         ending = turn.stop or not turn.step_fits
         if run.step > logged and (ending or run.step % config.monitor.log_every == 0):
+            at("log")
             write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
             loss_sum, logged = torch.zeros_like(loss_sum), run.step
         if turn.milestone >= 0:
+            at("save", long=True)
             keep_milestone(run, config.checkpoint.keep[turn.milestone])
             continue  # it took time too
         if evaluation_due(run, turn):
             evaluate(run, turn)
             continue  # it took time, which may be what the budget is made of, or what a signal gives
         if turn.save_due or (ending and run.saved != run.step):
+            at("save", long=True)
             mean_loss(run, loss_sum)  # what is no number is not worth keeping
             save(run)
             continue
         if ending:
+            at("save", long=True)
             return finish(run, turn)
 
         if turn.phase != run.phase:
+            at("build", long=True)
             start_phase(run, turn.phase)
+        first = run.phase not in run.seen
+        at("data", long=first)
         batches = run.feed.take(run.samples)
         for number, batch in enumerate(batches):
+            at("first update" if first else "forward", long=first)
             seed_dropout(run, number)
             loss_sum += run.engine.backward(batch, 1 / len(batches)) / len(batches)
+        at("all-reduce", long=first)
         run.rate = schedule.rate(config, turn.middle)
         run.grad_norm = run.engine.step(run.rate)
         run.step += 1
         run.samples += run.cost.samples
-        first = run.phase not in run.seen
         if run.ledger:
             run.ledger.step(run.cost, first)
         if first:
@@ -194,7 +205,7 @@ def mean_loss(run: Run, loss: Tensor) -> float:
 def write_log(run: Run, turn: StepDecision, loss: float) -> None:
     """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
-    scaling = check_scale(run)
+    scaling, slowest = check_scale(run), slowest_rank(run)
     if run.monitor and run.ledger:
         run.ledger.peak(peak)
         run.ledger.log(loss=loss, lr=run.rate, **scaling)
@@ -206,9 +217,21 @@ def write_log(run: Run, turn: StepDecision, loss: float) -> None:
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
             data_wait_seconds=run.feed.waited,
             **scaling,
+            **slowest,
         )
         run.folder.follow(run.step)
     run.feed.waited = 0.0
+
+
+def slowest_rank(run: Run) -> dict[str, float]:
+    """Return which of several ranks took longest for its own work since the last log, and by what share more
+    than they did on average."""
+    own, ranks = int(1e6 * run.watchdog.own_seconds()), run.topology.world_size
+    if ranks == 1:
+        return {}
+    longest, rank = divmod(run.topology.agree([own * ranks + run.topology.rank])[0], ranks)
+    (total,) = run.topology.add_up([own])
+    return {"slowest_rank": rank, "slowest_excess": longest * ranks / max(1, total) - 1}
 
 
 def check_scale(run: Run) -> dict[str, float]:
@@ -247,8 +270,13 @@ def evaluate(run: Run, turn: StepDecision) -> None:
         here = run.topology
         micro = run.recipe.phases[-1].micro_batch(here.data_size)
         run.engine.module.eval()
+
+        def forward(batch: Batch, score: bool) -> Tensor:
+            run.watchdog.at("evaluation", long=True)
+            return run.engine.forward(batch, score)
+
         score = run.heldout.score(
-            run.engine.forward, micro, here.device, here.data_rank, here.data_size, here.sum_over_data
+            forward, micro, here.device, here.data_rank, here.data_size, here.sum_over_data
         )
         run.engine.module.train()
     run.scored = run.step, score.loss

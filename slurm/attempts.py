@@ -3,8 +3,9 @@
     python -m slurm.attempts begin RUN STAGE --job ID --nodes LIST --limit N
     python -m slurm.attempts end RUN STAGE --job ID --code CODE --limit N
 
-`end` prints `done`, `again` or `stop`. Launchers change exit codes, so what counts is the status.json that
-the run wrote during this attempt; only where it said nothing does the code of srun decide.
+`end` prints `done`, `again`, `again NODES` (without those, which have kept two attempts) or `stop`.
+Launchers change exit codes, so what counts is the status.json that the run wrote during this attempt; only
+where it said nothing does the code of srun decide.
 
 The one idea: attempts are counted since the last progress, which is a new checkpoint (or a new part of a
 corpus), not since the beginning. A run that is preempted a hundred times goes on; one that dies at the same
@@ -69,9 +70,20 @@ def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
     tried = failed_attempts(lines, stage, progress(run, stage))
     if verdict == AGAIN and tried >= limit:
         verdict, reason = STOP, f"{tried} attempts without progress; the last: {reason}"
-    journal.note(run, "end", stage, job, verdict=verdict, reason=reason, code=code)
+    nodes = blamed(run, began) if stage == "train" and verdict == AGAIN else []
+    journal.note(run, "end", stage, job, verdict=verdict, reason=reason, code=code, blames=nodes)
+    before = {node for line in lines if line["stage"] == stage for node in line.get("blames", [])}
+    if bad := before.intersection(nodes):  # the second time
+        verdict = f"{AGAIN} {','.join(sorted(bad))}"
     print(f"{stage}: {reason}: {verdict}", file=sys.stderr)
     return verdict
+
+
+def blamed(run: Path, began: float) -> list[str]:
+    """Return the nodes of the ranks that kept an attempt that started at Unix time `began`."""
+    status = RunFolder(run).status()
+    nodes: list[str] = status.get("stalled", {}).get("hosts", []) if status.get("time", 0) >= began else []
+    return nodes
 
 
 def judge(run: Path, stage: str, code: int, began: float) -> tuple[str, str]:

@@ -5,8 +5,9 @@ forgotten it. A job that neither can account for is called vanished. The trap: S
 array one by one, the failed ones too, so that only what is done on disk tells how those ended.
 """
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,21 @@ def message(run: Path, stage: str, lines: list[journal.Line], seen: list[Seen]) 
     """Return the last thing worth knowing: why it waits, or what the run or its last attempt said."""
     ends = [line for line in lines if line["event"] == "end"]
     words = [one.reason for one in seen[:1] if one.reason not in ("None", "BeginTime")]
-    if ends:
+    told = RunFolder(run).status() if stage == "train" else {}
+    if told.get("state") == "running" and (stalled := told.get("stalled")):
+        words.append(stands(stalled))
+    elif ends:
         words.append(ends[-1]["reason"])
-    elif stage == "train" and (reason := RunFolder(run).status().get("reason")):
+    elif reason := told.get("reason"):
         words.append(reason)
     return "; ".join(words)
+
+
+def stands(stalled: Mapping[str, Any]) -> str:
+    """Return how long a run has stood still, and where."""
+    minutes = (time.time() - stalled["since"]) / 60
+    where = stalled["where"].partition(" (")[0]
+    return f"stalled {minutes:.0f} min in {where} on {', '.join(stalled['hosts']) or 'every node'}"
 
 
 _PROGRESS = ("step", "progress", "slots_per_second", "seconds_left", "loss")

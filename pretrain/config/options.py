@@ -409,6 +409,11 @@ class MonitorOptions(Section):
 
     log_every: int = Field(10, ge=1)
     """Updates between two lines of metrics.jsonl."""
+    stall_seconds: float = Field(120.0, ge=0)
+    """A rank that is dead, stopped or stuck is named within this time, and the job ends (75, or 1 where a
+    rank is dead) so that a queue starts it again; a start, a first update, an evaluation and a save may take
+    ten times as long. NCCL and gloo wait twelve times as long, ten minutes at least. 0:
+    nobody watches."""
     tensorboard: bool = True
     """Write TensorBoard events into the run."""
     tracker: Literal["wandb", "mlflow", "aim", "trackio"] | None = None

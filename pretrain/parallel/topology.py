@@ -14,6 +14,7 @@ daemons with srun, and a batch shell has SLURM_PROCID=0 and SLURM_NTASKS=8 thoug
 So the order above is the order of trust, and only a step (SLURM_STEP_NUM_TASKS) counts as srun.
 """
 
+import math
 import os
 import re
 import time
@@ -36,7 +37,8 @@ from pretrain.parallel.launchers import Identity, ask_mpi, identify
 RENDEZVOUS = timedelta(minutes=10)
 """How long the first rank waits for the last one; imports from a slow file system take minutes."""
 COLLECTIVE = timedelta(minutes=30)
-"""How long a rank waits for the others later on, e.g. while rank 0 reads or writes a checkpoint."""
+"""How long a rank waits for the others later on, e.g. while rank 0 reads or writes a checkpoint, where
+nobody says otherwise."""
 
 
 # ---- the ranks, connected ------------------------------------------------------------------------
@@ -160,12 +162,17 @@ class ModelParallelUnit:
         return getattr(self._state, name)
 
 
-def connect(tensor: int = 1, needs_group: bool = False, local_rank: int | None = None) -> Topology:
+def connect(
+    tensor: int = 1,
+    needs_group: bool = False,
+    local_rank: int | None = None,
+    patience: timedelta = COLLECTIVE,
+) -> Topology:
     """Finds the other ranks and groups them; collective over all of them.
 
     tensor: tensor-parallel degree. needs_group: start torch.distributed for a single process too
-    (DeepSpeed). local_rank: what a launcher's --local_rank said, checked. UserError if the ranks
-    cannot be found or divided.
+    (DeepSpeed). local_rank: what a launcher's --local_rank said, checked. patience: the time-out of
+    collectives. UserError if the ranks cannot be found or divided.
     """
     me = identify(os.environ)
     if local_rank is not None and local_rank != me.local_rank:
@@ -185,8 +192,8 @@ def connect(tensor: int = 1, needs_group: bool = False, local_rank: int | None =
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
         return topology
     if not dist.is_initialized():
-        _start(me, device)
-    return _grouped(topology, tensor)
+        _start(me, device, patience)
+    return _grouped(topology, tensor, patience)
 
 
 def _pin_device(local_rank: int) -> torch.device:
@@ -207,7 +214,7 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _start(me: Identity, device: torch.device) -> None:
+def _start(me: Identity, device: torch.device, patience: timedelta) -> None:
     """Joins the default process group."""
     if me.address is None:
         me = ask_mpi(me)
@@ -220,9 +227,7 @@ def _start(me: Identity, device: torch.device) -> None:
             f"rank {me.rank} of {me.world_size} (by {me.launcher}) did not meet the others at"
             f" {me.address}:{me.port} ({reason}); start all ranks, where they can reach that address"
         ) from None
-    dist.init_process_group(
-        _backend(device), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
-    )
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=patience)
 
 
 def _export(me: Identity) -> None:
@@ -236,10 +241,10 @@ def _export(me: Identity) -> None:
     )
 
 
-def _grouped(topology: Topology, tensor: int) -> Topology:
+def _grouped(topology: Topology, tensor: int, patience: timedelta) -> Topology:
     """The topology with its groups; neighbouring ranks share a model, as they share a node."""
     on_cpu = topology.device.type == "cpu"
-    flags = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=COLLECTIVE)
+    flags = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=patience)
     if tensor == 1:
         return replace(
             topology,
@@ -249,7 +254,10 @@ def _grouped(topology: Topology, tensor: int) -> Topology:
             flags=flags,
         )
     state = _parallel_state()
-    state.initialize_model_parallel(tensor, create_gloo_process_groups=False)
+    minutes = math.ceil(patience.total_seconds() / 60)
+    state.initialize_model_parallel(
+        tensor, create_gloo_process_groups=False, distributed_timeout_minutes=minutes
+    )
     data_size = topology.world_size // tensor
     return replace(
         topology,

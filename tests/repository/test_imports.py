@@ -19,6 +19,7 @@ LAW = [
     ("model",),
     ("parallel",),
     ("checkpoint", "run_folder", "evaluate", "monitor", "feed"),
+    ("watchdog",),
     ("continuing", "inputs"),
     ("build",),
     ("train",),

@@ -716,6 +716,23 @@ def test_attempts_are_counted_since_the_last_checkpoint(run: Path) -> None:
     assert attempts.begin(run, "train", "9", "n1", limit=2) == 0
 
 
+def test_a_node_that_keeps_two_attempts_is_left_out(run: Path) -> None:
+    def stall(job: str, *hosts: str) -> str:
+        assert attempts.begin(run, "train", job, "n[1-3]", limit=9) == 0
+        about = {"since": time.time() - 240, "where": "all-reduce (engine.py:9 step)", "hosts": hosts}
+        RunFolder(run).write_status("running", 5, stalled=about)
+        assert re.fullmatch(
+            f"stalled 4 min in all-reduce on {hosts[-1]}", status.message(run, "train", [], [])
+        )
+        RunFolder(run).write_status("stopped", 5, "a reason", 75, stalled=about)
+        return attempts.end(run, "train", job, 75, limit=9)
+
+    assert [stall("1", "n2"), stall("2", "n3"), stall("3", "n2")] == ["again", "again", "again n2"]
+    assert attempts.begin(run, "train", "4", "n[1-3]", limit=9) == 0
+    RunFolder(run).write_status("stopped", 5, "a signal", 75)
+    assert attempts.end(run, "train", "4", 75, limit=9) == "again"
+
+
 # ---- bad nodes -----------------------------------------------------------------------------------
 
 

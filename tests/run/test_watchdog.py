@@ -1,0 +1,171 @@
+"""Whatever happens to a rank: the others name it, and the job ends so that a queue starts it again."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGSTOP
+from typing import Any
+
+import pytest
+
+from pretrain.monitor import read_metrics
+from pretrain.run_folder import RunFolder
+from tests.support import runs
+from tests.support.ranks import PATIENCE
+from tests.support.runs import NEVER, UPDATE, Attempt, Outcome, Paced, Strike, finish, result
+
+Words = Callable[..., list[str]]
+STALL = "monitor.stall_seconds=6"
+
+
+@dataclass(frozen=True)
+class Blow(Strike):
+    """What befalls a rank just before its call number `at`."""
+
+    kind: str = ""
+
+    def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == self.at:
+                BLOWS[self.kind]()
+            return function(*args, **kwargs)
+
+        return counted
+
+
+def fail() -> None:
+    raise RuntimeError("only here")
+
+
+BLOWS: dict[str, Callable[[], Any]] = {
+    "sleeps": lambda: time.sleep(PATIENCE),
+    "holds Python's lock": lambda: ctypes.PyDLL(None).sleep(int(PATIENCE)),
+    "stopped": lambda: os.kill(os.getpid(), SIGSTOP),
+    "pauses": lambda: time.sleep(8.0),
+    "killed": lambda: os.kill(os.getpid(), SIGKILL),
+    "raises": fail,
+}
+ENDS_ITSELF = ("sleeps", "raises", "pauses")
+SAVE = ("pretrain.checkpoint:save",)
+CASES: dict[str, tuple[int, str, int, tuple[str, ...]]] = {
+    "one of two sleeps": (2, "sleeps", 1, UPDATE),
+    "the only one sleeps": (1, "sleeps", 0, UPDATE),
+    "one holds Python's lock": (2, "holds Python's lock", 1, UPDATE),
+    "one is stopped": (3, "stopped", 1, UPDATE),
+    "the first is stopped": (2, "stopped", 0, UPDATE),
+    "one is killed": (3, "killed", 2, UPDATE),
+    "the first is killed": (2, "killed", 0, UPDATE),
+    "one raises": (2, "raises", 1, UPDATE),
+    "one raises in a save": (2, "raises", 0, SAVE),
+    "one pauses in a save": (2, "pauses", 0, SAVE),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Name -> (run folder, outcome) of all cases, which wait side by side."""
+    attempts = {}
+    for name, (ranks, kind, victim, targets) in CASES.items():
+        run = tmp_path_factory.mktemp("run")
+        words = [
+            str(tiny / "tiny.yaml"),
+            f"run.dir={run}",
+            STALL,
+            "budget.steps=1000",
+            "train.batch_size=6",
+            "evaluate.every_steps=null",
+        ]
+        at = 1 if targets == SAVE else 5
+        options = ["checkpoint.every_steps=3"] if targets == SAVE else []
+        options += ["budget.steps=4"] if kind == "pauses" else []
+        blow = Blow(SIGKILL, at, targets, victim, kind)
+        attempts[name] = run, victim, Attempt([*words, *options], ranks, blow), kind in ENDS_ITSELF
+    yield {name: (run, outcome(*others)) for name, (run, *others) in attempts.items()}
+
+
+def outcome(victim: int, started: Attempt, itself: bool) -> Outcome:
+    """How it ended; a victim that does not end by itself is killed when the others are gone."""
+    for rank, process in enumerate(started.processes):
+        if rank != victim or itself:
+            process.join(PATIENCE)
+    started.processes[victim].kill()
+    return started.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("one of two sleeps", 75, "rank 1 on HOST stands still, in data (train.py"),
+        ("the only one sleeps", 75, "rank 0 on HOST stands still, in data (train.py"),
+        ("one holds Python's lock", 75, "rank 1 on HOST gives no sign of life, last seen in "),
+        ("one is stopped", 75, "rank 1 on HOST is stopped (SIGSTOP), last seen in "),
+        ("the first is stopped", 75, "rank 0 on HOST is stopped (SIGSTOP), last seen in "),
+        ("one is killed", 1, "rank 2 on HOST is dead, last seen in "),
+        ("the first is killed", 1, "rank 0 on HOST is dead, last seen in "),
+        ("one raises", 1, "rank 1 on HOST ended: RuntimeError: only here"),
+        ("one raises in a save", 1, "rank 0 on HOST ended: RuntimeError: only here"),
+    ],
+)
+def test_a_rank_is_named(name: str, code: int, said: str, ended: dict[str, tuple[Path, Outcome]]) -> None:
+    run, (codes, text) = ended[name]
+    ranks, kind, victim, _ = CASES[name]
+    said = said.replace("HOST", os.uname().nodename)
+    living = [each for rank, each in enumerate(codes) if rank != victim or kind in ENDS_ITSELF]
+    assert living == [code] * len(living), text
+    errors = [line for line in text.splitlines() if line.startswith(f"error: {said}")]
+    assert len(errors) == len(living) - (kind == "raises"), text
+    status = RunFolder(run).status()
+    assert (status["state"], status["exit_code"]) == ("stopped" if code == 75 else "failed", code)
+    if kind != "raises":
+        assert status["reason"].startswith(said) and status["stalled"]["ranks"] == [victim]
+        assert status["stalled"]["hosts"] == [os.uname().nodename]
+
+
+def test_what_takes_long_is_named_and_goes_on(ended: dict[str, tuple[Path, Outcome]]) -> None:
+    run, (codes, text) = ended["one pauses in a save"]
+    assert codes == [0, 0], text
+    said = f"warning: rank 0 on {os.uname().nodename} stands still, in save ("
+    assert sum(line.startswith(said) for line in text.splitlines()) == 2, text
+    assert "stalled" not in RunFolder(run).status()
+
+
+def test_the_same_command_goes_on(ended: dict[str, tuple[Path, Outcome]], tiny: Path, tmp_path: Path) -> None:
+    run, _ = ended["one raises in a save"]
+    words = [str(tiny / "tiny.yaml"), "budget.steps=4", "train.batch_size=6", "evaluate.every_steps=null"]
+    finish([*words, f"run.dir={run}"], 2)
+    finish([*words, f"run.dir={tmp_path}"], 2)
+    assert result(run) == result(tmp_path)
+
+
+def test_a_job_that_is_suspended_goes_on(words: Words, tmp_path: Path) -> None:
+    """For longer than a rank may be silent."""
+    job = Attempt(words("a", "monitor.stall_seconds=3", "budget.steps=40", "evaluate.every_steps=null"), 2)
+    while not (tmp_path / "a" / "metrics.jsonl").exists():
+        assert all(process.is_alive() for process in job.processes)
+        time.sleep(0.01)
+    for number, pause in ((SIGSTOP, 4.0), (SIGCONT, 0.0)):
+        for process in job.processes:
+            os.kill(process.pid, number)
+        time.sleep(pause)
+    ended = job.wait()
+    assert ended.codes == [0, 0], ended.text
+
+
+class Slow(Paced):
+    """A rank by whose clock only what it does takes time, and very long."""
+
+    def arm(self) -> None:
+        runs.PACE["pretrain.feed:Feed.take"] = 1000.0
+        super().arm()
+
+
+def test_the_log_names_the_slowest_rank(words: Words, tmp_path: Path) -> None:
+    job = Attempt(words("a", "monitor.stall_seconds=0"), 2, Slow(SIGKILL, NEVER, rank=1))
+    ended = job.wait()
+    assert ended.codes == [0, 0], ended.text
+    lines = [line for line in read_metrics(tmp_path / "a") if "slowest_rank" in line]
+    assert {line["slowest_rank"] for line in lines} == {1}
+    assert "slowest rank 1 +" in ended.text
