@@ -265,7 +265,8 @@ def _run(config: Config, local_rank: int | None) -> int:
             _warn_of_epochs(run.recipe)
             if run.step:
                 logging.info("continues   from step %d", run.step)
-        with run.monitor or nullcontext():  # whatever happens, its bar is gone before anything is said of it
+        # Whatever happens, the bar is gone before anything is said of it, and the last checkpoint is written.
+        with run.monitor or nullcontext(), run.writer or nullcontext():
             code = train(run)
         signals.leave_with(code)
         watchdog.leave(0, "")

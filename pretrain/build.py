@@ -110,6 +110,8 @@ class Run:
     """(step, loss) of the last evaluation."""
     rate: float = 0.0
     """Learning rate of the last update."""
+    writer: checkpoint.Writer | None = None
+    """Where checkpoints are written while training goes on."""
     milestones: set[float] = field(default_factory=set)
     """Shares of `checkpoint.keep` that are done with: kept, or passed before this attempt."""
     grad_norm: Tensor | None = None
@@ -184,6 +186,7 @@ def build(
             phase=number,
             blend=blend,
             feed=feed,
+            writer=_open_writer(recipe),
         )
         if state:
             _restore(run, state, Path(path), stamps)
@@ -196,6 +199,12 @@ def build(
     elif ledger and state:
         _note_changes(ledger, run, state, layout(recipe, topology))
     return run
+
+
+def _open_writer(recipe: Recipe) -> checkpoint.Writer | None:
+    """Return what writes checkpoints in the background, but for budgets that every second counts for."""
+    background = recipe.config.checkpoint.background and not recipe.budget.measured
+    return checkpoint.Writer() if background else None
 
 
 def _restore(run: Run, state: State, path: Path, stamps: checkpoint.Stamps | None) -> None:

@@ -21,11 +21,13 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
@@ -104,27 +106,98 @@ class State:
 # ---- saving --------------------------------------------------------------------------------------
 
 
-def save(folder: RunFolder, engine: TensorSource, state: State, keep_last: int, is_main: bool = True) -> Path:
+class Writer:
+    """Writes checkpoints on a thread of its own while training goes on, one after the other.
+
+    As a context manager it leaves with the last one on disk, or as far as it came: only who interrupts at
+    once does not wait for it, and finds the one before.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+        self.seconds = 0.0
+        """What the last one took to write."""
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write when the one before is written; UserError if that could not be."""
+        self.wait()
+        self._last = self._pool.submit(self._timed, write)
+
+    def _timed(self, write: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        write()
+        self.seconds = time.monotonic() - begin
+
+    @property
+    def failed(self) -> bool:
+        """True once a checkpoint could not be written, which the next `wait` says."""
+        return bool(self._last and self._last.done() and self._last.exception())
+
+    def wait(self) -> None:
+        """Return when all is on disk; UserError if it could not be written."""
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            with suppress(UserError):  # what ends the run is told
+                self.wait()
+
+
+def save(
+    folder: RunFolder,
+    engine: TensorSource,
+    state: State,
+    keep_last: int,
+    is_main: bool = True,
+    writer: Writer | None = None,
+) -> Path:
     """Writes a checkpoint, moves the pointers to it and retires old ones; collective over all ranks.
 
-    Only the main rank writes, one kind of tensor at a time in memory. A step whose good
-    checkpoint is `latest` already is not written again. If writing fails (disk full), the main
-    rank still takes part in all collectives and raises UserError after them.
+    Only the main rank writes, one kind of tensor at a time in memory; with a `writer` later, from copies of
+    them all. A step whose good checkpoint is `latest` already is not written again. If writing fails (disk
+    full), the main rank still takes part in all collectives and raises UserError after them.
     """
     final = folder.checkpoints / _name(state.step)
     writes = is_main and not (pointed(folder.path, "latest") == final and problem(final) is None)
-    temporary = folder.checkpoints / (TEMPORARY + final.name)
-    failure: Exception | None = None
-    for kind in FILES:
-        tensors = {name: tensor for name, tensor in engine.tensors(kind) if is_main}
-        if writes and not failure:
-            failure = _failure(_write_tensors, temporary, state, kind, tensors)
-    if writes and not failure:
-        failure = _failure(_publish, folder, temporary, state, keep_last)
-    if failure:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: cannot be saved ({failure}); free space or fix the disk, then start again")
+    gathered = ((kind, {name: t for name, t in engine.tensors(kind) if is_main}) for kind in FILES)
+    if writer:
+        kept = list(gathered)
+        if writes:
+            writer.start(lambda: _write(folder, state, keep_last, kept))
+        return final
+    try:
+        if writes:
+            _write(folder, state, keep_last, gathered)
+    finally:
+        for _ in gathered:
+            pass
     return final
+
+
+Gathered = Iterable[tuple[str, dict[str, "Tensor"]]]
+"""Kinds of tensors, and these by name."""
+
+
+def _write(folder: RunFolder, state: State, keep_last: int, gathered: Gathered) -> None:
+    final = folder.checkpoints / _name(state.step)
+    temporary = folder.checkpoints / (TEMPORARY + final.name)
+    try:
+        for kind, tensors in gathered:
+            _write_tensors(temporary, state, kind, tensors)
+        _publish(folder, temporary, state, keep_last)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be saved ({error}); free space or fix the disk, then start again"
+        ) from None
 
 
 def save_weights(folder: RunFolder, state: State, name: str, tensors: dict[str, "Tensor"]) -> Path:
@@ -144,14 +217,6 @@ def save_weights(folder: RunFolder, state: State, name: str, tensors: dict[str, 
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: cannot be saved ({error}); free space or fix the disk") from None
     return final
-
-
-def _failure(write: Callable[..., None], *arguments: Any) -> Exception | None:
-    try:
-        write(*arguments)
-    except (OSError, SafetensorError) as error:
-        return error
-    return None
 
 
 def _write_tensors(temporary: Path, state: State, kind: str, tensors: dict[str, "Tensor"]) -> None:

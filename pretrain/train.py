@@ -304,6 +304,8 @@ def save_due(run: Run) -> bool:
     every = run.config.checkpoint
     if run.step == run.saved or run.step == 0:
         return False
+    if run.writer and run.writer.failed:
+        return True  # which says so
     if run.recipe.budget.measured and run.ledger and not run.ledger.block_hours("checkpoint"):
         return True  # once early, to know how long a save takes
     late = every.every_minutes and time.monotonic() - run.saved_at >= 60 * every.every_minutes
@@ -333,10 +335,13 @@ def keep_milestone(run: Run, share: float) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; all ranks take part."""
+    """Write a checkpoint, or begin to; all ranks take part."""
+    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
+        if run.writer:
+            run.writer.wait()  # before the next one takes memory
     main, state = run.topology.is_main, state_of(run, run.ledger.save() if run.ledger else "")
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main)
+        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main, run.writer)
     run.saved, run.saved_at = run.step, time.monotonic()
     if main:
         run.folder.write_status("running", run.step)
@@ -363,7 +368,10 @@ def state_of(run: Run, head: str) -> State:
 
 
 def finish(run: Run, turn: StepDecision) -> int:
-    """Says how it ended, in the ledger and in status.json."""
+    """Says how it ended, in the ledger and in status.json, when the last checkpoint is on disk."""
+    if run.writer:
+        with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
+            run.writer.wait()
     # A signal that comes with the last step leaves no more than the evaluation for the next start.
     complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)
     code = DONE if complete else STOPPED

@@ -63,6 +63,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"seq_length": 24, "batch_size": 8, "precision": "fp32"},
         "optimizer": {"lr": 3e-3},
         "budget": {"steps": 8},
+        "checkpoint": {"background": False},  # what is on disk at a kill must not depend on the time
         "evaluate": {"every_steps": 3, "samples": 20},
         "monitor": {"log_every": 1, "tensorboard": False},
     }

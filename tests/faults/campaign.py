@@ -81,18 +81,18 @@ class Layout(NamedTuple):
 _ZERO = {stage: ("train.engine=deepspeed", f"parallel.zero={stage}") for stage in range(4)}
 _TENSOR = "parallel.tensor=2"
 LAYOUTS = (
-    Layout(1, (), 30),
-    Layout(1, _ZERO[0], 12),
-    Layout(1, _ZERO[1], 12),
-    Layout(2, (), 12),
-    Layout(2, (_TENSOR,), 9),
-    Layout(2, _ZERO[1], 6),
-    Layout(2, _ZERO[2], 3),
-    Layout(2, _ZERO[3], 3),
-    Layout(2, (*_ZERO[0], _TENSOR), 4),
-    Layout(4, (), 2),
-    Layout(4, (_TENSOR,), 2),
-    Layout(4, _ZERO[1], 2),
+    Layout(1, (), 40),
+    Layout(1, _ZERO[0], 18),
+    Layout(1, _ZERO[1], 17),
+    Layout(2, (), 6),
+    Layout(2, (_TENSOR,), 5),
+    Layout(2, _ZERO[1], 4),
+    Layout(2, _ZERO[2], 2),
+    Layout(2, _ZERO[3], 2),
+    Layout(2, (*_ZERO[0], _TENSOR), 3),
+    Layout(4, (), 1),
+    Layout(4, (_TENSOR,), 1),
+    Layout(4, _ZERO[1], 1),
 )
 _CONFIG = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40},

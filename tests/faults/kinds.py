@@ -60,7 +60,7 @@ PLACES = {
     "backward": Place(_both("backward"), 4),
     "update": Place(_both("_update"), 4),
     "evaluation": Place(("pretrain.evaluate:HeldOut.score",), 1),
-    "save": Place(("os:fsync", "os:replace"), 30, "pretrain.checkpoint:save", main=True),
+    "save": Place(("os:fsync", "os:replace"), 30, "pretrain.checkpoint:_write", main=True),
     "gathering": Place(("pretrain.checkpoint:save",), 2),
     "ledger": Place(("os:fsync",), 8, "pretrain.account.ledger:Ledger.note", main=True),
     "metrics": Place(("pretrain.monitor:Monitor.log",), 4, main=True),

@@ -352,6 +352,28 @@ def test_a_full_disk_is_a_users_error_after_all_collectives(folder, monkeypatch)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["latest", "step-00000001"]
 
 
+def test_what_could_not_be_written_in_the_background_is_told_by_the_next_one(folder, monkeypatch):
+    save(folder, 1)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, checkpoint.Writer() as writer:
+        patch.setattr(safetensors.torch, "save_file", full)
+        checkpoint.save(folder, TinyEngine(2), make_state(2), 2, writer=writer)
+        with pytest.raises(UserError, match="step-00000002: cannot be saved .*No space left"):
+            writer.wait()
+        checkpoint.save(folder, TinyEngine(3), make_state(3), 2, writer=writer)
+        with pytest.raises(UserError, match="step-00000003: cannot be saved .*No space left"):
+            checkpoint.save(folder, TinyEngine(4), make_state(4), 2, writer=writer)
+        assert not writer.failed
+    assert checkpoint.find(folder.path).name == "step-00000001"
+    with pytest.raises(RuntimeError), checkpoint.Writer() as writer:  # the run ends, the checkpoint stays
+        checkpoint.save(folder, TinyEngine(5), make_state(5), 2, writer=writer)
+        raise RuntimeError
+    assert_holds(checkpoint.find(folder.path), 5)
+
+
 def test_a_file_size_limit_is_a_users_error(folder):
     """The real thing: the kernel refuses the bytes in the middle of a file."""
     code = f"""if True:

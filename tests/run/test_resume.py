@@ -85,9 +85,11 @@ def test_killed_between_checkpoints(variant: str, words: Words, tiny: Path, tmp_
     check_ledger(tmp_path / "cut")
 
 
-def test_killed_before_every_write(words: Words, tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_killed_before_every_write(background: str, words: Words, tmp_path: Path) -> None:
     """The n-th attempt dies just before its n-th fsync or rename, wherever that is."""
     options = ("budget.steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    options = (*options, f"checkpoint.background={background}")
     finish(words("whole", *options))
     for at in count(1):
         cut = attempt(words("cut", *options), strike=Strike(SIGKILL, at, DISK))

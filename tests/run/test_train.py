@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,8 +33,9 @@ from pretrain.parallel.topology import Topology, connect, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
 from slurm.attempts import judge
 from tests.conftest import encode
+from tests.support.ranks import PATIENCE
 from tests.support.ranks import run as on_ranks
-from tests.support.runs import NEVER, Outcome, Paced, Strike, attempt, finish, losses
+from tests.support.runs import NEVER, Outcome, Paced, Strike, attempt, finish, losses, result
 from tools.shared.run_model import load_model
 
 Words = Callable[..., list[str]]
@@ -241,6 +243,38 @@ def build_here(command: list[str], run: Path) -> Run:
     folder.claim()
     inputs = open_inputs(load_config(command[0], command[1:]), torch.device("cpu"), 1)
     return build(inputs, Topology(), folder, deaf)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 2 is written when the fourth update has begun, and is what it would have been."""
+    finish(words("whole"))
+    options = ("checkpoint.background=true", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    run = build_here(words("a", *options), tmp_path / "a")
+    take, write, begun, written = run.feed.take, checkpoint._write, threading.Event(), []
+
+    def watched(first: int) -> Any:
+        if first == 3 * 8:
+            begun.set()
+        return take(first)
+
+    def late(folder: RunFolder, state: checkpoint.State, *rest: Any) -> None:
+        assert begun.wait(PATIENCE)
+        written.append((state.step, run.step))
+        write(folder, state, *rest)
+
+    monkeypatch.setattr(run.feed, "take", watched)
+    monkeypatch.setattr(checkpoint, "_write", late)
+    assert train.train(run) == 0
+    train.close(run)
+    assert written[0][0] == 2 and written[0][1] >= 3
+    assert [step for step, _ in written] == checkpoint.steps(tmp_path / "a") == [2, 4, 6, 8]
+    assert result(tmp_path / "a") == result(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")
+    (tmp_path / "a" / "checkpoints" / "latest").write_text("step-00000002")
+    finish(words("a"))
+    assert result(tmp_path / "a") == result(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("what", ["hours", "signal"])
