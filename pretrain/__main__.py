@@ -25,7 +25,15 @@ from pretrain import __version__, streams
 from pretrain.account import epochs, flops
 from pretrain.account.budget import Budget
 from pretrain.account.recipe import Phase, Recipe
-from pretrain.config import Config, build_config, config_warnings, dump_config, load_config, method_of
+from pretrain.config import (
+    Config,
+    ModelOptions,
+    build_config,
+    config_warnings,
+    dump_config,
+    load_config,
+    method_of,
+)
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import STOPPED, UserError
@@ -66,7 +74,7 @@ def plan(recipe: Recipe, data_size: int, blend: Blend) -> str:
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
     lines = [
         f"method      {method_of(config)}: {model.num_layers} + {model.decoder_layers} layers x"
-        f" {model.hidden_size}, {model.block} {model.norm}-LN, {recipe.vocab_size} pieces",
+        f" {model.hidden_size}, {model.block} {model.norm}-LN{_local(model)}, {recipe.vocab_size} pieces",
         f"parameters  {parts}",
     ]
     for phase, begin in zip(recipe.phases, [0.0, *recipe.budget.phase_ends], strict=True):
@@ -75,6 +83,11 @@ def plan(recipe: Recipe, data_size: int, blend: Blend) -> str:
         lines += _phase(phase, data_size)
     lines.append(f"documents   {config.corpus.documents}; {_documents(blend)}")
     return "\n".join([*lines, f"budget      {_budget(recipe, blend)}"])
+
+
+def _local(model: ModelOptions) -> str:
+    layers = sum(map(model.is_local, range(model.num_layers)))
+    return f", {layers} of them local ({model.local_window} tokens)" if layers else ""
 
 
 def _phase(phase: Phase, data_size: int) -> list[str]:

@@ -137,6 +137,7 @@ def _account(branch: BranchOptions, state: State) -> ledger.Line:
 
 _SHAPELESS = (
     *("mask_leak", "join", "dropout", "decoder_dropout", "init_from", "init_std", "norm_eps", "rope_theta"),
+    *("local_window", "global_every", "local_rope_theta"),
 )
 """Keys of `model` that no weight depends on."""
 

@@ -127,7 +127,26 @@ def attended_pairs(rows: Rows, model: ModelOptions) -> list[int]:
     """Return how many pairs of rows attend in each encoder layer."""
     V, L = encoded(rows, model), rows.length
     joined = V * V + (L - V) * L if one_way(model) else L * L
-    return [joined if i >= model.mask_from else V * V for i in range(model.num_layers)]
+    return [
+        local_pairs(n, model) if model.is_local(i) else joined if i >= model.mask_from else V * V
+        for i, n in enumerate(encoder_rows(rows, model))
+    ]
+
+
+def local_pairs(rows: int, model: ModelOptions) -> int:
+    """Return how many pairs of rows a local layer works on."""
+    return sum((b - a) * (d - c) for a, b, c, d in local_blocks(rows, model.local_window))
+
+
+def local_blocks(rows: int, window: int) -> list[tuple[int, int, int, int]]:
+    """Return, of each block of rows in a local layer, its first row, the one after its last, and both of the
+    rows that it attends to.
+
+    Rows stand in the order of their positions, of which no two are equal: within a window of positions lie
+    rows within a window of rows only.
+    """
+    side = window // 2
+    return [(i, min(i + side, rows), max(0, i - side), min(i + 2 * side, rows)) for i in range(0, rows, side)]
 
 
 def one_way(model: ModelOptions) -> bool:

@@ -39,6 +39,10 @@ def _check_model(config: Config) -> list[str]:
         found.append("model.norm = 'pre': BERT is post-LN; leave it out, or take model.block = roberta")
     if m.block == "modern" and m.token_type:
         found.append("model.token_type = true: the modern block has none; leave it out")
+    if m.local_window and m.block != "modern":
+        found.append(f"model.local_window = {m.local_window}: the modern block alone has local layers")
+    if m.local_window % 2:
+        found.append(f"model.local_window = {m.local_window}: half of it is on either side; take an even one")
     late = m.mask_from == m.num_layers and m.decoder_layers >= 1
     if not (late or (m.mask_from < m.num_layers and m.decoder_layers == 0)):
         found.append(
@@ -187,6 +191,8 @@ def config_warnings(config: Config) -> list[str]:
         ("model", "mask_vector", late, "the [MASK]s are ordinary tokens when mask_from = 0"),
         ("model", "mask_leak", late, "the encoder sees all [MASK]s when mask_from = 0"),
         ("model", "rope_theta", m.block == "modern", "only the modern block rotates"),
+        ("model", "global_every", m.local_window, "model.local_window is 0"),
+        ("model", "local_rope_theta", m.local_window, "model.local_window is 0"),
         ("optimizer", "muon_lr_scale", config.optimizer.kind == "muon", "optimizer.kind is not muon"),
         ("masking", "span_stop", k.scheme == "span", "masking.scheme is not span"),
         ("masking", "span_max", k.scheme == "span", "masking.scheme is not span"),

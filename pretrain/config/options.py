@@ -204,6 +204,18 @@ class ModelOptions(Section):
     """Epsilon of every LayerNorm."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary frequencies (modern block)."""
+    local_window: int = Field(0, ge=0)
+    """Local layers of the encoder see the tokens up to half of this away on either side (ModernBERT: 128);
+    0: all layers are global (modern block only). The decoder is global. FLOPs are those of blocks of half a
+    window, each with its neighbours."""
+    global_every: int = Field(3, ge=1)
+    """Which layers are global where there are local ones: the first, and from there each so-manieth."""
+    local_rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies in local layers; default: `rope_theta`."""
+
+    def is_local(self, layer: int) -> bool:
+        """Return whether a layer of the encoder, from 0, is local."""
+        return self.local_window > 0 and layer % self.global_every > 0
 
 
 class MaskingOptions(Section):

@@ -1,7 +1,7 @@
 """Parameters in Hugging Face's words, both ways, and a run that starts from such a folder.
 
 Four targets hold our blocks exactly: `roberta` and `bert` (post-LN), `roberta-prelayernorm` (pre-LN) and
-`modernbert` with every layer global. The one idea: the mapping only renames, slices, reorders and
+`modernbert`, with local layers or without. The one idea: the mapping only renames, slices, reorders and
 pads with zeros. So it is linear and maps gradients as well as weights, which is how it is tested; and
 it can be undone to the bit. What they have and our models need not (a token type that every token
 has, RoBERTa's rows of positions for padding, BERT's second token type) is kept where a run starts from a
@@ -66,6 +66,11 @@ def model_type(m: ModelOptions) -> str:
     if m.block == "roberta":
         return "roberta" if m.norm == "post" else "roberta-prelayernorm"
     return {"bert": "bert", "modern": "modernbert"}[m.block]
+
+
+def layer_types(m: ModelOptions) -> list[str]:
+    """Return Hugging Face's names of a modern encoder's layers."""
+    return [f"{'sliding' if m.is_local(i) else 'full'}_attention" for i in range(m.num_layers)]
 
 
 def _words(m: ModelOptions) -> str:
@@ -323,7 +328,7 @@ def _other_settings(m: ModelOptions, theirs: Mapping[str, Any], tokenizer: Token
         for key, value in (_MODERN if modern else _BERT).items()
         if theirs.get(key, value) != value
     ]
-    return found + (_other_rotation(m, theirs) if modern else [])
+    return found + (_other_attention(m, theirs) if modern else [])
 
 
 _DECODER = {"is_decoder": False, "add_cross_attention": False}
@@ -338,15 +343,33 @@ _MODERN = _DECODER | {
 """Settings that change what is computed and have one value here, which is also the default of theirs."""
 
 
-def _other_rotation(m: ModelOptions, theirs: Mapping[str, Any]) -> list[str]:
-    """ModernBERT as released attends to the whole text in every third layer only."""
-    every = theirs.get("global_attn_every_n_layers", 3)
-    if any(
-        kind != "full_attention" for kind in theirs.get("layer_types") or [every == 1 and "full_attention"]
-    ):
-        return ["attends locally in some layers, for which there is no block here"]
+def _other_attention(m: ModelOptions, theirs: Mapping[str, Any]) -> list[str]:
+    """Other layers that are local, another window, other rotations. Defaults are those of transformers."""
+    every, window = theirs.get("global_attn_every_n_layers", 3), theirs.get("local_attention", 128)
+    kinds = theirs.get("layer_types") or [
+        f"{'sliding' if i % every else 'full'}_attention" for i in range(m.num_layers)
+    ]
+    if kinds != layer_types(m):
+        local = [i for i, kind in enumerate(kinds) if kind != "full_attention"]
+        return [
+            f"attends locally in layers {local} (from 0), by model.local_window and global_every it is"
+            f" {[i for i in range(m.num_layers) if m.is_local(i)]}"
+        ]
+    found = _other_rotation(theirs, "full_attention", "global_rope_theta", 160_000.0, m.rope_theta)
+    if "sliding_attention" in kinds:
+        if window != m.local_window:
+            found.append(f"its local_attention is {window}, model.local_window {m.local_window}")
+        theta = m.local_rope_theta or m.rope_theta
+        found += _other_rotation(theirs, "sliding_attention", "local_rope_theta", 10_000.0, theta)
+    return found
+
+
+def _other_rotation(
+    theirs: Mapping[str, Any], kind: str, older: str, default: float, wanted: float
+) -> list[str]:
+    """`older`: the name of transformers 4 for the base of a kind of layers."""
     given = theirs.get("rope_parameters") or {}
-    rope = given.get("full_attention", given) or {}
+    rope = given.get(kind, given if kind == "full_attention" else None) or {}
     scaled = {
         key: value for key, value in rope.items() if key != "rope_theta" and value not in ("default", 1)
     }
@@ -354,10 +377,9 @@ def _other_rotation(m: ModelOptions, theirs: Mapping[str, Any]) -> list[str]:
         return [
             f"scales its rotary positions ({scaled or theirs['rope_scaling']}); plain ones are known here"
         ]
-    theta = rope.get("rope_theta", theirs.get("global_rope_theta"))
-    return (
-        [] if theta == m.rope_theta else [f"its rope_theta is {theta!r}, model.rope_theta {m.rope_theta!r}"]
-    )
+    theta = rope.get("rope_theta", theirs.get(older, default))
+    name = older.removeprefix("global_")
+    return [] if theta == wanted else [f"its {name} is {theta!r}, model.{name} {wanted!r}"]
 
 
 def _other_pieces(folder: Path, tokenizer: Tokenizer) -> list[str]:

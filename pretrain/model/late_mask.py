@@ -17,8 +17,8 @@ with a tied mask vector is MAE-LM (Meng et al. 2023, arXiv 2302.02060). `mask_le
 Where the masks join between two layers, `join: one_way` lets only them attend to them: what the other rows
 become is what they are in a text without [MASK], though the layers above the join are the encoder's own.
 
-Where attention must stay within documents, the rows of each stage are sorted by document, those that enter
-the encoder and, after the join, all: see `Order`.
+Where attention must stay within documents, or some layers are local, the rows of each stage are sorted by
+position, those that enter the encoder and, after the join, all: see `Order`.
 
 Letters: B batch, L rows of a sequence, V visible, M late [MASK] rows, P predicted, S rows here, T rows
 attended to, K documents of a sequence at most, D width, F inner width, H heads, E head width.
@@ -43,16 +43,20 @@ from pretrain.model.attention import (
     Attention,
     Bounds,
     CrossAttention,
+    Local,
     OneWay,
     Order,
     Rotation,
     one_way,
+    supports_flex,
     supports_varlen,
     take,
 )
 from pretrain.model.loss import ChunkedCrossEntropy
 
 Array = npt.NDArray[np.int64]
+View = tuple[Rotation, Bounds | OneWay | Local | None]
+"""What a layer of the encoder is told of its rows."""
 
 
 class Batch(NamedTuple):
@@ -144,7 +148,7 @@ class Layer(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        bounds: Bounds | OneWay | None = None,
+        bounds: Bounds | OneWay | Local | None = None,
         context_BTD: Tensor | None = None,
         there: Rotation = None,
         across: Bounds | None = None,
@@ -267,44 +271,58 @@ class LateMaskModel(nn.Module):
         """Return the encoder's output of ids and positions [B, L]; V rows when the masks meet only a decoder,
         else L.
 
-        With num_masked = 0 this is the exported encoder on ordinary input. With an `order` the rows come
-        out sorted by document.
+        With num_masked = 0 this is the exported encoder on ordinary input. With an `order`, or local layers,
+        the rows come out sorted by position.
         """
         B, L = ids.shape
         V, M = self._visible(L, num_masked), late_masks(self.m, num_masked)
+        if order is None and self.m.local_window:
+            order = self._order(Batch(ids, positions, ids[:, :0], num_masked))
         words, places = ids[:, :V], positions
-        bounds: Bounds | OneWay | None = None
         if order is not None:
-            bounds = order.bounds(order.visible, order.visible)
             words, places = words.gather(1, order.visible), positions.gather(1, order.entry)
-        rotation = self.rotation(places)
+        views = self._views(places[:, :V], V, order)
         x = self._embed(self.tok(words), places[:, :V])
         for i, layer in enumerate(self.layers):
             if i == self.m.mask_from and V < L:
                 # Shared depth: a mask enters the stack as a word would, only later.
                 masks = self._embed(self._mask_rows(B, M), places[:, V:])
                 x = torch.cat((x, masks), 1)
-                if self.m.join == "one_way":
-                    bounds = one_way(V, order)
-                elif order is not None:
-                    x, bounds = take(x, order.join), order.bounds(order.rows, order.rows)
-                    rotation = self.rotation(positions.gather(1, order.rows))
-            x = self._run(layer, x, _rows(rotation, 0, x.shape[1]), bounds)
+                if order is not None and self.m.join != "one_way":
+                    x, places = take(x, order.join), positions.gather(1, order.rows)
+                views = self._views(places, V, order)
+            x = self._run(layer, x, *views[self.m.is_local(i)])
         return self.final_norm(x)
+
+    def _views(self, places_BS: Tensor, V: int, order: Order | None) -> tuple[View, View]:
+        """Rotation and bounds of global layers, and of local ones; of V rows, or of all when the masks have
+        joined."""
+        m, rows = self.m, None
+        one_sided = m.join == "one_way" and places_BS.shape[1] > V
+        bounds: Bounds | OneWay | None = one_way(V, order) if one_sided else None
+        if order is not None:
+            rows = order.rows if places_BS.shape[1] > V else order.visible
+            bounds = bounds or order.bounds(rows, rows)
+        whole = self.rotation(places_BS), bounds
+        if rows is None or order is None or not m.local_window:
+            return whole, whole
+        flex = supports_flex(rows.device) and not (self.training and m.dropout)
+        local = order.local(rows, m.local_window, flex, one_sided)
+        return whole, (self.rotation(places_BS, m.local_rope_theta), local)
 
     def _visible(self, L: int, num_masked: int) -> int:
         """V: where the masks join before the first layer, all rows."""
         return L - late_masks(self.m, num_masked) if self.m.mask_from else L
 
     def _order(self, batch: Batch) -> Order | None:
-        """None where attention sees the whole window."""
-        if batch.documents is None:
-            return None
+        """None where attention sees the whole window in all layers."""
         m, V = self.m, self._visible(batch.ids.shape[1], batch.num_masked)
+        if batch.documents is None and not m.local_window:
+            return None
         drops = self.training and bool(m.dropout or m.decoder_dropout)
-        varlen = supports_varlen(batch.documents.device) and not drops
+        varlen = supports_varlen(batch.positions.device) and not drops
         P, K = batch.targets.shape[1], batch.most_documents
-        return Order.of(batch.documents, V, P, K, varlen, flops.one_way(m))
+        return Order.of(batch.positions, batch.documents, V, P, K, varlen, flops.one_way(m))
 
     def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:
         """Decoder output of the predicted rows: [B, P, D]."""
@@ -342,7 +360,7 @@ class LateMaskModel(nn.Module):
         context, there, across, places = x_BLD[:, :C], _rows(rotation, 0, C), None, None
         x, rotation_P = x_BLD[:, C:], _rows(rotation, C, C + P)
         if order is not None:
-            places, back = order.predicted.sort(1)  # by document, as all rows are
+            places, back = order.predicted.sort(1)  # by position, as all rows are
             across = order.bounds(order.rows.gather(1, places), order.rows)
             context, there, x = x_BLD, rotation, take(x_BLD, places)
             rotation_P = rotation and (take(rotation[0], places), take(rotation[1], places))
@@ -350,7 +368,7 @@ class LateMaskModel(nn.Module):
             x = self._run(layer, x, rotation_P, None, context, there, across, places)
         return d.final_norm(x if order is None else take(x, back.argsort(1)))
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation | Bounds | OneWay) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | Rotation | Bounds | OneWay | Local) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -368,13 +386,13 @@ class LateMaskModel(nn.Module):
             return self.tok(torch.full((B, M), self.mask_id, device=self.tok.weight.device))
         return self.mask_vector.expand(B, M, -1)
 
-    def rotation(self, positions_BS: Tensor) -> Rotation:
+    def rotation(self, positions_BS: Tensor, theta: float | None = None) -> Rotation:
         """Return cos and sin of position x frequency, in float32 (as Hugging Face computes them)."""
         if self.m.block != "modern":
             return None
         E = self.m.hidden_size // self.m.num_heads
         even = torch.arange(0, E, 2, device=positions_BS.device, dtype=torch.int64).float()
-        frequency = 1.0 / (self.m.rope_theta ** (even / E))
+        frequency = 1.0 / ((theta or self.m.rope_theta) ** (even / E))
         with torch.autocast(positions_BS.device.type, enabled=False):
             angle = positions_BS.float()[:, :, None, None] * frequency
             angle = torch.cat((angle, angle), -1)

@@ -34,7 +34,7 @@ def counted(module, batch):
     return counter
 
 
-@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, BLOCKS)))
+@pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, [*BLOCKS, "local"])))
 @pytest.mark.parametrize("rate", [0.15, 0.5])
 def test_training_flops_equal_torchs_counter(method, block, rate):
     config, built, rows, batch = build(method, block, masking={"rate": rate})
@@ -95,7 +95,9 @@ def test_an_update_by_muon_costs_what_it_multiplies():
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize(("method", "block"), list(itertools.product(METHODS, FORMS)))
 def test_parameters_equal_the_models(method, block, imported):
-    config, built, _, _ = build(method, block, model={"token_type": imported and block != "modern"})
+    config, built, _, _ = build(
+        method, block, model={"token_type": imported and block not in ("modern", "local")}
+    )
     parts = flops.parameters(config.model, VOCAB)
     assert parts["total"] == sum(p.numel() for p in built.parameters())
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731

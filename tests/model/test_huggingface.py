@@ -253,6 +253,115 @@ def test_going_on_from_a_real_bert_beats_a_new_start(
     assert len(losses["on"]) == 5 and sum(losses["on"]) < sum(losses["new"]) - 5 * 0.05
 
 
+RELEASED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "classifier_dropout": 0.0,
+    "classifier_pooling": "mean",
+    "decoder_bias": True,
+    "deterministic_flash_attn": False,
+    "embedding_dropout": 0.0,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "hidden_activation": "gelu",
+    "hidden_size": 64,  # 768
+    "initializer_cutoff_factor": 2.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,  # 1152
+    "layer_norm_eps": 1e-05,
+    "local_attention": 128,
+    "local_rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "mlp_dropout": 0.0,
+    "model_type": "modernbert",
+    "norm_bias": False,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 4,  # 12
+    "num_hidden_layers": 22,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+    "transformers_version": "4.47.0.dev0",
+}
+"""ModernBERT-base's config.json as released, narrower, its vocabulary and special pieces apart."""
+ETTIN = {"local_rope_theta": 160000.0, "max_position_embeddings": 7999, "position_embedding_type": "sans_pos"}
+MODERN = {
+    "ModernBERT-base": RELEASED,
+    "ModernBERT-large": RELEASED | {"num_hidden_layers": 28},
+    "Ettin-32m": RELEASED | ETTIN | {"num_hidden_layers": 10},
+    "mmBERT-base": RELEASED | ETTIN | {"max_position_embeddings": 8192},
+}
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_local_and_global_attention_as_released(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Random weights behind the released settings, and out again: both ways the logits of 400 tokens, the
+    settings that matter in the words of transformers 4 and of today."""
+    import transformers
+
+    special = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos, "cls": tokenizer.bos}
+    ids = {f"{kind}_token_id": value for kind, value in special.items()} | {"sep_token_id": tokenizer.eos}
+    settings = MODERN[name] | ids | {"vocab_size": tokenizer.vocab_size}
+    torch.manual_seed(3)
+    theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**settings))
+    with torch.no_grad():
+        for parameter in theirs.eval().parameters():
+            parameter.normal_(0.0, 0.1)
+    theirs.save_pretrained(tmp_path)
+    today = json.loads((tmp_path / "config.json").read_text())
+    assert today["layer_types"].count("full_attention") == -(-settings["num_hidden_layers"] // 3)
+    shape = {
+        "num_layers": settings["num_hidden_layers"],
+        "hidden_size": 64,
+        "ffn_size": 96,
+        "max_positions": settings["max_position_embeddings"],
+        "rope_theta": 160000,
+        "local_window": 128,
+        "local_rope_theta": settings["local_rope_theta"],
+    }
+    for words in (settings, today):
+        (tmp_path / "config.json").write_text(json.dumps(words))
+        config = small("mlm", "modern", model={**shape, "init_from": str(tmp_path)})
+        model = make(config, tokenizer).eval()
+        assert load_folder(model, config.model, tokenizer) == []
+    text = torch.randint(4, tokenizer.vocab_size, (2, 400))
+    with torch.no_grad():
+        expected = theirs(input_ids=text).logits
+        rows = model.encode(text, torch.arange(400).expand(2, -1))
+        found = (model.head(rows) @ model.tok.weight.T + model.head.bias)[..., : tokenizer.vocab_size]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    export.export_folder(model, config, tokenizer, tmp_path / "out", "card")  # compares the logits
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key in ("layer_types", "local_attention", "rope_parameters", "global_attn_every_n_layers"):
+        assert out[key] == today.get(key, 3), key
+    assert out["local_rope_theta"] == settings["local_rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        ({"local_window": 0}, r"attends locally in layers \[1\] \(from 0\), by model.local_window .* \[\]"),
+        ({"global_every": 3}, None),
+        ({"global_every": 1}, "attends locally in layers"),
+        ({"local_window": 8}, "its local_attention is 6, model.local_window 8"),
+        ({"local_rope_theta": None}, "its local_rope_theta is 200.0, model.local_rope_theta 10000.0"),
+        ({"rope_theta": 9.0}, "its rope_theta is 10000.0, model.rope_theta 9.0"),
+    ],
+)
+def test_other_local_layers_are_refused(
+    ours: dict[str, Any], words: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    save(tmp_path, "local", tokenizer)
+    config = small("mlm", "local", model={"init_from": str(tmp_path), **ours})
+    if words is None:  # of two layers the second is local either way
+        assert load_folder(make(config, tokenizer), config.model, tokenizer) == []
+        return
+    with pytest.raises(UserError, match=words):
+        load_folder(make(config, tokenizer), config.model, tokenizer)
+
+
 def test_bert_as_first_released(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.model.attention import _flex_mask
 from pretrain.model.huggingface import hugging_face_state, left_out
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from tests.support.methods import BLOCKS, METHODS, small
@@ -122,7 +123,10 @@ def _sequence(
             x, here = full, torch.ones_like(masked)
             if m.join == "one_way":
                 attends = masked[:, None] | ~masked[None, :]
-        x = _layer(model, layer, x, place[here], attends=attends)
+        if local := m.local_window > 0 and i % m.global_every != 0:
+            near = (place[here][:, None] - place[here]).abs() <= m.local_window // 2
+            seen = near if attends is None else near & attends
+        x = _layer(model, layer, x, place[here], attends=seen if local else attends, local=local)
     x = _norm(model.final_norm, x)
     if model.decoder is not None:
         x = _decoded(model, x, here, masked, predicted, mask_row, place)
@@ -172,10 +176,11 @@ def _layer(
     memory: Tensor | None = None,
     memory_place: Tensor | None = None,
     attends: Tensor | None = None,
+    local: bool = False,
 ) -> Tensor:
     def attend(h: Tensor) -> Tensor:
         q, k, v = _heads(model, layer.attention.qkv, h, 3)
-        return _linear(layer.attention.out, _attention(model, q, k, v, place, place, attends))
+        return _linear(layer.attention.out, _attention(model, q, k, v, place, place, attends, local))
 
     def attend_memory(h: Tensor) -> Tensor:
         (q,) = _heads(model, layer.cross.q, h, 1)
@@ -221,12 +226,14 @@ def _attention(
     here: Tensor,
     there: Tensor | None,
     attends: Tensor | None = None,
+    local: bool = False,
 ) -> Tensor:
     """attends: bool [S, T], the pairs of rows that attend; default all."""
     mixed = []
     for q_SE, k_TE, v_TE in zip(q, k, v, strict=True):
         if model.m.block == "modern":
-            q_SE, k_TE = _turned(model, q_SE, here), _turned(model, k_TE, there)
+            theta = model.m.local_rope_theta if local else model.m.rope_theta
+            q_SE, k_TE = _turned(theta, q_SE, here), _turned(theta, k_TE, there)
         scores = q_SE @ k_TE.T / math.sqrt(q_SE.shape[-1])
         if attends is not None:
             scores = scores.masked_fill(~attends, -math.inf)
@@ -236,13 +243,13 @@ def _attention(
     return torch.cat(mixed, -1)
 
 
-def _turned(model: LateMaskModel, x_SE: Tensor, place: Tensor | None) -> Tensor:
+def _turned(theta: float, x_SE: Tensor, place: Tensor | None) -> Tensor:
     """Pairs (i, i + E/2) as complex numbers times e^(i angle). cos and sin are float32, the model's
     contract with Hugging Face; the product has the precision of x."""
     assert place is not None
     half = x_SE.shape[-1] // 2
     exponent = 2 * torch.arange(half, dtype=torch.float32) / (2 * half)
-    frequency = 1.0 / model.m.rope_theta**exponent
+    frequency = 1.0 / theta**exponent
     angle = place.float()[:, None] * frequency
     turn = torch.complex(angle.cos().to(x_SE.dtype), angle.sin().to(x_SE.dtype))
     z = torch.complex(x_SE[:, :half], x_SE[:, half:]) * turn
@@ -307,7 +314,7 @@ def permuted_logits(model: LateMaskModel, batch: Batch, natural: Natural, order:
 # ---- against the reference -----------------------------------------------------------------------
 
 
-@blocks
+@pytest.mark.parametrize("block", [*BLOCKS, "local"])
 @pytest.mark.parametrize("method", VARIANTS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_permuted_equals_natural(block: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -378,6 +385,35 @@ def test_a_document_without_a_visible_row(block: str, method: str) -> None:
     loss, expected = model(bounded), reference_loss(model, natural, documents)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("method", ["mlm", "shared-depth", "one-way", "3ml-cross", "3ml-query"])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_local_layers(method: str, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By blocks, and by what flex_attention is told (run by torch itself here), beside documents too."""
+    model = make_model("local", method).double()
+    natural, batch, order = make_batches()
+    if bounded:
+        batch = batch._replace(documents=DOCUMENTS.gather(1, order), most_documents=4)
+    expected = reference_loss(model, natural, DOCUMENTS if bounded else None)
+    loss, whole = model(batch), make_model("modern", method).double()(batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert abs(loss.item() - whole.item()) > 1e-5  # it matters
+    assert_near(gradients(model, loss), gradients(model, expected), 1e-10)
+    monkeypatch.setattr("pretrain.model.late_mask.supports_flex", lambda device: True)
+    with torch.no_grad():
+        assert model(batch).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("side", [1, 64, 100, 128, 300])
+def test_flex_attention_skips_nothing_that_is_seen(side: int) -> None:
+    """Blocks that it is told to work on cover all pairs within the window of 600 rows of 1,000."""
+    places = torch.stack([torch.randperm(1000)[:600].sort().values for _ in range(2)])
+    traits = (places, torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool))
+    found = _flex_mask(traits, side).to_dense()[0, 0].bool()
+    near = (places[:, :, None] - places[:, None]).abs() <= side
+    assert found.repeat_interleave(128, 0).repeat_interleave(128, 1)[:600, :600][near.any(0)].all()
+    assert side > 128 or not found[0, 2:].any()
 
 
 def test_one_document_is_no_bound() -> None:
@@ -644,7 +680,7 @@ def test_order_of_rows_is_free(block: str, method: str) -> None:
 # ---- the rest of the model's contract ------------------------------------------------------------
 
 
-@blocks
+@pytest.mark.parametrize("block", [*BLOCKS, "local"])
 @pytest.mark.parametrize("method", VARIANTS)
 def test_recompute_changes_nothing(block: str, method: str) -> None:
     _, batch, _ = make_batches()

@@ -14,7 +14,13 @@ from tests.parallel.test_tensor_parallel import PADDED, make_batch, make_model
 from tests.support import ranks
 from tests.support.methods import small
 
-KINDS = [("3ml-self", "post"), ("3ml-cross", "pre"), ("3ml-query", "modern"), ("one-way", "post")]
+KINDS = [
+    ("3ml-self", "post"),
+    ("3ml-cross", "pre"),
+    ("3ml-query", "modern"),
+    ("one-way", "post"),
+    ("one-way", "local"),
+]
 
 
 def breaks(model: LateMaskModel, documents: bool = False) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ VOCAB, MASK = 42, 41
 # The word table has 64 rows: with four ranks the last shard holds padding only.
 PADDED = 64
 CASES = [(method, block) for method in METHODS for block in BLOCKS]
+CASES += [("3ml-query", "local"), ("one-way", "local")]
 
 
 def make_model(config: Config, recompute: bool = False) -> LateMaskModel:

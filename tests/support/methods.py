@@ -16,8 +16,10 @@ BLOCKS = {
     "pre": {"block": "roberta", "norm": "pre"},
     "modern": {"block": "modern"},
 }
-FORMS = BLOCKS | {"bert": {"block": "bert"}}
-"""Blocks by what they are exported as: `bert` computes what `post` does."""
+LOCAL = {"block": "modern", "local_window": 6, "global_every": 2, "local_rope_theta": 200.0}
+FORMS = BLOCKS | {"bert": {"block": "bert"}, "local": LOCAL}
+"""Blocks by what they are exported as: `bert` computes what `post` does, `local` is `modern` with a layer
+that is."""
 
 
 def small(method: str = "mlm", block: str = "post", **sections: dict) -> Config:

@@ -316,7 +316,7 @@ def test_late_folder_with_decoder(method: str, block: str, tmp_path: Path, token
 
     more = {}
     if method == "leaking":
-        method, more = "3ml-cross", {"mask_leak": 0.4, "token_type": block != "modern"}
+        method, more = "3ml-cross", {"mask_leak": 0.4, "token_type": block not in ("modern", "local")}
     config = small(method, block, model={"max_positions": 100, "init_std": 0.1, **more})
     model, output = make_model(config, tokenizer_dir), tmp_path / "model"
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -65,6 +65,22 @@ SCORES = {
     )
 }
 """So long that the attention's scores are most of what is held."""
+SCORES |= {
+    f"{method} local, {length}, dropout {dropout}": case(
+        method,
+        "local",
+        micro,
+        model={"max_positions": 8192, "local_window": 128, "dropout": dropout, **late},
+        train={"seq_length": length, "precision": precision, "recompute": recompute},
+    )
+    for method, precision, length, micro, dropout, recompute, late in (
+        ("mlm", "fp32", 8192, 1, 0.0, "none", {}),
+        ("3ml-query", "fp32", 1024, 4, 0.0, "block", {}),
+        ("one-way", "fp32", 1024, 4, 0.0, "none", {"num_layers": 4, "global_every": 3}),
+        ("3ml-self", "bf16", 1024, 4, 0.0, "none", {"num_layers": 4, "mask_from": 4}),
+        ("mlm", "bf16", 1024, 4, 0.1, "none", {}),
+    )
+}
 DEEPSPEED = {"engine": "deepspeed"}
 DATA = {
     "data": case(data=2),

@@ -56,8 +56,11 @@ def bounds(task: BenchmarkTask) -> Bounds:
     """Return four documents in each window, their rows sorted."""
     numbers = (torch.arange(task.length) * 4 // task.length).expand(task.batch_size, -1).contiguous()
     varlen = task.device.type == "cuda" and task.precision == "bf16"
-    order = Order.of(numbers.to(task.device), task.length, 1, 4, varlen)
-    return order.bounds(order.visible, order.visible)
+    places = torch.arange(task.length, device=task.device).expand(task.batch_size, -1)
+    order = Order.of(places, numbers.to(task.device), task.length, 1, 4, varlen)
+    found = order.bounds(order.visible, order.visible)
+    assert found is not None
+    return found
 
 
 def hugging_face_attention(task: BenchmarkTask, kind: str) -> nn.Module:

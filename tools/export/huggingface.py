@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain.config import Config, ModelOptions
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.model.huggingface import first_position, model_type, token_types
+from pretrain.model.huggingface import first_position, layer_types, model_type, token_types
 
 Form = Literal["masked-lm", "encoder", "late"]
 """What is exported: `mlm` with its head, the encoder of a late method, or all of a late method."""
@@ -83,7 +83,8 @@ def _bert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _modernbert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": m.rope_theta}
+    local = m.local_rope_theta or m.rope_theta
+    full, sliding = ({"rope_type": "default", "rope_theta": theta} for theta in (m.rope_theta, local))
     return {
         "max_position_embeddings": m.max_positions,
         "norm_eps": m.norm_eps,
@@ -96,19 +97,23 @@ def _modernbert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
         "classifier_activation": "gelu",
         "cls_token_id": tokenizer.bos,
         "sep_token_id": tokenizer.eos,
-        "layer_types": ["full_attention"] * m.num_layers,
-        "global_attn_every_n_layers": 1,
-        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "layer_types": layer_types(m),
+        "global_attn_every_n_layers": m.global_every if m.local_window else 1,
+        **({"local_attention": m.local_window} if m.local_window else {}),
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
         # What transformers 4 reads in place of the two keys above.
         "global_rope_theta": m.rope_theta,
-        "local_rope_theta": m.rope_theta,
+        "local_rope_theta": local,
         "reference_compile": False,
     }
 
 
 def _late_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     module = MODELING.stem
-    same = ("block", "norm", "mask_from", "join", "decoder_layers", "decoder_positions", "mask_vector")
+    same = (
+        *("block", "norm", "mask_from", "join", "decoder_layers", "decoder_positions", "mask_vector"),
+        *("mask_leak", "token_type", "norm_eps", "rope_theta", "local_window", "global_every"),
+    )
     return {
         "model_type": "latemask",
         "auto_map": {
@@ -119,7 +124,8 @@ def _late_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:
         "max_position_embeddings": m.max_positions,
         "mask_token_id": tokenizer.mask,
         "decoder_kind": m.decoder,  # transformers takes a key `decoder` for the config of another model
-        **{name: getattr(m, name) for name in (*same, "mask_leak", "token_type", "norm_eps", "rope_theta")},
+        "local_rope_theta": m.local_rope_theta or m.rope_theta,
+        **{name: getattr(m, name) for name in same},
     }
 
 

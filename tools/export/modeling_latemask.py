@@ -49,6 +49,9 @@ class LateMaskConfig(PretrainedConfig):
         mask_vector: str = "learned",
         mask_leak: float = 0.0,
         token_type: bool = False,
+        local_window: int = 0,
+        global_every: int = 3,
+        local_rope_theta: float = 10000.0,
         mask_token_id: int = 50264,
         **more: Any,
     ) -> None:
@@ -70,6 +73,9 @@ class LateMaskConfig(PretrainedConfig):
         self.mask_vector = mask_vector
         self.mask_leak = mask_leak
         self.token_type = token_type
+        self.local_window = local_window
+        self.global_every = global_every
+        self.local_rope_theta = local_rope_theta
         self.mask_token_id = mask_token_id
         super().__init__(**more)
 
@@ -271,7 +277,9 @@ class LateMaskForMaskedLM(PreTrainedModel):
         return masks & (masks.cumsum(1) > leaked)
 
     def _predict(self, ids: Tensor, positions: Tensor, text: Tensor, late: Tensor) -> Tensor:
-        c, rotation = self.config, self._rotation(positions)
+        c, rotation = self.config, self._rotation(positions, self.config.rope_theta)
+        local_rotation = self._rotation(positions, c.local_rope_theta)
+        near = (positions[:, :, None] - positions[:, None]).abs() <= c.local_window // 2
         visible, text = (text & ~late)[:, None], text[:, None]
         seen = visible
         vector = self.mask_vector if c.mask_vector == "learned" else self.tok.weight[c.mask_token_id]
@@ -281,7 +289,8 @@ class LateMaskForMaskedLM(PreTrainedModel):
             if i == c.mask_from:
                 x = torch.where(late[..., None], self._embed(masks, positions), x)
                 seen = torch.where(late[..., None], text, visible) if c.join == "one_way" else text
-            x = layer(x, rotation, seen)
+            local = c.local_window and i % c.global_every
+            x = layer(x, local_rotation if local else rotation, seen & near if local else seen)
         x = encoded = self.final_norm(x)
         if self.decoder is None:
             return x
@@ -302,13 +311,13 @@ class LateMaskForMaskedLM(PreTrainedModel):
             words = words + self.positions(positions)
         return self.embedding_norm(words)
 
-    def _rotation(self, positions: Tensor) -> Rotation:
+    def _rotation(self, positions: Tensor, theta: float) -> Rotation:
         c = self.config
         if c.block != "modern":
             return None
         size = c.hidden_size // c.num_attention_heads
         even = torch.arange(0, size, 2, device=positions.device).float()
         with torch.autocast(positions.device.type, enabled=False):
-            angle = positions.float()[:, :, None, None] * (1.0 / (c.rope_theta ** (even / size)))
+            angle = positions.float()[:, :, None, None] * (1.0 / (theta ** (even / size)))
             angle = torch.cat((angle, angle), -1)
             return angle.cos(), angle.sin()

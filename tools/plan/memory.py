@@ -217,18 +217,24 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
 
 def _layers(model: ModelOptions, rows: Rows, layout: Layout) -> list[int]:
     """Bytes that each layer saves for its backward pass."""
-    inputs = [*zip(flops.encoder_rows(rows, model), flops.attended_pairs(rows, model), strict=True)]
-    each = {(n, pairs): _self_layer(n, model, layout, model.dropout, pairs) for n, pairs in set(inputs)}
+    kinds = map(model.is_local, range(model.num_layers))
+    inputs = [*zip(flops.encoder_rows(rows, model), flops.attended_pairs(rows, model), kinds, strict=True)]
+    each = {one: _self_layer(one[0], model, layout, model.dropout, *one[1:]) for one in set(inputs)}
     encoder = [each[one] for one in inputs]
     decoder = [_decoder_layer(rows, model, layout)] if model.decoder_layers else []
     return encoder + decoder * model.decoder_layers
 
 
-def _self_layer(n: int, model: ModelOptions, layout: Layout, dropout: float, pairs: int | None = None) -> int:
+def _self_layer(
+    n: int, model: ModelOptions, layout: Layout, dropout: float, pairs: int | None = None, local: bool = False
+) -> int:
     """Bytes saved by a layer whose n rows attend to each other, or in so many pairs: then mixed rows are
     saved by the attention, in parts, and by the projection that follows."""
-    again = 0 if pairs in (None, n * n) else layout.width * n * model.hidden_size // layout.tensor
-    attention = _attention(n, n, 3 * n, model, layout, dropout, pairs)
+    whole = pairs in (None, n * n) and not local
+    again = 0 if whole else layout.width * n * model.hidden_size // layout.tensor
+    # Of its keys and values a local layer's blocks, one as large as half a window, have copies.
+    copied = 2 * pairs // (model.local_window // 2) if local and pairs and not layout.gpu else 0
+    attention = _attention(n, n, copied or 3 * n, model, layout, dropout, pairs, local)
     return attention + again + _inner(n, model, layout, dropout)
 
 
@@ -252,6 +258,7 @@ def _attention(
     layout: Layout,
     dropout: float,
     pairs: int | None = None,
+    local: bool = False,
 ) -> int:
     """Rows read, `projected` rows of queries, keys and values, rows mixed, and the norm's input."""
     D, T, b = model.hidden_size, layout.tensor, layout.width
@@ -260,7 +267,8 @@ def _attention(
     saved = n * D * (b + FULL) + b * (projected + rotated + n) * D // T
     saved += _mask_bytes(layout) * n * D if dropout else 0
     if not written:
-        return saved + FULL * n * model.num_heads // T
+        masks = FULL * (pairs or 0) if local and not layout.gpu else 0
+        return saved + masks + FULL * n * model.num_heads // T
     # Probabilities, as wide as the products; with dropout its mask, and the product of both.
     return saved + (3 if dropout else 1) * b * (pairs or n * m) * model.num_heads // T
 
