@@ -68,7 +68,7 @@ def test_parts_equal_torchs_counter(method, leak):
     assert everything.get_total_flops() == part.total
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, "local"])
 @pytest.mark.parametrize(
     ("method", "dropout"), [("mlm", 0.0), ("one-way", 0.0), ("3ml-query", 0.0), ("3ml-cross", 0.1)]
 )

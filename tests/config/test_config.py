@@ -295,6 +295,14 @@ def test_method_names(method, name):
     assert method_of(small(method)) == name
 
 
+def test_local_layers_are_of_the_modern_block_and_even():
+    with pytest.raises(UserError, match="model.local_window = 6: the modern block alone has local layers"):
+        small(model={"local_window": 6})
+    with pytest.raises(UserError, match="model.local_window = 7: half of it is on either side"):
+        small("mlm", "modern", model={"local_window": 7})
+    assert "model.global_every has no effect" in config_warnings(small(model={"global_every": 2}))[0]
+
+
 def test_what_may_change_when_a_run_continues():
     old = small()
     free = {"budget": {"steps": 9}, "parallel": {"tensor": 2}, "checkpoint": {"keep_last": 9}}
