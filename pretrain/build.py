@@ -43,6 +43,7 @@ from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
 from pretrain.parallel.engine import Engine, TorchEngine, compile_mode
 from pretrain.parallel.launchers import job_end
 from pretrain.parallel.topology import Topology, device_name, device_uuid, on_main, raise_on_all_ranks
+from pretrain.parallel.updates import Updates
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 from pretrain.tracker import Tracker
@@ -114,6 +115,7 @@ class Run:
     """Where checkpoints are written while training goes on."""
     milestones: set[float] = field(default_factory=set)
     """Shares of `checkpoint.keep` that are done with: kept, or passed before this attempt."""
+    updates: Updates = field(kw_only=True)
     grad_norm: Tensor | None = None
     """Of the last update, before clipping; None where the engine does not tell."""
 
@@ -181,6 +183,7 @@ def build(
             meter=meter,
             signals=signals,
             watchdog=watchdog or Watchdog(topology, folder, 0),
+            updates=Updates(topology.device, _skipped(state), bool(engine.loss_scale)),
             deadline=_deadline(config) if topology.is_main else None,
             segments=segments,
             phase=number,
@@ -205,6 +208,11 @@ def _open_writer(recipe: Recipe) -> checkpoint.Writer | None:
     """Return what writes checkpoints in the background, but for budgets that every second counts for."""
     background = recipe.config.checkpoint.background and not recipe.budget.measured
     return checkpoint.Writer() if background else None
+
+
+def _skipped(state: State | None) -> float:
+    """Updates that were skipped up to a checkpoint; older programs counted those in fp16 only."""
+    return 0.0 if state is None else state.skipped or (state.loss_scale or {}).get("skipped", 0.0)
 
 
 def _restore(run: Run, state: State, path: Path, stamps: checkpoint.Stamps | None) -> None:

@@ -99,6 +99,8 @@ class State:
     account: dict[str, Any] | None = None
     """What that line stated, with which the run goes on where the ledger has lost it; None in checkpoints of
     older programs."""
+    skipped: int = 0
+    """Updates so far that were skipped."""
     averaged: dict[str, float] = field(default_factory=dict)
     """Of weights that are a mean: the checkpoints that they are the mean of, and the share of each."""
 

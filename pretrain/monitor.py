@@ -14,6 +14,7 @@ Only rank 0 has a monitor.
 import json
 import logging
 import math
+import statistics
 import sys
 import time
 from collections import deque
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY = 20.0  # seconds between lines where there is no terminal
 WINDOW = 20  # logs over which the time left is estimated
+SPIKE_WINDOW, SIGMAS = 100, 6  # logs before a spike, and how far it stands out
 
 Metrics = dict[str, Any]
 
@@ -104,6 +106,24 @@ def read_metrics(run: str | Path) -> list[Metrics]:
     return kept
 
 
+class Spikes:
+    """Counts values that are far above those before: by SIGMAS of their standard deviations."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._number = 0
+
+    def count(self, value: float | None) -> int:
+        """Take in a value; return how many spikes there were so far."""
+        if value is not None and len(self._last) >= SPIKE_WINDOW // 4:
+            most = statistics.fmean(self._last) + SIGMAS * statistics.pstdev(self._last)
+            self._number += value > most
+            value = min(value, most)  # a spike is no reason to expect the next
+        if value is not None:
+            self._last.append(value)
+        return self._number
+
+
 class Monitor:
     """Writes metrics and shows progress; use as a context manager."""
 
@@ -123,6 +143,7 @@ class Monitor:
         self._path = Path(run) / "metrics.jsonl"
         self._ranks, self._peak, self._clock = ranks, peak, clock
         self._before = totals
+        self._spikes = {name: Spikes() for name in ("loss", "grad_norm_max")}
         truncate_torn_line(self._path)
         self._tracker = tracker
         self._boards = _tensorboard(Path(run), totals["steps"]) if tensorboard else None
@@ -149,6 +170,9 @@ class Monitor:
             line["data_wait"] = line["data_wait_seconds"] / seconds
         self._before = totals
         line = {name: _finite(value) for name, value in line.items()}
+        if line.get("loss") is not None:
+            spikes = sum(known.count(line.get(name)) for name, known in self._spikes.items())
+            line |= {"spikes": spikes} if spikes else {}
         with named(self._path), open(self._path, "a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")
         self._write_boards(line)
@@ -238,6 +262,8 @@ def _fields(line: Metrics, seconds_left: float | None) -> list[str]:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("skipped_updates"):
         parts.append(f"skipped {line['skipped_updates']:.0f}")
+    if line.get("spikes"):
+        parts.append(f"spikes {line['spikes']}")
     if line.get("slowest_rank") is not None:
         parts.append(f"slowest rank {line['slowest_rank']} {line['slowest_excess']:+.1%}")
     if line.get("data_wait") is not None:

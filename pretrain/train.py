@@ -7,6 +7,7 @@ turn. Nothing else is shared but gradients.
 
 import logging
 import math
+import shlex
 import time
 from dataclasses import asdict
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint
+from pretrain import checkpoint, replay
 from pretrain.account import energy, schedule
 from pretrain.account.budget import TOLERANCE
 from pretrain.account.ledger import Totals, peak_resident
@@ -53,7 +54,7 @@ class StepDecision(NamedTuple):
 def train(run: Run) -> int:
     """Updates until the budget is spent or somebody asks to stop; returns the exit code."""
     config, budget = run.config, run.recipe.budget
-    loss_sum, logged = torch.zeros((), device=run.topology.device), run.step
+    logged, replay_every = run.step, config.monitor.replay_every
     at = run.watchdog.at
     while True:
         at("agreement")
@@ -70,8 +71,8 @@ def train(run: Run) -> int:
         ending = turn.stop or not turn.step_fits
         if run.step > logged and (ending or run.step % config.monitor.log_every == 0):
             at("log")
-            write_log(run, turn, mean_loss(run, loss_sum / (run.step - logged)))
-            loss_sum, logged = torch.zeros_like(loss_sum), run.step
+            write_log(run, turn)
+            logged = run.step
         if turn.milestone >= 0:
             at("save", long=True)
             keep_milestone(run, config.checkpoint.keep[turn.milestone])
@@ -79,9 +80,10 @@ def train(run: Run) -> int:
         if evaluation_due(run, turn):
             evaluate(run, turn)
             continue  # it took time, which may be what the budget is made of, or what a signal gives
-        if turn.save_due or (ending and run.saved != run.step):
+        if (turn.save_due and not run.updates.in_row) or (ending and run.saved != run.step):
             at("save", long=True)
-            mean_loss(run, loss_sum)  # what is no number is not worth keeping
+            check_skips(run, 0)  # what makes no numbers is not worth keeping
+            replay.compare_weights(run)
             save(run)
             continue
         if ending:
@@ -94,13 +96,18 @@ def train(run: Run) -> int:
         first = run.phase not in run.seen
         at("data", long=first)
         batches = run.feed.take(run.samples)
+        if replay_every and run.step % replay_every == 0:
+            at("replay", long=True)
+            replay.replay(run, seed_dropout)
+        loss = torch.zeros((), device=run.topology.device)
         for number, batch in enumerate(batches):
             at("first update" if first else "forward", long=first)
-            seed_dropout(run, number)
-            loss_sum += run.engine.backward(batch, 1 / len(batches)) / len(batches)
+            seed_dropout(run, number, run.topology.data_rank)
+            loss += run.engine.backward(batch, 1 / len(batches)) / len(batches)
         at("all-reduce", long=first)
         run.rate = schedule.rate(config, turn.middle)
         run.grad_norm = run.engine.step(run.rate)
+        run.updates.note(loss, run.grad_norm)
         run.step += 1
         run.samples += run.cost.samples
         if run.ledger:
@@ -174,7 +181,7 @@ def held_back(run: Run, totals: Totals) -> tuple[float, float]:
     return step * watts / 1e3, (end + late) * watts / 1e3
 
 
-def seed_dropout(run: Run, number: int) -> None:
+def seed_dropout(run: Run, number: int, data_rank: int) -> None:
     """Seed dropout, a function of (seed, step, micro-batch, data rank) too: nothing to save.
 
     Ranks that share a model draw alike, so that replicated activations lose the same elements. It is none of
@@ -182,45 +189,56 @@ def seed_dropout(run: Run, number: int) -> None:
     CPU, where it would cost nothing), and compiled code draws in a way of its own.
     """
     if run.config.model.dropout or run.config.model.decoder_dropout:
-        name = f"dropout {run.step} {number} {run.topology.data_rank}"
+        name = f"dropout {run.step} {number} {data_rank}"
         torch.manual_seed(rng.name_seed(run.config.run.seed, name))
 
 
-def mean_loss(run: Run, loss: Tensor) -> float:
-    """Return the mean over all ranks; one that is no number ends the run.
-
-    The engine skips an update whose gradient is not finite, which is no harm if it happens once; a loss
-    like this does not heal.
-    """
-    mean = float(run.topology.sum_over_data(loss.clone()) / run.topology.data_size)
+def write_log(run: Run, turn: StepDecision) -> None:
+    """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
+    loss, norm = run.updates.take(run.topology)
     with raise_on_all_ranks(run.topology):  # a rank of a tensor group may be alone in it
-        if not math.isfinite(mean):
+        if loss is not None and not math.isfinite(loss):
             raise UserError(
-                f"the loss up to step {run.step} is {mean}; lower optimizer.lr or lengthen schedule.warmup,"
+                f"the loss up to step {run.step} is {loss}; lower optimizer.lr or lengthen schedule.warmup,"
                 " in a new run.dir"
             )
-    return mean
-
-
-def write_log(run: Run, turn: StepDecision, loss: float) -> None:
-    """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
+    check_skips(run, run.config.train.max_skipped)
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
     scaling, slowest = check_scale(run), slowest_rank(run)
     if run.monitor and run.ledger:
+        told = {"loss": loss, "lr": run.rate, "skipped_updates": int(run.updates.skipped), **scaling}
         run.ledger.peak(peak)
-        run.ledger.log(loss=loss, lr=run.rate, **scaling)
+        run.ledger.log(**told)
         run.monitor.log(
             turn.progress,
             run.ledger.totals(),
-            loss=loss,
-            lr=run.rate,
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
+            grad_norm_max=norm,
             data_wait_seconds=run.feed.waited,
-            **scaling,
+            **told,
             **slowest,
         )
         run.folder.follow(run.step)
     run.feed.waited = 0.0
+
+
+def check_skips(run: Run, most: int) -> None:
+    """Raise UserError where more updates in a row than that were skipped, as their gradients are not finite:
+    with their samples, and how to go on from before them."""
+    count, step, lr = int(run.updates.in_row), run.step, run.config.optimizer.lr / 2
+    if count <= most:
+        return
+    if run.writer:
+        run.writer.wait()  # what it writes is where to go on from
+    first, of = run.samples - count * run.cost.samples, run.config.run.dir
+    words = ["python", "-m", "pretrain", f"{of}/config.yaml", f"run.dir={of}-lower", f"optimizer.lr={lr:g}"]
+    if run.saved > 0:
+        words += [f"run.branch.of={of}", f"run.branch.step={run.saved}"]
+    which = f"last {count} updates (samples {first} to {run.samples - 1})"
+    raise UserError(
+        f"step {step}: the gradients of the {which} are not finite; look at these samples, or lower"
+        f" optimizer.lr: {shlex.join(words)}"
+    )
 
 
 def slowest_rank(run: Run) -> dict[str, float]:
@@ -235,7 +253,7 @@ def slowest_rank(run: Run) -> dict[str, float]:
 
 
 def check_scale(run: Run) -> dict[str, float]:
-    """Return loss scale and skipped updates of a run in fp16, for its log; UserError if no scale will do."""
+    """Return the loss scale of a run in fp16, for its log; UserError if no scale will do."""
     if run.engine.loss_scale is None:
         return {}
     state = run.engine.loss_scale.state()
@@ -244,7 +262,7 @@ def check_scale(run: Run) -> dict[str, float]:
             f"train.precision = fp16: gradients overflow at step {run.step} although the loss scale is down"
             f" to {LEAST:g}; take bf16 or fp32, or lower optimizer.lr, in a new run.dir"
         )
-    return {"loss_scale": state["value"], "skipped_updates": state["skipped"]}
+    return {"loss_scale": state["value"]}
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -364,6 +382,7 @@ def state_of(run: Run, head: str) -> State:
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
         rules=run.data.rules,
         progress=run.course.progress,
+        skipped=int(run.updates.skipped),
     )
 
 

@@ -166,6 +166,12 @@ def _check_parallel(config: Config) -> list[str]:
             f" {p.zero} cuts into flat pieces; take parallel.zero = 0, where data-parallel ranks share out"
             " Muon's matrices and their state"
         )
+    replays = config.monitor.replay_every is not None
+    if replays and (config.train.engine != "torch" or config.train.deterministic is False):
+        found.append(
+            "monitor.replay_every compares bits of one rank's gradients: it needs train.engine = torch and"
+            " train.deterministic = true"
+        )
     if config.train.engine == "torch":
         if p.zero:
             found.append(f"parallel.zero = {p.zero} needs train.engine = deepspeed")

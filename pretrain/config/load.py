@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (
     "train.cross_entropy",
     "train.recompute",
     "train.deterministic",
+    "train.max_skipped",
     "budget",
     "parallel",
     "checkpoint",

@@ -299,6 +299,9 @@ class TrainOptions(Section):
     """Bit-exact repetition; default: true on CPU, false on GPU (where it costs speed)."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
+    max_skipped: int = Field(10, ge=0)
+    """An update whose gradient is not finite is skipped, counted and paid for; after more than so many in a
+    row the run ends, and says from where to go on (looked at with each log; fp16 ends by its loss scale)."""
 
 
 class OptimizerOptions(Section):
@@ -429,6 +432,9 @@ class MonitorOptions(Section):
     rank is dead) so that a queue starts it again; a start, a first update, an evaluation and a save may take
     ten times as long. NCCL and gloo wait twelve times as long, ten minutes at least. 0:
     nobody watches."""
+    replay_every: int | None = Field(None, ge=1)
+    """Every so many updates, form the gradients of a micro-batch twice, and once on the neighbour rank: a
+    differing bit (a faulty device) names the rank. Needs engine torch and `train.deterministic`."""
     tensorboard: bool = True
     """Write TensorBoard events into the run."""
     tracker: Literal["wandb", "mlflow", "aim", "trackio"] | None = None

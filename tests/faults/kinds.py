@@ -101,7 +101,7 @@ INSIDE = {
     "disk full": Kind(
         ("build", "save", "gathering", "ledger", "metrics", "status"), (2,), (2, *_LEFT), _NO_SPACE
     ),
-    "not a number": Kind(("backward",), (2,), (2,), r"^error: the loss up to step \d+ is nan"),
+    "not a number": Kind(("backward",), (2,), (2,), r"^error: step \d+: the gradients of the last"),
 }
 """Faults that end an attempt."""
 PASSING = {

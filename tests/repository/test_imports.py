@@ -22,6 +22,7 @@ LAW = [
     ("watchdog",),
     ("continuing", "inputs"),
     ("build",),
+    ("replay",),
     ("train",),
     ("__main__",),
 ]
