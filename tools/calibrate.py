@@ -1,6 +1,7 @@
 """The plan against this machine: real steps of several configs beside what `tools.plan` says of them.
 
     python -m tools.calibrate --output tools/plan/plan-cpu.json
+    python -m tools.calibrate --device cuda --output tools/plan/plan-h200.json
 
 One config, the first, gives the one number that a plan cannot know: the share of the device's peak that
 products reach. The others are predicted with it. What is measured: seconds of a step (median of several,
@@ -28,9 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.account import devices
 from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
 from pretrain.config import load_config
+from pretrain.errors import UserError
 from tools.plan import layouts
 from tools.plan.documents import CalibratedCase, Calibration, MedianErrors
 from tools.plan.estimate import planned_recipe
@@ -40,20 +43,24 @@ from tools.shared import console, documents, measure, outputs
 from tools.shared.tables import aligned
 
 if TYPE_CHECKING:
+    import torch
+
     from pretrain.parallel.topology import Topology
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = 5
 """Measured, after one that warms up."""
-SIZE = 2048
+SIZE = {"cpu": 2048, "cuda": 8192}
 """Of the square matrices whose product is the measure of the device's pace."""
+PACE = {"cpu": "fp32", "cuda": "bf16"}
+"""Their precision."""
 FIELDS = dict.fromkeys(("device", "achieved", "median_error", "rows"), "")
 """By which the document is known."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config as it is run here, on so many ranks of a thread each."""
+    """A config as it is run here, on so many ranks of a thread, or of a GPU, each."""
 
     name: str
     config: str
@@ -83,6 +90,19 @@ CASES = (
     Case("demo-mlm, TP 2", "demo-mlm", (*DEMO, "parallel.tensor=2"), 2),
 )
 
+GPU = (*PLAIN[:-1], "train.precision=bf16")
+SHORT = (*GPU, "train.seq_length=128", "train.batch_size=256", "train.micro_batch_size=256")
+FULL_LENGTH = (*GPU, "train.seq_length=512", "train.batch_size=64", "train.micro_batch_size=64")
+ON_GPU = (
+    Case("mlm-base", "mlm-base", SHORT),
+    Case("3ml-query-base", "3ml-query-base", SHORT),
+    Case("mlm-large, 512 tokens", "mlm-large", FULL_LENGTH),
+    Case("3ml-query-large, 512 tokens", "3ml-query-large", FULL_LENGTH),
+    Case("mlm-base, recompute", "mlm-base", (*SHORT, "train.recompute=block")),
+    Case("mlm-base, 4 micro-batches", "mlm-base", (*SHORT, "train.micro_batch_size=64")),
+)
+"""What a GPU is held against, few: each takes a process that starts anew."""
+
 
 # ---- on the ranks --------------------------------------------------------------------------------
 
@@ -100,23 +120,24 @@ def step_of(recipe: Recipe, micro: int, here: "Topology") -> Callable[[], None]:
     made = build_engine(config, built, here, micro)
     accumulation = config.train.batch_size // (micro * here.data_size)
 
-    def batch() -> model.Batch:
-        ids = torch.randint(4, pieces - 1, (micro, rows.length))
-        positions = torch.rand(micro, rows.length).argsort(1)
-        targets = ids[:, -rows.predicted :].contiguous()
-        return model.Batch(ids, positions, targets, rows.length - rows.visible)
+    ids = torch.randint(4, pieces - 1, (micro, rows.length), device=here.device)
+    positions = torch.rand(micro, rows.length, device=here.device).argsort(1)
+    targets = ids[:, -rows.predicted :].contiguous()
+    batch = model.Batch(ids, positions, targets, rows.length - rows.visible)
 
     def step() -> None:
         for _ in range(accumulation):
-            made.backward(batch(), 1 / accumulation)
+            made.backward(batch, 1 / accumulation)
         made.step(config.optimizer.lr)
 
     return step
 
 
 def measured(recipe: Recipe, micro: int, peak: float) -> tuple[float, float, int]:
-    """Return (seconds of a step at full pace, pace, bytes at its fullest moment) on this rank; peak: fp32
-    FLOP/s."""
+    """Return (seconds of a step at full pace, pace, bytes at its fullest moment) on this rank.
+
+    peak: FLOP/s of the products that tell the pace.
+    """
     from pretrain.parallel import topology
 
     here = topology.connect(
@@ -124,22 +145,20 @@ def measured(recipe: Recipe, micro: int, peak: float) -> tuple[float, float, int
     )
     seconds, pace = timed(recipe, micro, peak, here)
     gc.collect()
-    return seconds, pace, held(recipe, micro, here)
+    return seconds, pace, (held if here.device.type == "cpu" else held_on_gpu)(recipe, micro, here)
 
 
 def timed(recipe: Recipe, micro: int, peak: float, here: "Topology") -> tuple[float, float]:
     """Return (median seconds of a step at full pace, median pace), from when all ranks are ready until all
     are."""
-    import torch
-
     step = step_of(recipe, micro, here)
-    matrix = torch.randn(SIZE, SIZE)
+    matrix, size = _matrix(here.device), SIZE[here.device.type]
 
     def lasts(action: Callable[[], Any]) -> float:
-        here.barrier()
+        _wait(here)
         begin = time.perf_counter()
         action()
-        here.barrier()
+        _wait(here)
         return time.perf_counter() - begin
 
     step()
@@ -148,9 +167,38 @@ def timed(recipe: Recipe, micro: int, peak: float, here: "Topology") -> tuple[fl
     for _ in range(STEPS):
         seconds.append(lasts(step))
         products.append(lasts(lambda: matrix @ matrix))
-    paces = [2 * 2 * SIZE**3 / peak / sum(pair) for pair in zip(products, products[1:], strict=False)]
+    paces = [2 * 2 * size**3 / peak / sum(pair) for pair in zip(products, products[1:], strict=False)]
     full = [lasted * pace for lasted, pace in zip(seconds, paces, strict=True)]
     return statistics.median(full), statistics.median(paces)
+
+
+def _matrix(device: "torch.device") -> "torch.Tensor":
+    """A square one, whose product is the measure of the pace."""
+    import torch
+
+    size, dtype = SIZE[device.type], {"fp32": torch.float32, "bf16": torch.bfloat16}[PACE[device.type]]
+    return torch.randn(size, size, dtype=dtype, device=device)
+
+
+def _wait(here: "Topology") -> None:
+    """Wait for what this device has to do, and for the other ranks."""
+    import torch
+
+    if here.device.type == "cuda":
+        torch.cuda.synchronize(here.device)
+    here.barrier()
+
+
+def held_on_gpu(recipe: Recipe, micro: int, here: "Topology") -> int:
+    """Return the bytes of tensors at the fullest moment of a step, as the GPU's allocator counted them."""
+    import torch
+
+    before = torch.cuda.memory_allocated(here.device)
+    step = step_of(recipe, micro, here)
+    step()
+    torch.cuda.reset_peak_memory_stats(here.device)
+    step()
+    return torch.cuda.max_memory_allocated(here.device) - before
 
 
 def held(recipe: Recipe, micro: int, here: "Topology") -> int:
@@ -197,9 +245,10 @@ def bounds() -> dict[str, float]:
 
     here = topology.connect(needs_group=True)
     found: dict[str, float] = {}
+    size = SIZE["cpu"]
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        one = torch.randn(SIZE, SIZE, dtype=dtype)
-        found[name] = 2 * SIZE**3 / _quickest(lambda one=one: one @ one)  # type: ignore[misc]
+        one = torch.randn(size, size, dtype=dtype)
+        found[name] = 2 * size**3 / _quickest(lambda one=one: one @ one)  # type: ignore[misc]
     source, target = torch.ones(2**26), torch.ones(2**26)
     found["copy"] = 2 * 4 * 2**26 / _quickest(lambda: target.copy_(source))
     part = target[: 2**23]
@@ -211,6 +260,23 @@ def bounds() -> dict[str, float]:
     return found
 
 
+def products_on_gpu() -> tuple[str, float]:
+    """Return (name of the GPU, FLOP/s of the products that tell its pace)."""
+    import torch
+
+    from pretrain.parallel import topology
+
+    here = topology.connect()
+    matrix = _matrix(here.device)
+
+    def product() -> None:
+        for _ in range(20):
+            torch.mm(matrix, matrix)
+        torch.cuda.synchronize(here.device)
+
+    return torch.cuda.get_device_name(here.device), 20 * 2 * SIZE["cuda"] ** 3 / _quickest(product)
+
+
 def _quickest(action: Callable[[], Any], times: int = 5) -> float:
     seconds = []
     for _ in range(times):
@@ -220,11 +286,12 @@ def _quickest(action: Callable[[], Any], times: int = 5) -> float:
     return min(seconds)
 
 
-def launch(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+def launch(ranks: int, function: Callable[..., Any], *args: Any, gpu: bool = False) -> Any:
     """Return what the function returns on rank 0 of so many new processes."""
     import torch.distributed.launcher.api as launcher
 
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    if not gpu:
+        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     settings = launcher.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -241,7 +308,25 @@ def launch(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
 # ---- here ----------------------------------------------------------------------------------------
 
 
-def this_device() -> Device:
+def this_gpu() -> tuple[Device, float]:
+    """Return this machine's GPU as the table has it, and the FLOP/s of its products.
+
+    UserError without a GPU, or with one that the table lacks.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave it out")
+    name, products = launch(1, products_on_gpu, gpu=True)
+    device = devices.find(name)
+    if device is None:
+        raise UserError(
+            f"--device cuda: {name} is not in the table of pretrain/account/devices.py; add it there"
+        )
+    return device, products
+
+
+def this_core() -> Device:
     """Return a core of this machine as a device, by its measured bounds."""
     found = launch(2, bounds)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -274,14 +359,15 @@ class Observation:
     bytes: int
 
 
-def observed(case: Case, device: Device) -> Observation:
-    """Return a case's layout, its seconds and bytes."""
+def observed(case: Case, device: Device, products: float) -> Observation:
+    """Return a case's layout, its seconds and bytes; products: FLOP/s of those that tell the pace."""
     config = load_config(CONFIGS / f"{case.config}.yaml", list(case.overrides))
     recipe, _ = planned_recipe(config, device)
     job = layouts.job(recipe.phases[0], device)
-    layout = layouts.configured(recipe.config, case.ranks, job.precision, gpu=False)
-    peak = device.peak["fp32"]  # of the products that tell the pace
-    seconds, pace, held_bytes = launch(case.ranks, measured, recipe, layout.micro_batch, peak)
+    layout = layouts.configured(recipe.config, case.ranks, job.precision, gpu=device.gpu)
+    seconds, pace, held_bytes = launch(
+        case.ranks, measured, recipe, layout.micro_batch, products, gpu=device.gpu
+    )
     return Observation(case, job, layout, seconds, pace, held_bytes)
 
 
@@ -350,11 +436,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="cases whose name holds one of the words"
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="whose steps: cores', or a GPU's (%(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the document, for tools.plan too")
     parser.add_argument("--list", action="store_true", help="name the cases and measure nothing")
     args = parser.parse_args(arguments)
-    chosen = console.matching((case.name for case in CASES), args.only)
-    cases = [case for case in CASES if case.name in chosen]
+    known = ON_GPU if args.device == "cuda" else CASES
+    chosen = console.matching((case.name for case in known), args.only)
+    cases = [case for case in known if case.name in chosen]
     if args.list and args.json:
         console.print_json(cases)
         return 0
@@ -363,10 +456,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.output:
         outputs.check([args.output], fields=FIELDS)
-    device, rows = this_device(), []
+    if args.device == "cuda":
+        device, products = this_gpu()
+    else:
+        device = this_core()
+        products = device.peak[PACE["cpu"]]
+    rows = []
     with console.counter("cases", len(cases), "cases") as done:
         for case in cases:
-            rows.append(observed(case, device))
+            rows.append(observed(case, device, products))
             done(1)
     document = compared(rows, device)
     if args.output:

@@ -1,10 +1,11 @@
-"""One GPU against the CPU: the same run, the same losses. ``python -m pytest -m gpu``."""
+"""One GPU against the CPU: the same run, the same losses. ``python -m pytest tests -m gpu -n 8``."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from tests.support.runs import losses
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.peers import PEERS
+from tools.benchmark.task import RATE, BenchmarkTask, ours
 from tools.shared import measure
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,10 @@ VARIANTS = {
 }
 
 
-def train(words: list[str], gpu: bool) -> list[tuple[int, float | None, float | None, float | None]]:
+Losses = list[tuple[int, float | None, float | None, float | None]]
+
+
+def train(words: list[str], gpu: bool) -> Losses:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not gpu:
         environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -70,10 +75,25 @@ def train(words: list[str], gpu: bool) -> list[tuple[int, float | None, float | 
     return losses(Path(run))
 
 
+@pytest.fixture(scope="session")
+def of_cpu(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Losses]:
+    """``of_cpu("key=value")``: the losses of the CPU, of one run for all tests of a process."""
+
+    @cache
+    def run(*overrides: str) -> Losses:
+        folder = tmp_path_factory.mktemp("cpu") / "run"
+        words = [str(tiny / "tiny.yaml"), f"run.dir={folder}", *QUERY, *overrides, "train.precision=fp32"]
+        return train(words, gpu=False)
+
+    return run
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_gpu_gives_the_losses_of_the_cpu(variant: str, words: Callable[..., list[str]]) -> None:
+def test_a_gpu_gives_the_losses_of_the_cpu(
+    variant: str, words: Callable[..., list[str]], of_cpu: Callable[..., Losses]
+) -> None:
     bounded = ("corpus.documents=bounded",) if "bounded" in variant else ()
-    expected = train(words("cpu", *QUERY, *bounded, "train.precision=fp32"), gpu=False)
+    expected = of_cpu(*bounded)
     found = train(words("gpu", *QUERY, *bounded, *VARIANTS[variant]), gpu=True)
     tolerance = 1e-4 if "train.precision=fp32" in VARIANTS[variant] else 2e-2
     assert [line[0] for line in found] == [line[0] for line in expected]
@@ -95,6 +115,31 @@ def test_graphs_change_nothing(words: Callable[..., list[str]]) -> None:
 def test_a_deterministic_run_repeats_to_the_bit(words: Callable[..., list[str]]) -> None:
     exact = (*QUERY, "train.deterministic=true", "train.precision=bf16")
     assert train(words("once", *exact), gpu=True) == train(words("again", *exact), gpu=True)
+
+
+@pytest.mark.parametrize("engine", [("train.engine=torch",), (*DEEPSPEED, "parallel.zero=1")])
+def test_a_run_that_goes_on_repeats_the_bits_of_an_undisturbed_one(
+    engine: tuple[str, ...], words: Callable[..., list[str]]
+) -> None:
+    exact = (*QUERY, *engine, "train.deterministic=true", "train.precision=bf16")
+    exact += ("schedule.warmup=0", "schedule.floor=1")  # the rate does not depend on the budget
+    whole = train(words("whole", *exact), gpu=True)
+    train(words("parts", *exact, "budget.steps=3"), gpu=True)
+    assert train(words("parts", *exact), gpu=True) == whole
+
+
+def test_no_micro_batch_or_update_waits_for_the_device() -> None:
+    """Forward and backward pass, clipping and AdamW of every method."""
+    task = BenchmarkTask("tiny", 24, 4, "bf16", torch.device("cuda"))
+    for method in RATE:
+        update = ours(task, method)
+        update()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("subject", ["step", "head", "attention", "memory", "optimizer"])

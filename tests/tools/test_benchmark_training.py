@@ -10,8 +10,9 @@ import torch
 from pretrain.errors import UserError
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.head import available, growth, prepared
-from tools.benchmark.peers import PEERS, hugging_face_model
-from tools.benchmark.task import BenchmarkTask, in_turns, ours
+from tools.benchmark.peers import MODERN, PEERS, hugging_face_model
+from tools.benchmark.step import gaps
+from tools.benchmark.task import SIZES, BenchmarkTask, in_turns, ours
 
 CPU = torch.device("cpu")
 TINY = ["--size", "tiny", "--length", "24", "--batch-size", "2", "--runs", "1", "--threads", "1"]
@@ -32,6 +33,38 @@ def test_a_peer_computes_our_losses(name: str, precision: str) -> None:
         last = float(mine())
         assert float(theirs()) == pytest.approx(last, rel=1e-6 if precision == "fp32" else 1e-4)
     assert last < first * 0.999
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_modernbert_computes_the_losses_of_our_modern_block(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 48}
+    monkeypatch.setitem(SIZES, "modernbert-tiny", shape)
+    task = BenchmarkTask("modernbert-tiny", 24, 2)
+    mine, theirs = ours(task), PEERS[name][0](task)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute here
+        for _ in range(3):
+            last = float(mine())
+            assert float(theirs()) == pytest.approx(last, rel=1e-6)
+
+
+def test_gaps_are_told_by_the_kernel_that_ends_them() -> None:
+    """Two overlap; one begins inside a longer one."""
+    kernels = [
+        (30.0, 40.0, "mm"),
+        (0.0, 10.0, "mm"),
+        (5.0, 20.0, "norm"),
+        (6.0, 7.0, "add"),
+        (42.0, 50.0, "add"),
+    ]
+    found = {row.operation: (row.calls, row.seconds, row.share) for row in gaps(kernels)}
+    assert found == {
+        "no kernel": (2, pytest.approx(12e-6), pytest.approx(0.24)),
+        "no kernel, before mm": (1, pytest.approx(10e-6), pytest.approx(0.2)),
+        "no kernel, before add": (1, pytest.approx(2e-6), pytest.approx(0.04)),
+    }
+    assert gaps([]) == gaps(kernels[:1]) == []
 
 
 def test_the_sides_have_equally_many_parameters() -> None:
@@ -131,5 +164,9 @@ def test_what_cannot_be_measured_here_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--peers megatron-core: its BertModel needs a CUDA device"):
         benchmark.main(["step", *TINY, "--peers", "megatron-core"])
+    with pytest.raises(
+        UserError, match="--peers 'fairseq style': has no model like modernbert-base; take hugging face"
+    ):
+        benchmark.main(["step", "--size", "modernbert-base", "--peers", "fairseq style"])
     with pytest.raises(UserError, match="--device cuda: this machine has no CUDA device"):
         benchmark.main(["step", *TINY, "--device", "cuda"])

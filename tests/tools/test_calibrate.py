@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pretrain.account import devices
 from pretrain.account.recipe import make_recipe
@@ -55,8 +56,8 @@ def test_seconds_are_given_at_full_pace(monkeypatch, slowness):
 
     monkeypatch.setattr(calibrate, "step_of", lambda *_: lambda: work(5.0))
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now)
-    monkeypatch.setattr("torch.randn", lambda *_: Matrix())
-    peak = 2 * calibrate.SIZE**3
+    monkeypatch.setattr("torch.randn", lambda *_, **__: Matrix())
+    peak = 2 * calibrate.SIZE["cpu"] ** 3
     assert calibrate.timed(None, 1, peak, topology.Topology()) == pytest.approx((5.0, 1 / slowness))
 
 
@@ -68,6 +69,12 @@ def test_cases_are_listed_and_unknown_ones_refused(capsys):
     assert (case["config"], case["ranks"]) == ("demo-3ml", 2)
     with pytest.raises(UserError, match="--only abacus: in none of the names: mlm-base; "):
         calibrate.main(["--only", "abacus"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_is_asked_for_where_there_is_none():
+    with pytest.raises(UserError, match="--device cuda: this machine has no CUDA device"):
+        calibrate.main(["--device", "cuda"])
 
 
 def test_a_layout_in_a_word():

@@ -1,11 +1,15 @@
 """The tables of the pages say what was measured, and nothing else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pretrain.errors import UserError
 from tools.benchmark import tables
+from tools.benchmark.gpu import GpuReport, StepResult
+from tools.shared import documents
+from tools.shared.measure import BenchmarkRow
 
 PAGES = {str(path.relative_to(tables.ROOT)): path for path in tables.pages()}
 TEXT = "before\n<!-- table: memory -->\n{}\n<!-- end -->\nafter\n"
@@ -38,6 +42,47 @@ def test_a_figure_that_was_written_by_hand_is_found(
     assert tables.main([]) == 0
     assert page.read_text(encoding="utf-8") == TEXT.format(tables.TABLES["memory"]())
     assert tables.main(["--check"]) == 0
+
+
+def test_a_gpus_results_fill_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers before others; without any the command is named."""
+    assert tables.GPU_COMMAND in tables.gpu_updates() and tables.gpu_others() == "Not measured yet."
+    device, what = "NVIDIA H200", "base 128, bf16"
+
+    def row(name: str, unit: str, ours: float, peer: float | None = None, **more: float) -> BenchmarkRow:
+        ratio = ours / peer if peer else None
+        about = {"seconds": 0.05, "peak_bytes": 12e9}
+        spread = [ratio, ratio] if ratio else []
+        return BenchmarkRow(
+            name, ours, peer, unit, ratio, spread, 5, device, "bf16", {}, "0123456", settings=about, **more
+        )
+
+    rows = (
+        row(f"mlm, {what}, compile default", "model TFLOP/s", 400.0),
+        row(f"3ml-query against mlm, {what}", "s an update", 0.9, 1.0, flop_ratio=0.862),
+        row(f"3ml-query against mlm, {what}, compile default", "s an update", 0.87, 1.0, flop_ratio=0.862),
+        row("training mlm-base: data_wait", "of the time", 0.001),
+    )
+    report = GpuReport("0123456", False, {}, [StepResult("step", "python", "done", rows=rows)])
+    shutil.copytree(tables.RESULTS, tmp_path / "results", ignore=lambda *_: ["profile"])
+    (tmp_path / "results" / "gpu").mkdir()
+    (tmp_path / "results" / "gpu" / "h200.json").write_text(documents.to_json(report), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    for function in (tables.results, tables.measured):
+        function.cache_clear()
+    try:
+        (found,) = [
+            line for line in tables.speeds() if line[0].startswith("`3ml-query` time / own `mlm`, base 128")
+        ]
+        assert found[-1].startswith("0.870 - 0.862 = +0.008") and found[-2] != found[-1]
+        assert (
+            "| `mlm`, base 128, bf16, compile default | 50.0 | 400 | 355 | 40 % | 12.0 |"
+            in tables.gpu_updates()
+        )
+        assert "training mlm-base: data_wait" in tables.gpu_others()
+    finally:
+        for function in (tables.results, tables.measured):
+            function.cache_clear()
 
 
 def test_an_unknown_table_is_named(tmp_path: Path) -> None:

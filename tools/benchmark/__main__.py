@@ -11,8 +11,10 @@ is in `tools.shared.measure`.
     memory      peak memory of an update, by method and recomputation
     optimizer   the update of the parameters, Muon's and StableAdamW's beside AdamW's
     scaling     ranks: tensor parallel, data parallel, ZeRO beside one rank or the plain engine
+    training    real runs: speed, what is waited for data, held-out loss
 
-``table`` measures nothing: it writes the tables of the pages from what was measured (`tables`).
+``gpu`` measures all that a GPU must show in a few minutes (`gpu`); ``table`` measures nothing: it writes the
+tables of the pages from what was measured (`tables`).
 """
 
 import argparse
@@ -21,7 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from tools.benchmark import attention, corpus, head, memory, optimizer, scaling, step, tables
+from tools.benchmark import attention, corpus, gpu, head, memory, optimizer, scaling, step, tables, training
 from tools.shared import console, documents, outputs
 from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
@@ -34,7 +36,10 @@ SUBJECTS = {
     "memory": memory,
     "optimizer": optimizer,
     "scaling": scaling,
+    "training": training,
 }
+OTHERS = {"gpu": gpu.main, "table": tables.main}
+"""What measures nothing itself, with arguments of its own."""
 
 FIELDS = dict.fromkeys(("name", "ours", "peer", "unit", "ratio", "spread"), "")
 """By which a document of this program is known."""
@@ -42,25 +47,9 @@ FIELDS = dict.fromkeys(("name", "ours", "peer", "unit", "ratio", "spread"), "")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["table"]:
-        return tables.main(words[1:])
-    parser = console.parser("benchmark", "Measure our speeds beside our peers'", True)
-    parser.add_argument(
-        "subject",
-        choices=[*SUBJECTS, "table"],
-        metavar="SUBJECT",
-        help=f"what to measure, of {', '.join(SUBJECTS)}, or `table`; `SUBJECT --help` for its options",
-    )
-    parser.add_argument(
-        "--runs", type=console.whole(1), default=5, help="rounds; each measures both once (%(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=console.prefix, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png"
-    )
-    subject = next((word for word in words if word in SUBJECTS), None)
-    if subject:
-        SUBJECTS[subject].add_arguments(parser)
-    args = parser.parse_args(words)
+    if words and words[0] in OTHERS:
+        return OTHERS[words[0]](words[1:])
+    args = arguments_of(words)
     if args.output:
         outputs.check([f"{args.output}.json", f"{args.output}.png"], fields=FIELDS)
     command = shlex.join(["python", "-m", "tools.benchmark", *words])
@@ -72,6 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(_table(rows))
     return int(any(row.unit == SAME and row.ours != row.peer for row in rows))
+
+
+def arguments_of(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a subject, `words[0]`; UserError names one that it has not."""
+    parser = console.parser("benchmark", "Measure our speeds beside our peers'", True)
+    parser.add_argument(
+        "subject",
+        choices=[*SUBJECTS, *OTHERS],
+        metavar="SUBJECT",
+        help=f"what to measure, of {', '.join([*SUBJECTS, *OTHERS])}; `SUBJECT --help` for its options",
+    )
+    parser.add_argument(
+        "--runs", type=console.whole(1), default=5, help="rounds; each measures both once (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=console.prefix, metavar="PREFIX", help="also write PREFIX.json and PREFIX.png"
+    )
+    subject = next((word for word in words if word in SUBJECTS), None)
+    if subject:
+        SUBJECTS[subject].add_arguments(parser)
+    return parser.parse_args(words)
 
 
 def _measured(args: argparse.Namespace) -> Iterator[BenchmarkRow]:

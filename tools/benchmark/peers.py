@@ -3,7 +3,8 @@
 All are given what their users can have without changing the model: SDPA attention, our optimizer (fused
 AdamW with decay groups), autocast for bf16 and clipping by torch's own function.
 
-    hugging face            RobertaForMaskedLM: the head computes the logits of every row
+    hugging face            RobertaForMaskedLM: the head computes the logits of every row; for a modern task
+                            ModernBertForMaskedLM, which selects the predicted rows first
     freed memory kept       the same with the C library told what `pretrain.train` tells it (CPU)
     hugging face trainer    the same under Trainer, with its data loader and its bookkeeping
     compiled, masked head   its encoder and its head, the latter on the predicted rows, in torch.compile
@@ -66,28 +67,54 @@ def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], T
 
 
 def hugging_face_model(task: BenchmarkTask, attention: str = "sdpa") -> Any:
-    """Return RobertaForMaskedLM with the first weights of our `mlm`, in training mode."""
+    """Return RobertaForMaskedLM, or ModernBertForMaskedLM, with the first weights of our `mlm`, in training
+    mode."""
+    config = task.config("mlm")
+    model = _modern_bert(task, attention) if task.modern else _roberta(task, attention)
+    state = hugging_face_state(config.model, task.module(config).state_dict(), VOCAB, head=True)
+    model.load_state_dict(state, strict=False)  # tied names apart
+    return model.to(task.device).train()
+
+
+def _roberta(task: BenchmarkTask, attention: str) -> Any:
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    config = task.config("mlm")
-    shape = SIZES[task.size]
+    model = task.config("mlm").model
     theirs = RobertaConfig(
         vocab_size=VOCAB,
-        hidden_size=shape["hidden_size"],
-        num_hidden_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        intermediate_size=shape["ffn_size"],
-        max_position_embeddings=config.model.max_positions + 2,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.ffn_size,
+        max_position_embeddings=model.max_positions + 2,
         type_vocab_size=1,
-        layer_norm_eps=config.model.norm_eps,
+        layer_norm_eps=model.norm_eps,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     theirs._attn_implementation = attention
-    model: Any = RobertaForMaskedLM(theirs)
-    state = hugging_face_state(config.model, task.module(config).state_dict(), VOCAB, head=True)
-    model.load_state_dict(state, strict=False)  # tied names apart
-    return model.to(task.device).train()
+    return RobertaForMaskedLM(theirs)
+
+
+def _modern_bert(task: BenchmarkTask, attention: str) -> Any:
+    """ModernBERT with our widths, whose layers all attend to all rows as ours do."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    model = task.config("mlm").model
+    theirs = ModernBertConfig(
+        vocab_size=VOCAB,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.ffn_size,
+        max_position_embeddings=model.max_positions,
+        norm_eps=model.norm_eps,
+        layer_types=["full_attention"] * model.num_layers,
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": model.rope_theta}},
+        sparse_prediction=True,
+    )
+    theirs._attn_implementation = attention
+    return ModernBertForMaskedLM(theirs)
 
 
 def hugging_face(task: BenchmarkTask) -> Update:
@@ -107,10 +134,12 @@ def masked_head_compiled(task: BenchmarkTask) -> Update:
     ids, labels, rows = natural(task)
     targets = labels.flatten()[rows]
 
+    def head(rows_ND: Tensor) -> Tensor:
+        return model.decoder(model.head(rows_ND)) if task.modern else model.lm_head(rows_ND)
+
     def loss() -> Tensor:
-        hidden = model.roberta(input_ids=ids).last_hidden_state
-        logits = model.lm_head(hidden.flatten(0, 1)[rows])
-        return F.cross_entropy(logits.float(), targets)
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        return F.cross_entropy(head(hidden.flatten(0, 1)[rows]).float(), targets)
 
     return training_loop(task, model, torch.compile(loss, dynamic=False))
 
@@ -252,3 +281,5 @@ PEERS: dict[str, tuple[Callable[[BenchmarkTask], Update], tuple[str, ...]]] = {
     "megatron-core": (megatron, ("megatron-core",)),
 }
 """Name -> what makes its update, and the packages it needs."""
+MODERN = ("hugging face", "hugging face compiled, masked head")
+"""Those that have a model of the modern block."""

@@ -15,6 +15,7 @@ from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.files import write_whole
 from tools import probe
+from tools.benchmark.gpu import GpuReport
 from tools.finetune import cells
 from tools.finetune import table as finetune_table
 from tools.plan import estimate, layouts
@@ -192,7 +193,9 @@ CORPUS = [
 @cache
 def results(gpu: bool) -> dict[str, BenchmarkRow]:
     """Return the rows of all results that were measured on a GPU, or on a CPU, by their names."""
-    rows = (row for name in FILES for row in measured(name))
+    rows = [row for name in FILES for row in measured(name)]
+    for path in sorted((RESULTS / "gpu").glob("*.json")):
+        rows += [row for step in documents.read(GpuReport, path).steps for row in step.rows]
     return {row.name: row for row in rows if row.device.startswith("NVIDIA") == gpu}
 
 
@@ -204,18 +207,67 @@ def measured(name: str) -> list[BenchmarkRow]:
 
 def speeds() -> Rows:
     """Return each speed on a CPU in both precisions, and on a GPU in bf16."""
-    columns = {"CPU, fp32": (False, "fp32"), "CPU, bf16": (False, "bf16"), "H200": (True, "bf16")}
+    columns = ["CPU, fp32", "CPU, bf16", "H200"]
+    return [["measure (base, length 128, unless named)", "goal: floor / aim", *columns], *_speeds()]
+
+
+def _speeds() -> Iterator[list[str]]:
+    for what, goal, name in SPEEDS:
+        cpu = [ratio(results(False).get(name.replace("DTYPE", dtype))) for dtype in ("fp32", "bf16")]
+        title, gpu = name.replace("DTYPE", "bf16"), results(True)
+        row = gpu.get(f"{title}, compile default") or gpu.get(title)
+        yield [what, goal, *cpu, ratio(row) if row else "not measured yet"]
+
+
+GOALS = {
+    "base 128": 355,
+    "base 512": 355,
+    "large 128": 435,
+    "large 512": 435,
+    "modernbert-base 512": 258,
+}
+"""Model TFLOP/s of `mlm` on an H200 in bf16; ModernBERT's are those of its published run on H100s."""
+
+
+def gpu_updates() -> str:
+    """Return what whole updates took on a GPU, or what to do to know it."""
+    found = [row for row in results(True).values() if row.unit == "model TFLOP/s"]
+    if not found:
+        return f"Not measured yet: `{GPU_COMMAND}`, and its `gpu.json` as `results/gpu/h200.json`."
+    head = ["", "ms an update", "model TFLOP/s", "goal", "MFU", "GB", "time / `mlm`'s, minus FLOP ratio"]
+    return markdown([head, *map(_gpu_update, found)])
+
+
+GPU_COMMAND = "python -m tools.benchmark gpu --minutes 9 --output DIR"
+
+
+def _gpu_update(row: BenchmarkRow) -> list[str]:
+    method, what = row.name.split(", ", 1)
+    about, device = row.settings, devices.find(row.device)
+    against = results(True).get(f"{method} against mlm, {what}")
+    goal = GOALS.get(what.partition(",")[0]) if method == "mlm" else None
     return [
-        ["measure (base, length 128, unless named)", "goal: floor / aim", *columns],
-        *(
-            [
-                what,
-                goal,
-                *(ratio(results(gpu).get(name.replace("DTYPE", dtype))) for gpu, dtype in columns.values()),
-            ]
-            for what, goal, name in SPEEDS
-        ),
+        f"`{method}`, {what}",
+        f"{1e3 * about['seconds']:.1f}",
+        f"{row.ours:.0f}",
+        f"{goal}" if goal else "",
+        f"{100 * row.ours * 1e12 / device.peak[row.dtype]:.0f} %" if device else "",
+        f"{about['peak_bytes'] / 1e9:.1f}",
+        ratio(against) if against else "",
     ]
+
+
+def gpu_others() -> str:
+    """Return what else was measured on a GPU."""
+    shown = {name.replace("DTYPE", "bf16") for _, _, name in SPEEDS}
+    rows = [
+        [row.name, f"{row.ours:,.4g} {row.unit}", ratio(row) if row.ratio else ""]
+        for row in results(True).values()
+        if row.unit != "model TFLOP/s" and row.name.partition(", compile")[0] not in shown
+    ]
+    if not rows:
+        return "Not measured yet."
+    return markdown([["measure", "ours", "ours / peer"], *rows])
 
 
 def ratio(row: BenchmarkRow | None) -> str:
@@ -376,5 +428,5 @@ TABLES: dict[str, Callable[[], str]] = {
         "plan-measured": plan_measured,
         "probes": probes,
     }.items()
-} | {"finetuned": finetuned}
+} | {"finetuned": finetuned, "gpu-updates": gpu_updates, "gpu-others": gpu_others}
 """By name in the pages: what makes the text of a table."""

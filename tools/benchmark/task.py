@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pretrain.account import flops
+from pretrain.account.ledger import peak_resident
 from pretrain.build import build_engine, keep_freed_memory
 from pretrain.config import Config, build_config
 from pretrain.data.masking import Masked, Masker, counts
@@ -37,8 +38,15 @@ SIZES = {
     "tiny": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 64},
     "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "ffn_size": 3072},
     "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "ffn_size": 4096},
+    "modernbert-base": {"num_layers": 22, "hidden_size": 768, "num_heads": 12, "ffn_size": 1152},
 }
-RATE = {"mlm": 0.15, "3ml-self": 0.5, "3ml-cross": 0.5, "3ml-query": 0.5}
+"""Widths and depths; `modernbert-base` is of the modern block, whose layers here all attend to all rows."""
+RATE = {"mlm": 0.15, "3ml-self": 0.5, "3ml-cross": 0.5, "3ml-query": 0.5, "mae-lm": 0.15}
+LATE: dict[str, dict[str, Any]] = {
+    **{f"3ml-{kind}": {"decoder_layers": 2, "decoder": kind} for kind in ("self", "cross", "query")},
+    "mae-lm": {"decoder_layers": 4, "mask_vector": "tied"},
+}
+"""What makes a late method of a model whose masks join after its layers."""
 LEARNING_RATE = 1e-4
 
 Update = Callable[[], Tensor]
@@ -57,15 +65,17 @@ class BenchmarkTask:
 
     def config(self, method: str = "mlm", **sections: Any) -> Config:
         """Return the config of a method; `sections` add to its own."""
-        shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": True}
-        if method != "mlm":
-            decoder = method.removeprefix("3ml-")
-            shape |= {"mask_from": shape["num_layers"], "decoder_layers": 2, "decoder": decoder}
+        shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": not self.modern}
+        if self.modern:
+            shape["block"] = "modern"
+        if method in LATE:
+            shape |= {"mask_from": shape["num_layers"], **LATE[method]}
+        all_mask = {"corruption": (1.0, 0.0, 0.0)} if method == "mae-lm" else {}
         tree: dict[str, Any] = {
             "run": {"dir": "benchmark"},
             "corpus": {"train": "benchmark"},
             "model": shape,
-            "masking": {"rate": RATE[method]},
+            "masking": {"rate": RATE[method], **all_mask},
             "train": {
                 "seq_length": self.length,
                 "batch_size": self.batch_size,
@@ -77,6 +87,11 @@ class BenchmarkTask:
         for name, section in sections.items():
             tree[name] = {**tree.get(name, {}), **section}
         return build_config(tree)
+
+    @property
+    def modern(self) -> bool:
+        """Tell whether the model is of the modern block."""
+        return self.size.startswith("modernbert")
 
     @property
     def slots(self) -> int:
@@ -200,11 +215,16 @@ def timed(work: Callable[[], object], repeat: int, device: torch.device, clock: 
     return (clock() - begin) / repeat
 
 
+Job = Callable[[Update], Any]
+"""What a side's process does with its update; it travels there, so it is no lambda."""
+
+
 @contextmanager
 def apart(
-    makers: Mapping[str, Callable[[], Update]], repeat: int, task: "BenchmarkTask", done: Done
-) -> Iterator[dict[str, Any]]:
-    """Yield the sides for `take_turns`, each in a process of its own with its own settings and memory.
+    makers: Mapping[str, Callable[[], Update]], task: "BenchmarkTask", done: Done
+) -> Iterator[dict[str, Callable[[Job], Any]]]:
+    """Yield the sides, each in a process of its own with its own settings and memory, which has made an
+    update: a function that has a job done there and returns what comes of it.
 
     makers: what makes each side's update; they travel to the processes, so they are no lambdas.
     """
@@ -212,10 +232,15 @@ def apart(
     try:
         for make in makers.values():
             ours, theirs = context.Pipe()
-            places = (make, repeat, task.device, torch.get_num_threads(), theirs)
+            places = (make, torch.get_num_threads(), theirs)
             workers.append((context.Process(target=_serve, args=places, daemon=True), ours))
             workers[-1][0].start()
-            _answer(ours)  # one after another: compilers use every core
+            theirs.close()
+            if task.device.type == "cpu":  # where compilers would use the core that others are timed on
+                _answer(ours)
+        for _, pipe in workers:
+            if task.device.type != "cpu":
+                _answer(pipe)
             done(1)
         yield {name: partial(_ask, pipe) for name, (_, pipe) in zip(makers, workers, strict=True)}
     finally:
@@ -224,31 +249,45 @@ def apart(
             process.join()
 
 
-def _serve(make: Callable[[], Update], repeat: int, device: torch.device, threads: int, pipe: Any) -> None:
+def _serve(make: Callable[[], Update], threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     try:
         update = make()
         update()
-        pipe.send(0.0)
-        while pipe.recv():
-            pipe.send(timed(update, repeat, device, clock_of(device)))
+        pipe.send(None)
+        while job := pipe.recv():
+            pipe.send(job(update))
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        pipe.send(Failure(f"{type(error).__name__}: {error}"))
 
 
-def _ask(pipe: Any) -> float:
-    pipe.send(True)
+@dataclass(frozen=True)
+class Failure:
+    """What a side's process died of."""
+
+    reason: str
+
+
+def _ask(pipe: Any, job: Job) -> Any:
+    pipe.send(job)
     return _answer(pipe)
 
 
-def _answer(pipe: Any) -> float:
+def _answer(pipe: Any) -> Any:
     try:
         answer = pipe.recv()
     except EOFError:
-        answer = "it died without a word (of too little memory?)"
-    if isinstance(answer, str):
-        raise UserError(f"a side of the benchmark failed: {' '.join(answer.split())}")
+        answer = Failure("it died without a word (of too little memory?)")
+    if isinstance(answer, Failure):
+        raise UserError(f"a side of the benchmark failed: {' '.join(answer.reason.split())}")
     return answer
+
+
+def peak_bytes(update: Update) -> int:
+    """Return the most that this process has held: of the GPU's memory, or of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak_resident()
 
 
 def finish(device: torch.device) -> None:
