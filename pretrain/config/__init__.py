@@ -7,6 +7,7 @@ from pretrain.config.load import (
     changed_keys,
     dump_config,
     load_config,
+    merge,
     parse_overrides,
     read_yaml,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "config_warnings",
     "dump_config",
     "load_config",
+    "merge",
     "method_of",
     "parse_overrides",
     "phase_configs",

@@ -135,12 +135,13 @@ def _given(path: str, text: str) -> Any:
     return loader.construct_document(yaml.ScalarNode(tag, text.strip()))
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return two nested mappings as one; where both have a value, that of `above`."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merge(old, value)
+            value = merge(old, value)
         merged[key] = value
     return merged
 
@@ -148,7 +149,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads, overrides, checks and completes a config; UserError lists every problem, one a line."""
     overrides = overrides or []
-    tree = _merge(read_yaml(path), parse_overrides(overrides))
+    tree = merge(read_yaml(path), parse_overrides(overrides))
     return build_config(tree, str(path), [word.partition("=")[0] for word in overrides])
 
 
