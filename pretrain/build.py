@@ -107,6 +107,8 @@ class Run:
     saved: int = -1
     """Step of the last checkpoint."""
     saved_at: float = field(default_factory=time.monotonic)
+    stopped: float = 0.0
+    """Seconds for which the last save stopped training."""
     scored: tuple[int, float | None] = (-1, None)
     """(step, loss) of the last evaluation."""
     rate: float = 0.0

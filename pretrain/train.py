@@ -324,10 +324,25 @@ def save_due(run: Run) -> bool:
         return False
     if run.writer and run.writer.failed:
         return True  # which says so
-    if run.recipe.budget.measured and run.ledger and not run.ledger.block_hours("checkpoint"):
+    by_cost = run.recipe.budget.measured or every.every_minutes == "auto"
+    if by_cost and run.ledger and not run.ledger.block_hours("checkpoint"):
         return True  # once early, to know how long a save takes
-    late = every.every_minutes and time.monotonic() - run.saved_at >= 60 * every.every_minutes
+    late = time.monotonic() - run.saved_at >= save_interval(run)
     return bool(late or (every.every_steps and run.step % every.every_steps == 0))
+
+
+def save_interval(run: Run) -> float:
+    """Return the seconds after which a save is due.
+
+    With `auto` those that lose least to saves and failures together, sqrt(2 x stop x MTBF) (Young, CACM 1974;
+    Daly, FGCS 2006), where a save stops training for `stop` seconds; no fewer than it takes to write.
+    """
+    every = run.config.checkpoint
+    if every.every_minutes != "auto":
+        return 60 * (every.every_minutes or math.inf)
+    assert run.ledger
+    written = run.writer.seconds if run.writer else 0.0
+    return max(written, math.sqrt(2 * run.stopped * run.ledger.mtbf(3600 * every.mtbf_hours)))
 
 
 def milestone_due(run: Run, share: float) -> int:
@@ -354,6 +369,7 @@ def keep_milestone(run: Run, share: float) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint, or begin to; all ranks take part."""
+    begin = time.monotonic()
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
         if run.writer:
             run.writer.wait()  # before the next one takes memory
@@ -361,6 +377,7 @@ def save(run: Run) -> None:
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main, run.writer)
     run.saved, run.saved_at = run.step, time.monotonic()
+    run.stopped = run.saved_at - begin
     if main:
         run.folder.write_status("running", run.step)
 

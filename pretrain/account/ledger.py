@@ -356,6 +356,13 @@ def total(runs: Iterable[str | Path]) -> Totals:
     return as_totals(spent)
 
 
+def effective_share(totals: Totals) -> float | None:
+    """Return the effective training time ratio (ETTR): the device-seconds of updates that survived over all
+    that were spent; None where none were."""
+    spent = totals["device_seconds"]
+    return spent["productive"] / spent["total"] if spent["total"] else None
+
+
 def lineage(run: str | Path) -> list[tuple[str, Line]]:
     """Return the statements that a run's account has gone through, its trunk's first: (hash of the first line
     of that ledger, statement at which the next one begins, or the last)."""
@@ -454,6 +461,8 @@ class Ledger:
         self._over = threading.Event()
         self.head = next(reversed(self._lines), "")
         """Hash of the last line."""
+        self.crashes = sum(line["event"] == "crash-detected" for line in self._lines.values())
+        """Attempts of this run that ended without a word, as far as the ledger knows."""
         self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
         self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
 
@@ -546,6 +555,7 @@ class Ledger:
                 lost_steps,
             )
         if not found and self._last and self._last["event"] not in LAST_WORDS:
+            self.crashes += 1
             self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
         self._go_back(statement_of(base))
         if step:
@@ -620,6 +630,12 @@ class Ledger:
         """
         blocks = self._blocks[category]
         return max(blocks) * (1 + 1 / len(blocks)) if blocks else 0.0
+
+    def mtbf(self, expected: float) -> float:
+        """Return the mean seconds between two failures that this run should reckon with: its own, to which
+        `expected` adds as many seconds and one failure."""
+        elapsed = self.totals()["device_seconds"]["total"] / self._ranks
+        return (expected + elapsed) / (1 + self.crashes)
 
     def meter(self, joules: dict[str, float], age: float = 0.0) -> None:
         """Takes what the sensors have counted in this attempt, by part, over all ranks; nothing if {}.

@@ -40,6 +40,13 @@ def kinds_of(annotation: Any) -> set[type]:
     return {annotation}.union(*(kinds_of(one) for one in get_args(annotation)))
 
 
+def words_of(annotation: Any) -> set[str]:
+    """Return the words that a value may be."""
+    if get_origin(annotation) is Literal:
+        return {word for word in get_args(annotation) if isinstance(word, str)}
+    return set().union(*(words_of(one) for one in get_args(annotation)))
+
+
 class Section(BaseModel):
     """A frozen group of options; unknown keys are errors, docstrings are the fields' descriptions."""
 
@@ -49,7 +56,8 @@ class Section(BaseModel):
     @classmethod
     def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses a switch or a text for a number, a number for a switch, and a number for a name."""
-        kinds = kinds_of(cls.model_fields[str(info.field_name)].annotation)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds, words = kinds_of(annotation), words_of(annotation)
         numeric = bool(kinds & {int, float})
         for part in value if isinstance(value, (list, tuple)) else [value]:
             number = isinstance(part, (int, float)) and not isinstance(part, bool)
@@ -57,7 +65,7 @@ class Section(BaseModel):
                 raise ValueError("should be true or false")
             if str in kinds and isinstance(part, (int, float)):
                 raise ValueError("put it in quotes if it is a name")
-            if numeric and str not in kinds and isinstance(part, (bool, str)):
+            if numeric and str not in kinds and isinstance(part, (bool, str)) and part not in words:
                 raise ValueError("should be a number, in decimal digits")
             if number and not math.isfinite(part):
                 raise ValueError("should be a finite number")
@@ -397,8 +405,11 @@ class CheckpointOptions(Section):
 
     every_steps: int | None = Field(None, ge=1)
     """Save every so many updates."""
-    every_minutes: float | None = Field(30.0, gt=0)
-    """Save at least this often."""
+    every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] | None = 30.0
+    """Save at least this often; `auto`: as often as loses least, by what a save costs here and how often this
+    run has failed (Young's and Daly's interval)."""
+    mtbf_hours: float = Field(24.0, gt=0)
+    """What `auto` takes for the mean time between two failures before the run has any of its own."""
     end_margin_minutes: float = Field(5.0, ge=0)
     """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
     background: bool = True

@@ -585,7 +585,9 @@ def run_program(*words):
 def test_program_total_prints_one_json_document(tmp_path):
     written(tmp_path)
     done = run_program("total", tmp_path, "--json")
-    assert done.returncode == 0 and json.loads(done.stdout) == ledger.total([tmp_path])
+    totals = ledger.total([tmp_path])
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {**totals, "ettr": ledger.effective_share(totals)}
 
 
 def test_program_refuses_in_one_line(tmp_path):
@@ -624,9 +626,36 @@ def test_program_show_keeps_the_heartbeat_that_an_attempt_ends_with(tmp_path):
 
 
 def test_program_total_shows_hours(tmp_path):
-    written(tmp_path)
-    _, text = program.total([str(tmp_path)])
+    """And the share of them that went into updates which stay."""
+    clock, head = written(tmp_path)
+    account = opened(tmp_path, clock)
+    clock.now += 10
+    account.begin(10, head)
+    report, text = program.total([str(tmp_path)])
     assert "device-hours, productive           0.0111" in text.splitlines()
+    spent = report["device_seconds"]
+    assert report["ettr"] == spent["productive"] / spent["total"] == 40 / 62
+    assert "effective training time             64.5%" in text.splitlines()
+    shown, text = program.show([str(tmp_path)])
+    assert shown[0]["ettr"] == 40 / 62 and f"{tmp_path}: effective training time 64.5%\n" in text
+
+
+def test_failures_are_reckoned_with_as_they_come(tmp_path):
+    clock = Clock()
+    account = opened(tmp_path, clock)
+    account.begin()
+    assert account.mtbf(100.0) == 100.0
+    clock.work(account, 10)
+    assert account.mtbf(100.0) == 120.0
+    account.note("heartbeat")
+    for crashes in (1, 2):
+        account = opened(tmp_path, clock)
+        account.begin()
+        assert account.mtbf(100.0) == 120.0 / (1 + crashes)
+    account.note("stop")
+    account = opened(tmp_path, clock)
+    account.begin()
+    assert account.crashes == 2
 
 
 def test_program_reads_a_ledger_without_a_line(tmp_path):
@@ -636,5 +665,6 @@ def test_program_reads_a_ledger_without_a_line(tmp_path):
     none = {"lines": 0, "checkpoints": 0, "held": 0, "gaps": [], "head": ""}
     assert [vars(one) for one in program.check(runs)[0]] == [{"run": runs[0], **none}]
     assert program.total(runs)[0]["steps"] == 0
-    assert program.show(runs)[0] == [{"run": runs[0], "lines": []}]
+    assert program.show(runs)[0] == [{"run": runs[0], "ettr": None, "lines": []}]
+    assert program.total(runs)[0]["ettr"] is None
     assert program.emissions.report(runs, None, None)[0].attempts == []

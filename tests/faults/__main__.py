@@ -15,9 +15,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=30, help="faults to inject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="only these")
+    parser.add_argument(
+        "--mtbf", nargs="+", type=float, metavar="SECONDS", help="measure ETTR instead, by a scaled clock"
+    )
     parser.add_argument("--output", type=Path, default=Path("faults.jsonl"), metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+    if args.mtbf:
+        from tests.faults.ettr import compare
+
+        compare(args.mtbf, args.seed, args.output)
+        return 0
 
     from tests.faults.campaign import campaign
     from tests.faults.kinds import KINDS

@@ -49,7 +49,7 @@ from tests.faults.kinds import (
     free,
 )
 from tests.support.ranks import free_port
-from tests.support.runs import ENVIRON, Attempt, Outcome, result, torch_variables
+from tests.support.runs import ENVIRON, Attempt, Outcome, kept, torch_variables
 from tools.ledger import __main__ as ledger_program
 
 HANG = 120.0
@@ -102,7 +102,7 @@ _CONFIG = {
     "budget": {"steps": 14},
     "checkpoint": {"every_steps": 2},
     "evaluate": {"every_steps": 4, "samples": 16},
-    "monitor": {"log_every": 1, "tensorboard": False},
+    "monitor": {"log_every": 1, "tensorboard": False, "stall_seconds": 24},
 }
 
 
@@ -178,7 +178,7 @@ class Workshop:
             shutil.rmtree(run, ignore_errors=True)
             outcome = Attempt(self.words(layout, run, self.folder / "inputs"), layout.ranks).wait(HANG)
             assert outcome.codes == [0] * layout.ranks, outcome.text
-            self.undisturbed[layout] = outcome_of(run)
+            self.undisturbed[layout] = kept(run)
         return self.undisturbed[layout]
 
 
@@ -215,11 +215,6 @@ def _mount(disk: Path) -> bool:
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
     except OSError:
         return False
-
-
-def outcome_of(run: Path) -> dict[str, Any]:
-    """Return what two runs that did the same agree on; not the losses, whose file may have been damaged."""
-    return {name: value for name, value in result(run).items() if name != "losses"}
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -410,12 +405,13 @@ class Disturbed:
 def wanted(kind: str, path: Path) -> bool:
     """Tell whether a file of the inputs can be damaged so, and a start must see it.
 
-    Bytes of a .bin that were flipped are for `tools.verify_corpus`, which reads it all, to find.
+    Bytes that were flipped in a .bin, or in what a manifest says beyond its fingerprint, are for
+    `tools.verify_corpus`, which reads it all, to find.
     """
     read = path.name == TOKENIZER or path.suffix in (".bin", ".idx", ".json")
     if not read or path.name in ("provenance.json", *(f"other.{end}" for end in ("bin", "idx", "json"))):
         return False
-    return not (kind.endswith("flipped") and path.suffix == ".bin")
+    return not (kind.endswith("flipped") and path.suffix in (".bin", ".json"))
 
 
 def last_word(text: str) -> str:
@@ -456,7 +452,7 @@ def differs(run: Path, inputs: Path, expected: dict[str, Any]) -> str:
     it is moved away, as that says.
     """
     try:
-        found = outcome_of(run)
+        found = kept(run)
     except UserError as error:
         return str(error)
     for step in checkpoint.steps(run):

@@ -84,7 +84,7 @@ class Kind(NamedTuple):
 _LEFT = (1, 75)
 """Codes of ranks that another has left in a collective: start again, as far as they know."""
 _STOPPED = r"stopped by (SIG\w+|another rank);|interrupted; what came after|: the budget is spent"
-_NO_SPACE = r"^error: \S+/\S+: .*free space.*"
+_NO_SPACE = r"^error: \S+/\S+: .*free space|the budget is spent"
 INSIDE = {
     "kill": Kind(EVERYWHERE, (-9,), _LEFT),
     "kill all": Kind(EVERYWHERE, (-9,), (-9,)),
@@ -99,7 +99,7 @@ INSIDE = {
     "storm": Kind(TRAINING, (75, 0), (75, 0), _STOPPED),
     "Ctrl-C twice": Kind(TRAINING, (75, 0), (75, 0), _STOPPED),
     "disk full": Kind(
-        ("build", "save", "gathering", "ledger", "metrics", "status"), (2,), (2, *_LEFT), _NO_SPACE
+        ("build", "save", "gathering", "ledger", "metrics", "status"), (2, 0), (2, 0, *_LEFT), _NO_SPACE
     ),
     "not a number": Kind(("backward",), (2,), (2,), r"^error: step \d+: the gradients of the last"),
 }

@@ -125,6 +125,18 @@ def test_hours_warm_up_and_end_as_they_should(words: Words, tmp_path: Path) -> N
     assert reason in ended.text
 
 
+def test_saves_come_as_often_as_loses_least(words: Words, tmp_path: Path) -> None:
+    """By the clock of `Paced` a save stops training for 0.1 s; failures are taken to be 20 s apart."""
+    options = ("checkpoint.every_minutes=auto", f"checkpoint.mtbf_hours={20 / 3600:.9f}", "budget.steps=150")
+    ended = attempt(words("a", *options, "corpus.valid="), strike=Paced(SIGTERM, NEVER))
+    assert ended.codes == [0], ended.text
+    first, *saves = [line for line in ledger.read(tmp_path / "a") if line["event"] == "save"]
+    assert first["step"] == 1 and len(saves) == 4
+    for before, after in pairwise([first, *saves[:-1]]):  # the last is that of the end
+        best = (2 * 0.1 * (20 + after["device_seconds"]["total"])) ** 0.5
+        assert best <= after["time"] - before["time"] - 0.1 <= best + 0.06
+
+
 def test_a_first_update_moves_the_weights(words: Words, tmp_path: Path) -> None:
     finish(words("a", "budget.steps=1"))
     (line,) = read_metrics(tmp_path / "a")

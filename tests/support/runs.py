@@ -5,6 +5,7 @@ takes a tenth of a second and a test can afford many. The real launchers are in 
 """
 
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -101,18 +102,25 @@ class Paced(Strike):
     """A rank by whose clock only what it does takes time, whatever the machine is busy with."""
 
     def arm(self) -> None:
-        moment = time.monotonic()
-        time.monotonic = lambda: moment
-        ledger.process_start = lambda: ledger.now() - IMPORTS
-
-        def pass_time(seconds: float) -> None:
-            nonlocal moment
-            moment += seconds
-
-        for target, seconds in PACE.items():
-            owner, name = owner_of(target)
-            setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
+        pace(PACE, IMPORTS)
         super().arm()
+
+
+def pace(paces: dict[str, float], start: float, life: float = math.inf) -> None:
+    """Let the clock of this process show `start` seconds and those of each call, and kill it after `life`."""
+    moment = begin = time.monotonic()
+    time.monotonic = lambda: moment
+    ledger.process_start = lambda: ledger.now() - start
+
+    def pass_time(seconds: float) -> None:
+        nonlocal moment
+        moment += seconds
+        if moment - begin + start > life:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for target, seconds in paces.items():
+        owner, name = owner_of(target)
+        setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
 
 
 def owner_of(target: str) -> tuple[Any, str]:
@@ -206,6 +214,11 @@ def finish(words: list[str], ranks: int = 1) -> Outcome:
 
 def result(run: Path) -> dict[str, Any]:
     """What two runs that did the same agree on, to the last bit."""
+    return {**kept(run), "losses": losses(run)}
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """The same, but for what only metrics.jsonl says."""
     files = checkpoint.find(run)
     totals = ledger.total([run])
     return {
@@ -214,7 +227,6 @@ def result(run: Path) -> dict[str, Any]:
             name: sha256((files / name).read_bytes()).hexdigest() for name in checkpoint.FILES.values()
         },
         "spent": {name: totals[name] for name in ("steps", *ledger.COUNTERS[1:])},
-        "losses": losses(run),
     }
 
 

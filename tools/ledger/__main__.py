@@ -204,9 +204,17 @@ def show(runs: list[str]) -> tuple[Any, str]:
     follows."""
     found = {run: ledger.read(run) for run in runs}
     rows = [f"{'time (UTC)':19}  try  {'event':14} {'step':>9} {'dev. hours':>10} {'lost':>7} {'FLOPs':>9}"]
+    shares = {run: _effective(lines) for run, lines in found.items()}
     for run, lines in found.items():
-        rows += [run, *(wrapped(_row(line), indent=26) for line in _telling(lines))]
-    return [{"run": run, "lines": lines} for run, lines in found.items()], "\n".join(rows)
+        share = shares[run]
+        rows.append(run if share is None else f"{run}: effective training time {share:.1%}")
+        rows += [wrapped(_row(line), indent=26) for line in _telling(lines)]
+    report = [{"run": run, "ettr": shares[run], "lines": lines} for run, lines in found.items()]
+    return report, "\n".join(rows)
+
+
+def _effective(lines: list[ledger.Line]) -> float | None:
+    return ledger.effective_share(ledger.as_totals(ledger.statement_of(lines[-1]))) if lines else None
 
 
 def _telling(lines: list[ledger.Line]) -> list[ledger.Line]:
@@ -253,12 +261,14 @@ def total(runs: list[str]) -> tuple[Any, str]:
     rows += [("FLOPs, hardware", f"{report['hardware_flops']:.4e}")]
     rows += [("FLOPs, lost", f"{report['lost_flops']:.4e}")]
     rows += [(f"device-hours, {part}", f"{spent[part] / 3600:.4f}") for part in spent]
+    share = ledger.effective_share(report)
+    rows += [("effective training time", "-" if share is None else f"{share:.1%}")]
     rows += [("joules", "not measured" if report["joules"] is None else f"{report['joules']:.4e}")]
     rows += [(f"joules, {part}", f"{joules:.4e}") for part, joules in report["joules_by_part"].items()]
     if spent["total"]:
         rows += [("metered share of hours", f"{report['metered_device_seconds'] / spent['total']:.1%}")]
     rows += [("peak bytes of a rank", f"{report['peak_bytes']}")]
-    return report, "\n".join(
+    return {**report, "ettr": share}, "\n".join(
         [*tree({run: run for run in runs}), *(f"{name:24} {value:>16}" for name, value in rows)]
     )
 
