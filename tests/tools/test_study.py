@@ -286,6 +286,8 @@ def test_the_interval_is_that_of_all_resamples_by_hand() -> None:
         Curve(each.seeds, each.costs, each.scores + np.array([[0], [9], [-3]])) for each in (method, baseline)
     ]
     assert analysis.estimate(analysis.gain, *moved).interval == pytest.approx(found.interval)  # type: ignore[union-attr]
+    itself = analysis.estimate(analysis.share, baseline, baseline)
+    assert itself and itself.value == 1 and itself.interval == (1, 1)
     share = analysis.estimate(analysis.share, method, baseline)
     goal = (5.0 + 6.0 + 5.3) / 3
     low, high = (5.5 + 6.8 + 6.0) / 3, (4.5 + 5.9 + 5.0) / 3

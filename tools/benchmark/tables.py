@@ -26,6 +26,9 @@ from tools.report.documents import Report
 from tools.shared import console, documents
 from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import markdown
+from tools.speedrun import records
+from tools.study.plan import open_study
+from tools.study.results import read_results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -410,6 +413,16 @@ WORK = [
     *(f"FLOPs {part}" for part in ("encoder", "decoder", "head")),
 ]
 HOURS = ["updates", "evaluation", "saving", "start-up", "lost hours", "FLOPs total", "lost FLOPs", "attempts"]
+
+
+def speedrun(task: str) -> Rows:
+    """Return the records of a task."""
+    results = ROOT / "tools" / "speedrun" / "results" / f"{task}.jsonl"
+    return records.rows(
+        open_study(ROOT / "configs" / "speedrun" / f"{task}.yaml", None), read_results(results)
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     name: partial(lambda rows: markdown(rows()), rows)
     for name, rows in {
@@ -427,6 +440,8 @@ TABLES: dict[str, Callable[[], str]] = {
         "plan-scaling": plan_scaling,
         "plan-measured": plan_measured,
         "probes": probes,
+        "speedrun-sample": partial(speedrun, "sample"),
+        "speedrun-medium": partial(speedrun, "medium"),
     }.items()
 } | {"finetuned": finetuned, "gpu-updates": gpu_updates, "gpu-others": gpu_others}
 """By name in the pages: what makes the text of a table."""

@@ -24,10 +24,16 @@ from tools.study.plan import Study, StudyCell, open_study
 from tools.study.results import StudyResult, read_results, refuse_others
 
 FAILED = 1
+RESULTS = Path("tools/study/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(arguments)
+    about = "Compare methods at equal cost, with an interval over seeds"
+    return run(make_parser("study", about, RESULTS).parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what a command line says; its exit code."""
     study = open_study(args.study, args.work)
     file = args.results / f"{study.name}.jsonl"
     results = read_results(file)
@@ -48,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = console.parser("study", "Compare methods at equal cost, with an interval over seeds")
+def make_parser(name: str, about: str, results: Path) -> argparse.ArgumentParser:
+    """Return the parser of a program that does a study. results: where its lines are, unless it is told."""
+    parser = console.parser(name, about)
     parser.add_argument("study", type=Path, metavar="FILE", help="YAML file (configs/study/)")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of texts, pairs and tasks that FILE names"
@@ -59,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--results",
         type=Path,
         metavar="DIR",
-        default=Path("tools/study/results"),
+        default=results,
         help="NAME.jsonl, the page and its pictures (%(default)s)",
     )
     parser.add_argument("--plan", action="store_true", help="print cells, FLOPs and hours left, no more")

@@ -63,7 +63,7 @@ def reached(costs: Sequence[float], scores: Sequence[float], goal: float) -> flo
 
 def share(method: Curve, baseline: Curve) -> float:
     """Return the share of the baseline's final cost at which a method reaches its final score."""
-    goal, whole = baseline.scores[:, -1].mean(), baseline.costs[:, -1].mean()
+    goal, whole = float(baseline.scores.mean(0)[-1]), float(baseline.costs.mean(0)[-1])
     return reached(method.costs.mean(0).tolist(), method.scores.mean(0).tolist(), goal) / whole
 
 

@@ -1,0 +1,98 @@
+"""What a record is: a recipe that reaches the finish line with every one of three seeds, and what it cost.
+
+The one idea: a task is a study whose methods are recipes, so a record is read from its lines of results. The
+finish line is what the baseline ends at, the mean of its seeds; a record is the smallest budget at which no
+seed is above it.
+
+Imports no torch.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pretrain.errors import UserError
+from tools.study.pages import Found
+from tools.study.plan import Study
+from tools.study.results import StudyResult
+
+SEEDS = 3
+"""That a record needs."""
+SCORE = "bits per byte"
+_FIXED = (
+    "block",
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "ffn_size",
+    "max_positions",
+    "norm",
+    "token_type",
+)
+"""Keys of `model` that the exported encoder has its shape from."""
+
+
+class SpeedrunRecord(NamedTuple):
+    """The smallest budget of a recipe with which all seeds are over the line."""
+
+    recipe: str
+    share: float
+    """Of the baseline's FLOPs."""
+    models: list[StudyResult]
+    """One of each seed."""
+
+
+def refuse_other_encoders(study: Study) -> None:
+    """Raise UserError where a recipe changes what is exported, or what all are asked."""
+    for name, method in study.options.methods.items():
+        changed = [f"model.{key}" for key in method.config.get("model") or {} if key in _FIXED]
+        changed += [section for section in ("corpus", "evaluate") if section in method.config]
+        if changed:
+            raise UserError(
+                f"{study.path}: methods.{name}: {changed[0]} is the task's; a recipe leaves it alone"
+            )
+
+
+def finish_line(study: Study, found: Found) -> float | None:
+    """Return the bits per byte to be reached; None before the baseline has run with three seeds."""
+    (size,) = study.options.sizes
+    models = found.models(size, study.options.baseline)
+    if len(models) < SEEDS:
+        return None
+    return statistics.mean(seed[-1].scores[SCORE] for seed in models.values())
+
+
+def records(study: Study, results: Sequence[StudyResult]) -> Iterator[SpeedrunRecord]:
+    """Yield the record of each recipe that has one, cheapest first."""
+    found = Found(study, results)
+    (size,), goal, all_records = study.options.sizes, finish_line(study, found), list[SpeedrunRecord]()
+    for recipe in study.options.methods if goal else ():
+        by_seed = found.models(size, recipe)
+        for place, share in enumerate(study.options.shares if len(by_seed) >= SEEDS else ()):
+            models = [seed[place] for seed in by_seed.values()]
+            if all(model.scores[SCORE] <= goal for model in models if goal):
+                all_records.append(SpeedrunRecord(recipe, share, models))
+                break
+    yield from sorted(all_records, key=lambda record: record.share)
+
+
+def rows(study: Study, results: Sequence[StudyResult]) -> list[list[str]]:
+    """Return the table of records: a row for each recipe, then how the others stand."""
+    goal = finish_line(study, Found(study, results))
+    line = "not known yet" if goal is None else f"{goal:.4f} bits per byte"
+    table = [["recipe", "FLOPs", "share", "device-hours", "seeds", SCORE, "commit"]]
+    table.append([f"*finish line: `{study.options.baseline}`, {line}*", *[""] * (len(table[0]) - 1)])
+    for record in records(study, results):
+        scores = [model.scores[SCORE] for model in record.models]
+        table.append(
+            [
+                f"`{record.recipe}`",
+                f"{statistics.mean(model.flops for model in record.models):.3g}",
+                f"{record.share:g}",
+                f"{statistics.mean(model.device_hours for model in record.models):.2f}",
+                str(len(record.models)),
+                f"{statistics.mean(scores):.4f} (worst {max(scores):.4f})",
+                ", ".join(sorted({model.commit[:12] for model in record.models})),
+            ]
+        )
+    return table
