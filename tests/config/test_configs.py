@@ -1,5 +1,6 @@
 """Every shipped config makes updates: at a fraction of its size, otherwise as it is written."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
     assert f"method      {method}" in outcome.text
     assert "warning" not in outcome.text.lower()
     assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 2
+
+
+def test_the_long_branch_that_a_recipe_describes(tiny: Path, tmp_path: Path) -> None:
+    """Its own words, lengths and budget reduced: longer windows, another rotation, a rate that falls."""
+    path = next(path for path in CONFIGS if path.stem == "3ml-query-modern")
+    begin = [*reduced(path, tiny), "model.local_window=8"]
+    finish([str(path), f"run.dir={tmp_path}/trunk", *begin])
+    comments = path.read_text(encoding="utf-8").partition("run:")[0]
+    words = re.findall(r"(?<= )[a-z]+[.][a-z_.]+=[^ \n]+", comments.split("PREFIX corpus.valid=PREFIX")[-1])
+    assert "model.rope_theta=160000" in words and "train.seq_length=8192" in words
+    sizes = ["seq_length=40", "batch_size=2", "micro_batch_size=2"]
+    more = [f"train.{size}" for size in sizes] + [
+        "budget.tokens=null",
+        "budget.steps=4",
+        "evaluate.samples=4",
+    ]
+    own = [f"run.dir={tmp_path}/long", f"run.branch.of={tmp_path}/trunk"]
+    finish([str(path), *begin, *words, *more, *own])
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "long"))
+    assert (state.step, state.config["model"]["rope_theta"], state.config["schedule"]["kind"]) == (
+        4,
+        160000,
+        "decay",
+    )
 
 
 def test_configs_name_a_folder_each() -> None:
