@@ -107,10 +107,17 @@ def _self_layer(n: int, model: ModelOptions, attended: int | None = None) -> int
     return 8 * n * D * D + _attention(n * n if attended is None else attended, D) + _ffn(n, model)
 
 
+def decoder_rows(rows: Rows, model: ModelOptions) -> tuple[int, int]:
+    """Return the rows that a decoder layer updates, and those that their self-attention reads."""
+    L, P = rows.length, rows.predicted
+    return {"query": (P, L), "bottleneck": (P, P + 1)}.get(model.decoder, (L, L))
+
+
 def _decoder_layer(rows: Rows, model: ModelOptions) -> int:
-    D, L, V, P = model.hidden_size, rows.length, encoded(rows, model), rows.predicted
-    if model.decoder == "query":  # queries and outputs on P rows, keys and values on all L
-        return 4 * P * D * D + 4 * L * D * D + _attention(P * L, D) + _ffn(P, model)
+    D, L, V = model.hidden_size, rows.length, encoded(rows, model)
+    n, m = decoder_rows(rows, model)
+    if n < m:  # queries and outputs of the rows that are updated, keys and values of all
+        return 4 * n * D * D + 4 * m * D * D + _attention(n * m, D) + _ffn(n, model)
     layer = _self_layer(L, model)
     if model.decoder == "cross":
         layer += 4 * L * D * D + 4 * V * D * D + _attention(L * V, D)
@@ -223,7 +230,7 @@ def _recomputed(model: ModelOptions, rows: Rows, once: Flops) -> int:
     The last product (F x D) of a layer that `recomputes_all` says no of is not repeated.
     """
     last = 2 * model.ffn_size * model.hidden_size
-    query_rows = rows.predicted if model.decoder == "query" else rows.length
+    query_rows, _ = decoder_rows(rows, model)
     encoder = 0 if recomputes_all(model, model.dropout) else sum(encoder_rows(rows, model))
     decoder = 0 if recomputes_all(model, model.decoder_dropout) else model.decoder_layers * query_rows
     return once.encoder + once.decoder - last * (encoder + decoder)
@@ -246,11 +253,8 @@ def token_layers(model: ModelOptions, rows: Rows) -> float:
     linear = unit * sum(encoder_rows(rows, model))
     if model.decoder_layers:
         # Cost without its attention terms, which are what is left of n x m products.
-        attention = {
-            "self": _attention(rows.length**2, D),
-            "query": _attention(rows.predicted * rows.length, D),
-            "cross": _attention(rows.length * (rows.length + encoded(rows, model)), D),
-        }[model.decoder]
+        n, m = decoder_rows(rows, model)
+        attention = _attention(n * (m + (encoded(rows, model) if model.decoder == "cross" else 0)), D)
         linear += model.decoder_layers * (_decoder_layer(rows, model) - attention)
     return linear / unit
 

@@ -43,6 +43,11 @@ def _check_model(config: Config) -> list[str]:
         found.append(f"model.local_window = {m.local_window}: the modern block alone has local layers")
     if m.local_window % 2:
         found.append(f"model.local_window = {m.local_window}: half of it is on either side; take an even one")
+    if m.decoder == "bottleneck" and m.decoder_layers and config.corpus.documents == "bounded":
+        found.append(
+            "model.decoder = bottleneck with corpus.documents = bounded: a window has one <s>, which sees its"
+            " own document only; take packed"
+        )
     late = m.mask_from == m.num_layers and m.decoder_layers >= 1
     if not (late or (m.mask_from < m.num_layers and m.decoder_layers == 0)):
         found.append(

@@ -181,9 +181,10 @@ class ModelOptions(Section):
     alone (`one_way`): the encoder stays free of [MASK], and its upper layers serve the masks as well."""
     decoder_layers: int = Field(0, ge=0)
     """Layers after the encoder that are discarded after pre-training."""
-    decoder: Literal["self", "cross", "query"] = "self"
+    decoder: Literal["self", "cross", "query", "bottleneck"] = "self"
     """`self`: all rows attend to all. `cross`: self-attention, then attention to the encoder output.
-    `query`: only the predicted rows are updated, attending to all rows."""
+    `query`: only the predicted rows are updated, attending to all rows. `bottleneck`: they are [MASK]s that
+    attend to each other and to the encoder's <s> alone, which has to say what the text is (RetroMAE)."""
     decoder_positions: Literal["own", "shared"] = "own"
     """Learned positions added to all decoder inputs: own table, or the encoder's (learned positions only)."""
     mask_vector: Literal["learned", "tied"] = "learned"
@@ -491,7 +492,7 @@ def method_of(config: Config) -> str:
     all_mask = config.masking.corruption[0] == 1.0
     if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
         return f"mae-lm{leak}"
-    return f"3ml-{m.decoder}{leak}"
+    return f"retromae{leak}" if m.decoder == "bottleneck" else f"3ml-{m.decoder}{leak}"
 
 
 def replays_graphs(config: Config) -> bool:

@@ -124,7 +124,8 @@ class Layer(nn.Module):
 
     self   rows attend to each other.
     cross  rows attend to each other, then to the context rows.
-    query  rows attend to the context rows and to each other; the context stands still.
+    query  rows attend to the context rows and to each other; the context stands still. A `bottleneck` is
+           made of these, its context the encoder's <s>.
 
     bounds are those of attention among the rows, across those of attention to the context (`query`: to all).
     Where documents are kept apart, the context of `query` is all rows; `places` [B, S] are x's among them.
@@ -183,13 +184,13 @@ class Decoder(nn.Module):
     def __init__(self, m: ModelOptions) -> None:
         super().__init__()
         assert m.decoder_dropout is not None
-        self.kind = m.decoder
+        self.kind = "query" if m.decoder == "bottleneck" else m.decoder
         learned = m.block != "modern"
         if learned and m.decoder_positions == "own":
             self.positions = nn.Embedding(m.max_positions, m.hidden_size)
         self.input_norm = norm(m) if learned else nn.Identity()
         self.dropout = nn.Dropout(m.decoder_dropout if learned else 0.0)
-        self.layers = nn.ModuleList(Layer(m, m.decoder, m.decoder_dropout) for _ in range(m.decoder_layers))
+        self.layers = nn.ModuleList(Layer(m, self.kind, m.decoder_dropout) for _ in range(m.decoder_layers))
         self.final_norm = norm(m) if m.norm == "pre" else nn.Identity()
 
 
@@ -329,9 +330,12 @@ class LateMaskModel(nn.Module):
         d = self.decoder
         assert d is not None
         (B, L), V = batch.ids.shape, encoded_BVD.shape[1]
-        masks_BMD = self._mask_rows(B, L - V)
-        x = torch.cat((encoded_BVD, masks_BMD.to(encoded_BVD.dtype)), 1)
-        positions = batch.positions
+        if self.m.decoder == "bottleneck":
+            x, positions = self._bottleneck(encoded_BVD, batch.positions, P, order)
+            order = None
+        else:
+            masks_BMD = self._mask_rows(B, L - V)
+            x, positions = torch.cat((encoded_BVD, masks_BMD.to(encoded_BVD.dtype)), 1), batch.positions
         if order is not None:
             x, positions = take(x, order.join), positions.gather(1, order.rows)
         if self.m.block != "modern":
@@ -352,6 +356,17 @@ class LateMaskModel(nn.Module):
         for layer in d.layers:
             x = self._run(layer, x, rotation, bounds, context, there, across)
         return d.final_norm(_last(x, P, order))
+
+    def _bottleneck(
+        self, encoded_BVD: Tensor, positions_BL: Tensor, P: int, order: Order | None
+    ) -> tuple[Tensor, Tensor]:
+        """The first token's row and a [MASK] for each predicted one [B, 1 + P, D], with their positions."""
+        B, V = encoded_BVD.shape[:2]
+        places = positions_BL[:, :V] if order is None else positions_BL.gather(1, order.visible)
+        first = places.argmin(1, keepdim=True)
+        masks_BPD = self._mask_rows(B, P).to(encoded_BVD.dtype)
+        rows = torch.cat((take(encoded_BVD, first), masks_BPD), 1)
+        return rows, torch.cat((places.gather(1, first), positions_BL[:, -P:]), 1)
 
     def _query(self, x_BLD: Tensor, rotation: Rotation, P: int, order: Order | None) -> Tensor:
         """The decoder that updates the predicted rows only: [B, P, D]."""

@@ -295,6 +295,11 @@ def test_method_names(method, name):
     assert method_of(small(method)) == name
 
 
+def test_a_bottleneck_needs_one_text_a_window():
+    with pytest.raises(UserError, match="a window has one <s>, which sees its own document only"):
+        small("retromae", corpus={"documents": "bounded"})
+
+
 def test_local_layers_are_of_the_modern_block_and_even():
     with pytest.raises(UserError, match="model.local_window = 6: the modern block alone has local layers"):
         small(model={"local_window": 6})

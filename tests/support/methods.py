@@ -8,6 +8,7 @@ METHODS = {
     "3ml-cross": {"mask_from": 2, "decoder_layers": 2, "decoder": "cross"},
     "3ml-query": {"mask_from": 2, "decoder_layers": 2, "decoder": "query"},
     "mae-lm": {"mask_from": 2, "decoder_layers": 4, "decoder": "self", "mask_vector": "tied"},
+    "retromae": {"mask_from": 2, "decoder_layers": 2, "decoder": "bottleneck"},
     "shared-depth": {"mask_from": 1},
     "one-way": {"mask_from": 1, "join": "one_way"},
 }

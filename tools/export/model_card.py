@@ -23,6 +23,7 @@ _METHODS = {
     "3ml-cross": "late masks with a cross-attention decoder (3ML, Liao et al. 2022, arXiv 2211.04898)",
     "3ml-query": "late masks, a decoder that updates only the predicted rows (after 3ML, arXiv 2211.04898)",
     "mae-lm": "an encoder that never sees [MASK] (MAE-LM, Meng et al. 2023, arXiv 2302.02060)",
+    "retromae": "masks predicted from the first token alone (RetroMAE, Xiao et al. 2022, arXiv 2205.12035)",
     "shared-depth": "masks that join inside the encoder (after 3ML, arXiv 2211.04898)",
     "one-way": "masks inside the encoder to which no other row attends (after 3ML, arXiv 2211.04898)",
 }

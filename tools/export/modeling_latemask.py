@@ -197,7 +197,8 @@ class Decoder(nn.Module):
         if learned and c.decoder_positions == "own":
             self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.input_norm = make_norm(c) if learned else nn.Identity()
-        self.layers = nn.ModuleList(Layer(c, c.decoder_kind) for _ in range(c.decoder_layers))
+        kind = "query" if c.decoder_kind == "bottleneck" else c.decoder_kind
+        self.layers = nn.ModuleList(Layer(c, kind) for _ in range(c.decoder_layers))
         self.final_norm = make_norm(c) if c.norm == "pre" else nn.Identity()
 
 
@@ -295,11 +296,14 @@ class LateMaskForMaskedLM(PreTrainedModel):
         if self.decoder is None:
             return x
         d = self.decoder
+        is_mask = (ids == c.mask_token_id) & text[:, 0]
+        if c.decoder_kind == "bottleneck":
+            late, text = is_mask, text & (is_mask | (visible[:, 0].cumsum(1) == 1) & visible[:, 0])[:, None]
         x = torch.where(late[..., None], masks, x)
         if c.block != "modern":
             x = x + (d.positions if c.decoder_positions == "own" else self.positions)(positions)
         x = d.input_norm(x)
-        is_query = ids == c.mask_token_id if c.decoder_kind == "query" else None
+        is_query = is_mask if c.decoder_kind in ("query", "bottleneck") else None
         for layer in d.layers:
             x = layer(x, rotation, text, encoded, visible, is_query)
         return d.final_norm(x)

@@ -204,13 +204,14 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     decoder = 0
     if model.decoder_layers:
         # The joined rows with their positions, and (without a rotation) the norm of them.
-        decoder = stream * rows.length * (2 if model.block != "modern" else 1)
-        decoder += _mask_bytes(layout) * rows.length * model.hidden_size if model.decoder_dropout else 0
+        joined = max(flops.decoder_rows(rows, model))
+        decoder = stream * joined * (2 if model.block != "modern" else 1)
+        decoder += _mask_bytes(layout) * joined * model.hidden_size if model.decoder_dropout else 0
     ends = stream * (inputs[0] + rows.length)  # the embeddings' sum, and what the head reads
     ends += stream * inputs[-1] if model.norm == "pre" else 0
     ends += _mask_bytes(layout) * inputs[0] * model.hidden_size if model.dropout else 0
     if layout.recompute == "block":
-        query_rows = rows.predicted if model.decoder == "query" else rows.length
+        query_rows, _ = flops.decoder_rows(rows, model)
         return stream * (sum(inputs) + model.decoder_layers * query_rows) + decoder + ends
     return sum(_layers(model, rows, layout)) + decoder + ends
 
@@ -239,10 +240,11 @@ def _self_layer(
 
 
 def _decoder_layer(rows: Rows, model: ModelOptions, layout: Layout) -> int:
-    L, P, D, dropout = rows.length, rows.predicted, model.hidden_size, model.decoder_dropout or 0.0
-    if model.decoder == "query":  # the joined rows are read by the keys and values
-        keys = layout.width * L * D + _attention(P, L, P + 2 * L, model, layout, dropout)
-        return keys + _inner(P, model, layout, dropout)
+    L, D, dropout = rows.length, model.hidden_size, model.decoder_dropout or 0.0
+    n, m = flops.decoder_rows(rows, model)
+    if n < m:  # the joined rows are read by the keys and values
+        keys = layout.width * m * D + _attention(n, m, n + 2 * m, model, layout, dropout)
+        return keys + _inner(n, model, layout, dropout)
     layer = _self_layer(L, model, layout, dropout)
     if model.decoder == "cross":
         V = flops.encoded(rows, model)
@@ -288,7 +290,7 @@ def _mask_bytes(layout: Layout) -> int:
 def _working(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     """Gradients of activations that the backward pass of the last layer holds at once: those of the
     feed-forward layer, or those of scores in memory, when what that one saved is gone."""
-    n, m = rows.predicted if model.decoder == "query" else rows.length, rows.length
+    n, m = flops.decoder_rows(rows, model)
     m = flops.encoded(rows, model) if model.decoder == "cross" else m
     inner = (2 if model.block == "modern" else 1) * model.ffn_size
     dropout = (model.decoder_dropout if model.decoder_layers else model.dropout) or 0.0

@@ -114,14 +114,14 @@ def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[i
         yield row * n, sums(2, model.dropout) * layers
     L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
-        query_rows = P if model.decoder == "query" else L
+        query_rows, keys = flops.decoder_rows(rows, model)
         yield row * query_rows, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
         if model.decoder != "self":
-            yield row * (V if model.decoder == "cross" else L), 1
+            yield row * (V if model.decoder == "cross" else keys), 1
     looked_up = flops.encoder_rows(rows, model)[0]
     yield FULL * B * D * looked_up, 1
     if model.mask_from and model.mask_vector == "tied":
-        yield FULL * B * D * (L - V), 1
+        yield FULL * B * D * (P if model.decoder == "bottleneck" else L - V), 1
     yield row * P, 1  # the head's hidden gradient
     yield FULL * B * P, 3  # largest logit, aimed logit, mass
 
