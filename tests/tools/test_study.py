@@ -23,7 +23,7 @@ from tests.support.runs import Strike, attempt
 from tools import evaluate, sweep
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.study import __main__ as study
-from tools.study import analysis, pages
+from tools.study import analysis, pages, work
 from tools.study.analysis import BELOW, NOT_REACHED, Curve
 from tools.study.plan import StudyCell, open_study
 from tools.study.results import read_results
@@ -170,6 +170,20 @@ def test_a_study_from_text_to_its_page(
     lines.write_text(text.replace(last.corpus, "0" * 16), encoding="utf-8")
     with pytest.raises(UserError, match="has results on corpus 0000"):
         study.main(line)
+
+
+def test_a_run_of_another_budget_is_not_taken_for_done(
+    tiny: Path, tmp_path: Path, started: list[str]
+) -> None:
+    """A study's file may change while runs of it are there."""
+    cell = StudyCell("nano", "mlm-15", 1000, 3e-3)
+    for budget in (1e9, 1e9, 2e9):
+        sizes = {"nano": {**TINY["sizes"]["nano"], "budget": budget}}
+        plan = open_study(written(tmp_path, tiny, sizes=sizes), tmp_path / "work")
+        work.prepare(plan, tiny)
+        run = work._train(plan.trial(cell))
+        assert ledger.total([run])["flops"]["total"] == pytest.approx(0.3 * budget, rel=0.2)
+    assert len(started) == 2
 
 
 def test_a_decay_is_the_end_of_a_trapezoid(tiny: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def page(study: Study, results: Sequence[StudyResult], picture: str) -> str:
     parts = [
         outputs.MARKDOWN_MARK,
         f"# Results of {study.name}",
-        f"Written by `python -m tools.study {study.path} --report` from {len(results)} models: {done} of"
+        f"Written by `python -m tools.study {study.path.name} --report` from {len(results)} models: {done} of"
         f" {cells} cells are done, {cells - done} are missing.",
     ]
     for size in found.sizes():

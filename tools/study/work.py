@@ -80,19 +80,29 @@ def _trained(study: Study, target: StudyModel) -> Path:
     if target.cell.tries:
         return _train(study.trial(target.cell))
     decay = study.decay(target)
-    if RunFolder(decay.run.dir).status().get("state") != "finished":
+    if not _is_finished(decay):
         _train(study.trunk(target.cell))
     return _train(decay)
 
 
 def _train(config: Config) -> Path:
     """Start or continue a run unless it is finished; its folder."""
-    folder = Path(config.run.dir)
-    if RunFolder(folder).status().get("state") != "finished":
-        file = folder.with_suffix(".yaml") if not folder.suffix else Path(f"{folder}.yaml")
+    if not _is_finished(config):
+        file = _file(config)
         write_whole(file, dump_config(config).encode())
         _run(["pretrain", str(file)])
-    return folder
+    return Path(config.run.dir)
+
+
+def _is_finished(config: Config) -> bool:
+    """Tell whether a run is, and is of this config: a study's file may have changed."""
+    file, status = _file(config), RunFolder(config.run.dir).status()
+    same = file.is_file() and file.read_text(encoding="utf-8") == dump_config(config)
+    return same and status.get("state") == "finished"
+
+
+def _file(config: Config) -> Path:
+    return Path(f"{config.run.dir}.yaml")
 
 
 def _clear(study: Study, cell: StudyCell) -> None:
