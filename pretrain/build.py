@@ -64,6 +64,10 @@ def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro
     if train.float8:
         float8.convert(model, topology.device)
     if train.compile != "none":
+        # Training and scoring, kinds of layers, lengths of phases: torch's eight forms of a layer are soon
+        # used up, and all others would run uncompiled without a word that users see.
+        torch._dynamo.config.recompile_limit = COMPILED_FORMS
+        model.cross_entropy.fuse()
         for layer in model.all_layers():
             layer.compile(mode=compile_mode(config), dynamic=False)
     if train.engine == "deepspeed":
@@ -71,6 +75,8 @@ def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro
     return TorchEngine(config, model, topology)
 
 
+COMPILED_FORMS = 64
+"""Of a layer, by the shapes and strides that it is given."""
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from pretrain.data.masking import Masker
 from pretrain.data.sampler import Blend, share_of_rank
@@ -42,6 +43,8 @@ def prepare(
     """Return what reads and masks this rank's micro-batches of the update that starts at a sample."""
 
     def prepare(first: int) -> list[Batch]:
+        if topology.device.type == "cuda":  # a thread begins with the first GPU
+            torch.cuda.set_device(topology.device)
         rank, ranks = topology.data_rank, topology.data_size
         s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
         batches = []

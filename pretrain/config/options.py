@@ -293,15 +293,18 @@ class TrainOptions(Section):
     engine: Literal["torch", "deepspeed"] = "torch"
     """`torch`: plain (data-parallel) torch. `deepspeed`: ZeRO 0-3."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    """torch.compile mode of the layers. The last two replay CUDA graphs on a GPU, where the engine is torch,
+    """Experimental, until a GPU has shown a gain: torch.compile mode of the layers, and of what the head does
+    with its logits in 16 bits. The last two replay CUDA graphs on a GPU, where the engine is torch,
     parallel.tensor is 1 and nothing is recomputed; elsewhere `reduce-overhead` is `default`, and
     `max-autotune` only picks the fastest kernels."""
     float8: bool = False
-    """Form the layers' products whose widths are multiples of 16 in float8 (`pip install '.[float8]'`; H100
-    and its like, bf16 for all else). It pays with `compile` only. MFU stays a share of the bf16 peak."""
+    """Experimental, until a GPU has shown a gain: form the layers' products whose widths are multiples of 16
+    in float8 (`pip install '.[float8]'`; H100 and its like, bf16 for all else). It pays with `compile` only.
+    MFU stays a share of the bf16 peak."""
     cross_entropy: Literal["own", "torch", "liger"] = "own"
-    """Whose kernel forms the loss over the vocabulary in training: ours, torch's `linear_cross_entropy` (from
-    2.13) or liger-kernel's (a GPU, `pip install '.[liger]'`). The same loss and gradients, up to rounding."""
+    """Whose kernel forms the loss over the vocabulary in training: ours or, experimental until a GPU shows
+    a gain, torch's `linear_cross_entropy` (from 2.13) or liger-kernel's (a GPU, `pip install '.[liger]'`).
+    The same loss and gradients, up to rounding."""
     recompute: Literal["none", "block"] = "none"
     """`block`: keep only each layer's input and recompute the rest (less memory, more hardware FLOPs)."""
     deterministic: bool | None = None

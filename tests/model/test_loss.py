@@ -209,6 +209,32 @@ def test_bf16_autocast_is_near() -> None:
         assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("factor", [None, 1024.0], ids=["plain", "scaled"])
+def test_what_is_fused_gives_the_same(factor: float | None) -> None:
+    """As torch.compile gets it, here uncompiled; the loss scale stands in the gradients' 16 bits."""
+    found = []
+    for fuses in (False, True):
+        head, tensors = ChunkedCrossEntropy(REAL), inputs(torch.float32)
+        head.scale = None if factor is None else torch.tensor(factor)
+        if fuses:
+            head.fuse()
+        with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
+            total, _ = head(*tensors)
+        found.append((total, *torch.autograd.grad(total, tensors[:3])))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_form_is_one_graph(dtype: torch.dtype) -> None:
+    hidden, weight, bias, target = (tensor.detach() for tensor in inputs(torch.float32))
+    head = ChunkedCrossEntropy(REAL)
+    inputs_16 = hidden.to(dtype), weight.to(dtype), bias, target
+    told = torch._dynamo.explain(loss.fused_gradients)(*inputs_16, head, torch.tensor(2.0))
+    assert (told.graph_count, told.graph_break_count) == (1, 0)
+
+
 class _Operations(TorchDispatchMode):
     """Records the elements of the largest tensor that any operation returns, and matrix products."""
 

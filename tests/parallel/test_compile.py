@@ -1,18 +1,22 @@
 """Compilation: every layer is one graph, whole or divided, and computes what it computed before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from pretrain.build import build_engine
 from pretrain.config import config_warnings
-from pretrain.model.late_mask import LateMaskModel
+from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.parallel import engine, tensor_parallel, topology
 from tests.parallel.test_engine import BATCH, TENSOR, ZERO, Case, check, expectation, on_ranks, update
 from tests.parallel.test_engine import make_model as make_small
 from tests.parallel.test_tensor_parallel import PADDED, make_batch, make_model
 from tests.support import ranks
 from tests.support.methods import small
+from tools.benchmark.task import BenchmarkTask
 
 KINDS = [
     ("3ml-self", "post"),
@@ -67,6 +71,25 @@ def test_a_divided_layer_is_one_graph_too() -> None:
     """The reductions between ranks are inside it: nothing leaves the graph for them."""
     for seen in ranks.run(2, divided, "3ml-query", "modern"):
         assert seen == [(1, 0)] * len(seen) and len(seen) >= 2
+
+
+def test_every_form_of_a_layer_is_compiled() -> None:
+    """Training, scoring and three lengths: beyond torch's own limit of eight a layer would run as it is."""
+    counter = CompileCounter()
+    task = BenchmarkTask("tiny", 32, 4)
+    model = task.module(task.config("3ml-query"))
+    build_engine(task.config("3ml-query", train={"compile": "default"}), model, topology.Topology(), 4)
+    for layer in model.all_layers():
+        layer.compile(backend=counter, dynamic=False)
+    forms, cpu = [], torch.device("cpu")
+    for length in (16, 24, 32):
+        task = replace(task, length=length)
+        batch = Batch.of(*task.masked("3ml-query")[:5], cpu)
+        model(batch).backward()
+        with torch.no_grad():
+            model(batch, score=True)
+        forms.append(counter.frame_count)
+    assert forms == [forms[0], 2 * forms[0], 3 * forms[0]] and forms[-1] > 8
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
