@@ -30,6 +30,7 @@ from pretrain.errors import UserError
 FREE_TO_CHANGE = (
     "run.dir",
     "corpus.train",
+    "corpus.alpha",
     "corpus.segment",
     "corpus.valid",
     "corpus.tokenizer",

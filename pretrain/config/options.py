@@ -113,6 +113,9 @@ class CorpusOptions(Section):
 
     train: str | list[tuple[float, str]]
     """Prefix of the training corpus (PREFIX.bin, .idx, .json), or a blend `[[weight, prefix], ...]`."""
+    alpha: float = Field(1.0, gt=0, le=1)
+    """Shares of a blend are its weights to this power: with the tokens of each language as weights, 0.3 is
+    XLM-R's sampling of languages (arXiv 1911.02116), a temperature of 1 / 0.3."""
     segment: int = Field(0, ge=0)
     """Raise it by one to continue a run with another blend; without that a changed blend is refused."""
     valid: Place | None = None
@@ -151,8 +154,10 @@ class CorpusOptions(Section):
 
     @property
     def blend(self) -> list[tuple[float, str]]:
-        """(weight, prefix) of each training corpus."""
-        return [(1.0, self.train)] if isinstance(self.train, str) else self.train
+        """(weight, prefix) of each training corpus; weights say its share."""
+        if isinstance(self.train, str):
+            return [(1.0, self.train)]
+        return [(weight**self.alpha, prefix) for weight, prefix in self.train]
 
 
 class ModelOptions(Section):

@@ -21,6 +21,7 @@ import json
 import re
 import struct
 import tempfile
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,6 +107,8 @@ class Tokenizer(ABC):
         random_ids: int32 [R], ascending: every id that is not special, the pool for random
             replacement.
         word_starts: bool [W]: this piece begins a word. Specials do, so no word reaches across one.
+        unspaced: bool [W]: this piece begins with a letter of a script without spaces between words, and so
+            is a word to the masks.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Tokenizer(ABC):
         special[list(hidden | {ids[name] for name in specials if name in ids})] = True
         self.random_ids: IdArray = np.flatnonzero(~special).astype(np.int32)
         self.word_starts = _word_starts(pieces) | special
+        self.unspaced = _unspaced(pieces)
         self._refuse_live_specials(path, specials)
 
     @abstractmethod
@@ -461,13 +465,38 @@ def _word_starts(pieces: Sequence[str]) -> npt.NDArray[np.bool_]:
         ),  # space, line feed, carriage return, tab
         "##": (),
     }
-    counts = {mark: sum(piece.startswith(mark) for piece in pieces) for mark in rules}
-    mark = max(counts, key=lambda key: counts[key])
-    if counts[mark] == 0:
+    mark = _mark(pieces)
+    if not mark:
         return np.ones(len(pieces), dtype=bool)
     if mark == "##":
         return np.array([not piece.startswith("##") for piece in pieces])
     return np.array([piece.startswith(rules[mark]) for piece in pieces])
+
+
+def _mark(pieces: Sequence[str]) -> str:
+    """The one of three marks that most pieces of a vocabulary have, empty if none has any."""
+    counts = {mark: sum(piece.startswith(mark) for piece in pieces) for mark in ("\u2581", "\u0120", "##")}
+    mark = max(counts, key=lambda key: counts[key])
+    return mark if counts[mark] else ""
+
+
+_NO_SPACES = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, Han and kana."""
+_NO_SPACES_IN_BYTES = re.compile("[\u00e3-\u00e9]|\u00e0[\u00b8-\u00bb]")
+"""The first bytes of Han and kana, and of Thai and Lao, in the letters of byte-level BPE."""
+
+
+def _unspaced(pieces: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which pieces begin with a letter, not with a mark above or below one, of these scripts."""
+    if _mark(pieces) == "\u0120":
+        return np.array([bool(_NO_SPACES_IN_BYTES.match(piece)) for piece in pieces])
+    texts = [piece.removeprefix("##") for piece in pieces]
+    return np.array(
+        [bool(_NO_SPACES.match(text)) and unicodedata.category(text[0])[0] == "L" for text in texts]
+    )
 
 
 # The SentencePiece model file is a protobuf message. Reading and rewriting a few of its fields is done here,

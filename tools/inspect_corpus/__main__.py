@@ -129,9 +129,10 @@ def windows(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: in
     methods the encoder sees all but the masked.
     """
     special = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.random_ids)
+    starts = tokenizer.word_starts | tokenizer.unspaced
     shown = []
     for name, masking in methods(rate).items():
-        masker = Masker(masking, length, tokenizer.mask, tokenizer.random_ids, special, tokenizer.word_starts)
+        masker = Masker(masking, length, tokenizer.mask, tokenizer.random_ids, special, starts)
         sampler = Sampler(reader, masking, length, 0, tokenizer.bos, tokenizer.eos)
         window = sampler.read(np.zeros(1, np.int64))
         masked = masker(window.tokens, window.keys, window.views)
