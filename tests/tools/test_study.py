@@ -226,8 +226,16 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") 
         time.sleep(0.05)
 
 
-def test_jobs_of_a_cluster(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_a_cluster(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """All that can be done is one array; each line does a cell, from any folder."""
+    dry = [*words(written(tmp_path, tiny), tiny, tmp_path), "--dry-run"]
+    with pytest.raises(UserError, match="goes with --slurm"):
+        study.main(dry)
+    site = ROOT / "slurm" / "cluster.env.example"
+    assert study.main([*dry, "--slurm", f"--cluster={site}"]) == 0
+    assert "#SBATCH --array=0-3\n" in capfd.readouterr().out and not (tmp_path / "work").exists()
     seen: list[str] = []
 
     def run(command: Sequence[str], check: bool) -> Any:

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--data is missing: the folder with {study.options.text[0]} and the other texts")
         if args.cell:
             return do_cell(study, args.cell, args.data, file)
-        prepare(study, args.data, results, file)
+        if args.dry_run and not args.slurm:
+            raise UserError("--dry-run: goes with --slurm; --plan says what is left to do")
+        if not args.dry_run:
+            prepare(study, args.data, results, file)
         code = queue(study, results, args) if args.slurm else run_here(study, args, file)
         if code or args.slurm:
             return code
