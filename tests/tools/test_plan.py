@@ -27,7 +27,7 @@ from pretrain.parallel.deepspeed_engine import deepspeed_config
 from tests.repository.test_readme import commands
 from tests.support.methods import METHODS, small
 from tools.plan import __main__ as plan
-from tools.plan import estimate, layouts, memory, traffic
+from tools.plan import estimate, layouts, memory, published, traffic
 from tools.plan import pages as plan_pages
 from tools.report import __main__ as report
 
@@ -466,3 +466,18 @@ def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
         assert (one["achieved"], one["achieved_from"], one["kwh"]) == (0.7, "measured", None)
     finally:
         layouts.measured.cache_clear()
+
+
+@pytest.mark.parametrize("run", published.RUNS, ids=lambda run: f"{run.name}, {run.gpus}")
+def test_a_published_run_is_planned(run):
+    """At the share that is told the plan has the published rate."""
+    job, layout, device = run.job()
+    seconds = layouts.step_seconds(job, layout, device, run.share())
+    assert run.batch_size * run.length / seconds / run.gpus == pytest.approx(run.rate)
+    assert layout.ranks == run.gpus and 0.1 < run.share() < 0.9 and run.source.startswith("https://")
+    assert layouts.needs(layouts.memory_of(job, layout)) < device.memory
+
+
+def test_modernberts_hours_are_what_the_assumed_share_is_from():
+    modern = [run for run in published.RUNS if run.name.startswith("ModernBERT")]
+    assert [run.planned_rate() / run.rate for run in modern] == pytest.approx([1, 1], abs=0.1)

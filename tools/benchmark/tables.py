@@ -18,7 +18,7 @@ from tools import probe
 from tools.benchmark.gpu import GpuReport
 from tools.finetune import cells
 from tools.finetune import table as finetune_table
-from tools.plan import estimate, layouts
+from tools.plan import estimate, layouts, published
 from tools.plan import pages as plan_pages
 from tools.plan.documents import Calibration
 from tools.report import pages as report_pages
@@ -386,6 +386,27 @@ def plan_measured() -> Rows:
     return rows
 
 
+def plan_published() -> Rows:
+    """Return published runs beside their plans."""
+    head = [
+        "",
+        "GPUs",
+        "published: rows/s a GPU",
+        "plan",
+        "",
+        "share of the peak that gives it",
+        "what it did otherwise",
+    ]
+    rows = [head]
+    for run in published.RUNS:
+        device = run.device if isinstance(run.device, str) else run.device.name
+        planned = run.planned_rate()
+        speeds = [f"{run.rate:,.0f}", f"{planned:,.0f}", f"{100 * (planned / run.rate - 1):+.0f} %"]
+        where = f"[{run.name}]({run.source})"
+        rows.append([where, f"{run.gpus} x {device}", *speeds, f"{run.share():.2f}", run.why])
+    return rows
+
+
 # ---- runs and scores -----------------------------------------------------------------------------
 
 
@@ -439,6 +460,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "plan-methods": plan_methods,
         "plan-scaling": plan_scaling,
         "plan-measured": plan_measured,
+        "plan-published": plan_published,
         "probes": probes,
         "speedrun-sample": partial(speedrun, "sample"),
         "speedrun-medium": partial(speedrun, "medium"),

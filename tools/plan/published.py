@@ -1,0 +1,207 @@
+"""Published pre-training runs whose hardware and rate are known, to hold the plan against.
+
+A rate is in rows of input a second and GPU, padding counted as the source does. What a run did that these
+engines do not, and so what the plan cannot know, is told with it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.account.devices import Device
+from pretrain.config import build_config
+from tools.plan import layouts
+from tools.plan.estimate import planned_recipe
+from tools.plan.layouts import PlannedJob
+from tools.plan.memory import Layout
+
+_LARGE = layouts.SIZES["large"]
+_BERT_PIECES = 30_522
+_MODERN = {"block": "modern", "vocab_size": 50_368, "max_positions": 1024, "local_window": 128}
+
+
+def _volta(name: str, fp16: float, fp32: float, gigabytes: float, bandwidth: float, link: float) -> Device:
+    """A device without bf16, which the table has none of; peaks by its maker's data sheet."""
+    peak = {"fp16": fp16 * 1e12, "fp32": fp32 * 1e12}
+    source = f"NVIDIA {name} data sheet"
+    return Device(name, peak, gigabytes * 2**30, bandwidth * 1e9, link, 12.5e9, 8, 250.0, 12.5e9, source)
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run, and the rate that was published."""
+
+    name: str
+    device: str | Device
+    gpus: int
+    rate: float
+    """Rows of input a second and GPU."""
+    model: dict[str, Any]
+    masked: float
+    length: int
+    batch_size: int
+    micro: int
+    precision: str
+    source: str
+    why: str
+    """What it did otherwise."""
+
+    def job(self) -> tuple[PlannedJob, Layout, Device]:
+        """Return what was trained, in which layout of the plain engine, on what."""
+        tree = {
+            "run": {"dir": "-"},
+            "corpus": {"train": "-"},
+            "model": {"vocab_size": _BERT_PIECES, **self.model},
+            "masking": {"rate": self.masked},
+            "train": {
+                "seq_length": self.length,
+                "batch_size": self.batch_size,
+                "micro_batch_size": self.micro,
+                "precision": self.precision,
+            },
+            "budget": {"steps": 1},
+        }
+        device = layouts.named(self.device) if isinstance(self.device, str) else self.device
+        recipe, _ = planned_recipe(build_config(tree), device)
+        job = layouts.job(recipe.phases[0], device)
+        return job, layouts.configured(recipe.config, self.gpus, job.precision), device
+
+    def planned_rate(self) -> float:
+        """Return the rows of input a second and GPU that the plan expects."""
+        job, layout, device = self.job()
+        share, _ = layouts.achieved(device, job.precision)
+        return self._rows / layouts.step_seconds(job, layout, device, share)
+
+    def share(self) -> float:
+        """Return the share of the peak in products at which the plan would give the published rate."""
+        return layouts.share_of(*self.job(), self._rows / self.rate)
+
+    @property
+    def _rows(self) -> float:
+        """Of an update, a GPU's."""
+        return self.batch_size * self.length / self.gpus
+
+
+def _whole(rows: float, hours: float, gpus: int) -> float:
+    """The rate of a run that took so many hours."""
+    return rows / hours / 3600 / gpus
+
+
+_NVIDIA = "https://github.com/NVIDIA/DeepLearningExamples/tree/master/PyTorch/LanguageModeling/BERT"
+_MLPERF = "https://github.com/mlcommons/training_results_v5.0"
+_PAIRS = 1.99895
+"""Sequences in a pack of 512 rows, the mean."""
+RUNS = (
+    PublishedRun(
+        "MLPerf 5.0 BERT-large",
+        "H200",
+        8,
+        8159 / 8 / _PAIRS * 512,
+        _LARGE,
+        0.15,
+        512,
+        384,
+        48,
+        "bf16",
+        _MLPERF,
+        "float8 products, CUDA graphs, fused kernels of its own; text bounded by sequences of a pack",
+    ),
+    PublishedRun(
+        "NVIDIA BERT-large, phase 1",
+        "A100",
+        8,
+        4591 / 8 * 128,
+        _LARGE | {"dropout": 0.1},
+        0.15,
+        128,
+        65_536,
+        256,
+        "fp16",
+        _NVIDIA,
+        "2020's kernels: attention unfused, dropout and GELU by themselves",
+    ),
+    PublishedRun(
+        "the same",
+        "A100",
+        256,
+        138_294 / 256 * 128,
+        _LARGE | {"dropout": 0.1},
+        0.15,
+        128,
+        65_536,
+        256,
+        "fp16",
+        _NVIDIA,
+        "as above",
+    ),
+    PublishedRun(
+        "DeepSpeed BERT-large",
+        _volta("V100 32GB", 125, 15.7, 32, 900, 150e9),
+        1,
+        272 * 128,
+        _LARGE | {"dropout": 0.1},
+        0.15,
+        128,
+        64,
+        64,
+        "fp16",
+        "https://github.com/microsoft/DeepSpeed/blob/master/docs/_posts/2020-05-28-fastest-bert-training.md",
+        "a fused transformer kernel; the products of a V100 reach a larger share of a smaller peak",
+    ),
+    PublishedRun(
+        "24hBERT, BERT-large",
+        _volta("TITAN V", 110, 14.9, 12, 653, 12.5e9),
+        8,
+        _whole(23_000 * 4096 * 128, 24, 8),
+        _LARGE | {"dropout": 0.1, "norm": "pre"},
+        0.15,
+        128,
+        4096,
+        32,
+        "fp16",
+        "https://github.com/IntelLabs/academic-budget-bert",
+        "23,000 updates in 24 hours (DinkyTrain's recipe); evaluation and start-up are in the hours",
+    ),
+    PublishedRun(
+        "Composer, Hugging Face BERT-base",
+        "A100",
+        8,
+        _whole(286.72e6 * 128, 11.5, 8),
+        {**layouts.SIZES["base"], "dropout": 0.1},
+        0.15,
+        128,
+        4096,
+        128,
+        "bf16",
+        "https://github.com/mosaicml/examples/tree/main/examples/benchmarks/bert",
+        "logits of every row, attention unfused, padding; evaluation is in the hours",
+    ),
+    PublishedRun(
+        "ModernBERT-base",
+        "H100",
+        8,
+        _whole(1.719e12, 191.1, 8),
+        _MODERN | {"num_layers": 22, "hidden_size": 768, "num_heads": 12, "ffn_size": 1152},
+        0.3,
+        1024,
+        4608,
+        96,
+        "bf16",
+        "https://arxiv.org/abs/2412.13663",
+        "compiled; the plan's 0.40 is taken from it and the next",
+    ),
+    PublishedRun(
+        "ModernBERT-large",
+        "H100",
+        8,
+        _whole(1.719e12, 420.4, 8),
+        _MODERN | {"num_layers": 28, "hidden_size": 1024, "num_heads": 16, "ffn_size": 2624},
+        0.3,
+        1024,
+        4928,
+        28,
+        "bf16",
+        "https://arxiv.org/abs/2412.13663",
+        "as above",
+    ),
+)
+"""Cramming and MosaicBERT published hours and scores, but not how many rows those hours took."""
