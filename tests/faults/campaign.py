@@ -146,6 +146,29 @@ def campaign(count: int, seed: int, output: Path, kinds: Sequence[str] = KINDS) 
     return records
 
 
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Return how many faults of each kind and layout there were, how many of them ended not as promised, and
+    how many were of runs that did not end equal."""
+
+    def count(name: str) -> dict[str, list[int]]:
+        groups: dict[str, list[Record]] = {}
+        for record in records:
+            groups.setdefault(getattr(record, name), []).append(record)
+        return {
+            group: [len(ones), sum(bool(one.broken) for one in ones), sum(not one.equal for one in ones)]
+            for group, ones in sorted(groups.items())
+        }
+
+    runs, plain = {record.run for record in records}, sum(record.plain for record in records)
+    return {
+        "faults": len(records),
+        "runs": len(runs),
+        "plain": plain,
+        "kind": count("kind"),
+        "layout": count("layout"),
+    }
+
+
 def read(path: Path) -> list[Record]:
     """Return the records of a file, [] where there is none."""
     if not path.exists():
@@ -281,7 +304,7 @@ class Disturbed:
             self.judge(record, outcome, end)
             record.broken = record.broken or notes.get(n, "")
         if not struck:
-            self.judge(Record(0, "", "", "", 0, 0, False), outcome, None)
+            self.judge_quiet(outcome)
         return outcome.codes == [0] * self.layout.ranks
 
     def judge(self, record: Record, outcome: Outcome, end: Fault | None) -> None:
@@ -304,6 +327,13 @@ class Disturbed:
             record.broken = "a traceback"
         if record.broken:
             record.broken += f"\n{outcome.text[-3000:]}"
+
+    def judge_quiet(self, outcome: Outcome) -> None:
+        """Write down an attempt that nothing struck only if it ended as if something had."""
+        record = self.record(Fault("none", ""))
+        self.judge(record, outcome, None)
+        if not record.broken:
+            self.records.pop()
 
     def said(self, outcome: Outcome) -> str:
         """Return what was said of an end; where a signal came while it was being said, by status.json."""
@@ -365,7 +395,7 @@ class Disturbed:
         """A run goes on whatever happened to a file of it, as long as one checkpoint is whole."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         path = files[int(place * len(files))]
-        kept = path.read_bytes()
+        content = path.read_bytes()
         damage(path, kind, where)
         fault = Fault(kind, re.sub(r"step-\d+", "step-N", str(path.relative_to(self.path))))
         try:
@@ -375,7 +405,7 @@ class Disturbed:
             self.record(fault)
         except UserError:
             self.refused(fault, "error: .*(is whole|no other is there)")
-            path.write_bytes(kept)
+            path.write_bytes(content)
 
     # From outside.
 
@@ -397,8 +427,10 @@ class Disturbed:
                             process.send_signal(number)
             outcome = started.outcome()
         late = struck and 0 in outcome.codes  # it was over before the signal came
-        record = self.record(fault, plain=True) if struck else Record(0, "", "", "", 0, 0, True)
-        self.judge(record, outcome, fault if struck and not late else None)
+        if struck:
+            self.judge(self.record(fault, plain=True), outcome, None if late else fault)
+        else:
+            self.judge_quiet(outcome)
         return outcome.codes == [0] * self.layout.ranks
 
 

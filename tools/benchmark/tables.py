@@ -5,6 +5,7 @@ what `TABLES[NAME]` returns. A new table is a function that returns its rows, a 
 marks. ``--check`` writes nothing and fails where a page says other than its documents.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -427,6 +428,36 @@ def finetuned() -> str:
     return finetune_table.markdown(runs).strip()
 
 
+FAULTS = Path(ROOT, "tests", "faults", "results")
+
+
+def faults(group: str) -> Rows:
+    """Return what a campaign of faults has counted, by `kind` or `layout`."""
+    told = json.loads((FAULTS / "campaign.json").read_text(encoding="utf-8"))[group]
+    total = [sum(column) for column in zip(*told.values(), strict=True)]
+    rows = [[group, "faults", "ended otherwise than promised", "in a run that did not end equal"]]
+    return [*rows, *([name, *map(str, counts)] for name, counts in {**told, "all": total}.items())]
+
+
+def failures() -> Rows:
+    """Return the effective training time under failures, beside what is foreseen."""
+    told = json.loads((FAULTS / "ettr.json").read_text(encoding="utf-8"))["runs"]
+    rows = [
+        ["mean time between failures", "`checkpoint.every_minutes`", "failures", "save every"]
+        + ["effective time, measured", "foreseen", "Young's and Daly's interval", "foreseen there"]
+    ]
+    for one in told:
+        every = (
+            one["every_minutes"] if one["every_minutes"] == "auto" else f"{float(one['every_minutes']):.2f}"
+        )
+        rows.append(
+            [f"{one['mtbf'] / 60:.0f} min", every, f"{one['failures']}", f"{one['interval']:.0f} s"]
+            + [f"{one['ettr']:.0%}", f"{one['foreseen']:.0%}"]
+            + [f"{one['best_interval']:.0f} s", f"{one['best_foreseen']:.0%}"]
+        )
+    return rows
+
+
 WORK = [
     "method",
     "tokens seen",
@@ -464,6 +495,9 @@ TABLES: dict[str, Callable[[], str]] = {
         "probes": probes,
         "speedrun-sample": partial(speedrun, "sample"),
         "speedrun-medium": partial(speedrun, "medium"),
+        "faults": partial(faults, "kind"),
+        "fault-layouts": partial(faults, "layout"),
+        "failures": failures,
     }.items()
 } | {"finetuned": finetuned, "gpu-updates": gpu_updates, "gpu-others": gpu_others}
 """By name in the pages: what makes the text of a table."""
