@@ -305,6 +305,7 @@ def _run(config: Config, local_rank: int | None) -> int:
         with suppress(OSError):  # of a disk that is full, which has been said
             folder.write_failure(state, reason, code)
     if topology.world_size == 1:
+        folder.release()  # the watchdog's thread has it for some seconds yet
         return code
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.
     leave(code)
