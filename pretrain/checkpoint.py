@@ -15,7 +15,6 @@ Importing this does not import torch, so that programs that only read a run star
 """
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pretrain.config import Config, build_config, changed_keys
@@ -38,7 +38,7 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-from pretrain.files import TEMPORARY, digest, json_text, remove, sync, write_atomic
+from pretrain.files import TEMPORARY, digest, json_text, parse_json, remove, sync, write_atomic
 from pretrain.run_folder import RunFolder
 
 FORMAT = 1
@@ -103,6 +103,9 @@ class State:
     """Updates so far that were skipped."""
     averaged: dict[str, float] = field(default_factory=dict)
     """Of weights that are a mean: the checkpoints that they are the mean of, and the share of each."""
+
+
+_STATE = TypeAdapter(State)
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -434,7 +437,7 @@ def verify(path: Path, kinds: Iterable[str] = FILES) -> Stamps | str:
     """Stamps of a checkpoint's files, every byte of which was read; else what is wrong, as in `problem`."""
     names = (STATE, *(FILES[kind] for kind in kinds))
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         expected = [(path / name, manifest["files"][name]) for name in names]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
@@ -486,11 +489,14 @@ def _opened(path: Path, stamps: Stamps | None) -> Iterator[IO[bytes]]:
 @contextmanager
 def _tensors(path: Path, stamps: Stamps | None) -> Iterator[Any]:
     """The tensors of a file, opened again under the name of its descriptor, whatever is at `path` now."""
-    with (
-        _opened(path, stamps) as file,
-        safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors,
-    ):
-        yield tensors
+    try:
+        with (
+            _opened(path, stamps) as file,
+            safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors,
+        ):
+            yield tensors
+    except SafetensorError as error:
+        raise UserError(f"{path}: no safetensors file ({error}); take another checkpoint") from None
 
 
 def read_state(path: Path, stamps: Stamps | None = None) -> State:
@@ -498,12 +504,16 @@ def read_state(path: Path, stamps: Stamps | None = None) -> State:
     the file that was verified."""
     try:
         with _opened(path / STATE, stamps) as file:
-            values = json.loads(file.read())
+            values = parse_json(file.read())
         if values["format"] != FORMAT:
             raise UserError(f"{path}: format {values['format']}, this program reads {FORMAT}; update it")
         if values.get("rules", 1) > RULES:
             raise UserError(f"{path}: rules {values['rules']}, this program knows {RULES}; update it")
-        return State(**values)
+        return _STATE.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path / STATE}: {where}: {first['msg']}; take another checkpoint") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / STATE}: unreadable ({error}); take another checkpoint") from None
 
@@ -512,7 +522,7 @@ def verified_state(path: Path) -> State:
     """Return the state of a checkpoint, its file compared with the manifest; UserError where they differ."""
     found: list[int] | str
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = parse_json((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         found = _verify_file(path / STATE, files[STATE])
     except (OSError, ValueError, KeyError, TypeError):
         found = f"{MANIFEST} is missing or unreadable"

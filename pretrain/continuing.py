@@ -33,10 +33,13 @@ def run_segments(config: Config, data: Data, state: State | None) -> list[Segmen
 
 
 def _past(state: State) -> list[Segment]:
-    return [
-        Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
-        for number, first, blend, *rest in state.segments
-    ]
+    try:
+        return [
+            Segment(number, first, tuple((weight, name) for weight, name in blend), *rest)
+            for number, first, blend, *rest in state.segments
+        ]
+    except (TypeError, ValueError):
+        raise UserError(f"segments of step {state.step}: unreadable; take another checkpoint") from None
 
 
 def check_continues(state: State, config: Config, data: Data | None) -> None:

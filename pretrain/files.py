@@ -127,6 +127,14 @@ def digest(path: Path) -> dict[str, Any]:
         }
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says; ValueError for any that is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def json_text(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pretrain.account.ledger import Totals
 from pretrain.errors import UserError
-from pretrain.files import named, truncate_torn_line
+from pretrain.files import named, parse_json, truncate_torn_line
 from pretrain.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -94,8 +94,10 @@ def read_metrics(run: str | Path) -> list[Metrics]:
     kept: list[Metrics] = []
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             step = line["step"]
+            if type(step) is not int:
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not a line of metrics; delete it") from None
         while kept and kept[-1]["step"] > step:

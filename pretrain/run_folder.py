@@ -1,6 +1,5 @@
 """The folder of one run: claimed by one process, with a status that a queue reads."""
 
-import json
 import logging
 import os
 import socket
@@ -12,7 +11,7 @@ from typing import IO, Any
 from pretrain.config import Config, build_config, dump_config, read_yaml
 from pretrain.data.indexed import corpus_file
 from pretrain.errors import UserError
-from pretrain.files import TEMPORARY, json_text, remove, try_lock, write_atomic, write_whole
+from pretrain.files import TEMPORARY, json_text, parse_json, remove, try_lock, write_atomic, write_whole
 from pretrain.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def read_provenance(run: Path) -> list[dict[str, Any]]:
     """Return what each attempt said of its code, packages, host and command, oldest first; [] where that is
     gone or cannot be read."""
     try:
-        attempts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+        attempts = parse_json((run / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return attempts if isinstance(attempts, list) else []
@@ -198,7 +197,7 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """Return what `write_status` wrote last; {} if nothing yet, or nothing that can be read."""
         try:
-            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            status = parse_json((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return status if isinstance(status, dict) else {}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import write_whole
+from pretrain.files import parse_json, write_whole
 
 FILE = "tracker.json"
 WAITING = 10_000  # lines held for a server that is slow
@@ -88,7 +88,7 @@ class Tracker:
 def _read_ids(run: Path) -> dict[str, str]:
     """Return the id that earlier attempts had at each tracker; none at the first, or in a damaged file."""
     try:
-        known = json.loads((run / FILE).read_text(encoding="utf-8"))
+        known = parse_json((run / FILE).read_text(encoding="utf-8"))
         return {kind: str(name) for kind, name in known.items()}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.errors import UserError
-from pretrain.files import named
+from pretrain.files import named, parse_json
 from tools.shared import console, downstream, outputs
 from tools.shared.downstream import DownstreamScore
 from tools.shared.tables import aligned, table_files, write_table
@@ -111,7 +111,7 @@ def read_pairs(path: Path) -> Iterator[Pair]:
 
 def _pair(line: bytes, data: str, place: str) -> Pair:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object ({error})") from error
     good, bad, paradigm, field = (_text(record, key, place) for key in KEYS)

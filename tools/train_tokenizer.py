@@ -32,7 +32,7 @@ from pretrain.data.tokenizer import (
     train_sentencepiece,
 )
 from pretrain.errors import UserError
-from pretrain.files import write_whole
+from pretrain.files import parse_json, write_whole
 from tools.encode_corpus.parts import file_state, held_out, refuse_changed
 from tools.shared import console, outputs
 from tools.text.files import find_files, missing_parts, spool_stdin
@@ -204,7 +204,7 @@ def _same(source: str, files: Sequence[Path]) -> bool:
 def _is_ours(folder: Path) -> bool:
     """Return whether the provenance beside a tokenizer is of this very one."""
     try:
-        told = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        told = parse_json((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
         return bool(told["sha256"] == load_tokenizer(folder, need_specials=False).hash)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
@@ -254,7 +254,7 @@ def _import(args: Namespace) -> dict[str, Any]:
 
 def without_state(text: str) -> tuple[str, list[str]]:
     """Return a tokenizer.json without what makes ids depend on chance or on a length, and what that was."""
-    spec = json.loads(text)
+    spec = parse_json(text)
     places = {"truncation": spec, "padding": spec, "dropout": spec["model"]}
     found = [name for name, place in places.items() if place.get(name) is not None]
     for name in found:

@@ -35,7 +35,7 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
-from pretrain.files import named, sync, truncate_torn_line
+from pretrain.files import named, parse_json, sync, truncate_torn_line
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ EVENTS = (
     "stop",  # ended early; start again
 )
 LAST_WORDS = ("finish", "stop")
+_OF_PARTS = ("flops", "device_seconds", "joules", "stands_for")
 HEARTBEAT = 10.0  # seconds
 RECENT = 10  # updates
 PULSE = 1.0  # seconds between two looks at the clock
@@ -168,8 +169,10 @@ def _unbroken(data: bytes) -> tuple[dict[str, Line], str, int]:
     head, size, before = "", 0, 0
     for number, text in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             previous = line["previous"]
+            if any(type(line.get(name, {})) is not dict for name in _OF_PARTS):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             return lines, f"{number}: not a line of a ledger", size
         if previous != head:

@@ -11,6 +11,7 @@ and all else is text.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,10 @@ FREE_TO_CHANGE = (
 # ---- reading -------------------------------------------------------------------------------------
 
 
+_MOST_BYTES = 1 << 20
+"""Of a config, and its nodes with all aliases written out."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader of the plain forms below, and of no others; refuses a key given twice."""
 
@@ -82,15 +87,31 @@ for _kind, _form in _PLAIN.items():
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many nodes there are with all aliases written out; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        parts += node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the YAML mapping in `path`, UserError if there is none."""
     try:
-        value = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        if Path(path).stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES:,} bytes")
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node and _size(node, {}) > _MOST_BYTES:
+            raise ValueError("its aliases stand for too much")
+        value = loader.construct_document(node) if node else None
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror}); check the path") from None
     except UserError as error:
         raise UserError(f"{path}: {error}; keep one of them") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value or {}, dict):
         raise UserError(f"{path}: expected sections (run:, corpus:, ...), found {type(value).__name__}")

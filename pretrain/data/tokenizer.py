@@ -242,6 +242,7 @@ class _JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, content: bytes, use_fastokens: bool) -> None:
+        self.path = path  # of which it speaks before all else is known
         self._tokenizer = read_json_tokenizer(path, content)
         self._tokenizer.encode_special_tokens = True  # their letters in a text stay text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -275,7 +276,12 @@ class _JsonTokenizer(Tokenizer):
         return np.concatenate([np.empty(0, np.int32), *arrays]), lengths
 
     def _reference_ids(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+                raise
+            raise UserError(f"{self.path}: cannot encode a text ({error}); mend its patterns") from None
         return [encoding.ids for encoding in encodings]
 
     def _fastokens(self, spec: dict[str, Any]) -> Any:

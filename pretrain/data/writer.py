@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from pretrain.data.manifest import (
     seal_of,
 )
 from pretrain.errors import UserError
-from pretrain.files import write_whole
+from pretrain.files import parse_json, write_whole
 
 _COPY_BYTES = 4 << 20
 
@@ -256,7 +255,7 @@ def _looks_like_index(path: Path) -> bool:
 
 def _looks_like_manifest(path: Path) -> bool:
     try:
-        said = json.loads(path.read_bytes())
+        said = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(said, dict) and said.keys() >= {"format", "dtype", "bin_blocks", "idx_blocks"}

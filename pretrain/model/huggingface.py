@@ -11,7 +11,6 @@ The trap: our fused projection is laid out head by head, and Hugging Face wants 
 all values].
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from pretrain.config import ModelOptions
 from pretrain.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -264,7 +264,7 @@ def _current(name: str) -> str:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = parse_json((folder / SETTINGS).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
@@ -279,10 +279,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         if not (folder / SHARDS).is_file():
             return load_file(folder / WEIGHTS)
-        shards = json.loads((folder / SHARDS).read_text(encoding="utf-8"))["weight_map"]
+        shards = parse_json((folder / SHARDS).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({Path(name).name for name in shards.values()})
         theirs = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model.init_from = {folder}: no readable {WEIGHTS} there ({error}); save the model with"
             " save_pretrained of transformers"

@@ -32,7 +32,7 @@ from pretrain.data.indexed import corpus_file
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
-from pretrain.files import check_folder, digest, seen_from, try_lock
+from pretrain.files import check_folder, digest, parse_json, seen_from, try_lock
 from pretrain.model.huggingface import SETTINGS, WEIGHTS, hugging_face_state, left_out
 from pretrain.model.late_mask import LateMaskModel
 from tools.export.huggingface import MODELING, Form, hugging_face_config, late_state, model_class
@@ -149,7 +149,7 @@ def _is_export(folder: Path) -> bool:
     Such a folder has the names of an export, no other and none less, and settings of a kind exported here.
     """
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = parse_json((folder / SETTINGS).read_text(encoding="utf-8"))
         known = settings["model_type"] in MODEL_TYPES
         if MARK in settings:
             return settings[MARK] == digest(folder / WEIGHTS)["sha256"]

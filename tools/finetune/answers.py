@@ -7,7 +7,6 @@ The trap: a context longer than the model takes is read in windows that overlap 
 the best answer gives it; "no answer" is as good as it is in the window where it is worst.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 from tools.finetune.task import FinetuneTask, TaskInputs, entropy
 from tools.text.glue import reject
 from tools.text.readers import to_utf8
@@ -42,7 +42,7 @@ class Question(NamedTuple):
 def read(path: Path, bad: list[str] | None = None) -> list[Question]:
     """Return the questions of a file in SQuAD's layout; UserError names file and question of a bad one."""
     try:
-        articles = json.loads(path.read_bytes().decode("utf-8-sig"))["data"]
+        articles = parse_json(path.read_bytes().decode("utf-8-sig"))["data"]
         items = [
             (paragraph, item)
             for article in articles

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import append_line
+from pretrain.files import append_line, parse_json
 from tools.finetune.task import FinetuneTask
 from tools.text.glue import drawn
 
@@ -107,7 +107,7 @@ def read_runs(path: Path) -> list[FinetuneRun]:
         if not line:
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except (ValueError, RecursionError):
             if not line.startswith(_BEGIN) and not _BEGIN.startswith(line):
                 raise UserError(f"{path}:{number}: no run; choose another --output") from None

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.files import check_folder, locked, write_whole
+from pretrain.files import check_folder, locked, parse_json, write_whole
 
 FILE = "downstream.jsonl"
 
@@ -81,7 +81,7 @@ def _lines(path: Path) -> Iterator[tuple[str, DownstreamScore]]:
             continue
         try:
             text = encoded.decode()
-            line = json.loads(text)
+            line = parse_json(text)
             step, seed, n = (
                 None if line.get(key) is None else int(line[key]) for key in ("step", "seed", "n")
             )

@@ -11,7 +11,6 @@ head of a masked LM would be scored by noise; missing weights are errors here.
 """
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.data.tokenizer import read_json_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 from pretrain.model.late_mask import LateMaskModel, init_weights
 from tools.shared.run_model import RunModel, listen, load_model, masked_batch, vocabulary_logits
 
@@ -271,7 +271,7 @@ def refuse_decoder(path: str) -> None:
     """Raise UserError where a folder holds a late-mask model with its decoder, no class of transformers."""
     kind = None
     with suppress(OSError, ValueError, AttributeError, RecursionError):  # of which transformers will tell
-        kind = json.loads((Path(path) / _FOLDER).read_bytes()).get("model_type")
+        kind = parse_json((Path(path) / _FOLDER).read_bytes()).get("model_type")
     if kind == "latemask":
         raise UserError(
             f"{path}: has its decoder, which only minimal_pairs takes; name the run, or export it without"

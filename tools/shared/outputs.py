@@ -6,7 +6,6 @@ carry a mark; tables and documents, whose rows other programs read, are known by
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from pretrain.data.writer import refuse_inputs
 from pretrain.errors import UserError
-from pretrain.files import check_folder, write_whole
+from pretrain.files import check_folder, parse_json, write_whole
 
 GENERATOR = "LateMask"
 HTML_MARK = f'<meta name="generator" content="{GENERATOR}">'
@@ -88,11 +87,11 @@ def _rows(path: Path) -> list[Any]:
     lines = head.split(b"\n") if len(head) < _LINES_BYTES else head.split(b"\n")[:-1]
     if head.startswith(b"{") and len(lines) > 1:
         with suppress(ValueError):
-            return [json.loads(line) for line in lines if line]
+            return [parse_json(line) for line in lines if line]
     if path.stat().st_size >= _LARGEST:
         return []
     text = path.read_text(encoding="utf-8")
     if not text.startswith(("{", "[")):
         return list(csv.DictReader(io.StringIO(text)))
-    document = json.loads(text)
+    document = parse_json(text)
     return document if isinstance(document, list) else [document]

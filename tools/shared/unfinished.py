@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import append_line, remove
+from pretrain.files import append_line, parse_json, remove
 
 
 def key_of(*parts: object) -> str:
@@ -27,7 +27,7 @@ class Unfinished:
         if self._path and self._path.exists():
             for line in self._path.read_bytes().splitlines():
                 with suppress(ValueError, TypeError):  # torn by a kill
-                    name, value = json.loads(line)
+                    name, value = parse_json(line)
                     self._known[name] = value
 
     def __contains__(self, name: str) -> bool:

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from pretrain.data.tokenizer import JSON_FILE, SPECIALS
 from pretrain.data.word_cache import byte_letters
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 
 
 def convert(folder: Path) -> str:
@@ -111,7 +112,7 @@ def _read(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, int]:
     try:
-        value: Any = json.loads(_read(path))
+        value: Any = parse_json(_read(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); copy it again") from error
     if not isinstance(value, dict) or not all(isinstance(i, int) for i in value.values()):

@@ -21,6 +21,10 @@ def decompressed(path: Path, raw: BinaryIO) -> Any:
     return io.BufferedReader(ZstdFile(raw)) if path.suffix == ".zst" else raw
 
 
+_INPUT = 1 << 10
+"""Bytes that are decompressed at a time: of a block of one letter four bytes become 128 KiB."""
+
+
 class ZstdFile(io.RawIOBase):
     """Decompressed zstd, frame after frame. The package's own reader ends quietly in a cut
     frame."""
@@ -40,7 +44,7 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._output:
-            self._input = self._input or self._raw.read(1 << 17)
+            self._input = self._input or self._raw.read(_INPUT)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the last frame has no end")

@@ -2,7 +2,6 @@
 
 import glob
 import itertools
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pretrain.errors import UserError
-from pretrain.files import check_name, named
+from pretrain.files import check_name, named, parse_json
 from tools.shared import console
 
 Unit: TypeAlias = Literal["json", "line", "blank-line", "file", "row"]
@@ -115,7 +114,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _splits(listed: Path) -> str:
     """The folders that Hugging Face's `DatasetDict.save_to_disk` names in a file beside them."""
-    names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+    names = parse_json(listed.read_text(encoding="utf-8"))["splits"]
     return ", ".join(str(listed.with_name(name)) for name in names)
 
 
@@ -135,7 +134,7 @@ def _is_searched(path: Path) -> bool:
 
 def _dataset_files(folder: Path) -> list[Path]:
     """The Arrow files of a dataset written by Hugging Face's `save_to_disk`, in its order."""
-    state = json.loads((folder / _DATASET_STATE).read_text(encoding="utf-8"))
+    state = parse_json((folder / _DATASET_STATE).read_text(encoding="utf-8"))
     if state.get("_indices_data_files"):
         raise UserError(f"{folder}: rows are selected by an index; call flatten_indices() and save it again")
     return [folder / file["filename"] for file in state["_data_files"]]

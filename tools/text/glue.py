@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from pretrain import config
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 from tools.text.readers import to_utf8
 
 DESCRIPTION = "task.yaml"
@@ -249,7 +250,7 @@ def _parsed(line: bytes, columns: Sequence[str]) -> Mapping[str, Any] | str:
             return f"{len(fields)} fields where {len(columns)} columns are"
         return dict(zip(columns, fields, strict=True))
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except (ValueError, RecursionError) as error:
         return f"not JSON ({error})"
     return record if isinstance(record, dict) else "not a JSON object"

@@ -12,7 +12,6 @@ The trap: lines end at b"\\n" only. Python's splitlines also breaks at U+2028, f
 others, which occur inside JSON strings and would shift every line number.
 """
 
-import json
 import lzma
 import zlib
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pretrain.errors import UserError
+from pretrain.files import parse_json
 from tools.text.arrow import ArrowTable, ParquetTable, Unreadable, values
 from tools.text.compression import decompressed
 from tools.text.files import Unit, file_unit, is_compressed
@@ -262,7 +262,7 @@ class _TextReader(Reader):
             return Rejected(str(self.path), number, reason, line.decode(errors="backslashreplace"))
 
         try:
-            record = json.loads(line.decode())
+            record = parse_json(line.decode())
             if not isinstance(record, dict):
                 return rejected("not a JSON object")
             item = self._document(number, record[self.text_key], record.get("source"))
