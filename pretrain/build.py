@@ -72,7 +72,7 @@ def build_engine(config: Config, model: LateMaskModel, topology: Topology, micro
             layer.compile(mode=compile_mode(config), dynamic=False)
     if train.engine == "deepspeed":
         return DeepSpeedEngine(config, model, topology, micro)
-    return TorchEngine(config, model, topology)
+    return TorchEngine(config, model, topology, micro)
 
 
 COMPILED_FORMS = 64

@@ -184,6 +184,11 @@ def _check_parallel(config: Config) -> list[str]:
             found.append(f"parallel.offload = {p.offload} needs train.engine = deepspeed")
         if config.deepspeed:
             found.append("deepspeed: these keys need train.engine = deepspeed")
+    elif p.reduce_dtype != "fp32":
+        found.append(
+            f"parallel.reduce_dtype = {p.reduce_dtype} needs train.engine = torch (DeepSpeed's own key is"
+            " deepspeed.communication_data_type)"
+        )
     elif p.offload == "optimizer" and p.zero == 0:
         found.append("parallel.offload = optimizer needs parallel.zero of 1 or more")
     elif p.offload == "all" and p.zero != 3:

@@ -407,6 +407,9 @@ class ParallelOptions(Section):
     """ZeRO stage of the deepspeed engine: what is partitioned over data-parallel ranks."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What the deepspeed engine keeps in host memory: optimizer state, or parameters too."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the torch engine adds up gradients over data-parallel ranks: `bf16` sends half as much,
+    and rounds."""
 
 
 class CheckpointOptions(Section):

@@ -63,6 +63,7 @@ def deepspeed_config(config: Config, data_size: int, micro: int, pin: bool) -> d
             "allgather_bucket_size": BUCKET,
             # In stages 1 and 2 it is a sum on all ranks too, with three more passes over a bucket.
             "reduce_scatter": p.zero == 3,
+            "overlap_comm": True,
         },
         # torch's fused AdamW runs on the CPU too; DeepSpeed's own has to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
@@ -97,16 +98,11 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed with ZeRO 0-3 over the same model and the same optimizer."""
 
     def __init__(self, config: Config, model: LateMaskModel, topology: Topology, micro: int) -> None:
-        super().__init__(config, model, topology)
+        super().__init__(config, model, topology, micro)
         on_gpu = topology.device.type == "cuda"
         settings = deepspeed_config(config, topology.data_size, micro, pin=on_gpu)
         self.deepspeed_json = json.dumps(settings, indent=2)
-        self.stage, self.accumulation = (
-            config.parallel.zero,
-            settings["gradient_accumulation_steps"],
-        )
-        self.gathered = 0
-        """Micro-batches since the last update."""
+        self.stage = config.parallel.zero
         deepspeed = _import_deepspeed(topology)
         try:
             self.inner, *_ = deepspeed.initialize(
@@ -136,8 +132,7 @@ class DeepSpeedEngine(Engine):
         return loss.detach()
 
     def accumulate(self, micro_batches: int) -> None:
-        assert self.gathered == 0
-        self.accumulation = micro_batches
+        super().accumulate(micro_batches)
         micro = self.inner.train_micro_batch_size_per_gpu()
         self.inner.set_train_batch_size(micro_batches * micro * self.topology.data_size)
 

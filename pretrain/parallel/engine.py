@@ -12,9 +12,9 @@ The two engines compute the same numbers, and the plain one is the oracle of the
 State leaves and enters as full float32 tensors under the parameters' names (`tensors`,
 `load_tensors`), the same for every layout: a checkpoint knows nothing of ranks, stages or engines.
 
-The trap: sums of floats depend on their order. Gradients are reduced after the last micro-batch in
-buckets that follow the order of the parameters, since DistributedDataParallel builds its buckets anew
-after the first step, and a resumed run would not repeat the bits of an undisturbed one.
+The trap: sums of floats depend on their order. Gradients are summed in buckets that never change
+(`gradients`), since DistributedDataParallel builds its buckets anew after the first step, and a resumed run
+would not repeat the bits of an undisturbed one.
 """
 
 from abc import ABC, abstractmethod
@@ -27,12 +27,14 @@ from pretrain.config import Config, replays_graphs
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.model.loss_scale import LossScale
 from pretrain.parallel import tensor_parallel
-from pretrain.parallel.buckets import BUCKET, buckets
+from pretrain.parallel.gradients import GradientSum, Lookups
 from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
 from pretrain.parallel.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products by `train.precision`; fp32 needs no autocast."""
+REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Type of sums over data-parallel ranks by `parallel.reduce_dtype`."""
 
 
 def compile_mode(config: Config) -> str:
@@ -49,9 +51,13 @@ class Engine(ABC):
     deepspeed_json: str | None = None
     """DeepSpeed's configuration, where there is one."""
 
-    def __init__(self, config: Config, model: LateMaskModel, topology: Topology) -> None:
+    def __init__(self, config: Config, model: LateMaskModel, topology: Topology, micro: int) -> None:
         self.module, self.topology = model, topology
         self.clip = config.train.clip
+        self.accumulation = config.train.batch_size // (micro * topology.data_size)
+        """Micro-batches of an update."""
+        self.gathered = 0
+        """Micro-batches since the last update."""
         self.optimizer = build_optimizer(model, config, topology)
         self.muon = self.optimizer if isinstance(self.optimizer, Muon) else None
         self.loss_scale: LossScale | None = None
@@ -87,8 +93,10 @@ class Engine(ABC):
     def _place_of_scale(self) -> torch.device:
         return self.topology.device
 
-    def accumulate(self, micro_batches: int) -> None:  # noqa: B027 (most need not know)
+    def accumulate(self, micro_batches: int) -> None:
         """Make updates of so many micro-batches from now on."""
+        assert self.gathered == 0
+        self.accumulation = micro_batches
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full float32 CPU tensor) of every parameter that has one; collective, to be read to
@@ -158,13 +166,17 @@ class TorchEngine(Engine):
     the next micro-batch, so under graphs `.grad` is memory of its own, to which gradients are added.
     """
 
-    def __init__(self, config: Config, model: LateMaskModel, topology: Topology) -> None:
-        super().__init__(config, model, topology)
+    def __init__(self, config: Config, model: LateMaskModel, topology: Topology, micro: int) -> None:
+        super().__init__(config, model, topology, micro)
         self.dtype = AUTOCAST.get(config.train.precision or "")
         self.graphs = replays_graphs(config)
         if self.graphs:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
+        self.lookups = Lookups(model)
+        self.sum: GradientSum | None = None
+        if topology.data_group is not None:
+            self.sum = GradientSum(model, self.lookups, topology, REDUCE[config.parallel.reduce_dtype])
         self._start_moments(model.parameters())
 
     def forward(self, batch: Batch, score: bool = False) -> Tensor:
@@ -174,13 +186,26 @@ class TorchEngine(Engine):
             return self.module(batch, score)
 
     def backward(self, batch: Batch, scale: float) -> Tensor:
-        loss = self.forward(batch)
+        self.gathered += 1
+        with self.lookups.cut():
+            loss = self.forward(batch)
         share = loss * (scale / self.topology.data_size)
-        (share * self.loss_scale.value if self.loss_scale else share).backward()
+        if self.loss_scale:
+            share = share * self.loss_scale.value
+        if self.sum and self.gathered == self.accumulation:
+            self.sum.start()
+            share.backward()
+            self.sum.finish()
+        else:
+            share.backward()
+            self.lookups.add(*self.lookups.take())
         return loss.detach()
 
     def _update(self) -> Tensor:
-        self._sum_gradients()
+        if self.sum:
+            assert self.gathered == self.accumulation  # or something is not in the sum
+            self.sum.wait()
+        self.gathered = 0
         norm = self._norm()
         divisor = (norm / self.clip).clamp(min=1) if self.clip else None
         if self.loss_scale:
@@ -190,12 +215,3 @@ class TorchEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.graphs)
         return norm
-
-    def _sum_gradients(self) -> None:
-        if self.topology.data_group is None:
-            return
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        for bucket in buckets(gradients, BUCKET):
-            flat = self.topology.sum_over_data(torch.cat([g.flatten() for g in bucket]))
-            parts = flat.split([g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])

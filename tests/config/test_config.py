@@ -71,6 +71,10 @@ def test_all_problems_are_reported_at_once():
         ({"parallel": {"zero": 1}}, "needs train.engine = deepspeed"),
         ({"parallel": {"tensor": 8}}, "no multiple of parallel.tensor"),
         ({"parallel": {"offload": "all"}, "train": {"engine": "deepspeed"}}, "needs parallel.zero = 3"),
+        (
+            {"parallel": {"reduce_dtype": "bf16"}, "train": {"engine": "deepspeed"}},
+            "parallel.reduce_dtype = bf16 needs train.engine = torch",
+        ),
         ({"deepspeed": {"zero_optimization": {}}}, "need train.engine = deepspeed"),
         (
             {"optimizer": {"kind": "muon"}, "parallel": {"zero": 1}, "train": {"engine": "deepspeed"}},

@@ -16,7 +16,8 @@ from pretrain.build import build_engine
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
-from pretrain.parallel import engine, topology
+from pretrain.parallel import engine, gradients, topology
+from pretrain.parallel.buckets import BUCKET, buckets
 from pretrain.parallel.deepspeed_engine import deepspeed_config
 from tests.parallel.test_tensor_parallel import MASK, VOCAB, make_batch
 from tests.support import ranks
@@ -244,6 +245,7 @@ def not_a_number(built: engine.Engine, place: topology.Topology, micro: int) -> 
 
 def on_ranks(cases: list[Case], expected: dict[str, Expected]) -> list[State]:
     torch.use_deterministic_algorithms(True)
+    gradients.REDUCE_BUCKET = 5000
     states, place = [], topology.Topology(tensor_size=0)
     for case in cases:
         if case.tensor != place.tensor_size:
@@ -300,10 +302,10 @@ def test_the_tensors_are_copies() -> None:
 
 def test_buckets_keep_the_order_and_reach_their_size() -> None:
     tensors = [torch.zeros(n) for n in (3, 1, 5, 2, 2)]
-    found = [[len(t) for t in bucket] for bucket in engine.buckets(tensors, 4)]
+    found = [[len(t) for t in bucket] for bucket in buckets(tensors, 4)]
     assert found == [[3, 1], [5], [2, 2]]
-    assert [len(b) for b in engine.buckets(tensors, 100)] == [5]
-    assert list(engine.buckets([], 4)) == []
+    assert [len(b) for b in buckets(tensors, 100)] == [5]
+    assert list(buckets([], 4)) == []
 
 
 def deepspeed_options(**keys: Any) -> Config:
@@ -330,7 +332,7 @@ def test_deepspeed_keys_pass_through_unless_ours_decide_them() -> None:
     }
     made = deepspeed_config(deepspeed_options(**keys), 1, 12, False)
     assert made["zero_optimization"]["overlap_comm"] is False
-    assert made["zero_optimization"]["reduce_bucket_size"] == engine.BUCKET
+    assert made["zero_optimization"]["reduce_bucket_size"] == BUCKET
     assert made["train_batch_size"] == 12
     assert made["wall_clock_breakdown"] is True
 

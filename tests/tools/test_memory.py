@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.account.recipe import make_recipe
 from pretrain.model import loss
-from pretrain.parallel import engine, topology
+from pretrain.parallel import buckets, gradients, topology
 from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small
 from tools import calibrate
@@ -145,7 +145,8 @@ def test_a_ranks_parameters_are_those_of_its_shard():
 
 
 def test_buckets_and_chunks_are_the_engines():
-    assert (memory.BUCKET, memory.CHUNK_ROWS) == (engine.BUCKET, loss.CHUNK_ROWS)
+    assert (memory.BUCKET, memory.CHUNK_ROWS) == (buckets.BUCKET, loss.CHUNK_ROWS)
+    assert memory.REDUCE_BUCKET == gradients.REDUCE_BUCKET
 
 
 def test_the_fullest_moment_is_counted_from_each_steps_own_beginning():

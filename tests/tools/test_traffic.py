@@ -52,6 +52,9 @@ def case(world, micro, accumulation, method="mlm", block="post", **sections):
 DATA = {
     "all-reduce": case(2, 2, 1),
     "one all-reduce for all micro-batches": case(2, 2, 2),
+    "bf16": case(2, 2, 1, parallel={"reduce_dtype": "bf16"}),
+    "words in the table": case(2, 70, 1),
+    "tied": case(2, 2, 1, "mae-lm"),
     "muon": case(2, 2, 1, optimizer={"kind": "muon"}),
     "muon in bf16": case(2, 2, 1, optimizer={"kind": "muon"}, train={"precision": "bf16"}),
     "zero 1": case(2, 2, 2, parallel={"zero": 1}),
@@ -204,6 +207,7 @@ def layout(world, config, micro, accumulation):
         recompute=config.train.recompute,
         precision=config.train.precision,
         optimizer=config.optimizer.kind,
+        reduce_dtype=p.reduce_dtype,
     )
 
 

@@ -98,7 +98,7 @@ def _sides(task: BenchmarkTask, ranks: list[int]) -> dict[str, Callable[[], floa
 def _engine(task: BenchmarkTask, module: LateMaskModel, kind: str, ranks: int = 1) -> Engine:
     """An engine as the first of so many data-parallel ranks has it, without the others."""
     place = topology.Topology(device=task.device, data_size=ranks)
-    return TorchEngine(task.config(optimizer={"kind": kind}), module.to(task.device), place)
+    return TorchEngine(task.config(optimizer={"kind": kind}), module.to(task.device), place, micro=1)
 
 
 def _seconds(task: BenchmarkTask, work: Callable[[], object]) -> float:

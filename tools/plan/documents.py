@@ -45,6 +45,7 @@ class LayoutDocument:
     recompute: str
     precision: str
     optimizer: str
+    reduce_dtype: str
     overrides: str
     """The words that turn the config's layout into this one."""
 

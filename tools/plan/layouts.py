@@ -7,8 +7,8 @@ The time of a step is a model, and each of its parts is stated here:
     traffic      everything that is saved for the backward pass goes to memory three times, a logit's
                  passes and the optimizer's reads and writes besides, at the device's bandwidth
     launches     a micro-batch takes no less than its kernels take to start
-    collectives  see traffic.py; all ranks wait for them but under ZeRO-3, where a GPU's hide behind a part
-                 of the pass in which they run
+    collectives  see traffic.py; all ranks wait for them but for what hides behind a part of the pass in
+                 which they run
 
 The trap: a layout that fits by the sum of its tensors does not fit a device, whose context, kernels and
 fragments take their share (`RESERVE`).
@@ -111,6 +111,7 @@ def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> L
         recompute=t.recompute,
         precision=precision,
         optimizer=config.optimizer.kind,
+        reduce_dtype=p.reduce_dtype,
         gpu=gpu,
     )
 
@@ -156,7 +157,7 @@ def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: floa
     computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
     waiting = 0.0
     for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
-        hiding = OVERLAP_SHARE * call.beside * computing if device.gpu else 0.0
+        hiding = OVERLAP_SHARE * call.beside * computing
         waiting += max(0.0, traffic.seconds(call, layout, device) - hiding)
     waiting += orthogonalizing_seconds(job, layout, device, achieved)
     return computing + waiting + update_seconds(job, layout, device)

@@ -23,7 +23,9 @@ from pretrain.account.flops import Rows
 from pretrain.config import ModelOptions
 
 BUCKET = 25_000_000
-"""Elements that the engine reduces at once."""
+"""Elements that DeepSpeed reduces, and Muon orthogonalises, at once."""
+REDUCE_BUCKET = 6_553_600
+"""Elements that the plain engine reduces at once, but for the word table, which is a bucket of its own."""
 CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 """Predicted rows whose logits exist at once."""
 FULL = 4
@@ -44,6 +46,7 @@ class Layout:
     recompute: str = "none"
     precision: str = "bf16"
     optimizer: str = "adamw"
+    reduce_dtype: str = "fp32"
     gpu: bool = True
     """Attention that drops weights without writing them, dropout remembered in bytes, sums of mixed width
     without a copy: kernels that a CPU has not."""
@@ -105,8 +108,11 @@ def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -
     carried, bucket = (state.gradients, state.bucket) if kept else (0, 0)
     forward = carried + bucket + saved + casts + head
     read = layout.micro_batch * FULL * model.hidden_size * rows.length  # by the head, which is done by then
-    turn = carried + state.bucket + saved + casts + max(2 * table, table + again + working - read)
-    end = state.gradients + state.bucket + max((table if carried else 0) + table, state.joined, updates)
+    # Autograd makes a table of the looked-up words' gradients; the plain engine adds rows.
+    dense = table if layout.engine == "deepspeed" else 0
+    turn = carried + state.bucket + saved + casts + table + max(dense, again + working - read)
+    looked_up = dense * (1 + bool(carried))
+    end = state.gradients + state.bucket + max(looked_up, state.joined, updates)
     always = state.parameters + state.optimizer + state.buffers
     return Memory(
         parameters=state.parameters,
@@ -133,7 +139,7 @@ class _State:
     bucket: int = 0
     """Gradients on their way, held from the first backward pass to the update."""
     joined: int = 0
-    """Gradients in one piece, to be reduced after the backward pass."""
+    """Gradients in one piece, to be reduced."""
     host: int = 0
 
 
@@ -146,7 +152,7 @@ def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
     P = local_parameters(model, vocab_size, layout.tensor)
     share = -(-P // layout.data)
     if layout.zero == 0:
-        joined = P if layout.engine == "deepspeed" else min(P, BUCKET + _largest(model, vocab_size, layout))
+        joined = P if layout.engine == "deepspeed" else min(P, REDUCE_BUCKET + _largest_matrix(model, layout))
         moments = 2 * P
         if layout.optimizer == "muon":  # one of a matrix, on one data-parallel rank
             matrices = orthogonalized(model) // layout.tensor
@@ -158,7 +164,7 @@ def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
         gradients=FULL * (P if layout.zero == 1 else share),
         optimizer=3 * FULL * share,
         buffers=0 if whole else FULL * P,  # gathered once, released in the backward pass
-        bucket=FULL * BUCKET,
+        bucket=FULL * BUCKET * (2 if whole else 1),  # one is filled while the other is sent
     )
     if layout.offload == "none":
         return on_device
@@ -184,11 +190,11 @@ def _muon_updates(model: ModelOptions, layout: Layout) -> int:
     return max(width * every // layout.tensor, (FULL + width) * under_way + width * mine * 5 // 4)
 
 
-def _largest(model: ModelOptions, vocab_size: int, layout: Layout) -> int:
-    """Elements of the largest parameter of a rank."""
+def _largest_matrix(model: ModelOptions, layout: Layout) -> int:
+    """Elements of the largest parameter of a rank, the word table left out."""
     D = model.hidden_size
     inner = (2 if model.block == "modern" else 1) * model.ffn_size
-    return max(flops.padded_vocab(vocab_size, model.vocab_multiple), 3 * D, inner) * D // layout.tensor
+    return max(3 * D, inner) * D // layout.tensor
 
 
 # ---- activations ---------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ a ring of n ranks moves a tensor of S bytes in steps of S / n,
 and a step takes the latency and its bytes over the slowest link of the ring. Calls that carry a few
 numbers (norms, flags, losses) are left out.
 
-What runs beside the computation is what these engines let run there. The plain engine sums after the last
-backward pass, for the order of sums is to be the same in every run. DeepSpeed turns `overlap_comm` on for
-stage 3 alone: it fetches parameters ahead in the forward pass, keeps them for the backward pass, and reduces
-gradients there.
+What runs beside the computation is what these engines let run there: sums of gradients beside the backward
+pass, of the plain engine and of stage 1 beside the last one of an update. The plain engine's last bucket, and
+the rows of looked-up words, are sent after it. Stage 3 also fetches parameters ahead in the forward pass. On
+a CPU DeepSpeed waits for every call.
 
 The trap: DeepSpeed's stages 1 and 2 reduce gradients by all-reduce, also where a reduce-scatter would do
 with half, and stage 2 does so for every micro-batch.
@@ -31,10 +31,12 @@ from pretrain.account.devices import Device
 from pretrain.account.flops import Rows
 from pretrain.config import ModelOptions
 from tools.plan import memory
-from tools.plan.memory import BUCKET, FULL, Layout
+from tools.plan.memory import BUCKET, FULL, REDUCE_BUCKET, Layout
 
 LATENCY = {"node": 3e-6, "network": 8e-6}
 """Seconds of a ring's step, whatever its size: an assumption, where it has not been measured."""
+NUMBER = 8
+"""Bytes of a piece's number."""
 FORWARD = 1 / 3
 """Of the computation, the forward pass."""
 LINK_SHARE = 0.8
@@ -62,7 +64,9 @@ def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> li
     if layout.optimizer == "muon":
         found += _muon(model, layout)
     if layout.data > 1:
-        found += _data(memory.local_parameters(model, vocab_size, layout.tensor), layout)
+        P = memory.local_parameters(model, vocab_size, layout.tensor)
+        plain = layout.engine == "torch" and not layout.zero
+        found += _plain(P, model, rows, vocab_size, layout) if plain else _deepspeed(P, layout)
     if layout.tensor > 1:
         found += [
             Collective("all-reduce", "tensor", size, calls * layout.accumulation)
@@ -71,19 +75,38 @@ def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> li
     return found
 
 
-def _data(P: int, layout: Layout) -> Iterator[Collective]:
+def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> Iterator[Collective]:
+    """Gradients in buckets; those of the last micro-batch's looked-up words as rows, where that is less."""
+    D, width = model.hidden_size, 2 if layout.reduce_dtype == "bf16" else FULL
+    W = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
+    tied = bool(model.mask_from) and model.mask_vector == "tied"
+    looked_up = flops.encoder_rows(rows, model)[0] + tied * (rows.length - flops.encoded(rows, model))
+    every, last = layout.data * layout.micro_batch * looked_up, min(P, REDUCE_BUCKET)
+    if every < 2 * W:
+        yield Collective("all-gather", "data", every * (NUMBER + width * D))
+    else:
+        last = min(P, last + W * D)
+    beside = (1 - FORWARD) / layout.accumulation
+    yield Collective("all-reduce", "data", width * (P - last), beside=beside)
+    yield Collective("all-reduce", "data", width * last)
+
+
+def _deepspeed(P: int, layout: Layout) -> Iterator[Collective]:
     """Gradients, and under ZeRO the parameters."""
     padded = FULL * -(-P // layout.data) * layout.data
     times = layout.accumulation
-    if layout.zero < 2:
+    forward, backward = (FORWARD, 1 - FORWARD) if layout.gpu else (0.0, 0.0)
+    if layout.zero == 0:
         yield Collective("all-reduce", "data", FULL * P)
+    elif layout.zero == 1:
+        yield Collective("all-reduce", "data", FULL * P, beside=backward / times)
     elif layout.zero == 2:
-        yield Collective("all-reduce", "data", FULL * P, times)
+        yield Collective("all-reduce", "data", FULL * P, times, beside=backward)
     if layout.zero in (1, 2):
         yield Collective("all-gather", "data", padded)
     if layout.zero == 3:
-        yield Collective("all-gather", "data", padded, times, beside=FORWARD)
-        yield Collective("reduce-scatter", "data", padded, times, beside=1 - FORWARD)
+        yield Collective("all-gather", "data", padded, times, beside=forward)
+        yield Collective("reduce-scatter", "data", padded, times, beside=backward)
 
 
 def _muon(model: ModelOptions, layout: Layout) -> Iterator[Collective]:
