@@ -13,7 +13,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -143,8 +143,9 @@ def ours(
     """Return our engine's update; `sections` add to those of the config."""
     config = task.config(method, **sections)
     place = place or topology.Topology(device=task.device)
-    built = build_engine(config, task.module(config), place, task.batch_size // place.data_size)
-    batch = Batch.of(*task.masked(method)[:5], task.device)
+    micro = max(1, task.batch_size // place.data_size)
+    built = build_engine(config, task.module(config), place, micro)
+    batch = Batch.of(*replace(task, batch_size=micro).masked(method)[:5], task.device)
 
     def update() -> Tensor:
         loss = built.backward(batch, 1.0)
