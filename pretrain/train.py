@@ -1,8 +1,9 @@
 """A run: `build` makes its parts once, `train` is a loop that names every effect in order.
 
 Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
-what any rank was told (a signal) travel in one small all-reduce per step, so that all ranks take the same
-turn. Nothing else is shared but gradients.
+what any rank was told (a signal) travel in one small exchange, so that all ranks take the same turn. Of many
+ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
+the same sums. Nothing else is shared but gradients.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pretrain import checkpoint, replay
 from pretrain.account import energy, schedule
-from pretrain.account.budget import TOLERANCE
+from pretrain.account.budget import TOLERANCE, charged
 from pretrain.account.ledger import Totals, peak_resident
 from pretrain.build import Run, layout, read_phase, timed
 from pretrain.checkpoint import State
@@ -29,6 +30,15 @@ from pretrain.parallel.topology import raise_on_all_ranks
 
 _TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
+EXCHANGE = 10e-6
+"""Seconds a rank by which an exchange holds up the others: an assumption, for rank 0 takes one message after
+another."""
+EXCHANGE_SHARE = 0.01
+"""Of the time of its updates that an exchange may take."""
+ANSWER = 1.0
+"""Seconds, at most, that a signal waits for the next exchange."""
+MOST_AHEAD = 64
+"""Updates that an exchange decides at most."""
 
 
 class StepDecision(NamedTuple):
@@ -56,9 +66,10 @@ def train(run: Run) -> int:
     config, budget = run.config, run.recipe.budget
     logged, replay_every = run.step, config.monitor.replay_every
     at = run.watchdog.at
+    ahead: list[StepDecision] = []
     while True:
         at("agreement")
-        turn = decide_step(run)
+        turn, *ahead = ahead or decide_steps(run)
         if not (turn.step_fits or turn.stop or run.step):
             raise UserError(
                 f"budget.{budget.unit} = {budget.total:g} is spent before the first update; raise it"
@@ -76,15 +87,18 @@ def train(run: Run) -> int:
         if turn.milestone >= 0:
             at("save", long=True)
             keep_milestone(run, config.checkpoint.keep[turn.milestone])
+            ahead = []
             continue  # it took time too
         if evaluation_due(run, turn):
             evaluate(run, turn)
+            ahead = []
             continue  # it took time, which may be what the budget is made of, or what a signal gives
         if (turn.save_due and not run.updates.in_row) or (ending and run.saved != run.step):
             at("save", long=True)
             check_skips(run, 0)  # what makes no numbers is not worth keeping
             replay.compare_weights(run)
             save(run)
+            ahead = []
             continue
         if ending:
             at("save", long=True)
@@ -135,32 +149,87 @@ def start_phase(run: Run, number: int) -> None:
         run.ledger.note("phase-change", **about)
 
 
-def decide_step(run: Run) -> StepDecision:
-    """Make one all-reduce: rank 0's budget and clock, anybody's signal, everybody's joules."""
-    if run.deadline and time.time() >= run.deadline:
+def decide_steps(run: Run) -> list[StepDecision]:
+    """Make one exchange: rank 0's budget and clock, anybody's signal, everybody's joules.
+
+    Returns what holds for the next update, and for those after it as far as they are decided ahead.
+    """
+    steps = look_ahead(run) if run.ledger else []
+    last = (len(steps) - 1) * step_seconds(run)
+    if run.deadline and time.time() + last >= run.deadline:
         run.signals.received = run.signals.received or _TIME_LIMIT
     late = int(run.signals.received == _TIME_LIMIT)
-    stop = int(run.signals.received is not None)
-    fits, progress, middle, due, phase, milestone = 0, 0, 0, 0, 0, 0
+    joules, parts = run.meter.joules(), run.meter.parts
+    mine = [
+        int(run.signals.received is not None),
+        late,
+        *(int(1e3 * joules.get(part, 0.0)) for part in parts),
+    ]
+    size, each = len(mine), len(_NOTHING)
+
+    def answer(ranks: Tensor) -> list[int]:
+        padded = [*steps, *[_NOTHING] * (MOST_AHEAD - len(steps))]
+        return [*ranks.sum(0).tolist(), len(steps), *(number for step in padded for number in step)]
+
+    said = run.topology.ask_main(mine, answer, size + 1 + MOST_AHEAD * each)
+    stop, late, *millijoules = said[:size]
     if run.ledger:
-        totals = run.ledger.totals()
-        update, end = held_back(run, totals)
-        fits = int(run.recipe.budget.allows_step(totals, update + end))
-        share = run.course.follow(totals, end)
-        progress = int(share * _PROGRESS_UNITS)
+        run.ledger.meter(dict(zip(parts, (each / 1e3 for each in millijoules), strict=True)))
+    count = 1 if stop else said[size]
+    found = [said[size + 1 + number * each :][:each] for number in range(count)]
+    return [
+        StepDecision(
+            stop=bool(stop),
+            step_fits=bool(fits),
+            save_due=bool(due),
+            progress=progress / _PROGRESS_UNITS,
+            middle=middle / _PROGRESS_UNITS,
+            phase=phase,
+            late=bool(late),
+            milestone=milestone,
+        )
+        for fits, progress, middle, due, phase, milestone in found
+    ]
+
+
+_NOTHING = (0, 0, 0, 0, 0, -1)
+
+
+def look_ahead(run: Run) -> list[tuple[int, ...]]:
+    """Return what rank 0 decides about the next update and those after it: whether it fits, progress and
+    middle, whether a save is due, phase, milestone."""
+    assert run.ledger
+    budget, course, totals = run.recipe.budget, run.course, run.ledger.totals()
+    update, end = held_back(run, totals)
+    found: list[tuple[int, ...]] = []
+    for number in range(steps_ahead(run)):
+        fits = budget.allows_step(totals, update + end)
+        share = course.follow(totals, end)
         # Runs that began by the first rules take the rate at the update's start.
-        middle = int((share if run.data.rules < 2 else run.course.middle(totals)) * _PROGRESS_UNITS)
-        due, phase = int(save_due(run)), run.recipe.budget.phase_at(share)
-        milestone = 1 + milestone_due(run, share if fits else 1.0)
-    joules = run.meter.joules()
-    mine = [int(1e3 * joules.get(part, 0.0)) for part in run.meter.parts]
-    stop, late, fits, progress, middle, due, phase, milestone, *millijoules = run.topology.add_up(
-        [stop, late, fits, progress, middle, due, phase, milestone, *mine]
-    )
-    if run.ledger:
-        run.ledger.meter(dict(zip(run.meter.parts, (each / 1e3 for each in millijoules), strict=True)))
-    shares = progress / _PROGRESS_UNITS, middle / _PROGRESS_UNITS
-    return StepDecision(bool(stop), bool(fits), bool(due), *shares, phase, bool(late), milestone - 1)
+        middle = share if run.data.rules < 2 else course.middle(totals)
+        units = int(share * _PROGRESS_UNITS), int(middle * _PROGRESS_UNITS)
+        phase, milestone = budget.phase_at(share), milestone_due(run, share if fits else 1.0)
+        due = save_due(run, run.step + number)
+        found.append((int(fits), *units, int(due), phase, milestone))
+        if not fits or due or milestone >= 0:
+            break  # what it leads to is asked for anew
+        totals = charged(totals, run.recipe.phases[phase].cost)
+    return found
+
+
+def steps_ahead(run: Run) -> int:
+    """Return how many updates are to be decided at once: more than one where an exchange costs much beside
+    an update, and then no more than a signal may wait."""
+    seconds = step_seconds(run)
+    if run.recipe.budget.measured or not seconds:
+        return 1
+    needed = math.ceil(EXCHANGE * run.topology.world_size / (EXCHANGE_SHARE * seconds))
+    return max(1, min(needed, int(ANSWER / seconds), MOST_AHEAD))
+
+
+def step_seconds(run: Run) -> float:
+    """Return what an update may take, on rank 0; 0 before the first."""
+    return 3600 * run.ledger.step_hours / run.topology.world_size if run.ledger else 0.0
 
 
 def held_back(run: Run, totals: Totals) -> tuple[float, float]:
@@ -317,10 +386,10 @@ def evaluate(run: Run, turn: StepDecision) -> None:
         )
 
 
-def save_due(run: Run) -> bool:
-    """Tell by steps or by rank 0's clock."""
+def save_due(run: Run, step: int) -> bool:
+    """Tell by steps, at `step`, or by rank 0's clock."""
     every = run.config.checkpoint
-    if run.step == run.saved or run.step == 0:
+    if step == run.saved or step == 0:
         return False
     if run.writer and run.writer.failed:
         return True  # which says so
@@ -328,7 +397,7 @@ def save_due(run: Run) -> bool:
     if by_cost and run.ledger and not run.ledger.block_hours("checkpoint"):
         return True  # once early, to know how long a save takes
     late = time.monotonic() - run.saved_at >= save_interval(run)
-    return bool(late or (every.every_steps and run.step % every.every_steps == 0))
+    return bool(late or (every.every_steps and step % every.every_steps == 0))
 
 
 def save_interval(run: Run) -> float:
@@ -384,6 +453,8 @@ def save(run: Run) -> None:
 
 def state_of(run: Run, head: str) -> State:
     """Return what a checkpoint says of a run; head: of the ledger."""
+    if run.ledger and not run.recipe.budget.measured:
+        run.course.follow(run.ledger.totals())  # it may have looked ahead
     return State(
         step=run.step,
         samples=run.samples,

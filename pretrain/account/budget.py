@@ -50,6 +50,18 @@ def price(cost: StepCost, unit: str) -> float | None:
     }.get(unit)
 
 
+def charged(totals: Totals, cost: StepCost) -> Totals:
+    """Return what a statement will be after one more update, as far as budgets count it before it is made."""
+    parts = {**cost.flops.parts, "total": cost.flops.total}
+    return {
+        **totals,
+        "steps": totals["steps"] + 1,
+        "tokens_seen": totals["tokens_seen"] + cost.tokens_seen,
+        "token_layers": totals["token_layers"] + cost.token_layers,
+        "flops": totals["flops"] | {part: totals["flops"].get(part, 0) + n for part, n in parts.items()},
+    }
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a recipe may spend, and what its updates cost.

@@ -72,17 +72,25 @@ class Topology:
 
     def agree(self, values: list[int]) -> list[int]:
         """Return the element-wise maximum over all ranks: a flag raised anywhere is raised everywhere."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self.ask_main(values, lambda ranks: ranks.amax(0).tolist(), len(values))
 
     def add_up(self, values: list[int]) -> list[int]:
         """Return the element-wise sum over all ranks."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return self.ask_main(values, lambda ranks: ranks.sum(0).tolist(), len(values))
 
-    def _reduce(self, values: list[int], operation: Any) -> list[int]:
+    def ask_main(self, values: list[int], answer: Callable[[Tensor], list[int]], size: int) -> list[int]:
+        """Return, on every rank, what rank 0 answers to the values [ranks, N] of all, `size` integers.
+
+        To rank 0 and back as a tree: gloo's all-reduce goes twice round a ring, rank by rank.
+        """
+        mine = torch.tensor(values, dtype=torch.int64)
         if self.flags is None:
-            return values
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, operation, self.flags)
+            return answer(mine[None])
+        ranks = [torch.empty_like(mine) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(mine, ranks, group=self.flags, group_dst=0)
+        said = answer(torch.stack(ranks)) if ranks else [0] * size
+        tensor = torch.tensor(said, dtype=torch.int64)
+        dist.broadcast(tensor, group=self.flags, group_src=0)
         return tensor.tolist()
 
     def gather_text(self, text: str) -> list[str]:

@@ -312,6 +312,86 @@ def test_evaluation_is_followed_by_another_look(
     assert run.step == 3
 
 
+# ---- updates that are decided ahead, as for many ranks -------------------------------------------
+
+
+def ahead(monkeypatch: pytest.MonkeyPatch, most: int = train.MOST_AHEAD) -> list[int]:
+    """Let updates be decided ahead here too; how many were, at each exchange."""
+    monkeypatch.setattr(train, "EXCHANGE", 1e6)
+    monkeypatch.setattr(train, "ANSWER", 1e9)
+    monkeypatch.setattr(train, "MOST_AHEAD", most)
+    decide, found = train.decide_steps, []
+
+    def counted(run: Run) -> list[train.StepDecision]:
+        steps = decide(run)
+        found.append(len(steps))
+        return steps
+
+    monkeypatch.setattr(train, "decide_steps", counted)
+    return found
+
+
+EVENTS = ("phase-change", "evaluate", "save", "milestone", "finish")
+PHASES = "train.phases=[{until: 0.3, batch_size: 4}, {until: 0.6, seq_length: 24}]"
+
+
+@pytest.mark.parametrize("budget", ["steps=14", "flops=2.4e8", "token_layers=9000"])
+def test_updates_decided_ahead_are_those_decided_one_by_one(
+    budget: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phases, evaluations, saves and milestones among them."""
+    amounts = ["budget.steps=null", f"budget.{budget}", "checkpoint.keep=[0, 0.5, 1.0]", PHASES]
+    options = [*amounts, "checkpoint.every_steps=6", "evaluate.every_steps=4", "monitor.log_every=1"]
+    events: list[list[Any]] = []
+    for name in ("one by one", "ahead"):
+        exchanges = ahead(monkeypatch) if name == "ahead" else []
+        run = build_here(words(name, *options), tmp_path / name)
+        assert train.train(run) == 0
+        train.close(run)
+        lines = ledger.read(tmp_path / name)
+        # Others come by the clock.
+        events.append([(line["event"], line["step"]) for line in lines if line["event"] in EVENTS])
+    assert result(tmp_path / "one by one") == result(tmp_path / "ahead")
+    assert events[0] == events[1]
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "one by one")).progress == pytest.approx(
+        checkpoint.read_state(checkpoint.find(tmp_path / "ahead")).progress, rel=1e-15
+    )
+    assert max(exchanges) >= 3 and len(exchanges) < run.step + 10
+
+
+def test_a_signal_is_answered_at_the_next_exchange(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges = ahead(monkeypatch, most=5)
+    run = build_here(words("a", "budget.steps=1000", "evaluate.every_steps=null"), tmp_path / "a")
+    step = run.engine.step
+
+    def signalled(lr: float) -> Any:
+        run.signals.received = "SIGTERM" if run.step == 7 else run.signals.received
+        return step(lr)
+
+    monkeypatch.setattr(run.engine, "step", signalled)
+    assert train.train(run) == 75
+    train.close(run)
+    assert exchanges[:3] == [1, 5, 5] and checkpoint.steps(tmp_path / "a") == [11]
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
+    assert state.step == 11 and state.progress == 11 / 1000
+
+
+@pytest.mark.parametrize(("ranks", "seconds", "expected"), [(8, 0.1, 1), (1000, 0.1, 10), (1000, 5.0, 1)])
+def test_many_ranks_decide_ahead_for_as_long_as_a_signal_may_wait(
+    ranks: int, seconds: float, expected: int
+) -> None:
+    """An exchange of a thousand ranks is taken for 10 ms."""
+    made = SimpleNamespace(step_hours=ranks * seconds / 3600)
+    budget, place = SimpleNamespace(measured=False), SimpleNamespace(world_size=ranks)
+    run: Any = SimpleNamespace(ledger=made, recipe=SimpleNamespace(budget=budget), topology=place)
+    assert train.steps_ahead(run) == expected
+    assert expected == 1 or expected * seconds <= train.ANSWER
+    budget.measured = True
+    assert train.steps_ahead(run) == 1
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
 def test_rate_follows_the_spent_share(
     kind: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

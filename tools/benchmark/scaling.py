@@ -6,6 +6,7 @@ anew for each row; a row's rounds take turns with its peer inside them.
     tensor 2 / 1        seconds of one layer's forward and backward pass on a rank, against the whole layer
     zero 1 / plain      seconds of an update of the DeepSpeed engine on one rank, against the plain engine
     data 2 / 1          slots a second of two ranks, against one
+    an exchange         milliseconds of what ranks agree on before an update, against an all-reduce
     exposed             milliseconds from the end of the slowest rank's backward pass until gradients are
                         added up, of sums that begin in it, against sums that begin then; on links with a
                         rate (root only)
@@ -24,6 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import Tensor, nn
 
@@ -86,6 +88,8 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
             yield measure.row(f"{name}, {what}", unit, ours_s, peer_s, packages, settings=settings, **common)
 
 
+SAID = 14
+"""Integers that ranks tell each other before an update."""
 Seconds = tuple[list[float], list[float]]
 """Ours and the peer's, in the same rounds."""
 
@@ -157,6 +161,16 @@ def exposed(task: BenchmarkTask, runs: int) -> tuple[list[float], list[float], l
     return found["on"], found["off"], passes[2:]
 
 
+def exchange(task: BenchmarkTask, runs: int) -> Seconds:
+    """Measure milliseconds of what ranks agree on before an update, and of an all-reduce of as much."""
+    place = topology.connect()
+    values, tensor = [0] * SAID, torch.zeros(SAID, dtype=torch.int64)
+    sides = {"ours": lambda: place.add_up(values), "peer": lambda: dist.all_reduce(tensor)}
+    found = in_turns(sides, runs, 200, place.device, wall=True)
+    place.close()
+    return [1e3 * s for s in found["ours"]], [1e3 * s for s in found["peer"]]
+
+
 def planned(task: BenchmarkTask, ranks: int, mbit: int, passes: list[float]) -> dict[str, float]:
     """Return what the plan says of the same: milliseconds with and without overlap, given those of a forward
     and backward pass."""
@@ -177,6 +191,7 @@ SUBJECTS: dict[str, tuple[int, str, Callable[[BenchmarkTask, int], Any]]] = {
     "a layer, tensor parallel 2 against 1": (2, "s", tensor_block),
     "an update, zero 1 against the plain engine": (1, "s", zero_update),
     "data parallel 2 against 1": (2, "slots/s", data_update),
+    "an exchange of 8 ranks": (8, "ms", exchange),
     "exposed sums of 2 ranks": (2, "ms", exposed),
     "exposed sums of 4 ranks": (4, "ms", exposed),
 }

@@ -80,7 +80,8 @@ def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Lay
     D, width = model.hidden_size, 2 if layout.reduce_dtype == "bf16" else FULL
     W = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
     tied = bool(model.mask_from) and model.mask_vector == "tied"
-    looked_up = flops.encoder_rows(rows, model)[0] + tied * (rows.length - flops.encoded(rows, model))
+    late = rows.predicted if model.decoder == "bottleneck" else rows.length - flops.encoded(rows, model)
+    looked_up = flops.encoder_rows(rows, model)[0] + tied * late
     every, last = layout.data * layout.micro_batch * looked_up, min(P, REDUCE_BUCKET)
     if every < 2 * W:
         yield Collective("all-gather", "data", every * (NUMBER + width * D))
