@@ -76,7 +76,15 @@ FILES = (
     *("step-large-128-self", "step-large-128-query", "step-large-128-self-fp32"),
     *("step-large-128-query-fp32", "step-large-512-self-fp32", "step-large-512-query-fp32"),
     *("step-large-512-self", "step-large-512-self-b4", "step-large-512-query"),
-    *("scaling-tensor", "scaling-zero", "scaling-tensor-bf16", "head", "attention-128", "attention-512"),
+    *(
+        "scaling-tensor",
+        "scaling-zero",
+        "scaling-tensor-bf16",
+        "scaling-exposed",
+        "head",
+        "attention-128",
+        "attention-512",
+    ),
     *("memory", "optimizer", "corpus", "corpus-ids", "many-documents"),
 )
 """The results, ``results/benchmark-NAME.json``. Of rows with one name the last is shown."""
@@ -221,6 +229,27 @@ def _speeds() -> Iterator[list[str]]:
         title, gpu = name.replace("DTYPE", "bf16"), results(True)
         row = gpu.get(f"{title}, compile default") or gpu.get(title)
         yield [what, goal, *cpu, ratio(row) if row else "not measured yet"]
+
+
+def exposed() -> Rows:
+    """Return what of the sums of gradients nothing hides, on links with a rate, beside the plan's."""
+    head = ["", "link", "forward and backward pass", "sums after it", "exposed", "share", "plan: share"]
+    rows = [head]
+    for row in measured("scaling-exposed"):
+        about = row.settings
+        assert row.ratio and row.peer
+        rows.append(
+            [
+                row.name,
+                f"{about['mbit']:,} Mbit/s",
+                f"{about['pass_ms']:,.0f} ms",
+                f"{row.peer:,.0f} ms",
+                f"{row.ours:,.0f} ms",
+                f"{100 * row.ratio:.1f} % ({100 * row.spread[0]:.1f} to {100 * row.spread[1]:.1f})",
+                f"{100 * about['planned_ms'] / about['planned_peer_ms']:.1f} %",
+            ]
+        )
+    return rows
 
 
 GOALS = {
@@ -484,6 +513,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "account": partial(report, "report", ["method", "budget", "used", "device-hours", *HOURS, "loss"]),
         "speeds": speeds,
         "memory": memory,
+        "exposed": exposed,
         "commands": partial(commands, False),
         "corpus": corpus,
         "corpus-memory": corpus_memory,
