@@ -207,7 +207,8 @@ def show(runs: list[str]) -> tuple[Any, str]:
     shares = {run: _effective(lines) for run, lines in found.items()}
     for run, lines in found.items():
         share = shares[run]
-        rows.append(run if share is None else f"{run}: effective training time {share:.1%}")
+        about = "" if share is None else f": effective training time {share:.1%}"
+        rows.append(wrapped(run + about, indent=4))
         rows += [wrapped(_row(line), indent=26) for line in _telling(lines)]
     report = [{"run": run, "ettr": shares[run], "lines": lines} for run, lines in found.items()]
     return report, "\n".join(rows)
