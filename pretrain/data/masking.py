@@ -368,6 +368,6 @@ def masker(
     specials = np.setdiff1d(everything, tokenizer.random_ids)
     end = tokenizer.eos if bounded else None
     starts = tokenizer.word_starts
-    if rules > 1:
+    if rules > 2:
         starts = starts | tokenizer.unspaced
     return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, starts, end, rules)

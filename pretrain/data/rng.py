@@ -17,11 +17,11 @@ import numpy.typing as npt
 Uint64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 
-RULES = 2
+RULES = 3
 """Version of how samples and masks are drawn and where the warm-up begins; a run goes on by the rules that it
 began with (`checkpoint.State.rules`). Since 2 the views of a text have random pieces of their own, words and
-spans are cut from either side, each piece of a script without spaces is a word, corpora of a blend have keys
-of their own, few items are permuted evenly and the first update has a rate above 0."""
+spans are cut from either side, corpora of a blend have keys of their own, few items are permuted evenly and
+the first update has a rate above 0. Since 3 each piece of a script without spaces is a word."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 3
 _FEW = 4096

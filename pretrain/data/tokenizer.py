@@ -25,6 +25,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -107,8 +108,6 @@ class Tokenizer(ABC):
         random_ids: int32 [R], ascending: every id that is not special, the pool for random
             replacement.
         word_starts: bool [W]: this piece begins a word. Specials do, so no word reaches across one.
-        unspaced: bool [W]: this piece begins with a letter of a script without spaces between words, and so
-            is a word to the masks.
     """
 
     def __init__(
@@ -131,8 +130,13 @@ class Tokenizer(ABC):
         special[list(hidden | {ids[name] for name in specials if name in ids})] = True
         self.random_ids: IdArray = np.flatnonzero(~special).astype(np.int32)
         self.word_starts = _word_starts(pieces) | special
-        self.unspaced = _unspaced(pieces)
         self._refuse_live_specials(path, specials)
+
+    @cached_property
+    def unspaced(self) -> npt.NDArray[np.bool_]:
+        """Return which pieces begin with a letter of a script without spaces between words [W]: to the masks
+        each is a word."""
+        return _unspaced(self._pieces)
 
     @abstractmethod
     def encode_flat(self, texts: list[str]) -> tuple[IdArray, Lengths]:
