@@ -197,7 +197,7 @@ def build(
             phase=number,
             blend=blend,
             feed=feed,
-            writer=_open_writer(recipe),
+            writer=checkpoint.Writer() if recipe.copied_bytes else None,
         )
         if state:
             _restore(run, state, Path(path), stamps)
@@ -210,12 +210,6 @@ def build(
     elif ledger and state:
         _note_changes(ledger, run, state, layout(recipe, topology))
     return run
-
-
-def _open_writer(recipe: Recipe) -> checkpoint.Writer | None:
-    """Return what writes checkpoints in the background, but for budgets that every second counts for."""
-    background = recipe.config.checkpoint.background and not recipe.budget.measured
-    return checkpoint.Writer() if background else None
 
 
 def _skipped(state: State | None) -> float:

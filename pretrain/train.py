@@ -297,8 +297,7 @@ def check_skips(run: Run, most: int) -> None:
     count, step, lr = int(run.updates.in_row), run.step, run.config.optimizer.lr / 2
     if count <= most:
         return
-    if run.writer:
-        run.writer.wait()  # what it writes is where to go on from
+    wait_for_save(run)  # which is where to go on from
     first, of = run.samples - count * run.cost.samples, run.config.run.dir
     words = ["python", "-m", "pretrain", f"{of}/config.yaml", f"run.dir={of}-lower", f"optimizer.lr={lr:g}"]
     if run.saved > 0:
@@ -439,9 +438,7 @@ def keep_milestone(run: Run, share: float) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint, or begin to; all ranks take part."""
     begin = time.monotonic()
-    with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-        if run.writer:
-            run.writer.wait()  # before the next one takes memory
+    wait_for_save(run)  # before the next one takes memory
     main, state = run.topology.is_main, state_of(run, run.ledger.save() if run.ledger else "")
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
         checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main, run.writer)
@@ -449,6 +446,13 @@ def save(run: Run) -> None:
     run.stopped = run.saved_at - begin
     if main:
         run.folder.write_status("running", run.step)
+
+
+def wait_for_save(run: Run) -> None:
+    """Return when the last checkpoint is on disk; UserError on all ranks if it could not be written."""
+    if run.writer:
+        with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
+            run.writer.wait()
 
 
 def state_of(run: Run, head: str) -> State:
@@ -476,9 +480,7 @@ def state_of(run: Run, head: str) -> State:
 
 def finish(run: Run, turn: StepDecision) -> int:
     """Says how it ended, in the ledger and in status.json, when the last checkpoint is on disk."""
-    if run.writer:
-        with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-            run.writer.wait()
+    wait_for_save(run)
     # A signal that comes with the last step leaves no more than the evaluation for the next start.
     complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)
     code = DONE if complete else STOPPED

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from pretrain.account import flops
+from pretrain.account.recipe import make_recipe
 from pretrain.config import Config, load_config
 from pretrain.data import indexed as corpus
 from pretrain.data.corpora import copy_of, is_copy, mapped
@@ -47,9 +48,9 @@ MEMORY_BYTES = 1 << 30
 # ---- a rank looks round --------------------------------------------------------------------------
 
 
-def check_alone(config: Config, copies: str, gpus: int) -> list[str]:
+def check_alone(config: Config, copies: str, gpus: int, rank: int) -> list[str]:
     """Return what this rank finds wrong without the others."""
-    return [*_device(gpus), *_memory(config), *_corpus(config), *_space(config, copies)]
+    return [*_device(gpus), *_memory(config, rank), *_corpus(config), *_space(config, copies)]
 
 
 def _device(gpus: int) -> list[str]:
@@ -69,11 +70,14 @@ def _device(gpus: int) -> list[str]:
         return [f"the GPU fails: {str(error).splitlines()[0]}"]
 
 
-def _memory(config: Config) -> list[str]:
-    """The host's: what a rank needs at least, and what grows with the documents, once a node."""
+def _memory(config: Config, rank: int) -> list[str]:
+    """The host's: what a rank needs at least, what grows with the documents, once a node, and on rank 0 the
+    copies of a checkpoint."""
     free, wanted = psutil.virtual_memory().available, MEMORY_BYTES  # what is cached counts as free
     with contextlib.suppress(UserError):  # a corpus that is not there is said of it
         wanted += mapped(config.corpus).total
+    with contextlib.suppress(UserError):  # nor a budget that cannot be known yet
+        wanted += 0 if rank else make_recipe(config).copied_bytes
     return [] if free >= wanted else [f"{free / 1e9:.1f} GB of memory free, {wanted / 1e9:.1f} needed"]
 
 
@@ -177,7 +181,7 @@ def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
 
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    _note(folder, me.rank, check_alone(config, copies, gpus))
+    _note(folder, me.rank, check_alone(config, copies, gpus, me.rank))
     end = time.monotonic() + PATIENCE
     while len(_said(folder)) < me.world_size and time.monotonic() < end:
         time.sleep(0.2)

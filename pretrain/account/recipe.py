@@ -77,6 +77,14 @@ class Recipe:
         """Return the number of pieces of the tokenizer."""
         return self.phases[0].vocab_size
 
+    @property
+    def copied_bytes(self) -> int:
+        """Return what rank 0 copies into the host's memory to write a checkpoint while training goes on:
+        weights and two moments in float32; 0 where training waits, as where every second is paid for."""
+        if not self.config.checkpoint.background or self.budget.measured:
+            return 0
+        return 12 * flops.parameters(self.config.model, self.vocab_size)["total"]
+
 
 def make_recipe(
     config: Config, vocab_size: int | None = None, bf16: bool = True, deterministic: bool = False

@@ -223,7 +223,7 @@ class ModelOptions(Section):
     0: all layers are global (modern block only). The decoder is global. FLOPs are those of blocks of half a
     window, each with its neighbours."""
     global_every: int = Field(3, ge=1)
-    """Which layers are global where there are local ones: the first, and from there each so-manieth."""
+    """Where there are local layers, the first is global, and from it on one in so many (ModernBERT: 3)."""
     local_rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary frequencies in local layers; default: `rope_theta`."""
 
@@ -421,7 +421,7 @@ class CheckpointOptions(Section):
     """Save at least this often; `auto`: as often as loses least, by what a save costs here and how often this
     run has failed (Young's and Daly's interval)."""
     mtbf_hours: float = Field(24.0, gt=0)
-    """What `auto` takes for the mean time between two failures before the run has any of its own."""
+    """Mean time between two failures that `auto` expects; it weighs as much as one of the run's own."""
     end_margin_minutes: float = Field(5.0, ge=0)
     """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
     background: bool = True

@@ -265,6 +265,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     options = ("checkpoint.background=true", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
     run = build_here(words("a", *options), tmp_path / "a")
     take, write, begun, written = run.feed.take, checkpoint._write, threading.Event(), []
+    copied: list[int] = []
 
     def watched(first: int) -> Any:
         if first == 3 * 8:
@@ -275,12 +276,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         assert begun.wait(PATIENCE)
         written.append((state.step, run.step))
         write(folder, state, *rest)
+        kinds = dict(rest[1])
+        copied.append(sum(one.nbytes for tensors in kinds.values() for one in tensors.values()))
 
     monkeypatch.setattr(run.feed, "take", watched)
     monkeypatch.setattr(checkpoint, "_write", late)
     assert train.train(run) == 0
     train.close(run)
     assert written[0][0] == 2 and written[0][1] >= 3
+    assert set(copied) == {run.recipe.copied_bytes}
     assert [step for step, _ in written] == checkpoint.steps(tmp_path / "a") == [2, 4, 6, 8]
     assert result(tmp_path / "a") == result(tmp_path / "whole")
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")

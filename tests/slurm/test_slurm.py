@@ -829,10 +829,15 @@ def test_there_must_be_room_for_orders_of_many_documents(
     memory = psutil.virtual_memory()
     available = preflight.MEMORY_BYTES + needed.total
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=available))
-    assert preflight._memory(config) == []
+    assert preflight._memory(config, 1) == []
     available -= 1
-    (said,) = preflight._memory(config)
+    (said,) = preflight._memory(config, 1)
     assert "GB of memory free" in said
+    writes = load_config(tiny / "tiny.yaml", ["checkpoint.background=true", "model.vocab_size=400"])
+    available += 1 + make_recipe(writes).copied_bytes
+    assert preflight._memory(writes, 0) == [] and make_recipe(writes).copied_bytes
+    available -= 1
+    assert preflight._memory(writes, 1) == [] != preflight._memory(writes, 0)
 
 
 # ---- copies of the corpus ------------------------------------------------------------------------

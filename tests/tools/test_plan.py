@@ -104,6 +104,18 @@ def test_what_grows_with_documents_is_counted_once_a_node(tiny, tmp_path, capsys
     assert one["mapped_bytes_per_node"] is None
 
 
+@pytest.mark.parametrize(
+    ("change", "bytes_each"),
+    [("budget.steps=8", 12), ("checkpoint.background=false", 0), ("budget.device_hours=1", 0)],
+)
+def test_what_a_save_in_the_background_copies_is_told(change: str, bytes_each: int, capsys) -> None:
+    words = [LARGE, change, *(["budget.steps=null"] if "hours" in change else [])]
+    (one,) = planned(capsys, *words)
+    assert one["copied_bytes_on_rank_0"] == bytes_each * one["parameters"]["total"]
+    assert plan.main(words) == 0
+    assert ("more of its host's memory" in capsys.readouterr().out) == bool(bytes_each)
+
+
 def test_without_a_device_there_are_no_times(capsys):
     (one,) = planned(capsys, LARGE)
     assert one["step_seconds"] is one["kwh"] is one["relative"]["device_time"] is None

@@ -105,6 +105,8 @@ class RunPlan(Times, Work, PlannedModel):
     memory_bytes_per_rank: Memory
     mapped_bytes_per_node: Mapped | None
     """What of the corpora grows with their documents; None where they are not there yet."""
+    copied_bytes_on_rank_0: int
+    """In the host's memory, while a checkpoint is written in the background."""
     bytes_sent_per_rank: dict[str, float]
     """In an update, by group."""
     layout: LayoutDocument

@@ -121,6 +121,7 @@ def plan(
         relative=run.relative(chosen),
         memory_bytes_per_rank=run.memory(chosen),
         mapped_bytes_per_node=_mapped(config),
+        copied_bytes_on_rank_0=recipe.copied_bytes,
         bytes_sent_per_rank=_sent(layouts.job(last, device), chosen[-1]),
         layout=_described(last.config, chosen[-1], device),
     )

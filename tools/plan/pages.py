@@ -46,6 +46,11 @@ def _cautions(plans: Sequence[RunPlan]) -> list[str]:
                 f"{_name(plan)}: ranks of a node share {held.total / 2**30:.2f} GiB of its memory for"
                 f" where documents are, {held.orders / 2**30:.2f} of them files in corpus.copies."
             )
+    if (most := max(plan.copied_bytes_on_rank_0 for plan in plans) / 2**30) >= 0.01:
+        found.append(
+            f"Rank 0 needs {most:.2f} GiB more of its host's memory while a checkpoint is written;\n"
+            "checkpoint.background=false waits instead."
+        )
     if names := [_name(plan) for plan in plans if plan.phases > 1 and plan.figures_of != "run"]:
         found.append(f"Updates are known only once it has run; of the last phase: {', '.join(names)}.")
     return found
