@@ -46,7 +46,6 @@ def test_a_figure_that_was_written_by_hand_is_found(
 
 def test_a_gpus_results_fill_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled layers before others; without any the command is named."""
-    assert tables.GPU_COMMAND in tables.gpu_updates() and tables.gpu_others() == "Not measured yet."
     device, what = "NVIDIA H200", "base 128, bf16"
 
     def row(name: str, unit: str, ours: float, peer: float | None = None, **more: float) -> BenchmarkRow:
@@ -64,13 +63,19 @@ def test_a_gpus_results_fill_its_column(tmp_path: Path, monkeypatch: pytest.Monk
         row("training mlm-base: data_wait", "of the time", 0.001),
     )
     report = GpuReport("0123456", False, {}, [StepResult("step", "python", "done", rows=rows)])
-    shutil.copytree(tables.RESULTS, tmp_path / "results", ignore=lambda *_: ["profile"])
-    (tmp_path / "results" / "gpu").mkdir()
-    (tmp_path / "results" / "gpu" / "h200.json").write_text(documents.to_json(report), encoding="utf-8")
+    shutil.copytree(tables.RESULTS, tmp_path / "results", ignore=lambda *_: ["profile", "gpu"])
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    for function in (tables.results, tables.measured):
-        function.cache_clear()
+
+    def forget() -> None:
+        for function in (tables.results, tables.measured):
+            function.cache_clear()
+
+    forget()
     try:
+        assert tables.GPU_COMMAND in tables.gpu_updates() and tables.gpu_others() == "Not measured yet."
+        forget()
+        (tmp_path / "results" / "gpu").mkdir()
+        (tmp_path / "results" / "gpu" / "h200.json").write_text(documents.to_json(report), encoding="utf-8")
         (found,) = [
             line for line in tables.speeds() if line[0].startswith("`3ml-query` time / own `mlm`, base 128")
         ]
@@ -81,8 +86,7 @@ def test_a_gpus_results_fill_its_column(tmp_path: Path, monkeypatch: pytest.Monk
         )
         assert "training mlm-base: data_wait" in tables.gpu_others()
     finally:
-        for function in (tables.results, tables.measured):
-            function.cache_clear()
+        forget()
 
 
 def test_an_unknown_table_is_named(tmp_path: Path) -> None:
