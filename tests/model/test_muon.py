@@ -64,7 +64,6 @@ def test_updates_are_as_large_as_adamws() -> None:
         assert update["layers.0.ffn.up.weight"].square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="from torch 2.9")
 def test_torchs_muon_makes_the_same_updates() -> None:
     """Of the roberta block's matrices that are not fused, in bf16, which is all that torch's knows."""
     model, other = built("mlm", "pre"), built("mlm", "pre")
