@@ -71,7 +71,7 @@ def written(folder: Path, tiny: Path, **more: Any) -> Path:
 
 
 def words(file: Path, tiny: Path, folder: Path) -> list[str]:
-    return [str(file), f"--data={tiny}", f"--work={folder / 'work'}", f"--results={folder / 'results'}"]
+    return [str(file), f"--data={tiny}", f"--work={folder / 'place'}", f"--results={folder / 'results'}"]
 
 
 class Inline:
@@ -145,14 +145,12 @@ def test_a_study_from_text_to_its_page(
     assert last.lr == 3e-3 and 0.9e9 < last.flops <= 1e9 and last.device_hours > 0
     assert {"loss", "bits per byte", "pairs", "probe kinds, accuracy", "rank entropy"} <= last.scores.keys()
     assert "probe kinds, accuracy" not in by_name["late-50", 1, 0.5].scores
-    plan = open_study(file, tmp_path / "work")
+    plan = open_study(file, tmp_path / "place")
     kept = plan.folder(StudyCell("nano", "late-50", 1, 3e-3))
     assert sorted(path.name for path in kept.iterdir()) == ["decay-1", "decay-1.yaml"]
     assert ledger.total([kept / "decay-1"])["steps"] == last.step
-    assert (
-        evaluate.main([str(kept / "decay-1"), f"--corpus={tmp_path}/work/valid", "--samples=20", "--json"])
-        == 0
-    )
+    held_out = f"--corpus={tmp_path / 'place' / 'valid'}"
+    assert evaluate.main([str(kept / "decay-1"), held_out, "--samples=20", "--json"]) == 0
     loss = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["loss"]
     assert loss == pytest.approx(last.scores["loss"], abs=1e-6)
 
@@ -179,7 +177,7 @@ def test_a_run_of_another_budget_is_not_taken_for_done(
     cell = StudyCell("nano", "mlm-15", 1000, 3e-3)
     for budget in (1e9, 1e9, 2e9):
         sizes = {"nano": {**TINY["sizes"]["nano"], "budget": budget}}
-        plan = open_study(written(tmp_path, tiny, sizes=sizes), tmp_path / "work")
+        plan = open_study(written(tmp_path, tiny, sizes=sizes), tmp_path / "place")
         work.prepare(plan, tiny)
         run = work._train(plan.trial(cell))
         assert ledger.total([run])["flops"]["total"] == pytest.approx(0.3 * budget, rel=0.2)
@@ -208,8 +206,8 @@ def test_a_real_study_stops_when_told(tiny: Path, tmp_path: Path) -> None:
     line = words(written(tmp_path, tiny, sizes=sizes), tiny, tmp_path)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen([sys.executable, "-m", "tools.study", *line], env=environ)
-    log = tmp_path / "work" / "logs" / "nano.mlm-15.rate-0.001.log"
-    run = tmp_path / "work" / "runs" / "nano.mlm-15.rate-0.001" / "trial"
+    log = tmp_path / "place" / "logs" / "nano.mlm-15.rate-0.001.log"
+    run = tmp_path / "place" / "runs" / "nano.mlm-15.rate-0.001" / "trial"
     wait_for(lambda: (run / "metrics.jsonl").exists() and read_metrics(run) != [], process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75
@@ -235,7 +233,7 @@ def test_jobs_of_a_cluster(
         study.main(dry)
     site = ROOT / "slurm" / "cluster.env.example"
     assert study.main([*dry, "--slurm", f"--cluster={site}"]) == 0
-    assert "#SBATCH --array=0-3\n" in capfd.readouterr().out and not (tmp_path / "work").exists()
+    assert "#SBATCH --array=0-3\n" in capfd.readouterr().out and not (tmp_path / "place").exists()
     seen: list[str] = []
 
     def run(command: Sequence[str], check: bool) -> Any:
