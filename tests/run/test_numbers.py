@@ -52,13 +52,8 @@ class Flip(Poison):
 class FlipWeights(Strike):
     """One bit of the weights is another, before they are compared."""
 
-    def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
-        def counted(run: Any) -> Any:
-            if next(calls) == self.at:
-                flip(next(run.engine.module.parameters()).data)
-            return function(run)
-
-        return counted
+    def hit(self, *args: Any) -> None:
+        flip(next(args[0].engine.module.parameters()).data)
 
 
 def flip(tensor: Any) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGCONT, SIGKILL, SIGSTOP
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM, Signals
 from typing import Any
 
 import pytest
@@ -27,24 +27,27 @@ class Blow(Strike):
 
     kind: str = ""
 
-    def _counted(self, function: Callable[..., Any], calls: Any) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == self.at:
-                BLOWS[self.kind]()
-            return function(*args, **kwargs)
-
-        return counted
+    def hit(self, *args: Any) -> None:
+        BLOWS[self.kind]()
 
 
 def fail() -> None:
     raise RuntimeError("only here")
 
 
+def pause() -> None:
+    """For longer than a rank may stand still elsewhere, and until both ranks have said that this one does."""
+    time.sleep(8.0)
+    logs = list(Path(os.readlink("/proc/self/fd/2")).parent.iterdir())
+    while not all(" stands still, in save (" in log.read_text(encoding="utf-8") for log in logs):
+        time.sleep(0.05)
+
+
 BLOWS: dict[str, Callable[[], Any]] = {
     "sleeps": lambda: time.sleep(PATIENCE),
     "holds Python's lock": lambda: ctypes.PyDLL(None).sleep(int(PATIENCE)),
     "stopped": lambda: os.kill(os.getpid(), SIGSTOP),
-    "pauses": lambda: time.sleep(8.0),
+    "pauses": pause,
     "killed": lambda: os.kill(os.getpid(), SIGKILL),
     "raises": fail,
 }
@@ -141,17 +144,29 @@ def test_the_same_command_goes_on(ended: dict[str, tuple[Path, Outcome]], tiny: 
 
 
 def test_a_job_that_is_suspended_goes_on(words: Words, tmp_path: Path) -> None:
-    """For longer than a rank may be silent."""
-    job = Attempt(words("a", "monitor.stall_seconds=3", "budget.steps=40", "evaluate.every_steps=null"), 2)
-    while not (tmp_path / "a" / "metrics.jsonl").exists():
-        assert all(process.is_alive() for process in job.processes)
-        time.sleep(0.01)
-    for number, pause in ((SIGSTOP, 4.0), (SIGCONT, 0.0)):
+    """For longer than a rank may be silent; it has no end of its own that could come first."""
+    options = ("monitor.stall_seconds=3", "budget.steps=1000000", "evaluate.every_steps=null")
+    job = Attempt(words("a", *options), 2)
+
+    def send(number: Signals) -> None:
         for process in job.processes:
             os.kill(process.pid, number)
-        time.sleep(pause)
+
+    def updates() -> int:
+        assert all(process.is_alive() for process in job.processes), job.wait().text
+        return len(read_metrics(tmp_path / "a")) if (tmp_path / "a" / "metrics.jsonl").exists() else 0
+
+    while not updates():
+        time.sleep(0.01)
+    send(SIGSTOP)
+    time.sleep(4.0)
+    before = updates()
+    send(SIGCONT)
+    while updates() <= before:
+        time.sleep(0.01)
+    send(SIGTERM)
     ended = job.wait()
-    assert ended.codes == [0, 0], ended.text
+    assert ended.codes == [75, 75] and "stopped by SIGTERM" in ended.text, ended.text
 
 
 class Slow(Paced):
