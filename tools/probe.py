@@ -41,6 +41,8 @@ NAME = "probe"
 FIELDS = dict.fromkeys(("model", "weights", "task", "metric", "states", "layer", "score", "strength"), "")
 """By which a table of this program is known."""
 MEAN, FIRST, COSINE = "mean", "first", "cosine"
+FIRST_COSINE = "cosine of firsts"
+COSINES = {COSINE: MEAN, FIRST_COSINE: FIRST}
 STATES = (MEAN, FIRST)
 TRAINED, RANDOM, MAJORITY = "trained", "random", "majority"
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -88,7 +90,7 @@ class Result:
     """Of dev."""
     train_rows: int
     states: str = ""
-    """mean (of all tokens), first, or cosine (of the means of two sentences)."""
+    """mean (of all tokens), first, cosine (of the means of two sentences), or cosine of firsts."""
     layer: int | None = None
     """0: the embeddings."""
     held_out: float | None = None
@@ -173,9 +175,9 @@ class Features:
         u, v = sides
         return np.concatenate((u, v, abs(u - v), u * v), 1)
 
-    def cosines(self, rows: Sequence[glue.LabelledRow], layer: int) -> Array:
-        """Return the cosine of the averaged states of each pair of sentences."""
-        known = self._states[STATES.index(MEAN), layer]
+    def cosines(self, rows: Sequence[glue.LabelledRow], states: str, layer: int) -> Array:
+        """Return the cosine of the two states of each pair of sentences."""
+        known = self._states[STATES.index(states), layer]
         known = known / np.linalg.norm(known, axis=1, keepdims=True)
         u, v = ([self._places[row.texts[side]] for row in rows] for side in (0, 1))
         return np.sum(known[u] * known[v], 1)
@@ -247,6 +249,7 @@ def probe(
     places += [(FIRST, layer) for layer in layers[1:]]  # 0: the same whatever the text is
     if data.task.is_regression and len(data.task.texts) == 2:
         places += [(COSINE, layer) for layer in layers]
+        places += [(FIRST_COSINE, layer) for layer in layers[1:]]
     begin = key_of(encoder.fingerprint, label, encoder.step, weights, data)
     keys = {key_of(begin, *place): place for place in places}
     if todo := {name: place for name, place in keys.items() if name not in known}:
@@ -255,7 +258,7 @@ def probe(
         with console.counter(f"fit {title}", len(todo), "probes") as done:
             for name, (states, layer) in todo.items():
                 about = _About(label, encoder.step, weights, states, layer, found.cut)
-                results = (_cosines if states == COSINE else _probed)(found, data, about)
+                results = (_cosines if states in COSINES else _probed)(found, data, about)
                 known[name] = [asdict(each) for each in results]
                 done(1)
     return [Result(**each) for name in keys for each in known[name]]
@@ -285,10 +288,10 @@ def _probed(found: Features, data: ProbeData, about: _About) -> Iterator[Result]
 
 
 def _cosines(found: Features, data: ProbeData, about: _About) -> Iterator[Result]:
-    kept = [data.train[place] for place in data.held_out]
-    truth, known = [row.target for row in kept], found.cosines(kept, about.layer).tolist()
+    kept, states = [data.train[place] for place in data.held_out], COSINES[about.states]
+    truth, known = [row.target for row in kept], found.cosines(kept, states, about.layer).tolist()
     for title, rows in data.splits.items():
-        guesses = found.cosines(rows, about.layer).tolist()
+        guesses = found.cosines(rows, states, about.layer).tolist()
         for metric in data.task.metrics:
             yield _result(data, about, title, metric, guesses, scored(metric, truth, known), None)
 

@@ -83,9 +83,12 @@ class Study:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what is read; UserError where that is not encoded yet."""
+        """Of what is read, corpora and weights that runs begin with; UserError where that is not there yet."""
         manifests = [load_manifest(self.corpus(part)) for part in ("train", "valid")]
         parts = [f"{each.fingerprint} {each.tokenizer and each.tokenizer.hash}" for each in manifests]
+        trees = [self._tree(cell) for cell in self.cells([])]
+        starts = {(tree.get("model") or {}).get("init_from") for tree in trees} - {None}
+        parts += [_weights(folder) for folder in sorted(starts)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
     # ---- cells
@@ -263,6 +266,14 @@ class Study:
 def decay_name(share: float) -> str:
     """Return the name of the run that a budget's model ends."""
     return f"decay-{share:g}"
+
+
+def _weights(folder: str) -> str:
+    """Return a digest of the weights in a folder of Hugging Face's; UserError where it has none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model.init_from = {folder}: no *.safetensors there; export or download the model")
+    return _digest(" ".join(hashlib.blake2b(file.read_bytes()).hexdigest() for file in files))
 
 
 def _digest(text: str) -> str:

@@ -187,9 +187,14 @@ def _pairs(run: Path, files: Sequence[Path]) -> dict[str, float]:
 
 def _probed(run: Path, folder: Path, tasks: Sequence[str], rows: int) -> dict[str, float]:
     encoder = open_encoder(str(run))
-    data = [probe.read_task(folder, task, rows) for task in tasks]
-    found = [result for each in data for result in probe.best(probe.probe(encoder, "", probe.TRAINED, each))]
-    return {f"probe {result.task}, {result.metric}": result.score for result in found}
+    found = dict[str, float]()
+    for task in tasks:
+        results = probe.probe(encoder, "", probe.TRAINED, probe.read_task(folder, task, rows))
+        found |= {f"probe {each.task}, {each.metric}": each.score for each in probe.best(results)}
+        last = max(each.layer or 0 for each in results)
+        cosines = [each for each in results if each.states in probe.COSINES and each.layer == last]
+        found |= {f"{each.states}, {each.task}, {each.metric}": each.score for each in cosines}
+    return found
 
 
 def _ranks(study: Study, run: Path, tokens: int) -> dict[str, float]:
