@@ -2,8 +2,8 @@
 
 Logistic regression (of scores: ridge regression) on the states of each layer, those of all tokens averaged,
 or that of the first token. Two sentences are read apart and compared as InferSent does: u, v, |u - v|, u * v
-(Conneau et al. 2017, arXiv 1705.02364). Where pairs have scores, the cosine of the averaged states is a row
-too, which is not trained at all.
+(Conneau et al. 2017, arXiv 1705.02364). Where pairs have scores, the cosines of the averaged and of the
+first states are rows too, which are not trained at all.
 
 The one idea: nothing is chosen on dev. A fifth of train is held out; by it each probe's regularisation is
 chosen, and the layer and states that speak for the encoder. Then the probe is fitted to all of train and

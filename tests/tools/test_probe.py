@@ -21,9 +21,10 @@ from tests.support.runs import finish
 from tools import probe
 from tools.export import __main__ as export
 from tools.finetune import train
-from tools.probe import COSINE, FIRST, MEAN, RANDOM, TRAINED, Features, ProbeData
+from tools.probe import COSINE, FIRST, FIRST_COSINE, MEAN, RANDOM, TRAINED, Features, ProbeData
 from tools.shared import downstream
 from tools.shared.encoders import open_encoder
+from tools.study import work
 from tools.text import glue
 
 PLACES = ("house", "street", "church", "river", "garden", "office")
@@ -93,7 +94,25 @@ def test_two_sentences_are_compared(run: Path, data: Path) -> None:
     expected = torch.cat((u, v, (u - v).abs(), u * v)).numpy()
     assert found.of([row], MEAN, found.layers - 1)[0] == pytest.approx(expected, abs=1e-5)
     cosine = torch.cosine_similarity(u, v, 0).item()
-    assert found.cosines([row], found.layers - 1)[0] == pytest.approx(cosine, abs=1e-5)
+    assert found.cosines([row], MEAN, found.layers - 1)[0] == pytest.approx(cosine, abs=1e-5)
+    u, v = (encoder.states(torch.tensor([encoder.tokens(text).ids]))[-1][0, 0] for text in row.texts)
+    cosine = torch.cosine_similarity(u, v, 0).item()
+    assert found.cosines([row], FIRST, found.layers - 1)[0] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_a_study_takes_the_last_layers_cosines(run: Path, data: Path) -> None:
+    """They need no training, so no layer is chosen for them by labels."""
+    scores = work._probed(run, data, ["STS-B"], 20)
+    results = probe.probe(open_encoder(str(run)), "", TRAINED, probe.read_task(data, "STS-B", 20))
+    last = max(each.layer or 0 for each in results)
+    for states in (COSINE, FIRST_COSINE):
+        (wanted,) = (
+            each.score
+            for each in results
+            if (each.states, each.layer, each.metric) == (states, last, "spearman")
+        )
+        assert scores[f"{states}, STS-B, spearman"] == wanted
+    assert "probe STS-B, spearman" in scores and "probe STS-B, pearson" in scores
 
 
 def test_the_strength_is_chosen_on_the_held_out_rows_alone(data: Path) -> None:
@@ -194,7 +213,7 @@ def test_what_was_interrupted_goes_on(run: Path, data: Path, tmp_path: Path) -> 
     weights.write_bytes(whole)
     partial = tmp_path / "out" / ".probe.unfinished"
     known = [json.loads(line) for line in partial.read_text(encoding="ascii").splitlines()]
-    assert len(known) == 2 * (3 + 2 + 3)  # trained and random; means, firsts and cosines
+    assert len(known) == 2 * (3 + 2 + 3 + 2)  # trained and random; means, firsts and cosines of both
     known[0][1][0]["score"] = 0.125  # had it been fitted, it would not be this one
     kept = [json.dumps(line) for line in known if line[1][0]["layer"] != 2]
     partial.write_text("\n".join([*kept, kept[0][:9]]), encoding="ascii")
@@ -274,7 +293,7 @@ def test_a_pretrained_encoder_knows_which_sentences_are_alike(pretrained: str) -
     encoder = open_encoder(pretrained)
     assert encoder.max_length == 512
     found = Features(encoder, data, "encode")
-    cosines = found.cosines(rows, found.layers - 1)
+    cosines = found.cosines(rows, MEAN, found.layers - 1)
     assert stats.spearmanr(cosines, [row.target for row in rows]).statistic > 0.8
 
 

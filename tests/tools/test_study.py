@@ -326,6 +326,26 @@ def test_seeds_that_only_one_has_are_left_out() -> None:
     assert len(analysis.resamples(range(6))) == analysis.RESAMPLES
 
 
+def test_the_weights_that_runs_begin_with_are_of_its_fingerprint(tiny: Path, tmp_path: Path) -> None:
+    """Results from other weights are another study's, whatever the folder is called."""
+    start = tmp_path / "start"
+    start.mkdir()
+    begun = {**TINY["config"], "model": {**TINY["config"]["model"], "init_from": str(start)}}
+
+    def fingerprint(**more: Any) -> str:
+        plan = open_study(written(tmp_path, tiny, **more), tmp_path / "place")
+        work.prepare(plan, tiny)
+        return plan.fingerprint
+
+    with pytest.raises(UserError, match=r"start: no \*\.safetensors there"):
+        fingerprint(config=begun)
+    seen = {fingerprint()}
+    for content in (b"a", b"b"):
+        (start / "model.safetensors").write_bytes(content)
+        seen.add(fingerprint(config=begun))
+    assert len(seen) == 3
+
+
 # ---- what is committed ---------------------------------------------------------------------------
 
 

@@ -83,11 +83,11 @@ class Study:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what is read, corpora and weights that runs begin with; UserError where that is not there yet."""
+        """Of what is read, corpora and weights to begin with; UserError where that is not there yet."""
         manifests = [load_manifest(self.corpus(part)) for part in ("train", "valid")]
         parts = [f"{each.fingerprint} {each.tokenizer and each.tokenizer.hash}" for each in manifests]
         trees = [self._tree(cell) for cell in self.cells([])]
-        starts = {(tree.get("model") or {}).get("init_from") for tree in trees} - {None}
+        starts = {str(start) for tree in trees if (start := (tree.get("model") or {}).get("init_from"))}
         parts += [_weights(folder) for folder in sorted(starts)]
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
