@@ -42,7 +42,7 @@ def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert config_warnings(config) == []
     method = method_of(config)
-    assert path.stem.startswith((method, "demo-"))
+    assert path.stem.startswith((method, "demo-", "latemask-"))
     outcome = finish([str(path), f"run.dir={tmp_path}", *reduced(path, tiny)])
     assert f"method      {method}" in outcome.text
     assert "warning" not in outcome.text.lower()
