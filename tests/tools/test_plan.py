@@ -83,7 +83,8 @@ def test_every_config_is_planned_to_the_last_flop_and_parameter(path):
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 whole(batch).backward()
             assert made.parameters["total"] == sum(one.numel() for one in whole.parameters())
-        assert made.flops_per_sequence.total == counter.get_total_flops()
+        flops = made.flops_per_sequence  # Muon's products are counted in test_muon.py
+        assert flops.total - flops.optimizer == counter.get_total_flops()
 
 
 def test_what_grows_with_documents_is_counted_once_a_node(tiny, tmp_path, capsys, monkeypatch):
