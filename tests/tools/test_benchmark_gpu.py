@@ -60,7 +60,7 @@ def test_a_step_that_hangs_or_fails_costs_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = [("hangs", "http.server 0 --bind 127.0.0.1", 0.2), ("fails", "no_such_module", 60.0)]
-    steps += [("prints", "this", 60.0)]
+    steps += [("prints", "this", 60.0), ("writes", "zipfile -c DIR/archive.zip pyproject.toml", 60.0)]
     monkeypatch.setattr(gpu, "STEPS", [Step(*step, toy=step[1]) for step in steps])
     started: list[int] = []
     begin = gpu.subprocess.Popen
@@ -71,11 +71,13 @@ def test_a_step_that_hangs_or_fails_costs_itself_alone(
         return process
 
     monkeypatch.setattr(gpu.subprocess, "Popen", remembered)
-    words = ["gpu", "--rehearse", "--output", str(tmp_path)]
+    folder = tmp_path / "a folder's"
+    words = ["gpu", "--rehearse", "--output", str(folder)]
     assert benchmark.main(words) == 1
-    assert states(tmp_path) == {"hangs": "cut off", "fails": "failed", "prints": "done"}
-    assert "beautiful" in (tmp_path / "prints.txt").read_text(encoding="utf-8").lower()
-    assert "no_such_module" in (tmp_path / "fails.txt").read_text(encoding="utf-8")
+    assert states(folder) == {"hangs": "cut off", "fails": "failed", "prints": "done", "writes": "done"}
+    assert "beautiful" in (folder / "prints.txt").read_text(encoding="utf-8").lower()
+    assert "no_such_module" in (folder / "fails.txt").read_text(encoding="utf-8")
+    assert (folder / "archive.zip").exists()
     for group in started:
         with pytest.raises(ProcessLookupError):
             os.killpg(group, 0)

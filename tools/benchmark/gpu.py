@@ -103,7 +103,7 @@ _TOY_HEAD = "head --rows 16 --width 8 --vocab-size 32 --runs 1 --threads 1 --dev
 _FAST_HEAD = "head --rows 16384 --dtype bf16 --runs 5"
 _TRAINING = "--set train.seq_length=128 train.batch_size=512 train.micro_batch_size=256 train.compile=default"
 _TOY_TRAINING = (
-    "--configs demo-mlm --vocab-size 600 --device cpu --set model.hidden_size=32 model.ffn_size=48"
+    "--configs demo-mlm --vocab-size 600 --set model.hidden_size=32 model.ffn_size=48"
     " train.batch_size=8 budget.device_hours=null budget.steps=20 monitor.log_every=5 evaluate.samples=8"
 )
 _LARGE_FLOAT8 = "step --size large --length 512 --batch-size 32 --compile default --methods 3ml-query"
@@ -221,7 +221,7 @@ def _limit(step: Step, rehearse: bool) -> float:
 def _run(step: Step, folder: Path, limit: float, rehearse: bool) -> StepResult:
     """Run a step for `limit` seconds at most; what it prints goes to a file."""
     result = _unreached(step, rehearse)
-    words = shlex.split(result.command.replace("DIR/", f"{folder}/"))
+    words = [word.replace("DIR/", f"{folder}/") for word in shlex.split(result.command)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     if rehearse:
         environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
