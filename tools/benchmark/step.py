@@ -31,8 +31,9 @@ from tools.benchmark.task import (
     apart,
     clock_of,
     device_name,
+    finish,
+    held_bytes,
     ours,
-    peak_bytes,
     take_turns,
     timed,
 )
@@ -107,10 +108,10 @@ def measured(
     job = partial(timed, repeat=repeat, device=task.device, clock=clock_of(task.device))
     with apart(makers, task, done) as sides:
         seconds = take_turns({name: partial(side, job) for name, side in sides.items()}, args.runs, done)
-        held = {name: side(peak_bytes) for name, side in sides.items()}
+        held = {name: side(partial(held_bytes, device=task.device)) for name, side in sides.items()}
         if args.profile:
             for name, stem in names.items():
-                write_profile(sides[name], args.profile, stem)
+                write_profile(sides[name], args.profile, stem, task.device)
         return seconds, held
 
 
@@ -210,12 +211,12 @@ def check_profiles(folder: Path, names: Iterable[str]) -> None:
         outputs.check([operations] if operations.exists() else [operations, trace], fields=FIELDS)
 
 
-def write_profile(side: Callable[[Job], Any], folder: Path, name: str) -> None:
+def write_profile(side: Callable[[Job], Any], folder: Path, name: str, device: torch.device) -> None:
     """Write NAME.json.gz, a Chrome trace of one update, and NAME-operations.json; the latter also on
     stderr."""
     folder.mkdir(parents=True, exist_ok=True)
     operations, trace = _profile_files(folder, name)
-    found: list[OperationTime] = side(partial(profile, trace=str(trace)))
+    found: list[OperationTime] = side(partial(profile, trace=str(trace), device=device))
     outputs.write(operations, documents.to_json(found) + "\n", FIELDS)
     table = [(name, "calls", "s", "share", "TFLOP/s")]
     for row in found:
@@ -224,15 +225,14 @@ def write_profile(side: Callable[[Job], Any], folder: Path, name: str) -> None:
     print(aligned(table), file=sys.stderr, flush=True)
 
 
-def profile(update: Update, trace: str) -> list[OperationTime]:
-    """Writes the trace of an update; its operations by the time that is their own, and on a GPU how long no
-    kernel ran, by the kernel that was waited for."""
-    on_gpu = torch.cuda.is_available()
+def profile(update: Update, trace: str, device: torch.device) -> list[OperationTime]:
+    """Write the trace of an update; return its operations by the time that is their own, and on a GPU how
+    long no kernel ran, by the kernel that was waited for."""
+    on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities, with_flops=True) as found:
         update()
-        if on_gpu:
-            torch.cuda.synchronize()
+        finish(device)
     found.export_chrome_trace(trace)
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(found.key_averages(), key=lambda event: -getattr(event, own))

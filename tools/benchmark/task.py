@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from pretrain.account import flops
-from pretrain.account.ledger import peak_resident
 from pretrain.build import build_engine, keep_freed_memory
 from pretrain.config import Config, build_config
 from pretrain.data.masking import Masked, Masker, counts
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import topology
+from pretrain.train import peak_bytes
 from tools.shared import console, measure
 from tools.shared.measure import Done, no_progress
 
@@ -284,11 +284,9 @@ def _answer(pipe: Any) -> Any:
     return answer
 
 
-def peak_bytes(update: Update) -> int:
+def held_bytes(update: Update, device: torch.device) -> int:
     """Return the most that this process has held: of the GPU's memory, or of the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_resident()
+    return peak_bytes(device)
 
 
 def finish(device: torch.device) -> None:

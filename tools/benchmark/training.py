@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pretrain.account import ledger
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.monitor import Metrics, read_metrics
-from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import VOCAB, device_name
+from tools.benchmark.task import VOCAB
 from tools.shared import console, measure
 from tools.shared.measure import BenchmarkRow, Done
 
@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="for all runs, after our own"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
 
 
 def count(args: argparse.Namespace) -> int:
@@ -45,7 +44,6 @@ def count(args: argparse.Namespace) -> int:
 
 
 def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
-    device = benchmark_task.chosen_device(args.device)
     with tempfile.TemporaryDirectory(prefix="latemask-training-") as name:
         folder = Path(name)
         words = [*_corpus(folder, args.vocab_size), *PLAIN, f"model.vocab_multiple={VOCAB}"]
@@ -56,7 +54,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
             load_config(path, overrides)  # a mistake is told before the run
             _program("pretrain", str(path), *overrides)
             done(1)
-            yield from _rows(config, read_metrics(run), device_name(device))
+            yield from _rows(config, read_metrics(run), ledger.read(run)[-1]["device"])
 
 
 def _rows(config: str, metrics: list[Metrics], device: str) -> Iterator[BenchmarkRow]:
