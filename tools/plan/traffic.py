@@ -79,9 +79,7 @@ def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Lay
     """Gradients in buckets; those of the last micro-batch's looked-up words as rows, where that is less."""
     D, width = model.hidden_size, 2 if layout.reduce_dtype == "bf16" else FULL
     W = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
-    tied = bool(model.mask_from) and model.mask_vector == "tied"
-    late = rows.predicted if model.decoder == "bottleneck" else rows.length - flops.encoded(rows, model)
-    looked_up = flops.encoder_rows(rows, model)[0] + tied * late
+    looked_up = sum(_looked_up(model, rows))
     every, last = layout.data * layout.micro_batch * looked_up, min(P, REDUCE_BUCKET)
     if every < 2 * W:
         yield Collective("all-gather", "data", every * (NUMBER + width * D))
@@ -90,6 +88,13 @@ def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Lay
     beside = (1 - FORWARD) / layout.accumulation
     yield Collective("all-reduce", "data", width * (P - last), beside=beside)
     yield Collective("all-reduce", "data", width * last)
+
+
+def _looked_up(model: ModelOptions, rows: Rows) -> Iterator[int]:
+    """Yield how many rows the word table gives at a time: the encoder's, and tied [MASK]s that join late."""
+    yield flops.encoder_rows(rows, model)[0]
+    if model.mask_from and model.mask_vector == "tied":
+        yield rows.predicted if model.decoder == "bottleneck" else rows.length - flops.encoded(rows, model)
 
 
 def _deepspeed(P: int, layout: Layout) -> Iterator[Collective]:
@@ -136,16 +141,14 @@ def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[i
 
     for n, layers in Counter(flops.encoder_rows(rows, model)).items():
         yield row * n, sums(2, model.dropout) * layers
-    L, V, P = rows.length, flops.encoded(rows, model), rows.predicted
+    V, P = flops.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
         query_rows, keys = flops.decoder_rows(rows, model)
         yield row * query_rows, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
         if model.decoder != "self":
             yield row * (V if model.decoder == "cross" else keys), 1
-    looked_up = flops.encoder_rows(rows, model)[0]
-    yield FULL * B * D * looked_up, 1
-    if model.mask_from and model.mask_vector == "tied":
-        yield FULL * B * D * (P if model.decoder == "bottleneck" else L - V), 1
+    for looked_up in _looked_up(model, rows):
+        yield FULL * B * D * looked_up, 1
     yield row * P, 1  # the head's hidden gradient
     yield FULL * B * P, 3  # largest logit, aimed logit, mass
 
