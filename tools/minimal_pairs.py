@@ -112,7 +112,7 @@ def read_pairs(path: Path) -> Iterator[Pair]:
 def _pair(line: bytes, data: str, place: str) -> Pair:
     try:
         record = parse_json(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{place}: not a JSON object ({error})") from error
     good, bad, paradigm, field = (_text(record, key, place) for key in KEYS)
     if ALL in (paradigm, field):

@@ -256,7 +256,7 @@ def _looks_like_index(path: Path) -> bool:
 def _looks_like_manifest(path: Path) -> bool:
     try:
         said = parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     return isinstance(said, dict) and said.keys() >= {"format", "dtype", "bin_blocks", "idx_blocks"}
 

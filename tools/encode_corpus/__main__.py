@@ -44,7 +44,7 @@ from pretrain.data.manifest import (
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.writer import EXTENSIONS, CorpusWriter, refuse_existing, refuse_foreign, refuse_inputs
 from pretrain.errors import UserError
-from pretrain.files import named, try_lock, write_whole
+from pretrain.files import named, parse_json, try_lock, write_whole
 from tools.encode_corpus.duplicates import find_duplicates
 from tools.encode_corpus.parts import (
     HASH,
@@ -306,9 +306,9 @@ def refuse_foreign_rejected(output: str) -> None:
         return
     try:
         with path.open("rb") as file:
-            first = json.loads(file.readline())
+            first = parse_json(file.readline())
         ours = isinstance(first, dict) and tuple(first) == Rejected._fields
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         ours = False
     if not ours:
         raise UserError(f"{path}: exists and is no list of rejected lines; choose another --output")

@@ -49,7 +49,7 @@ def read(path: Path, bad: list[str] | None = None) -> list[Question]:
             for paragraph in article["paragraphs"]
             for item in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not in SQuAD's layout ({type(error).__name__}: {error})") from None
     found = list[Question]()
     for number, (paragraph, item) in enumerate(items, 1):

@@ -90,5 +90,5 @@ def _lines(path: Path) -> Iterator[tuple[str, DownstreamScore]]:
                 raise ValueError(words[-1])
             protocol, model = str(line.get("protocol", "")), str(line.get("model", ""))
             yield text, DownstreamScore(step, *words, seed, n, protocol, model)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"{path}:{number}: expected step, task and score; mend or delete it") from None

@@ -72,7 +72,7 @@ def _has_fields(path: Path, fields: Fields) -> bool:
     """
     try:
         rows = _rows(path)
-    except (ValueError, csv.Error, RecursionError):
+    except (ValueError, csv.Error):
         return False
     return bool(rows) and all(
         isinstance(row, dict)

@@ -251,7 +251,7 @@ def _parsed(line: bytes, columns: Sequence[str]) -> Mapping[str, Any] | str:
         return dict(zip(columns, fields, strict=True))
     try:
         record = parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return f"not JSON ({error})"
     return record if isinstance(record, dict) else "not a JSON object"
 

@@ -269,7 +269,7 @@ class _TextReader(Reader):
             return item if isinstance(item, Document) else rejected(item.reason)
         except UnicodeDecodeError as error:
             return rejected(f"not UTF-8 (byte {error.start} of the line){_of_utf16(line)}")
-        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        except ValueError as error:
             return rejected(f"not JSON ({error}){_of_utf16(line)}")
         except KeyError:
             return rejected(f"no key {self.text_key!r} (it has {', '.join(sorted(record))})")
