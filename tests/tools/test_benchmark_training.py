@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from pretrain.errors import UserError
 from tools.benchmark import __main__ as benchmark
+from tools.benchmark import network
 from tools.benchmark.head import available, growth, prepared
 from tools.benchmark.peers import MODERN, PEERS, hugging_face_model
 from tools.benchmark.step import gaps
@@ -139,6 +142,30 @@ def test_rows(words: list[str], names: list[str], tmp_path: Path, capsys: pytest
     assert len(rows) >= len(names)
     assert all(row["command"].startswith(f"python -m tools.benchmark {words[0]}") for row in rows)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sums_are_timed_on_links_with_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    """And their networks are gone afterwards."""
+    if problem := network.missing():
+        pytest.skip(problem)
+    try:
+        with network.limited(1, 1000):
+            pass
+    except UserError as error:
+        pytest.skip(str(error))
+    assert benchmark.main(["scaling", *TINY, "--dtype", "fp32", "--only", "exposed sums of 2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["exposed sums of 2 ranks, tiny 24, fp32"]
+    about = rows[0]["settings"]
+    assert about["mbit"] == 1000 and about["pass_ms"] > 0 and rows[0]["ours"] > 0 < rows[0]["peer"]
+    assert 0 < about["planned_ms"] <= about["planned_peer_ms"]
+    assert not list(network.NAMES.glob(f"latemask-{os.getpid()}*"))
+
+
+@pytest.mark.skipif(not shutil.which("ip"), reason="no iproute2 here")
+def test_a_network_that_cannot_be_made_is_told() -> None:
+    with pytest.raises(UserError, match="ip netns exec no-such-name true: .*; leave `exposed` out"):
+        network._ip("netns exec no-such-name true")
 
 
 def test_a_late_method_carries_its_flop_ratio() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pretrain.errors import UserError
+
 NAMES = Path("/var/run/netns")
 INTERFACE = "eth0"
 
@@ -60,4 +62,7 @@ def enter(name: str) -> None:
 
 
 def _ip(words: str) -> None:
-    subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    done = subprocess.run(["ip", *words.split()], check=False, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        said = " ".join(done.stderr.split())
+        raise UserError(f"ip {words}: {said}; leave `exposed` out, or run where networks may be made")
