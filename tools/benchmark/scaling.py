@@ -6,7 +6,8 @@ anew for each row; a row's rounds take turns with its peer inside them.
     tensor 2 / 1        seconds of one layer's forward and backward pass on a rank, against the whole layer
     zero 1 / plain      seconds of an update of the DeepSpeed engine on one rank, against the plain engine
     data 2 / 1          slots a second of two ranks, against one
-    an exchange         milliseconds of what ranks agree on before an update, against an all-reduce
+    an exchange         milliseconds of a sum of a few integers by way of rank 0, as before updates, against
+                        that of an all-reduce
     exposed             milliseconds from the end of the slowest rank's backward pass until gradients are
                         added up, of sums that begin in it, against sums that begin then; on links with a
                         rate (root only)
@@ -89,7 +90,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
 
 
 SAID = 14
-"""Integers that ranks tell each other before an update."""
+"""Integers of an exchange."""
 Seconds = tuple[list[float], list[float]]
 """Ours and the peer's, in the same rounds."""
 
@@ -162,7 +163,7 @@ def exposed(task: BenchmarkTask, runs: int) -> tuple[list[float], list[float], l
 
 
 def exchange(task: BenchmarkTask, runs: int) -> Seconds:
-    """Measure milliseconds of what ranks agree on before an update, and of an all-reduce of as much."""
+    """Measure milliseconds of an exchange by way of rank 0, and of an all-reduce of as much."""
     place = topology.connect()
     values, tensor = [0] * SAID, torch.zeros(SAID, dtype=torch.int64)
     sides = {"ours": lambda: place.add_up(values), "peer": lambda: dist.all_reduce(tensor)}
@@ -178,13 +179,11 @@ def planned(task: BenchmarkTask, ranks: int, mbit: int, passes: list[float]) -> 
     h100 = devices.find("H100")
     assert h100
     device = replace(h100, link=rate, network=rate, gpu=False)  # of which nothing but the links counts
-    recipe = make_recipe(task.config(), VOCAB)
+    job = layouts.job(make_recipe(task.config(), VOCAB).phases[0], device)
     layout = Layout(data=ranks, micro_batch=task.batch_size, precision=task.precision, gpu=False)
-    calls = traffic.step(recipe.config.model, recipe.phases[0].rows, VOCAB, layout)
     computing = statistics.median(passes)
-    lasting = {call: 1e3 * traffic.seconds(call, layout, device) for call in calls}
-    shown = (max(0.0, ms - layouts.OVERLAP_SHARE * call.beside * computing) for call, ms in lasting.items())
-    return {"planned_ms": sum(shown), "planned_peer_ms": sum(lasting.values()), "pass_ms": computing}
+    shown, whole = (1e3 * layouts.exposed_seconds(job, layout, device, ms / 1e3) for ms in (computing, 0.0))
+    return {"planned_ms": shown, "planned_peer_ms": whole, "pass_ms": computing}
 
 
 SUBJECTS: dict[str, tuple[int, str, Callable[[BenchmarkTask, int], Any]]] = {

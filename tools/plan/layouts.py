@@ -155,12 +155,17 @@ def needs(held: Memory) -> float:
 def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
     """Return the seconds of an update."""
     computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
-    waiting = 0.0
-    for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
-        hiding = OVERLAP_SHARE * call.beside * computing
-        waiting += max(0.0, traffic.seconds(call, layout, device) - hiding)
+    waiting = exposed_seconds(job, layout, device, computing)
     waiting += orthogonalizing_seconds(job, layout, device, achieved)
     return computing + waiting + update_seconds(job, layout, device)
+
+
+def exposed_seconds(job: PlannedJob, layout: Layout, device: Device, computing: float) -> float:
+    """Return the seconds of an update's collectives that so many seconds of computing do not hide."""
+    return sum(
+        max(0.0, traffic.seconds(call, layout, device) - OVERLAP_SHARE * call.beside * computing)
+        for call in traffic.step(job.model, job.rows, job.vocab_size, layout)
+    )
 
 
 def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
