@@ -65,15 +65,17 @@ def finish_line(study: Study, found: Found) -> float | None:
 def records(study: Study, results: Sequence[StudyResult]) -> Iterator[SpeedrunRecord]:
     """Yield the record of each recipe that has one, cheapest first."""
     found = Found(study, results)
-    (size,), goal, all_records = study.options.sizes, finish_line(study, found), list[SpeedrunRecord]()
-    for recipe in study.options.methods if goal else ():
-        by_seed = found.models(size, recipe)
-        for place, share in enumerate(study.options.shares if len(by_seed) >= SEEDS else ()):
-            models = [seed[place] for seed in by_seed.values()]
-            if all(model.scores[SCORE] <= goal for model in models if goal):
-                all_records.append(SpeedrunRecord(recipe, share, models))
-                break
-    yield from sorted(all_records, key=lambda record: record.share)
+    (size,), goal = study.options.sizes, finish_line(study, found)
+    if goal is None:
+        return
+    by_recipe = {recipe: list(found.models(size, recipe).values()) for recipe in study.options.methods}
+    done = {recipe: seeds for recipe, seeds in by_recipe.items() if len(seeds) >= SEEDS}
+    for place, share in enumerate(study.options.shares):
+        for recipe in list(done):
+            models = [seed[place] for seed in done[recipe]]
+            if all(model.scores[SCORE] <= goal for model in models):
+                yield SpeedrunRecord(recipe, share, models)
+                del done[recipe]
 
 
 def rows(study: Study, results: Sequence[StudyResult]) -> list[list[str]]:
