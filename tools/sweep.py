@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from pretrain.account import epochs, ledger
 from pretrain.config import Config, dump_config, load_config, method_of, parse_overrides
-from pretrain.errors import UserError
+from pretrain.errors import STOPPED, UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
@@ -38,8 +38,8 @@ from tools.shared.tables import aligned, table_files, write_table
 
 FIELDS = dict.fromkeys(("name", "values", "run", "method", "state"), "")
 """By which the table of a sweep is known."""
-STOPPED, KILLED = 75, 1
-"""Exit codes: stopped early on request; a run was killed (the others go on)."""
+KILLED = 1
+"""Exit code: a run was killed (the others go on)."""
 
 
 @dataclass(frozen=True)

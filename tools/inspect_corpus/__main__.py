@@ -15,7 +15,7 @@ import numpy as np
 from pretrain.config import MaskingOptions
 from pretrain.data.indexed import IndexedReader, corpus_file
 from pretrain.data.manifest import APPENDED_END, Manifest, load_manifest
-from pretrain.data.masking import Masker
+from pretrain.data.masking import masker as masker_of
 from pretrain.data.sampler import Sampler
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.errors import UserError
@@ -128,11 +128,9 @@ def windows(reader: IndexedReader, tokenizer: Tokenizer, rate: float, length: in
     States: context (seen, not predicted), masked, random, kept (the last three predicted). In the late
     methods the encoder sees all but the masked.
     """
-    special = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.random_ids)
-    starts = tokenizer.word_starts | tokenizer.unspaced
     shown = []
     for name, masking in methods(rate).items():
-        masker = Masker(masking, length, tokenizer.mask, tokenizer.random_ids, special, starts)
+        masker = masker_of(masking, length, tokenizer)
         sampler = Sampler(reader, masking, length, 0, tokenizer.bos, tokenizer.eos)
         window = sampler.read(np.zeros(1, np.int64))
         masked = masker(window.tokens, window.keys, window.views)
