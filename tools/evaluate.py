@@ -18,7 +18,7 @@ from pretrain.evaluate import HeldOut, HeldOutScore
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.terminal import wrapped
 from tools.shared import console
-from tools.shared.run_model import held_out_corpus, load_model
+from tools.shared.run_model import default_device, held_out_corpus, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bounded = config.corpus.documents == "bounded"
     length = config.evaluate.seq_length or config.train.seq_length
     heldout = HeldOut(prefix, tokenizer, length, samples, bounded)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     by_source = BySource(model.to(device), heldout, prefix)
     with console.counter("evaluate", heldout.samples, "windows") as done:
         score = heldout.score(counted(by_source, done), args.micro_batch, device)

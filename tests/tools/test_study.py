@@ -22,6 +22,7 @@ from tests.support.ranks import PATIENCE
 from tests.support.runs import Strike, attempt
 from tools import evaluate, sweep
 from tools.encode_corpus import __main__ as encode_corpus
+from tools.shared import job_options
 from tools.study import __main__ as study
 from tools.study import analysis, pages, work
 from tools.study.analysis import BELOW, NOT_REACHED, Curve
@@ -241,7 +242,7 @@ def test_jobs_of_a_cluster(
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(study, "prepare", lambda *_: None)
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(job_options.subprocess, "run", run)
     assert study.main([*words(written(tmp_path, tiny), tiny, tmp_path), "--slurm"]) == 0
     names = [line.rpartition("--cell=")[2] for line in seen]
     assert names == [

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain.config import method_of
 from tools.analyze import rank as analyze_rank
 from tools.analyze import variance as analyze_variance
 from tools.shared import console, outputs
-from tools.shared.run_model import held_out_corpus, load_model
+from tools.shared.run_model import default_device, held_out_corpus, load_model
 from tools.shared.tables import table_files, write_table
 
 FIELDS = dict.fromkeys(("run", "method", "checkpoint", "corpus"), "")
@@ -86,7 +84,7 @@ def _measured(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one run."""
     loaded = load_model(run, args.checkpoint)
     corpus = held_out_corpus(run, loaded.config, args.corpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     loaded.model.to(device)
     about = {
         "run": Path(run).absolute().name,

@@ -31,6 +31,7 @@ from pretrain.parallel import topology
 from pretrain.train import peak_bytes
 from tools.shared import console, measure
 from tools.shared.measure import Done, no_progress
+from tools.shared.run_model import default_device
 
 VOCAB = flops.padded_vocab(50_265, 128)
 MASK_ID = 50_264
@@ -337,4 +338,4 @@ def chosen_device(name: str | None) -> torch.device:
     """Return the device so named, or the best there is; UserError without a GPU where one was asked for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave it out")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(name) if name else default_device()

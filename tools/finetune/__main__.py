@@ -10,7 +10,6 @@ processes that share the cells out, on this machine or in a job array, need to k
 """
 
 import argparse
-import os
 import shlex
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen
 from tools.finetune.plan import PROTOCOLS, Plan, Source, make_plan, refuse_others
 from tools.finetune.tasks import STARTED_FROM_MNLI
 from tools.shared import console, downstream, outputs
-from tools.shared.job_options import add_job_options, job_words
+from tools.shared.job_options import add_job_options, submit_array
 
 TABLE = "table.md"
 
@@ -103,11 +102,11 @@ def _lines(log: Path) -> list[str]:
 
 
 def _start(words: Sequence[str], share: int, jobs: int, log: Path) -> "subprocess.Popen[bytes]":
-    threads = str(max(1, console.available_cores() // jobs))
-    environ = {"OMP_NUM_THREADS": threads, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "tools.finetune", *words, f"--share={share}/{jobs}"]
     with log.open("wb") as stderr:
-        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=stderr)
+        return subprocess.Popen(
+            command, env=console.shared_cores(jobs), stdout=subprocess.DEVNULL, stderr=stderr
+        )
 
 
 def queue(plan: Plan, words: Sequence[str]) -> int:
@@ -119,13 +118,7 @@ def queue(plan: Plan, words: Sequence[str]) -> int:
     shares = min(len(todo), MAX_SHARES)
     owners = sorted({cell.owner(shares) for cell in todo})
     lines = [f'"$PYTHON" -m tools.finetune {shlex.join(words)} --share={owner}/{shares}' for owner in owners]
-    folder = plan.args.output / "jobs"
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        command = ["slurm.submit", "--array", file.name, f"--output={folder}", *job_words(plan.args)]
-        command += ["--dry-run"] if plan.args.dry_run else []
-        return subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    return submit_array(lines, plan.args.output / "jobs", plan.args)
 
 
 MAX_SHARES = 100

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import append_line, parse_json
+from pretrain.files import append_line
 from tools.finetune.task import FinetuneTask
+from tools.shared import documents
 from tools.text.glue import drawn
 
 RUNS = "runs.jsonl"
@@ -102,22 +103,13 @@ class FinetuneRun:
 def read_runs(path: Path) -> list[FinetuneRun]:
     """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
     found: dict[Cell, FinetuneRun] = {}
-    text = path.read_text(encoding="utf-8", errors="backslashreplace") if path.exists() else ""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
-            continue
-        try:
-            record = parse_json(line)
-        except (ValueError, RecursionError):
-            if not line.startswith(_BEGIN) and not _BEGIN.startswith(line):
-                raise UserError(f"{path}:{number}: no run; choose another --output") from None
-            continue  # torn by a kill
+    for where, record in documents.read_lines(path, _BEGIN, "no run; choose another --output"):
         try:
             record.setdefault("origin", "")  # younger than the first files
             cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})
             found[cell] = FinetuneRun(cell, **record)
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}:{number}: no run of this version; choose another --output") from None
+            raise UserError(f"{where}: no run of this version; choose another --output") from None
     return list(found.values())
 
 

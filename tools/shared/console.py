@@ -271,6 +271,12 @@ _CONTROLS = [
 _ESCAPES = {point: chr(point).encode("unicode_escape").decode() for point in _CONTROLS}
 
 
+def shared_cores(jobs: int) -> dict[str, str]:
+    """Return the environment of one of so many processes side by side, which share the cores."""
+    threads = str(max(1, available_cores() // jobs))
+    return {"OMP_NUM_THREADS": threads, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+
+
 def printable(text: str) -> str:
     """Text of unknown origin for a terminal, with an escape for what would move, colour or turn what is
     around it. Tabs and line ends stay."""

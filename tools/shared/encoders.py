@@ -27,7 +27,14 @@ from pretrain.data.tokenizer import read_json_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import parse_json
 from pretrain.model.late_mask import LateMaskModel, init_weights
-from tools.shared.run_model import RunModel, listen, load_model, masked_batch, vocabulary_logits
+from tools.shared.run_model import (
+    RunModel,
+    default_device,
+    listen,
+    load_model,
+    masked_batch,
+    vocabulary_logits,
+)
 
 TOKENS_PER_BATCH = 4096
 """Rows of a forward pass: a few dozen sentences, enough to keep the cores of a CPU at work."""
@@ -147,7 +154,7 @@ class _Run(Encoder):
         self.averaged = ", ".join(run.state.averaged)
         # Positions may reach further than training did, and so does no export of the run.
         self.max_length, self.mask_id = run.config.train.seq_length, run.tokenizer.mask
-        self.device = _device()
+        self.device = default_device()
         self._model = run.model.to(self.device)
         self._settings = f"{run.config.model} {run.tokenizer.hash}"
         self._json: Any = None
@@ -192,7 +199,7 @@ class _HuggingFace(Encoder):
         self.name, self.step, self._tokenizer = name, None, tokenizer
         self.mask_id = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         self.max_length = min(tokenizer.model_max_length, positions(model))
-        self.device = _device()
+        self.device = default_device()
         self._model = model.eval().to(self.device)
         self._settings = f"{model.config.to_json_string()} {tokenizer.backend_tokenizer.to_str()}"
 
@@ -270,7 +277,7 @@ class _HuggingFace(Encoder):
 def refuse_decoder(path: str) -> None:
     """Raise UserError where a folder holds a late-mask model with its decoder, no class of transformers."""
     kind = None
-    with suppress(OSError, ValueError, AttributeError, RecursionError):  # of which transformers will tell
+    with suppress(OSError, ValueError, AttributeError):  # of which transformers will tell
         kind = parse_json((Path(path) / _FOLDER).read_bytes()).get("model_type")
     if kind == "latemask":
         raise UserError(
@@ -292,7 +299,3 @@ def positions(model: Any) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return getattr(model.config, "max_position_embeddings", None) or 512
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

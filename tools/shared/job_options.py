@@ -1,6 +1,11 @@
-"""Add the options that say what a job may have: `slurm.submit` obeys them, `tools.sweep` hands them on."""
+"""Add the options that say what a job may have: `slurm.submit` obeys them, programs with many runs hand them
+on."""
 
 import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tools.shared.console import whole
@@ -27,3 +32,13 @@ def job_words(args: argparse.Namespace) -> list[str]:
     names = ("cluster", "nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "at_once")
     given = {name: getattr(args, name) for name in names}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+
+
+def submit_array(lines: Iterable[str], folder: Path, args: argparse.Namespace) -> int:
+    """Hand lines of a shell to `slurm.submit` as an array, whose files go to a folder; its exit code."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        command = ["slurm.submit", "--array", file.name, f"--output={folder}", *job_words(args)]
+        command += ["--dry-run"] if args.dry_run else []
+        return subprocess.run([sys.executable, "-m", *command], check=False).returncode

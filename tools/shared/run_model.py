@@ -45,6 +45,11 @@ def load_model(run: str | Path, which: str | int = "latest") -> RunModel:
     return RunModel(model.eval(), config, tokenizer, state)
 
 
+def default_device() -> torch.device:
+    """Return the GPU, or without one the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def held_out_corpus(run: str | Path, config: Config, given: str | None) -> str:
     """Return the prefix of the corpus that is given, else of the run's own; UserError where there is none."""
     prefix = given or config.corpus.valid

@@ -6,19 +6,17 @@ RESULTS/NAME.jsonl is not trained again, so the same command goes on wherever th
 """
 
 import argparse
-import os
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import STOPPED, UserError
 from tools.shared import console, outputs, tables
-from tools.shared.job_options import add_job_options, job_words
+from tools.shared.job_options import add_job_options, submit_array
 from tools.study import pages
 from tools.study.plan import Study, StudyCell, open_study
 from tools.study.results import StudyResult, read_results, refuse_others
@@ -170,13 +168,11 @@ def log_of(study: Study, cell: StudyCell) -> Path:
 
 
 def start(study: Study, cell: StudyCell, args: argparse.Namespace) -> "subprocess.Popen[bytes]":
-    threads = str(max(1, console.available_cores() // args.jobs))
-    environ = {"OMP_NUM_THREADS": threads, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     log = log_of(study, cell)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stderr:
         command = [sys.executable, "-m", *cell_words(study, cell, args)]
-        return subprocess.Popen(command, env=environ, stdout=stderr, stderr=stderr)
+        return subprocess.Popen(command, env=console.shared_cores(args.jobs), stdout=stderr, stderr=stderr)
 
 
 def cell_words(study: Study, cell: StudyCell, args: argparse.Namespace) -> list[str]:
@@ -199,12 +195,7 @@ def queue(study: Study, results: Sequence[StudyResult], args: argparse.Namespace
         print("nothing is left to be submitted; without --slurm: the page", file=sys.stderr)
         return 0
     lines = [f'"$PYTHON" -m {shlex.join(cell_words(study, cell, args))}' for cell in ready]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        command = ["slurm.submit", "--array", file.name, f"--output={study.work / 'jobs'}", *job_words(args)]
-        command += ["--dry-run"] if args.dry_run else []
-        return subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    return submit_array(lines, study.work / "jobs", args)
 
 
 # ---- what was found ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.files import append_line
+from tools.shared import documents
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,11 @@ def read_results(path: Path) -> list[StudyResult]:
     UserError where a line is none, or corpora differ between lines.
     """
     found = dict[str, StudyResult]()
-    text = path.read_text(encoding="utf-8", errors="backslashreplace") if path.exists() else ""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if line.startswith(_BEGIN) or _BEGIN.startswith(line):
-                continue
-            raise UserError(f"{path}:{number}: no result; restore the file") from None
+    for where, record in documents.read_lines(path, _BEGIN, "no result; restore the file"):
         try:
             result = StudyResult(**{each.name: record[each.name] for each in fields(StudyResult)})
         except (KeyError, TypeError):
-            raise UserError(f"{path}:{number}: no result of this version; restore the file") from None
+            raise UserError(f"{where}: no result of this version; restore the file") from None
         found[result.digest] = result
     corpora = sorted({result.corpus for result in found.values()})
     if len(corpora) > 1:

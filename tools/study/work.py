@@ -26,7 +26,7 @@ from tools import minimal_pairs, probe, sweep
 from tools.analyze import rank
 from tools.evaluate import BySource
 from tools.shared.encoders import open_encoder
-from tools.shared.run_model import load_model
+from tools.shared.run_model import default_device, load_model
 from tools.study.plan import Study, StudyCell, StudyModel, decay_name
 from tools.study.results import StudyResult, append, read_results
 
@@ -161,7 +161,7 @@ def score(study: Study, target: StudyModel, run: Path, data: Path) -> dict[str, 
 
 def _held_out(study: Study, run: Path) -> Iterator[tuple[str, float]]:
     model, config, tokenizer, _ = load_model(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     prefix, bounded = str(study.corpus("valid")), config.corpus.documents == "bounded"
     held_out = HeldOut(prefix, tokenizer, config.train.seq_length, study.options.evaluate.samples, bounded)
     by_source = BySource(model.to(device), held_out, prefix)
@@ -200,7 +200,7 @@ def _probed(run: Path, folder: Path, tasks: Sequence[str], rows: int) -> dict[st
 def _ranks(study: Study, run: Path, tokens: int) -> dict[str, float]:
     """Return the effective ranks of the encoder's last layer, of text without masks."""
     loaded = load_model(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     loaded.model.to(device)
     rows = rank.measure(loaded, str(study.corpus("valid")), tokens, device)
     (row,) = (
