@@ -38,6 +38,7 @@ TINY: dict[str, Any] = {
     "config": {
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 64},
         "train": {"seq_length": 48, "batch_size": 4, "precision": "fp32"},
+        "evaluate": {"seq_length": 32},
         "monitor": {"log_every": 1, "tensorboard": False},
     },
     "sizes": {"nano": {"budget": 1e9, "speed": 1e9, "rates": [3e-3, 1e-5]}},
@@ -162,6 +163,10 @@ def test_a_study_from_text_to_its_page(
     page = (tmp_path / "results" / "RESULTS-nano.md").read_text(encoding="utf-8")
     assert "8 of 8 cells are done, 0 are missing" in page and page.count("| `late-50` | 2 |") == 3
     assert (tmp_path / "results" / "nano-nano.png").exists()
+    # A method that the file has no more is spent all the same, and in nobody's way.
+    written(tmp_path, tiny, methods={"mlm-15": TINY["methods"]["mlm-15"]})
+    assert study.main([*line, "--plan"]) == 0 and "all cells are done" in capsys.readouterr().out
+    written(tmp_path, tiny)
     # A line that a kill has torn is done again; a corpus of other text is refused.
     text = lines.read_text(encoding="utf-8")
     lines.write_text(text[:-20], encoding="utf-8")
@@ -183,6 +188,28 @@ def test_a_run_of_another_budget_is_not_taken_for_done(
         run = work._train(plan.trial(cell))
         assert ledger.total([run])["flops"]["total"] == pytest.approx(0.3 * budget, rel=0.2)
     assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "raised"),
+    [("os.kill(os.getpid(), 15)", SystemExit(75)), ("raise UserError('told')", UserError("exit code 2"))],
+)
+def test_a_program_that_is_stopped_stops_the_study(
+    end: str, raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["import os", "from pretrain.errors import UserError", "from tools.shared import console"]
+    lines += [f"def main():\n    {end}", "console.run(main)"]
+    (tmp_path / "ended.py").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    with pytest.raises(type(raised), match=str(raised)):
+        work._run(["ended"])
+
+
+def test_a_fine_tuning_that_fails_is_a_line(tiny: Path, tmp_path: Path) -> None:
+    asked = {"finetune": ["kinds"], "tasks": str(SAMPLE / "labels")}
+    plan = open_study(written(tmp_path, tiny, evaluate=asked), tmp_path)
+    with pytest.raises(UserError, match="tools.finetune encoder=.*: ended with exit code 2; see above"):
+        work._fine_tuned(plan, tmp_path / "nowhere", SAMPLE / "labels")
 
 
 def test_a_decay_is_the_end_of_a_trapezoid(tiny: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class Study:
         return len(cells), flops, flops / speed / 3600
 
     def _per_model(self, cell: StudyCell) -> float:
-        return self.flops(cell) / len(self.targets(cell))
+        return self.flops(cell) / (1 if cell.tries else len(self.options.shares))
 
     # ---- configs
 

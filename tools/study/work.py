@@ -4,8 +4,6 @@ All of it is done by other programs, and each of their folders says what is done
 on where it was. When its lines are written, what no line needs any more is removed.
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,8 @@ from pretrain.run_folder import RunFolder, run_config
 from tools import minimal_pairs, probe, sweep
 from tools.analyze import rank
 from tools.evaluate import BySource
+from tools.finetune import table
+from tools.finetune.cells import RUNS, read_runs
 from tools.shared.encoders import open_encoder
 from tools.shared.run_model import default_device, load_model
 from tools.study.plan import Study, StudyCell, StudyModel, decay_name
@@ -52,7 +52,7 @@ def prepare(study: Study, data: Path) -> None:
 def _run(words: Sequence[str]) -> None:
     """Run a program; UserError where it fails, SystemExit where it was stopped."""
     code = sweep.start([sys.executable, "-m", *words])
-    if code == STOPPED or code < 0:
+    if code == STOPPED or code < 0 or code > 128:  # the last two: by a signal
         sys.exit(STOPPED)
     if code:
         raise UserError(f"{' '.join(words[:2])}: ended with exit code {code}; see above")
@@ -163,7 +163,8 @@ def _held_out(study: Study, run: Path) -> Iterator[tuple[str, float]]:
     model, config, tokenizer, _ = load_model(run)
     device = default_device()
     prefix, bounded = str(study.corpus("valid")), config.corpus.documents == "bounded"
-    held_out = HeldOut(prefix, tokenizer, config.train.seq_length, study.options.evaluate.samples, bounded)
+    length = config.evaluate.seq_length or config.train.seq_length
+    held_out = HeldOut(prefix, tokenizer, length, study.options.evaluate.samples, bounded)
     by_source = BySource(model.to(device), held_out, prefix)
     found = held_out.score(by_source, _MICRO_BATCH, device)
     yield "loss", found.loss
@@ -216,9 +217,7 @@ def _fine_tuned(study: Study, run: Path, folder: Path) -> dict[str, float]:
     wanted = study.options.evaluate
     with tempfile.TemporaryDirectory() as scratch:
         words = [f"encoder={run}", f"--data={folder}", "--tasks", *wanted.finetune, f"--output={scratch}"]
-        words += [f"--seeds={wanted.finetune_seeds}", f"--train-rows={wanted.finetune_rows}", "--json"]
-        done = subprocess.run(
-            [sys.executable, "-m", "tools.finetune", *words], stdout=subprocess.PIPE, check=True
-        )
-    scores = json.loads(done.stdout)["entries"]
-    return {f"fine-tuned {each['column']}": each["median"] for each in scores if each["encoder"] == "encoder"}
+        words += [f"--seeds={wanted.finetune_seeds}", f"--train-rows={wanted.finetune_rows}"]
+        _run(["tools.finetune", *words])
+        entries = table.entries(read_runs(Path(scratch) / RUNS), all_metrics=True)
+    return {f"fine-tuned {each.column}": each.median for each in entries if each.encoder == "encoder"}
