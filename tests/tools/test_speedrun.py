@@ -73,7 +73,13 @@ def test_a_record_has_all_three_seeds_over_the_line(
 
 
 @pytest.mark.parametrize(
-    ("config", "key"), [({"model": {"num_layers": 2}}, "model.num_layers"), ({"evaluate": {}}, "evaluate")]
+    ("config", "key"),
+    [
+        ({"model": {"num_layers": 2}}, "model.num_layers"),
+        ({"model": {"local_window": 64}}, "model.local_window"),
+        ({"model": {"init_from": "elsewhere"}}, "model.init_from"),
+        ({"evaluate": {}}, "evaluate"),
+    ],
 )
 def test_a_recipe_leaves_encoder_and_questions_alone(
     config: dict[str, Any], key: str, task: Path, tmp_path: Path
