@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -445,6 +446,21 @@ def test_processes_work_side_by_side_and_their_errors_are_told(tmp_path: Path) -
     assert done.returncode == 2 and len(errors) == 1 and "transformers cannot load it" in errors[0]
     kept = {line["encoder"] for line in lines(tmp_path / "out") if not line["start"]}
     assert kept == {*cells.BASELINES}  # which need no encoder
+
+
+def test_the_signal_of_a_jobs_end_ends_all_processes(tmp_path: Path) -> None:
+    encoder(tmp_path / "encoder")
+    sentences(tmp_path / "data")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "tools.finetune", *command(tmp_path, "--jobs=2", "--seeds=1000")]
+    process = subprocess.Popen(start, env=environ, start_new_session=True)
+    while not (tmp_path / "out" / "runs.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def pairs(folder: Path) -> Path:

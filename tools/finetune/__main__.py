@@ -35,11 +35,9 @@ TABLE = "table.md"
 
 
 def run_share(plan: Plan) -> int:
-    """Do the cells of a share that are not done, on one device; 75 after the signal of a job's end."""
+    """Do the cells of a share that are not done, on one device."""
     import torch  # takes seconds, which the sharing process does without
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: sys.exit(STOPPED))
     gpus = torch.cuda.device_count()
     device = f"cuda:{plan.args.share[0] % gpus}" if gpus else "cpu"
     tasks, file = {task.name: task for task in plan.tasks}, plan.args.output / RUNS
@@ -245,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for source in plan.sources:
         downstream.check(folder_of(source, args.output))
     refuse_others(plan, read_runs(file))
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # of a job's end
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
     if args.share:
         return run_share(plan)
     if args.slurm:
