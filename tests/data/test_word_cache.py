@@ -230,6 +230,7 @@ BAD_FILES = {
     "no files": ({"vocab.json": None}, "neither tokenizer.json, nor vocab.json"),
     "no merges": ({"merges.txt": None}, "merges.txt: missing"),
     "not JSON": ({"vocab.json": "{"}, "vocab.json: not JSON"),
+    "too deep": ({"vocab.json": "[" * 100_000}, "vocab.json: not JSON"),
     "not a table": ({"vocab.json": "[1]"}, "vocab.json: not a table of pieces"),
     "not a merge": ({"merges.txt": "#version\na b c\n"}, "merges.txt:2: not a merge of two pieces"),
     "foreign merge": ({"merges.txt": "zzz qqq\n"}, "the merge zzz qqq is not of this vocabulary"),

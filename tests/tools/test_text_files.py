@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import pyarrow
@@ -295,6 +296,10 @@ def test_a_split_of_a_saved_dataset_must_be_named(tmp_path: Path) -> None:
         ):
             find_files([str(tmp_path / name)])
     assert len(find_files([str(tmp_path / "d" / "test")])) == 1
+    for file, text in product(("test/state.json", "dataset_dict.json"), ("{", "[]", "{}", "[" * 100_000)):
+        (tmp_path / "d" / file).write_text(text)
+        with pytest.raises(UserError, match=f"{file}: not as `datasets` writes it"):
+            find_files([str(tmp_path / "d" / file.rpartition("/")[0])])
 
 
 @pytest.mark.parametrize("name", ["", " "])

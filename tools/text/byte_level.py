@@ -8,7 +8,6 @@ The trap: dict.txt names pieces by their number in GPT-2's vocabulary, ordered b
 file alone gives the ids of a RoBERTa checkpoint.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,10 @@ def _read(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, int]:
+    text = _read(path)
     try:
-        value: Any = parse_json(_read(path))
-    except json.JSONDecodeError as error:
+        value: Any = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy it again") from error
     if not isinstance(value, dict) or not all(isinstance(i, int) for i in value.values()):
         raise UserError(f"{path}: not a table of pieces and ids")

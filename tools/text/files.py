@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pretrain.errors import UserError
 from pretrain.files import check_name, named, parse_json
@@ -114,8 +114,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _splits(listed: Path) -> str:
     """The folders that Hugging Face's `DatasetDict.save_to_disk` names in a file beside them."""
-    names = parse_json(listed.read_text(encoding="utf-8"))["splits"]
-    return ", ".join(str(listed.with_name(name)) for name in names)
+    return ", ".join(str(listed.with_name(name)) for name in _of_datasets(listed, "splits")["splits"])
 
 
 def _is_searched(path: Path) -> bool:
@@ -134,10 +133,21 @@ def _is_searched(path: Path) -> bool:
 
 def _dataset_files(folder: Path) -> list[Path]:
     """The Arrow files of a dataset written by Hugging Face's `save_to_disk`, in its order."""
-    state = parse_json((folder / _DATASET_STATE).read_text(encoding="utf-8"))
+    state = _of_datasets(folder / _DATASET_STATE, "_data_files")
     if state.get("_indices_data_files"):
         raise UserError(f"{folder}: rows are selected by an index; call flatten_indices() and save it again")
     return [folder / file["filename"] for file in state["_data_files"]]
+
+
+def _of_datasets(path: Path, key: str) -> dict[str, Any]:
+    """Return what a JSON file of `datasets` (Hugging Face) says; UserError without a list by this key."""
+    try:
+        told = parse_json(path.read_bytes())
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not isinstance(told.get(key), list):
+        raise UserError(f"{path}: not as `datasets` writes it; save the dataset again, or name the files")
+    return told
 
 
 def kind_of(path: Path) -> str:
