@@ -285,6 +285,9 @@ def test_jobs_of_a_cluster(
         ({"shares": [1.0, 0.5]}, "should ascend"),
         ({"config": {"optimizer": {"lr": 1e-3}}}, "config: optimizer.lr is the study's to set"),
         ({"methods": {"mlm-15": {"seed": 3}}}, "methods.mlm-15.seed: Extra inputs"),
+        ({"config": {"model": 5}}, "config.model: Input should be a valid dict"),
+        ({"text": []}, "text: List should have at least 1 item"),
+        ({"sizes": {}}, "sizes: Dictionary should have at least 1 item"),
         ({"methods": {"mlm-15": {"config": {"masking": {"rates": 0.4}}}}}, "unknown key masking.rates"),
         ({"sizes": {"nano": {"budget": 5e7, "speed": 1.0, "rates": [1.0]}}}, "too few for decays"),
         (
@@ -299,6 +302,16 @@ def test_what_is_wrong_in_a_study(change: dict[str, Any], message: str, tiny: Pa
 
 
 # ---- from results to an interval -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["pairs", "last_pairs", "probe", "finetune"])
+def test_what_is_asked_at_the_end_must_be_there_at_the_beginning(
+    key: str, tiny: Path, tmp_path: Path, started: list[str]
+) -> None:
+    asked = {**TINY["evaluate"], key: ["elsewhere"]}
+    with pytest.raises(UserError, match="elsewhere: missing, and named in .*nano.yaml: evaluate"):
+        study.main(words(written(tmp_path, tiny, evaluate=asked), tiny, tmp_path))
+    assert not started and not (tmp_path / "place").exists()
 
 
 def test_where_a_curve_reaches_a_goal() -> None:

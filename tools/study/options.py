@@ -10,6 +10,9 @@ from pretrain.config import read_yaml
 from pretrain.config.options import Section
 from pretrain.errors import UserError
 
+RunSections = dict[str, dict[str, Any] | None]
+"""Of a run's config, by name."""
+
 
 class SizeOptions(Section):
     """An encoder, and what a run of it may spend."""
@@ -20,14 +23,14 @@ class SizeOptions(Section):
     """FLOP/s of a process, evaluations included: what `--plan` reckons with until there are results."""
     rates: list[float]
     """Peak learning rates that are tried for each method."""
-    config: dict[str, Any] = {}
+    config: RunSections = {}
     """Sections of a run's config."""
 
 
 class MethodOptions(Section):
     """What is compared."""
 
-    config: dict[str, Any] = {}
+    config: RunSections = {}
     """Sections of a run's config, over those of the size and of the study."""
     mask_from: float = Field(0, ge=0, le=1)
     """Share of the encoder's layers before which the [MASK] rows join; 0: ordinary MLM, 1: in the decoder."""
@@ -65,17 +68,17 @@ class ScoreOptions(Section):
 class StudyOptions(Section):
     """A study."""
 
-    text: list[str]
+    text: list[str] = Field(min_length=1)
     """Files of training text in the data folder, or patterns."""
-    held_out: list[str]
+    held_out: list[str] = Field(min_length=1)
     """Files of held-out text."""
     vocabulary: int = Field(4096, ge=8)
     """Pieces of the tokenizer, which is trained on `text`."""
     tokenizer: str = ""
     """Folder of a tokenizer beside the study's file; taken instead of training one."""
-    config: dict[str, Any] = {}
+    config: RunSections = {}
     """Sections of the config of every run."""
-    sizes: dict[str, SizeOptions]
+    sizes: dict[str, SizeOptions] = Field(min_length=1)
     methods: dict[str, MethodOptions]
     baseline: str
     """The method whose final loss and accuracy are to be reached."""

@@ -34,7 +34,15 @@ _MICRO_BATCH = 32
 
 
 def prepare(study: Study, data: Path) -> None:
-    """Make tokenizer and corpora of the study's texts, unless they are there."""
+    """Make tokenizer and corpora of the study's texts, unless they are there.
+
+    UserError where anything is missing, also of what models are asked when they are trained.
+    """
+    wanted = study.options.evaluate
+    tasks = [f"{wanted.tasks}/{task}" for task in wanted.probe + wanted.finetune]
+    for place in (data / name for name in [*wanted.pairs, *wanted.last_pairs, *tasks]):
+        if not place.exists():
+            raise UserError(f"{place}: missing, and named in {study.path}: evaluate")
     options, texts = study.options, {"train": study.options.text, "valid": study.options.held_out}
     files = {part: [str(data / name) for name in names] for part, names in texts.items()}
     if not (study.tokenizer / "tokenizer.model").exists() and not options.tokenizer:
