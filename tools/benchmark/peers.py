@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.build import keep_freed_memory
+from pretrain.config import ModelOptions
 from pretrain.model.huggingface import hugging_face_state
 from pretrain.parallel.optimizer import adamw
 from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, Update
@@ -69,52 +70,51 @@ def training_loop(task: BenchmarkTask, model: nn.Module, loss_of: Callable[[], T
 def hugging_face_model(task: BenchmarkTask, attention: str = "sdpa") -> Any:
     """Return RobertaForMaskedLM, or ModernBertForMaskedLM, with the first weights of our `mlm`, in training
     mode."""
+    from transformers import AutoModelForMaskedLM
+
     config = task.config("mlm")
-    model = _modern_bert(task, attention) if task.modern else _roberta(task, attention)
+    theirs = _modern_bert(config.model) if task.modern else _roberta(config.model)
+    model = AutoModelForMaskedLM.from_config(theirs, attn_implementation=attention)
     state = hugging_face_state(config.model, task.module(config).state_dict(), VOCAB, head=True)
     model.load_state_dict(state, strict=False)  # tied names apart
     return model.to(task.device).train()
 
 
-def _roberta(task: BenchmarkTask, attention: str) -> Any:
-    from transformers import RobertaConfig, RobertaForMaskedLM
+def _roberta(model: ModelOptions) -> Any:
+    from transformers import RobertaConfig
 
-    model = task.config("mlm").model
-    theirs = RobertaConfig(
-        vocab_size=VOCAB,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        intermediate_size=model.ffn_size,
+    return RobertaConfig(
+        **_sizes(model),
         max_position_embeddings=model.max_positions + 2,
         type_vocab_size=1,
         layer_norm_eps=model.norm_eps,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    theirs._attn_implementation = attention
-    return RobertaForMaskedLM(theirs)
 
 
-def _modern_bert(task: BenchmarkTask, attention: str) -> Any:
+def _modern_bert(model: ModelOptions) -> Any:
     """ModernBERT with our widths, whose layers all attend to all rows as ours do."""
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
+    from transformers import ModernBertConfig
 
-    model = task.config("mlm").model
-    theirs = ModernBertConfig(
-        vocab_size=VOCAB,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        intermediate_size=model.ffn_size,
+    return ModernBertConfig(
+        **_sizes(model),
         max_position_embeddings=model.max_positions,
         norm_eps=model.norm_eps,
         layer_types=["full_attention"] * model.num_layers,
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": model.rope_theta}},
         sparse_prediction=True,
     )
-    theirs._attn_implementation = attention
-    return ModernBertForMaskedLM(theirs)
+
+
+def _sizes(model: ModelOptions) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.ffn_size,
+    }
 
 
 def hugging_face(task: BenchmarkTask) -> Update:
