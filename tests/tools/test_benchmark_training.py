@@ -11,7 +11,7 @@ import torch
 
 from pretrain.errors import UserError
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark import network
+from tools.benchmark import network, training
 from tools.benchmark.head import available, growth, prepared
 from tools.benchmark.peers import MODERN, PEERS, hugging_face_model
 from tools.benchmark.step import gaps
@@ -166,6 +166,19 @@ def test_sums_are_timed_on_links_with_a_rate(capsys: pytest.CaptureFixture[str])
 def test_a_network_that_cannot_be_made_is_told() -> None:
     with pytest.raises(UserError, match="ip netns exec no-such-name true: .*; leave `exposed` out"):
         network._ip("netns exec no-such-name true")
+
+
+def test_a_mistake_in_real_runs_is_told_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="nothing.yaml: cannot read the config"):
+        benchmark.main(["training", "--seconds", "1", "--configs", "demo-mlm", "nothing"])
+    assert "training on" not in capsys.readouterr().err  # a tokenizer
+
+
+def test_rows_of_real_runs_are_of_what_was_logged() -> None:
+    assert [row.name for row in training._rows("demo", [{"step": 1, "held_out_loss": 2.0}], "CPU")] == [
+        "training demo: held_out_loss"
+    ]
+    assert not list(training._rows("demo", [{"step": 1}], "CPU"))  # without a held-out corpus
 
 
 def test_a_late_method_carries_its_flop_ratio() -> None:

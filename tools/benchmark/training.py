@@ -23,6 +23,7 @@ from tools.shared.measure import BenchmarkRow, Done
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tools" / "sample"
+PARTS = ("train", "valid")
 PLAIN = ("train.engine=torch", "parallel.zero=0", "monitor.tensorboard=false", "monitor.log_every=20")
 
 
@@ -46,15 +47,17 @@ def count(args: argparse.Namespace) -> int:
 def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
     with tempfile.TemporaryDirectory(prefix="latemask-training-") as name:
         folder = Path(name)
-        words = [*_corpus(folder, args.vocab_size), *PLAIN, f"model.vocab_multiple={VOCAB}"]
-        words += ["budget.steps=null", "budget.flops=null", f"budget.device_hours={args.seconds / 3600}"]
-        for config in args.configs:
-            path, run = ROOT / "configs" / f"{config}.yaml", folder / config
-            overrides = [*words, *args.set, f"run.dir={run}"]
-            load_config(path, overrides)  # a mistake is told before the run
-            _program("pretrain", str(path), *overrides)
+        words = [*(f"corpus.{part}={folder / part}" for part in PARTS), *PLAIN]
+        words += [f"model.vocab_multiple={VOCAB}", "budget.steps=null", "budget.flops=null"]
+        words += [f"budget.device_hours={args.seconds / 3600}", *args.set]
+        runs = {folder / config: ROOT / "configs" / f"{config}.yaml" for config in args.configs}
+        for run, path in runs.items():
+            load_config(path, [*words, f"run.dir={run}"])  # a mistake is told before the work
+        _make_corpus(folder, args.vocab_size)
+        for run, path in runs.items():
+            _program("pretrain", str(path), *words, f"run.dir={run}")
             done(1)
-            yield from _rows(config, read_metrics(run), ledger.read(run)[-1]["device"])
+            yield from _rows(run.name, read_metrics(run), ledger.read(run)[-1]["device"])
 
 
 def _rows(config: str, metrics: list[Metrics], device: str) -> Iterator[BenchmarkRow]:
@@ -70,19 +73,19 @@ def _rows(config: str, metrics: list[Metrics], device: str) -> Iterator[Benchmar
             title = f"training {config}: {key}"
             yield measure.row(title, unit, found, [], ["torch"], "", device, settings=about)
     losses = [line["held_out_loss"] for line in metrics if line.get("held_out_loss") is not None]
-    yield measure.row(f"training {config}: held_out_loss", "nats", losses[-1:], [], ["torch"], "", device)
+    if losses:
+        yield measure.row(f"training {config}: held_out_loss", "nats", losses[-1:], [], ["torch"], "", device)
 
 
-def _corpus(folder: Path, pieces: int) -> list[str]:
-    """Encode the sample text; returns the words that name it."""
+def _make_corpus(folder: Path, pieces: int) -> None:
+    """Encode the sample text."""
     tokenizer, text = folder / "tokenizer", str(SAMPLE / "train.jsonl.gz")
     _program(
         "tools.train_tokenizer", "--input", text, "--output", str(tokenizer), "--vocab-size", str(pieces)
     )
-    for part in ("train", "valid"):
+    for part in PARTS:
         source, prefix = str(SAMPLE / f"{part}.jsonl.gz"), str(folder / part)
         _program("tools.encode_corpus", "--input", source, "--tokenizer", str(tokenizer), "--output", prefix)
-    return [f"corpus.{part}={folder / part}" for part in ("train", "valid")]
 
 
 def _program(*words: str) -> None:
