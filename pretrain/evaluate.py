@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import MaskingOptions
+from pretrain.config import Config, MaskingOptions
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.masking import Masked, masker
@@ -68,6 +68,13 @@ class HeldOut:
         self.fingerprint = manifest.fingerprint
         """Of the corpus."""
         self.tokens_per_byte = manifest.tokens / manifest.text_bytes if manifest.text_bytes else None
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Tokenizer, prefix: str, samples: int | None = None) -> "HeldOut":
+        """Return the questions that a run of this config is asked of a corpus. samples: else the config's."""
+        length = config.evaluate.seq_length or config.train.seq_length
+        bounded = config.corpus.documents == "bounded"
+        return cls(prefix, tokenizer, length, samples or config.evaluate.samples, bounded)
 
     def questions(self, first: int, count: int) -> Masked:
         """Return the masked windows `first` to `first + count - 1`."""

@@ -46,6 +46,4 @@ def _open_heldout(config: Config, data: Data) -> HeldOut | None:
     """Open the held-out windows, if the config names a corpus of them."""
     if not config.corpus.valid:
         return None
-    length = config.evaluate.seq_length or config.train.seq_length
-    bounded = config.corpus.documents == "bounded"
-    return HeldOut(config.corpus.valid, data.tokenizer, length, config.evaluate.samples, bounded)
+    return HeldOut.of(config, data.tokenizer, config.corpus.valid)

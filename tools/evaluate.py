@@ -39,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     model, config, tokenizer, state = load_model(args.run, args.checkpoint)
     prefix = held_out_corpus(args.run, config, args.corpus)
-    samples = config.evaluate.samples if args.samples is None else args.samples
-    bounded = config.corpus.documents == "bounded"
-    length = config.evaluate.seq_length or config.train.seq_length
-    heldout = HeldOut(prefix, tokenizer, length, samples, bounded)
+    heldout = HeldOut.of(config, tokenizer, prefix, args.samples)
     device = default_device()
     by_source = BySource(model.to(device), heldout, prefix)
     with console.counter("evaluate", heldout.samples, "windows") as done:

@@ -44,7 +44,7 @@ class ScoreOptions(Section):
     """What every model is asked. Names are of files and folders in the study's data."""
 
     samples: int = Field(2048, ge=1)
-    """Held-out windows."""
+    """Held-out windows, as long as `evaluate.seq_length` of the run's config, else as in training."""
     pairs: list[str] = []
     """Minimal pairs, of every model."""
     last_pairs: list[str] = []

@@ -169,10 +169,8 @@ def score(study: Study, target: StudyModel, run: Path, data: Path) -> dict[str, 
 
 def _held_out(study: Study, run: Path) -> Iterator[tuple[str, float]]:
     model, config, tokenizer, _ = load_model(run)
-    device = default_device()
-    prefix, bounded = str(study.corpus("valid")), config.corpus.documents == "bounded"
-    length = config.evaluate.seq_length or config.train.seq_length
-    held_out = HeldOut(prefix, tokenizer, length, study.options.evaluate.samples, bounded)
+    device, prefix = default_device(), str(study.corpus("valid"))
+    held_out = HeldOut.of(config, tokenizer, prefix, study.options.evaluate.samples)
     by_source = BySource(model.to(device), held_out, prefix)
     found = held_out.score(by_source, _MICRO_BATCH, device)
     yield "loss", found.loss
