@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,8 +60,9 @@ log = logging.getLogger(__name__)
 class TensorSource(Protocol):
     """What a checkpoint needs from an engine. `tensors` is collective: every rank iterates to the end."""
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor"]]:
-        """Yields (name, full fp32 CPU tensor) for kind param, exp_avg or exp_avg_sq, on all ranks."""
+    def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor", bool]]:
+        """Yields (name, full fp32 tensor, whether it is the engine's own, which the next update changes) for
+        kind param, exp_avg or exp_avg_sq, on all ranks."""
 
     def load_tensors(self, kind: str, get: Callable[[str], "Tensor"]) -> None:
         """Takes what this rank needs of ``get(name)``."""
@@ -114,20 +115,59 @@ _STATE = TypeAdapter(State)
 class Writer:
     """Writes checkpoints on a thread of its own while training goes on, one after the other.
 
+    The one idea: only an update changes what is saved. So the thread copies it while the next forward and
+    backward pass go on, and no more than the update waits for that (`wait_copied`).
+
     As a context manager it leaves with the last one on disk, or as far as it came: only who interrupts at
     once does not wait for it, and finds the one before.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._copied: Future[Gathered] | None = None
         self._last: Future[None] | None = None
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        """Kept from one to the next: memory that is new to the process is slow."""
         self.seconds = 0.0
         """What the last one took to write."""
 
-    def start(self, write: Callable[[], None]) -> None:
-        """Write when the one before is written; UserError if that could not be."""
-        self.wait()
-        self._last = self._pool.submit(self._timed, write)
+    def start(self, gathered: "Gathered", write: Callable[["Gathered"], None]) -> None:
+        """Copy and write; the one before is written (`wait`)."""
+        import torch  # which the readers of a run do without
+
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        copied = self._copied = self._pool.submit(self._copy_all, gathered, ready)
+        self._last = self._pool.submit(self._timed, lambda: write(copied.result()))
+
+    def _copy_all(self, gathered: "Gathered", ready: Any) -> "Gathered":
+        """Copies of what is there once the GPU, if there is one, has passed `ready`."""
+        import torch
+
+        stream = torch.cuda.Stream(ready.device) if ready else None
+        if stream:  # not that of the next pass, for which a copy would wait
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            return [
+                (kind, {name: self.copy(kind, name, tensor) for name, tensor in tensors.items()})
+                for kind, tensors in gathered
+            ]
+
+    def copy(self, kind: str, name: str, tensor: "Tensor") -> "Tensor":
+        """Return a copy in the host's memory, which the next one of the same name takes the place of."""
+        copy = self._copies.get((kind, name))
+        if copy is None:
+            copy = self._copies[kind, name] = tensor.new_empty(tensor.shape, device="cpu")
+        return copy if copy is tensor else copy.copy_(tensor)
+
+    @property
+    def copying(self) -> bool:
+        """True while the tensors of the last one may not change."""
+        return bool(self._copied and not self._copied.done())
+
+    def wait_copied(self) -> None:
+        """Return when they may."""
+        if self._copied:
+            wait([self._copied])  # an error is told by who waits for the whole
 
     def _timed(self, write: Callable[[], None]) -> None:
         begin = time.monotonic()
@@ -141,7 +181,7 @@ class Writer:
 
     def wait(self) -> None:
         """Return when all is on disk; UserError if it could not be written."""
-        last, self._last = self._last, None
+        last, self._last, self._copied = self._last, None, None
         if last:
             last.result()
 
@@ -167,16 +207,18 @@ def save(
     """Writes a checkpoint, moves the pointers to it and retires old ones; collective over all ranks.
 
     Only the main rank writes, one kind of tensor at a time in memory; with a `writer` later, from copies of
-    them all. A step whose good checkpoint is `latest` already is not written again. If writing fails (disk
-    full), the main rank still takes part in all collectives and raises UserError after them.
+    them all, for which the next update has to wait (`Writer.wait_copied`). A step whose good checkpoint is
+    `latest` already is not written again. If writing fails (disk full), the main rank still takes part in all
+    collectives and raises UserError after them.
     """
     final = folder.checkpoints / _name(state.step)
     writes = is_main and not (pointed(folder.path, "latest") == final and problem(final) is None)
-    gathered = ((kind, {name: t for name, t in engine.tensors(kind) if is_main}) for kind in FILES)
+    copy = writer.copy if writer else lambda kind, name, tensor: tensor.to("cpu")
+    gathered = ((kind, _gather(engine, kind, is_main, copy)) for kind in FILES)
     if writer:
-        kept = list(gathered)
+        everything = list(gathered)
         if writes:
-            writer.start(lambda: _write(folder, state, keep_last, kept))
+            writer.start(everything, lambda copies: _write(folder, state, keep_last, copies))
         return final
     try:
         if writes:
@@ -189,6 +231,14 @@ def save(
 
 Gathered = Iterable[tuple[str, dict[str, "Tensor"]]]
 """Kinds of tensors, and these by name."""
+
+
+def _gather(
+    engine: TensorSource, kind: str, is_main: bool, copy: Callable[[str, str, "Tensor"], "Tensor"]
+) -> dict[str, "Tensor"]:
+    """On the main rank: the engine's own tensors, and copies of those that were put together for it."""
+    every = engine.tensors(kind)
+    return {name: tensor if own else copy(kind, name, tensor) for name, tensor, own in every if is_main}
 
 
 def _write(folder: RunFolder, state: State, keep_last: int, gathered: Gathered) -> None:
@@ -231,7 +281,8 @@ def _write_tensors(temporary: Path, state: State, kind: str, tensors: dict[str, 
         temporary.mkdir()
         (temporary / STATE).write_text(json_text(asdict(state)), encoding="utf-8")
     path = temporary / FILES[kind]
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(on_host, path, {"format": "pt"})
     shutil.copymode(temporary / STATE, path)  # safetensors creates 0600, whatever the umask
 
 

@@ -120,6 +120,7 @@ def train(run: Run) -> int:
             loss += run.engine.backward(batch, 1 / len(batches)) / len(batches)
         at("all-reduce", long=first)
         run.rate = schedule.rate(config, turn.middle)
+        wait_for_copy(run)
         run.grad_norm = run.engine.step(run.rate)
         run.updates.note(loss, run.grad_norm)
         run.step += 1
@@ -429,7 +430,7 @@ def keep_milestone(run: Run, share: float) -> None:
     name = checkpoint.milestone(share)
     head = run.ledger.note("milestone", share=share) if run.ledger else ""
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-        tensors = {name: tensor for name, tensor in run.engine.tensors("param") if main}
+        tensors = {name: tensor.to("cpu") for name, tensor, _ in run.engine.tensors("param") if main}
         if main:
             checkpoint.save_weights(run.folder, state_of(run, head), name, tensors)
     run.milestones.add(share)
@@ -446,6 +447,15 @@ def save(run: Run) -> None:
     run.stopped = run.saved_at - begin
     if main:
         run.folder.write_status("running", run.step)
+
+
+def wait_for_copy(run: Run) -> None:
+    """Return when what the last checkpoint is written of may change; no other rank needs to wait for it."""
+    if run.writer and run.writer.copying:
+        begin = time.monotonic()
+        with timed(run.ledger, "checkpoint"):
+            run.writer.wait_copied()
+        run.stopped += time.monotonic() - begin
 
 
 def wait_for_save(run: Run) -> None:

@@ -173,6 +173,10 @@ class DeepSpeedEngine(Engine):
     def _read(self, kind: str, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0:
             return super()._read(kind, parameter)
+        if self.stage < 3 and kind == "param":
+            return parameter.data  # float32 as its master, which is divided
+        if self.stage < 3 and self.topology.data_size == 1:
+            return parameter._hp_mapping.get_hp_fragment(kind).view_as(parameter)  # type: ignore[attr-defined]
         from deepspeed import utils
 
         if kind == "param":

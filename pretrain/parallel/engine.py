@@ -98,13 +98,15 @@ class Engine(ABC):
         assert self.gathered == 0
         self.accumulation = micro_batches
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, full float32 CPU tensor) of every parameter that has one; collective, to be read to
-        the end."""
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield (name, full float32 tensor, whether it is this engine's own, which the next update changes)
+        of every parameter that has one; collective, to be read to the end."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        kept = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *states)}
         for name, parameter in self._having(kind):
             part = self._read(kind, parameter)
-            full = tensor_parallel.gather(name, part, self.topology)
-            yield name, full.detach().to("cpu", torch.float32, copy=True)
+            full = tensor_parallel.gather(name, part, self.topology).detach().float()
+            yield name, full, full.untyped_storage().data_ptr() in kept
 
     def load_tensors(self, kind: str, get: Callable[[str], Tensor]) -> None:
         """Load, the inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""

@@ -70,7 +70,7 @@ class Tensors:
     """A checkpoint's source."""
 
     def tensors(self, kind: str) -> Any:
-        yield "tok.weight", torch.ones(4, 4)
+        yield "tok.weight", torch.ones(4, 4), False
 
 
 def _make_run(folder: Path, config: Config) -> None:

@@ -8,10 +8,10 @@ the layout that saved, going on itself. The layouts of one number of ranks share
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ from tests.support.ranks import run as on_ranks
 
 UPDATES, LR = 3, 1e-3
 TOLERANCE = 1e-6
+_DAY = 86400.0
 DEGREES = (1, 2, 4)
 CONFIG = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40},
@@ -107,33 +108,46 @@ def _write_config(folder: Path) -> Path:
     return folder / "toy.yaml"
 
 
-def compare(layouts: Sequence[Layout]) -> Iterator[Difference]:
-    """Yield the difference of every pair, by the layouts that load."""
+def compare(layouts: Sequence[Layout], output: Path) -> list[Difference]:
+    """Return the difference of every pair. What a layout has loaded is a line of `output`, and what is there
+    already is not compared again."""
     from pretrain.data.tokenizer import train_sentencepiece
 
+    done = read(output)
+    left = {b: [a.name for a in layouts if a.name not in done.get(b.name, {})] for b in layouts}
     with tempfile.TemporaryDirectory(prefix="latemask-layouts-") as name:
         folder, texts = Path(name), sample_texts()
         train_sentencepiece(texts, folder / "tokenizer", "unigram", 400)
         encode(texts, folder / "tokenizer", folder / "train")
         _write_config(folder)
-        known: dict[Layout, list[float]] = {}
-        for group in _groups(layouts):
-            known |= zip(
-                group, on_ranks(group[0].tensor * group[0].data, save, folder, group)[0], strict=True
-            )
-        for group in _groups(layouts):
-            found = on_ranks(group[0].tensor * group[0].data, load, folder, group, list(layouts))[0]
-            for (target, source), losses in zip(product(group, layouts), found, strict=True):
-                yield Difference(source, target, *map(_relative, losses, known[source]))
+        known: dict[str, list[float]] = {}
+        for group in _groups(layouts) if any(left.values()) else []:
+            known |= on_ranks(group[0].tensor * group[0].data, save, folder, group, seconds=_DAY)[0]
+        for group in _groups([target for target in layouts if left[target]]):
+            sources = {target: {name: known[name] for name in left[target]} for target in group}
+            on_ranks(group[0].tensor * group[0].data, load, folder, sources, output, seconds=_DAY)
+    found = read(output)
+    return [Difference(a, b, *found[b.name][a.name]) for b, a in product(layouts, repeat=2)]
 
 
-def _groups(layouts: Iterable[Layout]) -> list[list[Layout]]:
+def read(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Return what was compared so far: of each layout that loaded, those that had saved, with both
+    differences."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in map(json.loads, lines):
+        found.setdefault(row["to"], {}).update(row["from"])
+    return found
+
+
+def _groups(layouts: Sequence[Layout]) -> list[list[Layout]]:
     degrees = {layout[3:]: [other for other in layouts if other[3:] == layout[3:]] for layout in layouts}
     return list(degrees.values())
 
 
 def _relative(found: float, expected: float) -> float:
-    return abs(found - expected) / expected if math.isfinite(found) else math.inf
+    """To two digits."""
+    return float(f"{abs(found - expected) / expected:.1e}") if math.isfinite(found) else math.inf
 
 
 # ---- on each rank --------------------------------------------------------------------------------
@@ -162,9 +176,9 @@ class Stage:
         return float(self.place.sum_over_data(loss) / self.place.data_size)
 
 
-def save(folder: Path, layouts: list[Layout]) -> list[list[float]]:
+def save(folder: Path, layouts: list[Layout]) -> dict[str, list[float]]:
     """Return the losses of the updates after each layout's checkpoint."""
-    place, found = _connect(layouts[0]), []
+    place, found = _connect(layouts[0]), {}
     for layout in layouts:
         stage = Stage(folder, layout, place)
         for _ in range(UPDATES):
@@ -174,45 +188,29 @@ def save(folder: Path, layouts: list[Layout]) -> list[list[float]]:
             run.claim()
         state = State(stage.step, 8 * stage.step, stage.engine.optimizer_step, {}, {}, "")
         checkpoint.save(run, stage.engine, state, 1, place.is_main)
-        found.append([stage.update(), stage.update()])
+        found[layout.name] = [stage.update(), stage.update()]
         stage.feed.close()
     return found
 
 
-def load(folder: Path, targets: list[Layout], sources: list[Layout]) -> list[list[float]]:
-    """Return the losses of the two updates after loading each source into each target."""
-    place, found = _connect(targets[0]), []
-    for target in targets:
-        stage = Stage(folder, target, place)
-        for source in sources:
-            path = checkpoint.locate(folder / source.name, "latest")
+def load(folder: Path, sources: dict[Layout, dict[str, list[float]]], output: Path) -> None:
+    """Load its sources, known by their next losses, into each layout; a line tells how far it is off."""
+    place = _connect(next(iter(sources)))
+    for target, known in sources.items():
+        stage, found = Stage(folder, target, place), {}
+        for source, expected in known.items():
+            path = checkpoint.locate(folder / source, "latest")
             checkpoint.load(path, stage.engine)
             state = checkpoint.read_state(path)
             stage.engine.optimizer_step, stage.step = state.optimizer_step, state.step
-            found.append([stage.update(), stage.update()])
+            found[source] = [_relative(stage.update(), loss) for loss in expected]
         stage.feed.close()
-    return found
+        if place.is_main:
+            with open(output, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"to": target.name, "from": found}) + "\n")
+            print(f"{target.name:32} from {len(found)}: {max(map(max, found.values())):.1e}", flush=True)
 
 
 def _connect(layout: Layout) -> Topology:
     prepare_torch(True)
     return connect(layout.tensor, needs_group=True)
-
-
-# ---- what is kept --------------------------------------------------------------------------------
-
-
-def document(most: int, differences: Sequence[Difference]) -> dict[str, Any]:
-    """Return the pairs of kinds with their worst, and what is refused."""
-    rows = []
-    for source, target in product(dict.fromkeys(d.source.kind for d in differences), repeat=2):
-        those = [d for d in differences if (d.source.kind, d.target.kind) == (source, target)]
-        worst = max(max(d.first, d.second) for d in those)
-        rows.append({"from": source, "to": target, "pairs": len(those), "worst": worst})
-    refused = [Layout(*kind, 1, 1) for kind in kinds()]
-    reasons = {layout.kind: reason for layout in refused if (reason := refusal(layout))}
-    return {"most_ranks": most, "tolerance": TOLERANCE, "rows": rows, "refused": reasons}
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

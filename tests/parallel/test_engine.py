@@ -162,7 +162,7 @@ def close(a: State, b: State) -> None:
 
 
 def state_of(built: engine.Engine) -> State:
-    return {kind: dict(built.tensors(kind)) for kind in KINDS}
+    return {kind: {name: tensor.clone() for name, tensor, _ in built.tensors(kind)} for kind in KINDS}
 
 
 def give(built: engine.Engine, state: State, step: int) -> None:

@@ -293,6 +293,45 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert result(tmp_path / "a") == result(tmp_path / "whole")
 
 
+def test_an_update_waits_for_the_copy_of_what_it_changes(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is made when an update would wait for it, or after that update."""
+    options = ("checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    finish(words("whole", *options, "checkpoint.background=false"))
+    run = build_here(words("a", *options, "checkpoint.background=true"), tmp_path / "a")
+    writer, step, reached = run.writer, run.engine.step, threading.Event()
+    assert writer
+    copy, wait = writer._copy_all, writer.wait_copied
+
+    def late(*arguments: Any) -> Any:
+        assert reached.wait(PATIENCE)
+        return copy(*arguments)
+
+    def waits() -> None:
+        reached.set()
+        wait()
+
+    def steps(lr: float) -> Any:
+        norm = step(lr)
+        if run.step == 2:
+            reached.set()
+        return norm
+
+    monkeypatch.setattr(writer, "_copy_all", late)
+    monkeypatch.setattr(writer, "wait_copied", waits)
+    monkeypatch.setattr(run.engine, "step", steps)
+    assert train.train(run) == 0
+    train.close(run)
+    for number in (2, 4, 6, 8):
+        for kind in checkpoint.FILES:
+            saved = [
+                checkpoint.read_tensors(checkpoint.find(tmp_path / name, number), kind)
+                for name in ("a", "whole")
+            ]
+            assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+
+
 @pytest.mark.parametrize("what", ["hours", "signal"])
 def test_evaluation_is_followed_by_another_look(
     what: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,7 @@ def _cautions(plans: Sequence[RunPlan]) -> list[str]:
             )
     if (most := max(plan.copied_bytes_on_rank_0 for plan in plans) / 2**30) >= 0.01:
         found.append(
-            f"Rank 0 needs {most:.2f} GiB more of its host's memory while a checkpoint is written;\n"
+            f"Rank 0 needs {most:.2f} GiB more of its host's memory for checkpoints;\n"
             "checkpoint.background=false waits instead."
         )
     if names := [_name(plan) for plan in plans if plan.phases > 1 and plan.figures_of != "run"]:
