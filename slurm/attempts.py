@@ -41,7 +41,7 @@ def failed_attempts(lines: list[journal.Line], stage: str, reached: int) -> int:
         if line["event"] == "submit" and "instead_of" not in line or line.get("verdict") == STOP:
             break
         if line["event"] == "begin":
-            if line["reached"] != reached:
+            if line.get("reached") != reached:
                 break
             count += 1
     return count

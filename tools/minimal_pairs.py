@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from tools.shared.encoders import Encoder, Tokens
 
 METRICS = ("within_word_l2r", "original")
+_LONGEST = 1 << 20
+"""Bytes of a line."""
 KEYS = ("sentence_good", "sentence_bad", "UID", "field")
 ALL = "all"
 NAME, LINES = "minimal_pairs", "pairs.jsonl"
@@ -101,12 +103,17 @@ class Share:
 def read_pairs(path: Path) -> Iterator[Pair]:
     """Yield the pairs of a JSON-lines file, compressed or not; UserError names the first bad line."""
     data = path.name.partition(".json")[0]
-    try:
-        with named(path), path.open("rb") as raw:
-            for number, line in enumerate(decompressed(path, raw), 1):
+    with named(path), path.open("rb") as raw:
+        file = decompressed(path, raw)
+        try:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+                if len(line) == _LONGEST:
+                    raise UserError(f"{path}:{number}: longer than {_LONGEST:,} bytes, which is no pair")
                 yield _pair(line, data, f"{path}:{number}")
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: its compressed data end early or are damaged ({error})") from error
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+                raise
+            raise UserError(f"{path}: its compressed data end early or are damaged ({error})") from error
 
 
 def _pair(line: bytes, data: str, place: str) -> Pair:

@@ -17,6 +17,8 @@ from pretrain.data.indexed import HEADER, MAGIC
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tests.hostile.readers import READERS, make
+from tools.minimal_pairs import read_all
+from tools.text.files import find_files
 from tools.text.readers import Rejected, open_reader
 
 MIB = 1 << 20
@@ -93,6 +95,19 @@ def blocks_of_one_letter() -> bytes:
     return head + block * ((1 << 12) - 1) + last
 
 
+def pairs(folder: Path) -> None:
+    (folder / "pairs.jsonl.zst").write_bytes(blocks_of_one_letter())
+    read_all([str(folder / "pairs.jsonl.zst")])
+
+
+def dataset_elsewhere(folder: Path) -> None:
+    """A saved dataset that names a file outside of its folder."""
+    (folder / "saved").mkdir()
+    state = {"_data_files": [{"filename": "../../../data.arrow"}]}
+    (folder / "saved" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    find_files([str(folder / "saved")])
+
+
 BOMBS: dict[str, Callable[[Path], None]] = {
     "aliases": aliases,
     "an alias of itself": holds_itself,
@@ -105,6 +120,8 @@ BOMBS: dict[str, Callable[[Path], None]] = {
     "xz": compressed(".xz", lambda: lzma.compress(bytes(64 * MIB), preset=0)),
     "bzip2": compressed(".bz2", lambda: bz2.compress(bytes(64 * MIB), 1)),
     "zstd": compressed(".zst", blocks_of_one_letter),
+    "pairs": pairs,
+    "dataset elsewhere": dataset_elsewhere,
 }
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as some
 
 from pretrain import checkpoint
 from pretrain.errors import UserError
+from tests.hostile import outside
 from tests.hostile.readers import READERS, make
 
 STRANGE: list[Any] = [
@@ -33,6 +34,7 @@ MOST = 300 << 20
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("hostile")
     make(made)
+    outside.make(made)
     return made
 
 
@@ -85,13 +87,16 @@ def spoilt_bytes(good: bytes, draw: some.DataObject) -> bytes:
     )
 
 
-@pytest.mark.parametrize("name", READERS)
+ALL = READERS | outside.OUTSIDE
+
+
+@pytest.mark.parametrize("name", ALL)
 @settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(draw=some.data())
 def test_a_reader_refuses_in_a_line(name: str, folder: Path, draw: some.DataObject) -> None:
-    reader = READERS[name]
+    reader = ALL[name]
     path = folder / draw.draw(some.sampled_from(reader.files))
     good = path.read_bytes()
     documents = path.suffix in (".json", ".jsonl", ".yaml") and draw.draw(some.integers(0, 2))

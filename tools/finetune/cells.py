@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pretrain.errors import UserError
 from pretrain.files import append_line
 from tools.finetune.task import FinetuneTask
@@ -100,6 +102,9 @@ class FinetuneRun:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+_RUN = TypeAdapter(FinetuneRun)
+
+
 def read_runs(path: Path) -> list[FinetuneRun]:
     """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
     found: dict[Cell, FinetuneRun] = {}
@@ -107,8 +112,8 @@ def read_runs(path: Path) -> list[FinetuneRun]:
         try:
             record.setdefault("origin", "")  # younger than the first files
             cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})
-            found[cell] = FinetuneRun(cell, **record)
-        except (KeyError, TypeError, AttributeError):
+            found[cell] = _RUN.validate_python(vars(FinetuneRun(cell, **record)))
+        except (KeyError, TypeError, AttributeError, ValidationError):
             raise UserError(f"{where}: no run of this version; choose another --output") from None
     return list(found.values())
 

@@ -12,10 +12,15 @@ file is enough to say how a run stands. Lines are short appends, so that jobs an
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import parse_json
+
 Line = dict[str, Any]
+_KEYS = {"event": str, "stage": str, "job": str, "time": int}
+"""Of every line."""
 
 
 def path(run: str | Path) -> Path:
@@ -31,11 +36,11 @@ def note(run: str | Path, event: str, stage: str, job: str, **details: Any) -> N
 
 
 def read(run: str | Path) -> list[Line]:
-    """Return all lines, oldest first; one that was torn by a full disk is left out."""
+    """Return all lines, oldest first; one that was torn by a full disk, or is none, is left out."""
     found = []
-    for text in path(run).read_text(encoding="ascii").splitlines() if path(run).exists() else []:
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
+    for text in path(run).read_bytes().splitlines() if path(run).exists() else []:
+        with suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in _KEYS.items()):
+                found.append(line)
     return found

@@ -6,8 +6,10 @@ processes share a study, are killed and started again, and the tables are read f
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.files import append_line
@@ -44,6 +46,7 @@ class StudyResult:
     torch: str
 
 
+_RESULT = TypeAdapter(StudyResult)
 _BEGIN = '{"digest": '
 
 
@@ -55,8 +58,8 @@ def read_results(path: Path) -> list[StudyResult]:
     found = dict[str, StudyResult]()
     for where, record in documents.read_lines(path, _BEGIN, "no result; restore the file"):
         try:
-            result = StudyResult(**{each.name: record[each.name] for each in fields(StudyResult)})
-        except (KeyError, TypeError):
+            result = _RESULT.validate_python(record)
+        except ValidationError:
             raise UserError(f"{where}: no result of this version; restore the file") from None
         found[result.digest] = result
     corpora = sorted({result.corpus for result in found.values()})

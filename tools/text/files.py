@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -114,7 +114,8 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _splits(listed: Path) -> str:
     """The folders that Hugging Face's `DatasetDict.save_to_disk` names in a file beside them."""
-    return ", ".join(str(listed.with_name(name)) for name in _of_datasets(listed, "splits")["splits"])
+    _, names = _of_datasets(listed, lambda told: told["splits"])
+    return ", ".join(str(listed.with_name(name)) for name in names)
 
 
 def _is_searched(path: Path) -> bool:
@@ -133,21 +134,25 @@ def _is_searched(path: Path) -> bool:
 
 def _dataset_files(folder: Path) -> list[Path]:
     """The Arrow files of a dataset written by Hugging Face's `save_to_disk`, in its order."""
-    state = _of_datasets(folder / _DATASET_STATE, "_data_files")
-    if state.get("_indices_data_files"):
+    state = folder / _DATASET_STATE
+    told, names = _of_datasets(state, lambda told: [file["filename"] for file in told["_data_files"]])
+    if told.get("_indices_data_files"):
         raise UserError(f"{folder}: rows are selected by an index; call flatten_indices() and save it again")
-    return [folder / file["filename"] for file in state["_data_files"]]
+    return [folder / name for name in names]
 
 
-def _of_datasets(path: Path, key: str) -> dict[str, Any]:
-    """Return what a JSON file of `datasets` (Hugging Face) says; UserError without a list by this key."""
+def _of_datasets(path: Path, find: Callable[[Any], Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what a JSON file of `datasets` (Hugging Face) says, and the names that `find` has there, of what
+    lies beside it; UserError where it says no such names."""
     try:
         told = parse_json(path.read_bytes())
-    except ValueError:
-        told = None
-    if not isinstance(told, dict) or not isinstance(told.get(key), list):
+        names = find(told)
+        plain = isinstance(names, list) and all(name == os.path.basename(name) != "" for name in names)
+    except (ValueError, KeyError, TypeError):
+        plain = False
+    if not plain:
         raise UserError(f"{path}: not as `datasets` writes it; save the dataset again, or name the files")
-    return told
+    return told, names
 
 
 def kind_of(path: Path) -> str:
