@@ -284,6 +284,10 @@ def test_jobs_of_a_cluster(
         ({"baseline": "mlm"}, "baseline = 'mlm': no such method"),
         ({"shares": [1.0, 0.5]}, "should ascend"),
         ({"config": {"optimizer": {"lr": 1e-3}}}, "config: optimizer.lr is the study's to set"),
+        (
+            {"sizes": {"nano": {**TINY["sizes"]["nano"], "methods": ["x"]}}},
+            "sizes.nano.methods = 'x': no such method",
+        ),
         ({"methods": {"mlm-15": {"seed": 3}}}, "methods.mlm-15.seed: Extra inputs"),
         ({"config": {"model": 5}}, "config.model: Input should be a valid dict"),
         ({"text": []}, "text: List should have at least 1 item"),
@@ -365,6 +369,14 @@ def test_seeds_that_only_one_has_are_left_out() -> None:
     assert both and both.value == pytest.approx(2**0.05 / 2) and both.interval == (BELOW, NOT_REACHED)
     assert len(analysis.resamples(range(5))) == 5**5
     assert len(analysis.resamples(range(6))) == analysis.RESAMPLES
+
+
+def test_a_size_may_compare_some_methods(tiny: Path, tmp_path: Path) -> None:
+    nano = TINY["sizes"]["nano"]
+    sizes = {"nano": nano, "long": {**nano, "budget": 4e9, "methods": ["late-50"]}}
+    plan = open_study(written(tmp_path, tiny, sizes=sizes), tmp_path / "place")
+    seen = {(cell.size, cell.method) for cell in plan.cells([])}
+    assert seen == {("nano", "mlm-15"), ("nano", "late-50"), ("long", "late-50")}
 
 
 def test_the_weights_that_runs_begin_with_are_of_its_fingerprint(tiny: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ class SizeOptions(Section):
     """FLOP/s of a process, evaluations included: what `--plan` reckons with until there are results."""
     rates: list[float]
     """Peak learning rates that are tried for each method."""
+    methods: list[str] = []
+    """Methods that are compared at it; none are named: all."""
     config: RunSections = {}
     """Sections of a run's config."""
 
@@ -120,7 +122,8 @@ def _problems(options: StudyOptions) -> Iterator[str]:
             yield f"{where}: {key} is the study's to set; leave it out"
     names = {"baseline": options.baseline}
     names |= {f"methods.{name}.against": method.against for name, method in options.methods.items()}
-    for where, name in names.items():
+    named = [(f"sizes.{size}.methods", name) for size, one in options.sizes.items() for name in one.methods]
+    for where, name in [*names.items(), *named]:
         if name and name not in options.methods:
             yield f"{where} = {name!r}: no such method; there are {', '.join(options.methods)}"
     for name in [*options.sizes, *options.methods]:

@@ -116,8 +116,12 @@ class Study:
     def cells(self, results: Sequence[StudyResult]) -> Iterator[StudyCell]:
         """Yield all cells in the order in which they are done, methods with most seeds first, seed by seed; a
         rate that is not chosen yet is the first one."""
-        methods = self.options.methods
-        for size in self.options.sizes:
+        for size, options in self.options.sizes.items():
+            methods = {
+                name: method
+                for name, method in self.options.methods.items()
+                if name in (options.methods or self.options.methods)
+            }
             for number in sorted({method.seeds for method in methods.values()}, reverse=True):
                 group = [name for name, method in methods.items() if method.seeds == number]
                 for seed in range(number):
