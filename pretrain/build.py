@@ -398,11 +398,11 @@ def _open_ledger(
         about["host_share"] = round(meter.share, 4)
     step, head, account = (state.step, state.ledger_head, state.account) if state else (0, "", None)
     phase = state.phase if state else 0
-    begun = {"of": branch.of, "trunk": trunk(branch.of, head, account or {})} if branch else None
+    begun = {"of": branch.of, "trunk": trunk(branch.of, head, account)} if branch and account else None
     ledger.begin(step, head, folder.status().get("ledger_head", ""), account, phase, begun, **about)
     ledger.meter(dict.fromkeys(meter.parts, 0.0), meter.age())
     ledger.start_heartbeat()
-    folder.write_status("running", ledger.totals()["steps"])
+    folder.write_status("running", ledger.totals().steps)
     return ledger
 
 

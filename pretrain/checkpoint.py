@@ -32,6 +32,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from pretrain.account.ledger import SavedAccount
 from pretrain.config import Config, build_config, changed_keys
 from pretrain.data.rng import RULES
 from pretrain.errors import UserError
@@ -97,7 +98,7 @@ class State:
     """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
     progress: float | None = None
     """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
-    account: dict[str, Any] | None = None
+    account: SavedAccount | None = None
     """What that line stated, with which the run goes on where the ledger has lost it; None in checkpoints of
     older programs."""
     skipped: int = 0

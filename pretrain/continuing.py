@@ -11,7 +11,7 @@ from typing import Any
 from pretrain import checkpoint
 from pretrain.account import ledger, schedule
 from pretrain.account.budget import spent
-from pretrain.account.ledger import Totals
+from pretrain.account.ledger import SavedAccount, Statement, Totals
 from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.checkpoint import State
 from pretrain.config import BUDGET_UNITS, BranchOptions, Config, build_config, phase_configs, read_yaml
@@ -124,9 +124,9 @@ def _kept_branch(run: Path) -> BranchOptions | None:
     return build_config(state.config if state else read_yaml(run / "config.yaml"), _WHOSE).run.branch
 
 
-def _account(branch: BranchOptions, state: State) -> ledger.Line:
+def _account(branch: BranchOptions, state: State) -> SavedAccount:
     """Return what the trunk had spent; of a checkpoint that does not say, by the trunk's ledger."""
-    account = state.account
+    account: Statement | None = state.account
     if account is None:
         with suppress(UserError):
             account = ledger.with_absent(ledger.chain(branch.of)).get(state.ledger_head)
@@ -135,7 +135,7 @@ def _account(branch: BranchOptions, state: State) -> ledger.Line:
             f"run.branch: neither the checkpoint of step {state.step} nor the ledger of {branch.of} says what"
             " it had spent; restore the ledger, or take another checkpoint"
         )
-    return ledger.statement_of(account)
+    return SavedAccount(**vars(ledger.statement_of(account)))
 
 
 _SHAPELESS = (

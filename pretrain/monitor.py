@@ -48,18 +48,18 @@ def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None)
     one device's dense FLOP/s: with it the model FLOPs utilization `mfu` is given, without it never
     guessed.
     """
-    device_seconds = after["device_seconds"]["productive"] - before["device_seconds"]["productive"]
-    steps = after["steps"] - before["steps"]
+    device_seconds = after.device_seconds["productive"] - before.device_seconds["productive"]
+    steps = after.steps - before.steps
     if device_seconds <= 0 or steps <= 0:
         return {}
     seconds = device_seconds / ranks
-    flops = after["flops"]["total"] - before["flops"]["total"]
+    flops = after.flops["total"] - before.flops["total"]
     found = {
         "step_seconds": seconds / steps,
-        "samples_per_second": (after["samples"] - before["samples"]) / seconds,
-        "slots_per_second": (after["tokens_seen"] - before["tokens_seen"]) / seconds,
-        "real_tokens_per_second": (after["tokens_real"] - before["tokens_real"]) / seconds,
-        "predictions_per_second": (after["tokens_predicted"] - before["tokens_predicted"]) / seconds,
+        "samples_per_second": (after.samples - before.samples) / seconds,
+        "slots_per_second": (after.tokens_seen - before.tokens_seen) / seconds,
+        "real_tokens_per_second": (after.tokens_real - before.tokens_real) / seconds,
+        "predictions_per_second": (after.tokens_predicted - before.tokens_predicted) / seconds,
         "model_flops_per_second": flops / seconds,
     }
     return found if peak is None else {**found, "mfu": flops / device_seconds / peak}
@@ -67,17 +67,17 @@ def speeds(before: Totals, after: Totals, ranks: int, peak: float | None = None)
 
 def _counts(totals: Totals) -> Metrics:
     return {
-        "samples": totals["samples"],
-        "tokens_seen": totals["tokens_seen"],
-        "tokens_real": totals["tokens_real"],
-        "tokens_predicted": totals["tokens_predicted"],
-        "flops": totals["flops"]["total"],
-        "flops_without_head": totals["flops"]["total"] - totals["flops"]["head"],
-        "token_layers": totals["token_layers"],
-        "device_hours": totals["device_seconds"]["total"] / 3600,
-        "lost_hours": totals["device_seconds"]["lost"] / 3600,
-        "kwh": None if totals["joules"] is None else totals["joules"] / 3.6e6,
-        "peak_bytes": totals["peak_bytes"],
+        "samples": totals.samples,
+        "tokens_seen": totals.tokens_seen,
+        "tokens_real": totals.tokens_real,
+        "tokens_predicted": totals.tokens_predicted,
+        "flops": totals.flops["total"],
+        "flops_without_head": totals.flops["total"] - totals.flops["head"],
+        "token_layers": totals.token_layers,
+        "device_hours": totals.device_seconds["total"] / 3600,
+        "lost_hours": totals.device_seconds["lost"] / 3600,
+        "kwh": None if totals.joules is None else totals.joules / 3.6e6,
+        "peak_bytes": totals.peak_bytes,
     }
 
 
@@ -148,7 +148,7 @@ class Monitor:
         self._spikes = {name: Spikes() for name in ("loss", "grad_norm_max")}
         truncate_torn_line(self._path)
         self._tracker = tracker
-        self._boards = _tensorboard(Path(run), totals["steps"]) if tensorboard else None
+        self._boards = _tensorboard(Path(run), totals.steps) if tensorboard else None
         stream = stream or sys.stderr
         self._face = _Bar(method, stream) if stream.isatty() else _Plain(method, stream, clock)
         self._past: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (time, progress)
@@ -160,7 +160,7 @@ class Monitor:
         """
         at = self._clock()
         line: Metrics = {
-            "step": totals["steps"],
+            "step": totals.steps,
             "time": round(at, 3),
             "progress": progress,
             **values,
@@ -168,7 +168,7 @@ class Monitor:
             **speeds(self._before, totals, self._ranks, self._peak),
         }
         if line.get("data_wait_seconds") is not None and "step_seconds" in line:
-            seconds = line["step_seconds"] * (totals["steps"] - self._before["steps"])
+            seconds = line["step_seconds"] * (totals.steps - self._before.steps)
             line["data_wait"] = line["data_wait_seconds"] / seconds
         self._before = totals
         line = {name: _finite(value) for name, value in line.items()}

@@ -246,8 +246,8 @@ def held_back(run: Run, totals: Totals) -> tuple[float, float]:
     if run.recipe.budget.unit != "kwh":
         return step, end
     late = step + run.topology.world_size * 2 * energy.PERIOD / 3600
-    metered = totals["metered_device_seconds"]
-    watts = (totals["joules"] or 0.0) / metered if metered else 0.0  # of one device
+    metered = totals.metered_device_seconds
+    watts = (totals.joules or 0.0) / metered if metered else 0.0  # of one device
     return step * watts / 1e3, (end + late) * watts / 1e3
 
 

@@ -11,7 +11,7 @@ Imports no torch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.account.flops import StepCost
 from pretrain.account.ledger import Totals
@@ -29,13 +29,13 @@ UNTIMED = 1e-3
 def spent(totals: Totals, unit: str) -> float:
     """Return what a ledger's statement amounts to in a unit of budget; no energy measured counts as none."""
     return {
-        "steps": totals["steps"],
-        "tokens": totals["tokens_seen"],
-        "flops": totals["flops"]["total"],
-        "flops_without_head": totals["flops"]["total"] - totals["flops"]["head"],
-        "token_layers": totals["token_layers"],
-        "device_hours": totals["device_seconds"]["total"] / 3600,
-        "kwh": (totals["joules"] or 0.0) / JOULES_PER_KWH,
+        "steps": totals.steps,
+        "tokens": totals.tokens_seen,
+        "flops": totals.flops["total"],
+        "flops_without_head": totals.flops["total"] - totals.flops["head"],
+        "token_layers": totals.token_layers,
+        "device_hours": totals.device_seconds["total"] / 3600,
+        "kwh": (totals.joules or 0.0) / JOULES_PER_KWH,
     }[unit]
 
 
@@ -53,13 +53,13 @@ def price(cost: StepCost, unit: str) -> float | None:
 def charged(totals: Totals, cost: StepCost) -> Totals:
     """Return what a statement will be after one more update, as far as budgets count it before it is made."""
     parts = {**cost.flops.parts, "total": cost.flops.total}
-    return {
-        **totals,
-        "steps": totals["steps"] + 1,
-        "tokens_seen": totals["tokens_seen"] + cost.tokens_seen,
-        "token_layers": totals["token_layers"] + cost.token_layers,
-        "flops": totals["flops"] | {part: totals["flops"].get(part, 0) + n for part, n in parts.items()},
-    }
+    return replace(
+        totals,
+        steps=totals.steps + 1,
+        tokens_seen=totals.tokens_seen + cost.tokens_seen,
+        token_layers=totals.token_layers + cost.token_layers,
+        flops=totals.flops | {part: totals.flops.get(part, 0) + n for part, n in parts.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Course:
         end: device-hours or kWh, whatever the unit is, that are held back for the end of the run.
         """
         budget, spent = self._budget, self._budget.spent(totals)
-        if not budget.measured or (self.progress is None and totals["steps"]):
+        if not budget.measured or (self.progress is None and totals.steps):
             self.progress = budget.progress(totals)
         self.progress = self.progress or 0.0
-        self._begin = self._begin or (totals["steps"], self.progress)
+        self._begin = self._begin or (totals.steps, self.progress)
         if budget.measured and self._mark is not None:
             left = budget.total - end - self._mark
             share = (spent - self._mark) / left if spent < budget.total - end else 1.0
@@ -184,6 +184,6 @@ class Course:
             assert each
             share = each / self._budget.total
         else:
-            steps, progress = totals["steps"] - self._begin[0], self.progress - self._begin[1]
+            steps, progress = totals.steps - self._begin[0], self.progress - self._begin[1]
             share = progress / steps if steps and progress else UNTIMED
         return min(1.0, self.progress + share / 2)

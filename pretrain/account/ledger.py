@@ -15,7 +15,6 @@ The trap: nobody is told of a kill -9. A heartbeat every 10 s, also in the middl
 Only rank 0 keeps the ledger. Imports no torch.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -26,12 +25,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from pydantic import TypeAdapter
 
 from pretrain.account.flops import StepCost
 from pretrain.errors import UserError
@@ -72,15 +72,98 @@ EVENTS = (
     "stop",  # ended early; start again
 )
 LAST_WORDS = ("finish", "stop")
-_OF_PARTS = ("flops", "device_seconds", "joules", "stands_for")
 HEARTBEAT = 10.0  # seconds
 RECENT = 10  # updates
 PULSE = 1.0  # seconds between two looks at the clock
 
-Line = dict[str, Any]
+
+@dataclass(frozen=True)
+class Statement:
+    """What a run has spent up to a line of its ledger, over all attempts; bare, before the first line.
+
+    The fields are keys of the file, in this order.
+    """
+
+    attempt: int = 0
+    step: int = 0
+    samples: int = 0
+    tokens_seen: int = 0
+    tokens_real: int = 0
+    tokens_predicted: int = 0
+    flops: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("encoder", "decoder", "head", "total"), 0)
+    )
+    """By part of the model, and their total."""
+    hardware_flops: int = 0
+    token_layers: float = 0.0
+    lost_flops: int = 0
+    device_seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*CATEGORIES, "lost", "total"), 0.0)
+    )
+    """By what they went into, and their total."""
+    joules: dict[str, float] = field(default_factory=dict)
+    """By part of the hardware; {} where nothing was metered."""
+    metered_device_seconds: float = 0.0
+    peak_bytes: int = 0
+    """The most that a rank has held."""
 
 
-class Totals(TypedDict):
+Lineage = list[tuple[str, Statement]]
+"""The statements that an account has gone through, its trunk's first: the hash of the first line of that
+ledger, and the statement at which the next one begins, or the last."""
+
+
+@dataclass(frozen=True)
+class SavedAccount(Statement):
+    """What a checkpoint carries: the statement of its line, and which ledger that was."""
+
+    begun: str = ""
+    """Hash of the ledger's first line."""
+    trunk: Lineage = field(default_factory=list)
+    """Of the run that it is a branch of."""
+
+
+@dataclass(frozen=True)
+class LedgerLine(Statement):
+    """A line of a ledger; without values, what stands before the first."""
+
+    previous: str = ""
+    """Hash of the line before."""
+    event: str = ""
+    time: float = 0.0
+    """Unix time."""
+    device: str = ""
+    """What each rank drives."""
+    ranks: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    """Of this attempt, by category."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the event says, by key of the file."""
+
+    @property
+    def stands_for(self) -> dict[str, Statement | None]:
+        """Return the lines that are lost, or of the trunk, by hash: what they stated, if that is known."""
+        return _STANDS_FOR.validate_python(self.details.get("stands_for", {}))
+
+    @property
+    def trunk(self) -> Lineage:
+        """Return the lineage with which a branch begins."""
+        return _LINEAGE.validate_python(self.details.get("trunk", []))
+
+    def document(self) -> dict[str, Any]:
+        """Return the line as it stands in the file."""
+        return {name: getattr(self, name) for name in _KEYS} | self.details
+
+
+_STATED = [each.name for each in fields(Statement)]
+_KEYS = ["previous", "event", "time", "device", "ranks", "seconds", *_STATED]
+_LINE, _LINEAGE = TypeAdapter(LedgerLine), TypeAdapter(Lineage)
+_STANDS_FOR = TypeAdapter(dict[str, Statement | None])
+S = TypeVar("S", bound=Statement)
+
+
+@dataclass(frozen=True)
+class Totals:
     """What was spent: the promised keys of ``tools.ledger total``."""
 
     steps: int
@@ -89,18 +172,15 @@ class Totals(TypedDict):
     tokens_real: int
     tokens_predicted: int
     flops: dict[str, int]
-    """By part of the model, and their total."""
     hardware_flops: int
     token_layers: float
     device_seconds: dict[str, float]
-    """By what they went into, and their total."""
     lost_flops: int
     joules: float | None
     """None where nothing was metered."""
     joules_by_part: dict[str, float]
     metered_device_seconds: float
     peak_bytes: int
-    """The most that a rank has held."""
     attempts: int
 
 
@@ -150,7 +230,7 @@ def _path(run: str | Path) -> Path:
     return Path(run) / "ledger.jsonl"
 
 
-def chain(run: str | Path) -> dict[str, Line]:
+def chain(run: str | Path) -> dict[str, LedgerLine]:
     """Hash -> line, oldest first; UserError names the first line that breaks the chain.
 
     A last line without an end is left out: it is being written, or was when the run was killed.
@@ -163,19 +243,16 @@ def chain(run: str | Path) -> dict[str, Line]:
     return lines
 
 
-def _unbroken(data: bytes) -> tuple[dict[str, Line], str, int]:
+def _unbroken(data: bytes) -> tuple[dict[str, LedgerLine], str, int]:
     """Return the lines before a break of the chain, what is wrong with the next one, and their bytes."""
-    lines: dict[str, Line] = {}
+    lines: dict[str, LedgerLine] = {}
     head, size, before = "", 0, 0
     for number, text in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            line = parse_json(text)
-            previous = line["previous"]
-            if any(type(line.get(name, {})) is not dict for name in _OF_PARTS):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            return lines, f"{number}: not a line of a ledger", size
-        if previous != head:
+            line = _parse(text)
+        except ValueError as error:
+            return lines, f"{number}: {error}", size
+        if line.previous != head:
             if lines:  # it may be that one which was changed
                 lines.popitem()
             wrong = "does not follow from the line before, one of them was changed or taken out"
@@ -185,7 +262,24 @@ def _unbroken(data: bytes) -> tuple[dict[str, Line], str, int]:
     return lines, "", size
 
 
-def read(run: str | Path) -> list[Line]:
+def _parse(text: bytes) -> LedgerLine:
+    """Return the line that a text is; ValueError says what is wrong with it."""
+    try:
+        found = parse_json(text)
+        line = _LINE.validate_python({**found, "details": {}})
+        line = replace(line, details={name: value for name, value in found.items() if name not in _KEYS})
+        _ = found["previous"], line.stands_for, line.trunk
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("not a line of a ledger") from None
+    if missing := [name for name in _KEYS if name not in found]:
+        raise ValueError(f"it has no {missing[0]}")
+    for name in ("flops", "device_seconds", "seconds"):
+        if gone := getattr(LedgerLine(), name).keys() - getattr(line, name).keys():
+            raise ValueError(f"its {name} have no {min(gone)}")
+    return line
+
+
+def read(run: str | Path) -> list[LedgerLine]:
     """Return the lines of a run's ledger, as `chain` has them."""
     return list(chain(run).values())
 
@@ -199,45 +293,44 @@ def check(run: str | Path) -> int:
     """Return the number of lines; UserError names the first that breaks the chain, or that does not add
     up."""
     lines = chain(run)
-    before, known = empty_statement(), with_absent(lines)
+    before, known = LedgerLine(), with_absent(lines)
     for number, line in enumerate(lines.values(), 1):
-        if wrong := _disagreement(before, line, known):
+        if wrong := _contradiction(before, line, known):
             raise UserError(f"{_path(run)}:{number}: {wrong}; restore the file")
         before = line
     return len(lines)
 
 
-def _wrong_at_the_end(lines: dict[str, Line]) -> str:
+def _wrong_at_the_end(lines: dict[str, LedgerLine]) -> str:
     """Return what is wrong with the last line, which no hash holds yet; "" if nothing is."""
-    *_, before, last = [empty_statement(), empty_statement(), *lines.values()]
-    wrong = _disagreement(before, last, with_absent(lines)) if lines else None
+    *_, before, last = [LedgerLine(), LedgerLine(), *lines.values()]
+    wrong = _contradiction(before, last, with_absent(lines)) if lines else None
     return f"{len(lines)}: {wrong}" if wrong else ""
 
 
 # ---- lines that are elsewhere: lost, or of the run that a branch begins from
 
 
-def with_absent(lines: dict[str, Line]) -> dict[str, Line]:
-    """Return the lines, and those for which a gap or a branch stands: what they stated, or nothing."""
-    absent = [line["stands_for"] for line in lines.values() if "stands_for" in line]
-    return {**{head: stated or {} for each in absent for head, stated in each.items()}, **lines}
+def with_absent(lines: dict[str, LedgerLine]) -> dict[str, Statement | None]:
+    """Return the lines, and those for which a gap or a branch stands: what they stated, if that is known."""
+    absent = [line.stands_for for line in lines.values()]
+    return {**{head: stated for each in absent for head, stated in each.items()}, **lines}
 
 
-def taken_over(before: Line, line: Line) -> Line:
+def taken_over(before: S, stands_for: Mapping[str, Statement | None]) -> S:
     """Return the statement from which a line goes on: that of a line it stands for, if that is further on."""
-    for stated in line.get("stands_for", {}).values():
+    for stated in stands_for.values():
         if stated and _reach(stated) > _reach(before):
-            before = {**before, **stated}
+            before = replace(before, **_stated(stated))
     return before
 
 
-def _reach(statement: Line) -> float:
+def _reach(statement: Statement) -> float:
     """Device-seconds, which never fall."""
-    reach: float = statement["device_seconds"]["total"]
-    return reach
+    return statement.device_seconds["total"]
 
 
-def missing(lines: dict[str, Line], head: str, account: Line | None) -> str:
+def missing(lines: dict[str, LedgerLine], head: str, account: Statement | None) -> str:
     """Say why a ledger has no line `head`, which stated `account`; "" if it has, or a gap stands for it.
 
     A ledger that lost its end does not reach as far as that line; one that does has other lines there.
@@ -248,96 +341,73 @@ def missing(lines: dict[str, Line], head: str, account: Line | None) -> str:
         return "was cut off, or changed"
     reach, before = _reach(account), 0.0
     for line in lines.values():
-        if line["event"] == "gap" and before < reach <= _reach(line):
+        if line.event == "gap" and before < reach <= _reach(line):
             return ""
         before = _reach(line)
     return "was cut off before it" if reach > before else "was changed: it goes on without it"
 
 
-def gaps(lines: Iterable[Line]) -> list[str]:
+def gaps(lines: Iterable[LedgerLine]) -> list[str]:
     """Return a sentence for each gap of a ledger."""
     return [
-        f"line {number} notes a gap: the ledger {line['found']}; the account goes on from what is known of"
-        f" step {line['step']}"
+        f"line {number} notes a gap: the ledger {line.details['found']}; the account goes on from what is"
+        f" known of step {line.step}"
         for number, line in enumerate(lines, 1)
-        if line["event"] == "gap"
+        if line.event == "gap"
     ]
 
 
 # ---- what must hold
 
 
-def _disagreement(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
+def _contradiction(before: LedgerLine, line: LedgerLine, lines: Mapping[str, Statement | None]) -> str | None:
     """Return what in a line contradicts itself or the one before it; lines: with those that are elsewhere."""
-    try:
-        return _contradiction(taken_over(before, line), line, lines)
-    except (KeyError, TypeError, AttributeError):
-        return "not a line of a ledger"
-
-
-def _contradiction(before: Line, line: Line, lines: dict[str, Line]) -> str | None:
-    """Return what `_disagreement` does, of a line that has all that it reads."""
-    if missing := [
-        name for name in (*empty_statement(), "event", "seconds", "ranks", "device") if name not in line
-    ]:
-        return f"it has no {missing[0]}"
-    for name, parts in (*empty_statement().items(), ("seconds", dict.fromkeys(CATEGORIES))):
-        if isinstance(parts, dict) and (gone := parts.keys() - line[name].keys()):
-            return f"its {name} have no {min(gone)}"
-    if before.get("event") in LAST_WORDS and line["attempt"] == before["attempt"]:
+    before = taken_over(before, line.stands_for)
+    if before.event in LAST_WORDS and line.attempt == before.attempt:
         return "it follows the last word of its attempt"
-    spent, tolerance = line["device_seconds"], 1e-4 * line["ranks"]
-    for name in ("flops", "device_seconds"):
-        if abs(_sum(line[name]) - line[name]["total"]) > tolerance:
+    spent, tolerance = line.device_seconds, 1e-4 * line.ranks
+    for name, parts in (("flops", line.flops), ("device_seconds", spent)):
+        if abs(_sum(parts) - parts["total"]) > tolerance:
             return f"the parts of {name} do not add up to their total"
-    elapsed = sum(line["seconds"].values())
-    if before["attempt"] == line["attempt"]:
-        elapsed -= sum(before["seconds"].values())
-    if abs(spent["total"] - before["device_seconds"]["total"] - line["ranks"] * elapsed) > tolerance:
+    elapsed = sum(line.seconds.values())
+    if before.attempt == line.attempt:
+        elapsed -= sum(before.seconds.values())
+    if abs(spent["total"] - _reach(before) - line.ranks * elapsed) > tolerance:
         return "device_seconds are not ranks x elapsed seconds"
-    if line["event"] == "resume":
-        branch = lines.get(line["head"]) if line["head"] else empty_statement()
-        if not branch or any(line[name] != branch[name] for name in COUNTERS):
+    if line.event == "resume":
+        head = str(line.details.get("head", ""))
+        branch = lines.get(head) if head else Statement()
+        if not branch or _counts(line) != _counts(branch):
             return "the counters are not those of the line that it resumes from"
-        lost = before["flops"]["total"] - branch["flops"]["total"]
+        lost = before.flops["total"] - branch.flops["total"]
     else:
         lost = 0
-        if line["step"] == before["step"] and any(line[name] != before[name] for name in COUNTERS):
+        if line.step == before.step and _counts(line) != _counts(before):
             return "the counters moved though no update was made"
-    if line["lost_flops"] != before["lost_flops"] + lost:
+    if line.lost_flops != before.lost_flops + lost:
         return "lost_flops are not those between the line before and the one that it resumes from"
-    joules = before["joules"].items()
-    fell = [part for part, value in joules if line["joules"].get(part, 0.0) < value]
-    fell += [name for name in ("metered_device_seconds", "peak_bytes") if line[name] < before[name]]
-    if line["event"] != "resume" and line["step"] < before["step"]:
+    fell = [part for part, value in before.joules.items() if line.joules.get(part, 0.0) < value]
+    rises = ("metered_device_seconds", "peak_bytes")
+    fell += [name for name in rises if getattr(line, name) < getattr(before, name)]
+    if line.event != "resume" and line.step < before.step:
         fell.append("step")
     return f"{fell[0]} went back" if fell else None
+
+
+def _counts(statement: Statement) -> dict[str, Any]:
+    return {name: getattr(statement, name) for name in COUNTERS}
 
 
 def _sum(parts: dict[str, Any]) -> Any:
     return sum(value for name, value in parts.items() if name != "total")
 
 
-def as_totals(line: Line) -> Totals:
+def as_totals(line: Statement) -> Totals:
     """Return what a statement amounts to."""
-    parts = line["joules"]
-    return {
-        "steps": line["step"],
-        "samples": line["samples"],
-        "tokens_seen": line["tokens_seen"],
-        "tokens_real": line["tokens_real"],
-        "tokens_predicted": line["tokens_predicted"],
-        "flops": line["flops"],
-        "hardware_flops": line["hardware_flops"],
-        "token_layers": line["token_layers"],
-        "device_seconds": line["device_seconds"],
-        "lost_flops": line["lost_flops"],
-        "joules": _rounded(sum(parts.values())) if parts else None,
-        "joules_by_part": parts,
-        "metered_device_seconds": line["metered_device_seconds"],
-        "peak_bytes": line["peak_bytes"],
-        "attempts": line["attempt"],
-    }
+    same = {each.name: getattr(line, each.name) for each in fields(Totals) if each.name in _STATED}
+    joules = _rounded(sum(line.joules.values())) if line.joules else None
+    renamed = {"steps": line.step, "attempts": line.attempt, "joules": joules, "joules_by_part": line.joules}
+    return Totals(**{**same, **renamed})
 
 
 def total(runs: Iterable[str | Path]) -> Totals:
@@ -345,61 +415,63 @@ def total(runs: Iterable[str | Path]) -> Totals:
 
     What several have in common, as a trunk and its branches, is counted once, as far as any of them went.
     """
-    parts: dict[str, tuple[Line, Line]] = {}
+    parts: dict[str, tuple[Statement, Statement]] = {}
     for run in runs:
-        before = empty_statement()
+        before = Statement()
         for begun, after in lineage(run):
             if begun not in parts or _reach(after) > _reach(parts[begun][1]):
                 parts[begun] = before, after
             before = after
-    spent = empty_statement()
+    spent = Statement()
     for before, after in parts.values():
-        peak = max(spent["peak_bytes"], after["peak_bytes"])
-        spent = {**_add(spent, since(before, after)), "peak_bytes": peak}
+        peak = max(spent.peak_bytes, after.peak_bytes)
+        spent = replace(_add(spent, since(before, after)), peak_bytes=peak)
     return as_totals(spent)
 
 
 def effective_share(totals: Totals) -> float | None:
     """Return the effective training time ratio (ETTR): the device-seconds of updates that survived over all
     that were spent; None where none were."""
-    spent = totals["device_seconds"]
+    spent = totals.device_seconds
     return spent["productive"] / spent["total"] if spent["total"] else None
 
 
-def lineage(run: str | Path) -> list[tuple[str, Line]]:
-    """Return the statements that a run's account has gone through, its trunk's first: (hash of the first line
-    of that ledger, statement at which the next one begins, or the last)."""
+def lineage(run: str | Path) -> Lineage:
+    """Return the lineage of a run's account, up to its last line."""
     lines = chain(run)
     begun, before = _origin(lines)
     return [*before, (begun, statement_of(lines[next(reversed(lines))]))] if lines else []
 
 
-def _origin(lines: dict[str, Line]) -> tuple[str, list[Any]]:
+def _origin(lines: dict[str, LedgerLine]) -> tuple[str, Lineage]:
     """Return the hash of a ledger's first line, of the one that was lost if a gap is the first now, and the
     lineage of the trunk that it says."""
-    head, first = next(iter(lines.items()), ("", {}))
-    return first.get("begun", head), first.get("trunk", [])
+    head, first = next(iter(lines.items()), ("", LedgerLine()))
+    return first.details.get("begun", head), first.trunk
 
 
-def trunk(run: str | Path, head: str, account: Line) -> list[tuple[str, Line]]:
+def trunk(run: str | Path, head: str, account: Statement) -> Lineage:
     """Return the lineage with which a branch begins, at a checkpoint of `run` with that head and account; one
     whose ledger cannot be read is known by the head."""
     try:
         *before, (begun, _) = lineage(run)
     except (UserError, ValueError):
-        return [(head, account)]
-    return [*before, (begun, account)]
+        before, begun = [], head
+    return [*before, (begun, statement_of(account))]
 
 
-def since(before: Line, after: Line) -> Line:
+def since(before: Statement, after: Statement) -> Statement:
     """Return what was spent between two statements; the peak is that of the later one."""
-    spent = _add(statement_of(after), statement_of(before), -1)
-    return {**spent, "peak_bytes": after["peak_bytes"]}
+    return replace(_add(after, before, -1), peak_bytes=after.peak_bytes)
 
 
-def _add(left: Any, right: Any, sign: int = 1) -> Any:
+def _add(left: Statement, right: Statement, sign: int = 1) -> Statement:
+    return Statement(**_sum_of(_stated(left), _stated(right), sign))
+
+
+def _sum_of(left: Any, right: Any, sign: int = 1) -> Any:
     if isinstance(left, dict):
-        return {name: _add(left.get(name, 0), right.get(name, 0), sign) for name in {**left, **right}}
+        return {name: _sum_of(left.get(name, 0), right.get(name, 0), sign) for name in {**left, **right}}
     return _rounded(left + sign * right)
 
 
@@ -407,29 +479,13 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def statement_of(line: Line) -> Line:
-    """Return what a line states of the whole run; of what it does not say, none."""
-    return {name: line.get(name, none) for name, none in empty_statement().items()}
+def statement_of(line: Statement) -> Statement:
+    """Return what a line states of the whole run."""
+    return Statement(**_stated(line))
 
 
-def empty_statement() -> Line:
-    """Return the statement before the first line: its keys are those of every line."""
-    return {
-        "attempt": 0,
-        "step": 0,
-        "samples": 0,
-        "tokens_seen": 0,
-        "tokens_real": 0,
-        "tokens_predicted": 0,
-        "flops": {"encoder": 0, "decoder": 0, "head": 0, "total": 0},
-        "hardware_flops": 0,
-        "token_layers": 0.0,
-        "lost_flops": 0,
-        "device_seconds": {**dict.fromkeys(CATEGORIES, 0.0), "lost": 0.0, "total": 0.0},
-        "joules": {},
-        "metered_device_seconds": 0.0,
-        "peak_bytes": 0,
-    }
+def _stated(line: Statement) -> dict[str, Any]:
+    return {name: getattr(line, name) for name in _STATED}
 
 
 # ---- the account of a running attempt ------------------------------------------------------------
@@ -452,8 +508,8 @@ class Ledger:
         self._lines, self._wrong = self._keep_unbroken()
         self._last = next(reversed(self._lines.values()), None)
         self._begun, self._trunk = _origin(self._lines)
-        self._stated = statement_of(self._last or {})  # by the last line
-        self._account = copy.deepcopy(self._stated)
+        self._stated = statement_of(self._last or LedgerLine())  # by the last line
+        self._account = self._stated
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)  # of this attempt
         self._warming = 0.0  # seconds of a first update that wait for a second one to compare with
         self._joules: dict[str, float] = {}  # of this attempt
@@ -464,7 +520,7 @@ class Ledger:
         self._over = threading.Event()
         self.head = next(reversed(self._lines), "")
         """Hash of the last line."""
-        self.crashes = sum(line["event"] == "crash-detected" for line in self._lines.values())
+        self.crashes = sum(line.event == "crash-detected" for line in self._lines.values())
         """Attempts of this run that ended without a word, as far as the ledger knows."""
         self._steps: deque[float] = deque(maxlen=RECENT)  # their device-hours
         self._blocks: dict[str, list[float]] = {name: [] for name in CATEGORIES}
@@ -487,7 +543,7 @@ class Ledger:
             sync(Path(run))
         return cls(run, ranks, device, clock, process_start() if started is None else started)
 
-    def _keep_unbroken(self) -> tuple[dict[str, Line], str]:
+    def _keep_unbroken(self) -> tuple[dict[str, LedgerLine], str]:
         """Cut off what follows a break of the chain, with the whole file kept beside; return the lines that
         are left, and what is wrong with the one after them."""
         data = self._path.read_bytes()
@@ -509,7 +565,7 @@ class Ledger:
         step: int = 0,
         head: str = "",
         last: str = "",
-        account: Line | None = None,
+        account: SavedAccount | None = None,
         phase: int = 0,
         branch: dict[str, Any] | None = None,
         **details: Any,
@@ -522,10 +578,10 @@ class Ledger:
         if the checkpoint is of a program that did not write what its line stated.
         """
         known = with_absent(self._lines)
-        referred: dict[str, Line | None] = {last: None, head: account}
+        referred = {last: None, head: account and statement_of(account)}
         lost = {line: stated for line, stated in referred.items() if line and line not in known}
-        base = (known.get(head) or account) if head else empty_statement()
-        if base is None or base["step"] != step:
+        base = (known.get(head) or account) if head else Statement()
+        if base is None or base.step != step:
             raise UserError(
                 f"{self._path}: has no line {head[:12]} of step {step}, to which the checkpoint"
                 " refers; restore the ledger, or move checkpoints/ away to start over"
@@ -533,50 +589,50 @@ class Ledger:
         found, begins = self._wrong, bool(branch) and head in lost
         for line, stated in {} if begins else lost.items():
             found = self._wrong or missing(self._lines, line, stated) or "has lost it already"
-        layouts = [line["layout"] for line in self._lines.values() if "layout" in line]
+        layouts = [line.details["layout"] for line in self._lines.values() if "layout" in line.details]
         self._lines = {}  # all that was needed of them
-        self._account = copy.deepcopy(statement_of(taken_over(self._account, {"stands_for": lost})))
-        self._account["attempt"] += 1
+        before = taken_over(self._account, lost)
+        self._account = replace(before, attempt=before.attempt + 1)
         self._claim("startup", self._started)
         if branch and begins:
             self.note("branch", stands_for=lost, phase=phase, **branch)
         if found:
             log.warning("warning: %s %s; goes on with what is known of step %d", self._path, found, step)
-            names = ("begun", "trunk") if account and not self.head else ()  # of a ledger that is all gone
-            origin = {name: account[name] for name in names if account and name in account}
+            origin = {}
+            if account and account.begun and not self.head:  # all of the ledger is gone
+                origin = {"begun": account.begun, "trunk": account.trunk}
             self.note("gap", stands_for=lost, found=found, phase=phase, **origin)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
         if self._last is None and not found:
             self.note("start", **details)
             return
-        lost_steps = self._account["step"] - step
+        lost_steps = self._account.step - step
         if lost_steps and not head:
             log.warning(
                 "%s: begins anew, as there is no checkpoint; %d updates are lost",
                 self._path.parent,
                 lost_steps,
             )
-        if not found and self._last and self._last["event"] not in LAST_WORDS:
+        if not found and self._last and self._last.event not in LAST_WORDS:
             self.crashes += 1
-            self.note("crash-detected", silent_since=self._last["time"], lost_steps=lost_steps)
-        self._go_back(statement_of(base))
+            self.note("crash-detected", silent_since=self._last.time, lost_steps=lost_steps)
+        self._go_back(base)
         if step:
-            spent = self._account["device_seconds"]
-            self._steps.append(spent["productive"] / step / 3600)
+            self._steps.append(self._account.device_seconds["productive"] / step / 3600)
         self.note("resume", head=head, lost_steps=lost_steps, **details)
-        before, now = layouts[-1] if layouts else {}, details.get("layout", {})
-        if any(now.get(name, value) != value for name, value in before.items()):
-            self.note("layout-change", before=before, now=now)
+        old, new = layouts[-1] if layouts else {}, details.get("layout", {})
+        if any(new.get(name, value) != value for name, value in old.items()):
+            self.note("layout-change", before=old, now=new)
 
-    def _go_back(self, branch: Line) -> None:
+    def _go_back(self, branch: Statement) -> None:
         """Counters return to those of `branch`; the seconds of work since then are lost, none vanish."""
-        account, spent = self._account, self._account["device_seconds"]
-        account["lost_flops"] += account["flops"]["total"] - branch["flops"]["total"]
+        account, spent = self._account, {**self._account.device_seconds}
         for category in REPEATED:
-            spent["lost"] += spent[category] - branch["device_seconds"][category]
-            spent[category] = branch["device_seconds"][category]
-        account.update({name: copy.copy(branch[name]) for name in COUNTERS})
+            spent["lost"] += spent[category] - branch.device_seconds[category]
+            spent[category] = branch.device_seconds[category]
+        lost = account.lost_flops + account.flops["total"] - branch.flops["total"]
+        self._account = replace(account, lost_flops=lost, device_seconds=spent, **_counts(branch))
 
     def step(self, cost: StepCost, first: bool = False) -> None:
         """Charges one update, and the seconds since the last claimed stretch as productive.
@@ -600,13 +656,11 @@ class Ledger:
         self.heartbeat()
 
     def _count(self, cost: StepCost) -> None:
-        account, flops = self._account, self._account["flops"]
-        account["step"] += 1
-        account["samples"] += cost.samples
-        for name in ("tokens_seen", "tokens_real", "tokens_predicted", "hardware_flops", "token_layers"):
-            account[name] += getattr(cost, name)
-        for part, count in {**cost.flops.parts, "total": cost.flops.total}.items():
-            flops[part] = flops.get(part, 0) + count
+        account, parts = self._account, {**cost.flops.parts, "total": cost.flops.total}
+        flops = account.flops | {part: account.flops.get(part, 0) + n for part, n in parts.items()}
+        names = [name for name in COUNTERS if name not in ("step", "flops")]
+        grown = {name: getattr(account, name) + getattr(cost, name) for name in names}
+        self._account = replace(account, step=account.step + 1, flops=flops, **grown)
 
     @contextmanager
     def time(self, category: str) -> Iterator[None]:
@@ -637,7 +691,7 @@ class Ledger:
     def mtbf(self, expected: float) -> float:
         """Return the mean seconds between two failures that this run should reckon with: its own, to which
         `expected` adds as many seconds and one failure."""
-        elapsed = self.totals()["device_seconds"]["total"] / self._ranks
+        elapsed = self.totals().device_seconds["total"] / self._ranks
         return (expected + elapsed) / (1 + self.crashes)
 
     def meter(self, joules: dict[str, float], age: float = 0.0) -> None:
@@ -654,7 +708,7 @@ class Ledger:
 
     def peak(self, count: int) -> None:
         """Takes the most bytes that a rank has held."""
-        self._account["peak_bytes"] = max(self._account["peak_bytes"], count)
+        self._account = replace(self._account, peak_bytes=max(self._account.peak_bytes, count))
 
     def save(self) -> str:
         """Call before writing a checkpoint; returns the head that the checkpoint must carry."""
@@ -672,17 +726,17 @@ class Ledger:
         with self._lock:
             at = self._clock()
             self._stated = self._statement(at)
-            line = {
-                "previous": self.head,
-                "event": event,
-                "time": round(at, 3),
-                "device": self._device,
-                "ranks": self._ranks,
-                "seconds": {name: round(value, 6) for name, value in self._seconds_at(at).items()},
-                **self._stated,
-                **details,
-            }
-            text = json.dumps(line).encode("ascii")
+            line = LedgerLine(
+                **_stated(self._stated),
+                previous=self.head,
+                event=event,
+                time=round(at, 3),
+                device=self._device,
+                ranks=self._ranks,
+                seconds={name: round(value, 6) for name, value in self._seconds_at(at).items()},
+                details=details,
+            )
+            text = json.dumps(line.document(), default=asdict).encode("ascii")
             with named(self._path), open(self._path, "ab") as file:
                 file.write(text + b"\n")
                 file.flush()
@@ -700,9 +754,9 @@ class Ledger:
             return as_totals(self._statement(self._clock()))
 
     @property
-    def account(self) -> Line:
-        """What a checkpoint carries: the statement of the last line, and which ledger that was."""
-        return {**self._stated, "begun": self._begun, "trunk": self._trunk}
+    def account(self) -> SavedAccount:
+        """Return what a checkpoint carries: the statement of the last line, and which ledger that was."""
+        return SavedAccount(**_stated(self._stated), begun=self._begun, trunk=self._trunk)
 
     def heartbeat(self) -> None:
         """Writes a heartbeat if the last line is 10 s old."""
@@ -730,17 +784,18 @@ class Ledger:
     def _seconds_at(self, at: float) -> dict[str, float]:
         return {**self._seconds, "idle": self._seconds["idle"] + at - self._mark}
 
-    def _statement(self, at: float) -> Line:
-        """The account with the device-seconds of this attempt, up to `at`, added."""
-        account = copy.deepcopy(self._account)
-        spent = account["device_seconds"]
+    def _statement(self, at: float) -> Statement:
+        """Return the account with the device-seconds of this attempt, up to `at`, added."""
+        spent = {**self._account.device_seconds}
         for category, seconds in self._seconds_at(at).items():
             spent[category] = round(spent[category] + self._ranks * seconds, 6)
         spent["total"] = round(_sum(spent), 6)
-        account["joules"] = {
-            part: round(value, 3) for part, value in _add(account["joules"], self._joules).items()
-        }
+        joules, metered = _sum_of(self._account.joules, self._joules), self._account.metered_device_seconds
         if self._metered:
-            metered = self._ranks * (self._metered[1] - self._metered[0])
-            account["metered_device_seconds"] = round(account["metered_device_seconds"] + metered, 6)
-        return account
+            metered = round(metered + self._ranks * (self._metered[1] - self._metered[0]), 6)
+        return replace(
+            self._account,
+            device_seconds=spent,
+            joules={part: round(value, 3) for part, value in joules.items()},
+            metered_device_seconds=metered,
+        )

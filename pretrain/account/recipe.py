@@ -173,13 +173,13 @@ def _cost_of(reference: str, unit: str, vocab_size: int) -> float:
 def _spent_by(run: str, unit: str, where: str) -> float:
     """Return what a run has spent; UserError while that still grows, or if it was not measured throughout."""
     lines = ledger.read(run)
-    if not lines or lines[-1]["event"] != "finish":
+    if not lines or lines[-1].event != "finish":
         raise UserError(f"{where}: this run has not finished yet; wait for it, or name a config")
     totals = ledger.total([run])
-    spans = totals["device_seconds"]
+    spans = totals.device_seconds
     worked = spans["productive"] + spans["evaluate"] + spans["checkpoint"] + spans["lost"]
     # A kill may hide a heartbeat of joules, not more.
-    if unit == "kwh" and totals["metered_device_seconds"] < 0.99 * worked:
+    if unit == "kwh" and totals.metered_device_seconds < 0.99 * worked:
         raise UserError(f"{where}: this run's energy was not all measured; take another budget.measure")
     if not spent(totals, unit):
         raise UserError(f"{where}: this run has spent nothing; take another, or a config")

@@ -236,14 +236,14 @@ def test_a_budget_of_energy_is_spent_and_never_exceeded(words, tmp_path):
         ended = attempt(words("a", *options), strike=Powered(SIGKILL, at))
         assert ended.codes == [code], ended.text
     lines = ledger.read(tmp_path / "a")
-    assert lines[-1]["event"] == "finish" and lines[-1]["step"] > 20
-    assert lines[0]["sensors"] == {"cpu": "RAPL"} and lines[0]["host_share"] == 1.0
+    assert lines[-1].event == "finish" and lines[-1].step > 20
+    assert lines[0].details["sensors"] == {"cpu": "RAPL"} and lines[0].details["host_share"] == 1.0
     totals = ledger.total([tmp_path / "a"])
-    assert 0.5 * 0.004 < totals["joules"] / 3.6e6 <= 0.004
-    spent = [line["joules"].get("cpu", 0.0) for line in lines]
+    assert 0.5 * 0.004 < totals.joules / 3.6e6 <= 0.004
+    spent = [line.joules.get("cpu", 0.0) for line in lines]
     assert spent == sorted(spent)
-    metered, elapsed = totals["metered_device_seconds"], totals["device_seconds"]["total"]
-    assert totals["joules"] == pytest.approx(WATTS * metered, abs=0.01)
+    metered, elapsed = totals.metered_device_seconds, totals.device_seconds["total"]
+    assert totals.joules == pytest.approx(WATTS * metered, abs=0.01)
     assert metered < elapsed  # imports are not metered
     rates = [line["progress"] for line in read_metrics(tmp_path / "a")]
     assert rates == sorted(rates) and rates[-1] <= 1
@@ -257,10 +257,10 @@ def test_killed_at_any_time_joules_lack_no_more_than_a_heartbeat(words, tmp_path
     time.sleep(0.5)
     started.processes[0].kill()
     started.wait()
-    before = ledger.total([tmp_path / "a"])["joules"] or 0.0
+    before = ledger.total([tmp_path / "a"]).joules or 0.0
     assert attempt(words("a", *KWH, "budget.kwh=1"), strike=Powered(SIGKILL, 5)).codes == [-SIGKILL]
     after = ledger.total([tmp_path / "a"])
-    assert after["joules"] >= before and after["attempts"] == 2
+    assert after.joules >= before and after.attempts == 2
     ledger.check(tmp_path / "a")
 
 
@@ -268,6 +268,6 @@ def test_two_ranks_on_one_host_count_it_once(words, tmp_path):
     ended = attempt(words("a", *KWH, "budget.kwh=0.003"), 2, Powered(SIGKILL, NEVER))
     assert ended.codes == [0, 0], ended.text
     totals = ledger.total([tmp_path / "a"])
-    watts = 2 * totals["joules"] / totals["metered_device_seconds"]  # of two ranks
-    assert 0 < totals["joules"] <= 0.003 * 3.6e6
+    watts = 2 * totals.joules / totals.metered_device_seconds  # of two ranks
+    assert 0 < totals.joules <= 0.003 * 3.6e6
     assert watts == pytest.approx(WATTS, rel=1e-4)

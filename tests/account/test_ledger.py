@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -89,8 +90,8 @@ def test_every_figure_of_an_undisturbed_attempt(tmp_path):
         "peak_bytes": 0,
         "attempts": 1,
     }
-    assert account.totals() == expected
-    assert ledger.total([tmp_path]) == expected
+    assert asdict(account.totals()) == expected
+    assert asdict(ledger.total([tmp_path])) == expected
 
 
 def test_each_line_is_a_full_statement(tmp_path):
@@ -100,9 +101,9 @@ def test_each_line_is_a_full_statement(tmp_path):
     clock.work(account, 1)
     account.note("evaluate", loss=6.5)
     start, line = ledger.read(tmp_path)
-    assert start["event"] == "start" and start["previous"] == "" and start["attempt"] == 1
-    assert line["previous"] == ledger._hash(json.dumps(start).encode())
-    assert {name: line[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
+    assert start.event == "start" and start.previous == "" and start.attempt == 1
+    assert line.previous == ledger._hash(json.dumps(start.document()).encode())
+    assert {name: line.document()[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
         "event": "evaluate",
         "loss": 6.5,
         "time": 1002.0,
@@ -110,7 +111,7 @@ def test_each_line_is_a_full_statement(tmp_path):
         "ranks": 2,
         "step": 1,
     }
-    assert line["seconds"] == {
+    assert line.seconds == {
         "productive": 2.0, "evaluate": 0.0, "checkpoint": 0.0, "startup": 0.0, "idle": 0.0
     }  # fmt: skip
 
@@ -133,14 +134,14 @@ def test_what_a_killed_attempt_did_after_the_checkpoint_is_lost(tmp_path):
     again.begin(3, head)
     clock.work(again, 2)
     totals = again.totals()
-    assert totals["steps"] == 5 and totals["attempts"] == 2
-    assert totals["flops"]["total"] == 5 * COST.flops.total
-    assert totals["lost_flops"] == 4 * COST.flops.total
-    assert totals["device_seconds"] == device_seconds(
+    assert totals.steps == 5 and totals.attempts == 2
+    assert totals.flops["total"] == 5 * COST.flops.total
+    assert totals.lost_flops == 4 * COST.flops.total
+    assert totals.device_seconds == device_seconds(
         productive=2 * (6.0 + 4.0), checkpoint=2.0, startup=2 * (5.0 + 7.0), lost=2 * (8.0 + 3.0)
     )
     resumed = ledger.read(tmp_path)[-1]
-    assert resumed["event"] == "resume" and resumed["head"] == head and resumed["lost_steps"] == 4
+    assert resumed.event == "resume" and resumed.details == {"head": head, "lost_steps": 4}
     assert ledger.check(tmp_path) == 5
 
 
@@ -154,9 +155,9 @@ def test_a_run_without_a_checkpoint_starts_over_and_keeps_the_bill(tmp_path, cap
     again.begin()
     assert caplog.messages == [f"{tmp_path}: begins anew, as there is no checkpoint; 5 updates are lost"]
     totals = again.totals()
-    assert totals["steps"] == 0 and totals["samples"] == 0 and totals["flops"]["total"] == 0
-    assert totals["lost_flops"] == 5 * COST.flops.total
-    assert totals["device_seconds"] == device_seconds(lost=20.0)
+    assert totals.steps == 0 and totals.samples == 0 and totals.flops["total"] == 0
+    assert totals.lost_flops == 5 * COST.flops.total
+    assert totals.device_seconds == device_seconds(lost=20.0)
 
 
 def test_seconds_of_attempts_with_other_ranks_add_up(tmp_path):
@@ -168,7 +169,7 @@ def test_seconds_of_attempts_with_other_ranks_add_up(tmp_path):
     again = opened(tmp_path, clock, ranks=8)
     again.begin(3, head)
     clock.work(again, 1)
-    assert again.totals()["device_seconds"] == device_seconds(productive=2 * 6.0 + 8 * 2.0)
+    assert again.totals().device_seconds == device_seconds(productive=2 * 6.0 + 8 * 2.0)
 
 
 def test_falling_back_beyond_one_attempt_counts_nothing_twice(tmp_path):
@@ -185,8 +186,8 @@ def test_falling_back_beyond_one_attempt_counts_nothing_twice(tmp_path):
     third = opened(tmp_path, clock, ranks=1)
     third.begin(1, old)  # the checkpoint of step 3 was found corrupt
     totals = third.totals()
-    assert totals["lost_flops"] == 7 * COST.flops.total
-    assert totals["device_seconds"] == device_seconds(productive=2.0, lost=14.0)
+    assert totals.lost_flops == 7 * COST.flops.total
+    assert totals.device_seconds == device_seconds(productive=2.0, lost=14.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -205,15 +206,15 @@ def test_nothing_vanishes_whatever_is_killed(tmp_path, seed):
             taken += 1
             if dice.random() < 0.3:
                 clock.spend(account, "checkpoint", 11)
-                saves.append((account.totals()["steps"], account.save()))
+                saves.append((account.totals().steps, account.save()))
         spent += 3 * (clock.now - begun)
         clock.now += 1000
     totals = ledger.total([tmp_path])
-    assert totals["steps"] * COST.flops.total == totals["flops"]["total"]
-    assert totals["flops"]["total"] + totals["lost_flops"] == taken * COST.flops.total
-    assert totals["device_seconds"]["total"] == spent
-    assert totals["device_seconds"]["productive"] == 36 * totals["steps"]
-    assert totals["device_seconds"]["lost"] == 36 * (taken - totals["steps"])
+    assert totals.steps * COST.flops.total == totals.flops["total"]
+    assert totals.flops["total"] + totals.lost_flops == taken * COST.flops.total
+    assert totals.device_seconds["total"] == spent
+    assert totals.device_seconds["productive"] == 36 * totals.steps
+    assert totals.device_seconds["lost"] == 36 * (taken - totals.steps)
     ledger.check(tmp_path)
 
 
@@ -222,7 +223,7 @@ def test_heartbeats_come_every_ten_seconds_and_not_more(tmp_path):
     account = opened(tmp_path, clock)
     account.begin()
     clock.work(account, 100, 3.0)
-    beats = [line["time"] for line in ledger.read(tmp_path) if line["event"] == "heartbeat"]
+    beats = [line.time for line in ledger.read(tmp_path) if line.event == "heartbeat"]
     assert beats == [1012.0 + 12 * i for i in range(25)]
 
 
@@ -253,7 +254,7 @@ def test_a_failing_block_is_still_charged(tmp_path):
     with pytest.raises(OSError), account.time("checkpoint"):
         clock.now += 2
         raise OSError
-    assert account.totals()["device_seconds"] == device_seconds(checkpoint=2.0)
+    assert account.totals().device_seconds == device_seconds(checkpoint=2.0)
 
 
 def test_what_the_first_update_took_beyond_the_second_is_start_up(tmp_path):
@@ -262,13 +263,13 @@ def test_what_the_first_update_took_beyond_the_second_is_start_up(tmp_path):
     account.begin()
     clock.now += 60
     account.step(COST, first=True)
-    assert account.totals()["device_seconds"] == device_seconds(startup=60.0)
+    assert account.totals().device_seconds == device_seconds(startup=60.0)
     clock.work(account, 2)
-    assert account.totals()["device_seconds"] == device_seconds(startup=58.0, productive=6.0)
+    assert account.totals().device_seconds == device_seconds(startup=58.0, productive=6.0)
     clock.now += 1
     account.step(COST, first=True)  # of another shape, which needed nothing
     clock.work(account, 1)
-    assert account.totals()["device_seconds"] == device_seconds(startup=58.0, productive=9.0)
+    assert account.totals().device_seconds == device_seconds(startup=58.0, productive=9.0)
     assert account.step_hours == 2 / 3600  # compilation is not what the next one may take
     clock.work(account, 1, 5)
     assert account.step_hours == 5 / 3600
@@ -289,10 +290,10 @@ def test_an_attempt_that_ended_without_a_word_is_noted(tmp_path):
     again.begin(0, head)
     again.note("stop")
     opened(tmp_path, clock).begin(0, head)
-    events = [line["event"] for line in ledger.read(tmp_path)]
+    events = [line.event for line in ledger.read(tmp_path)]
     assert events == ["start", "save", "heartbeat", "crash-detected", "resume", "stop", "resume"]
     crash = ledger.read(tmp_path)[3]
-    assert (crash["silent_since"], crash["lost_steps"], crash["step"]) == (1010.0, 5, 5)
+    assert (crash.details["silent_since"], crash.details["lost_steps"], crash.step) == (1010.0, 5, 5)
     ledger.check(tmp_path)
 
 
@@ -303,8 +304,8 @@ def test_another_layout_is_noted(tmp_path):
         account.begin(0, heads[-1], layout={"ranks": ranks})
         heads.append(account.save())
         account.note("stop")
-    (change,) = [line for line in ledger.read(tmp_path) if line["event"] == "layout-change"]
-    assert (change["before"], change["now"], change["ranks"]) == ({"ranks": 2}, {"ranks": 8}, 8)
+    (change,) = [line for line in ledger.read(tmp_path) if line.event == "layout-change"]
+    assert (change.details["before"], change.details["now"], change.ranks) == ({"ranks": 2}, {"ranks": 8}, 8)
 
 
 def test_joules_add_up_over_attempts_and_say_what_they_leave_out(tmp_path):
@@ -329,11 +330,11 @@ def test_joules_add_up_over_attempts_and_say_what_they_leave_out(tmp_path):
     clock.now += 1
     third.meter({"gpu": 250.5})
     totals = third.totals()
-    assert (totals["joules"], totals["joules_by_part"]) == (4750.5, {"gpu": 4250.5, "cpu": 500.0})
-    assert totals["metered_device_seconds"] == 2 * (10 + 1)
-    assert totals["device_seconds"]["total"] == 2 * (10 + 5 + 1)
+    assert (totals.joules, totals.joules_by_part) == (4750.5, {"gpu": 4250.5, "cpu": 500.0})
+    assert totals.metered_device_seconds == 2 * (10 + 1)
+    assert totals.device_seconds["total"] == 2 * (10 + 5 + 1)
     third.note("stop")
-    assert ledger.total([tmp_path, tmp_path])["joules"] == 4750.5  # the same work, once
+    assert ledger.total([tmp_path, tmp_path]).joules == 4750.5  # the same work, once
 
 
 def test_a_log_is_noted_every_ten_seconds(tmp_path):
@@ -343,7 +344,7 @@ def test_a_log_is_noted_every_ten_seconds(tmp_path):
     for loss in range(30):
         clock.work(account, 1, 1.0)
         account.log(loss=loss)
-    logs = [line["loss"] for line in ledger.read(tmp_path) if line["event"] == "log"]
+    logs = [line.details["loss"] for line in ledger.read(tmp_path) if line.event == "log"]
     assert logs == [9, 19, 29]
 
 
@@ -359,11 +360,11 @@ def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
             deadline = time.monotonic() + PATIENCE
             while len(ledger.read(tmp_path)) < 1 + beats and time.monotonic() < deadline:
                 time.sleep(0.001)
-    assert [line["event"] for line in ledger.read(tmp_path)] == ["start", *["heartbeat"] * 3]
+    assert [line.event for line in ledger.read(tmp_path)] == ["start", *["heartbeat"] * 3]
     account.note("finish")
     clock.now += 100
     account.heartbeat()
-    assert ledger.read(tmp_path)[-1]["event"] == "finish"
+    assert ledger.read(tmp_path)[-1].event == "finish"
     assert account.block_hours("startup") == 2 * 2 * 30 / 3600
     assert account.block_hours("evaluate") == 0
     ledger.check(tmp_path)
@@ -393,9 +394,9 @@ def test_a_line_torn_at_any_byte_is_cut_off_and_recorded(tmp_path):
         assert len(ledger.read(tmp_path)) == whole.count(b"\n")
         opened(tmp_path, clock).begin(10, head)
         *_, repaired, crash, resumed = ledger.read(tmp_path)
-        events = [line["event"] for line in (repaired, crash, resumed)]
+        events = [line.event for line in (repaired, crash, resumed)]
         assert events == ["repaired", "crash-detected", "resume"]
-        assert repaired["torn"].encode() == extra[:cut]
+        assert repaired.details["torn"].encode() == extra[:cut]
         ledger.check(tmp_path)
 
 
@@ -571,9 +572,9 @@ def test_total_adds_runs_up(tmp_path):
         (tmp_path / name).mkdir()
         written(tmp_path / name, now)
     one, both = ledger.total([tmp_path / "a"]), ledger.total([tmp_path / "a", tmp_path / "b"])
-    assert both["steps"] == 20 and both["attempts"] == 2 and both["joules"] is None
-    assert both["flops"] == {part: 2 * value for part, value in one["flops"].items()}
-    assert both["device_seconds"]["productive"] == 80.0
+    assert both.steps == 20 and both.attempts == 2 and both.joules is None
+    assert both.flops == {part: 2 * value for part, value in one.flops.items()}
+    assert both.device_seconds["productive"] == 80.0
 
 
 def run_program(*words):
@@ -587,7 +588,7 @@ def test_program_total_prints_one_json_document(tmp_path):
     done = run_program("total", tmp_path, "--json")
     totals = ledger.total([tmp_path])
     assert done.returncode == 0
-    assert json.loads(done.stdout) == {**totals, "ettr": ledger.effective_share(totals)}
+    assert json.loads(done.stdout) == {**asdict(totals), "ettr": ledger.effective_share(totals)}
 
 
 def test_program_refuses_in_one_line(tmp_path):

@@ -117,9 +117,9 @@ def measure(
             if codes != [0]:
                 spent, failures = spent + life, failures + 1
         lines, totals = ledger.read(run), ledger.total([run])
-    spent += sum(lines[-1]["seconds"].values())
-    saves = sum(line["event"] == "save" for line in lines)
-    interval = (updates * update + totals["device_seconds"]["lost"]) / saves
+    spent += sum(lines[-1].seconds.values())
+    saves = sum(line.event == "save" for line in lines)
+    interval = (updates * update + totals.device_seconds["lost"]) / saves
     best = math.sqrt(2 * costs.stop * mtbf)
     return Measured(
         mtbf=mtbf,

@@ -195,9 +195,7 @@ def test_a_run_finds_its_scale_and_resumes_to_the_bit(
     assert 1 <= skipped[-1] < 8 and lines[-1]["loss_scale"] < loss_scale.MOST
 
     totals = ledger.total([tmp_path / "whole"])
-    assert (
-        totals["steps"] == 8 and totals["flops"]["total"] == lines[-1]["flops"]
-    )  # skipped ones are paid for
+    assert totals.steps == 8 and totals.flops["total"] == lines[-1]["flops"]  # skipped ones are paid for
 
     for stop, code in ((2, 75), (5, 75), (0, 0)):
         assert run_here(words("cut", *QUERY), tmp_path / "cut", stop) == code

@@ -49,5 +49,5 @@ def test_a_run_goes_on_as_it_began(here: Path) -> None:
     }
     assert losses == {step: pytest.approx(loss, rel=1e-5) for step, loss in LOSSES.items()}
     assert made[-1]["held_out_loss"] == pytest.approx(HELD_OUT, rel=1e-5)
-    assert ledger.check("run") > lines and ledger.total(["run"])["steps"] == 8
+    assert ledger.check("run") > lines and ledger.total(["run"]).steps == 8
     assert checkpoint.read_state(checkpoint.find("run")).rules == 1

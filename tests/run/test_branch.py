@@ -86,7 +86,7 @@ def test_killed_anywhere_it_ends_the_same(words: Words, trunk: Path, tmp_path: P
     assert result(tmp_path / "cut")["tensors"] == result(tmp_path / "whole")["tensors"]
     assert result(tmp_path / "cut")["spent"] == result(tmp_path / "whole")["spent"]
     ledger_program.check([str(tmp_path / "cut"), str(tmp_path / "whole")])
-    assert [line["event"] for line in ledger.read(tmp_path / "cut")].count("branch") == 1
+    assert [line.event for line in ledger.read(tmp_path / "cut")].count("branch") == 1
 
 
 def test_several_decays_of_a_constant_trunk(words: Words, tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_several_decays_of_a_constant_trunk(words: Words, tmp_path: Path) -> Non
         assert list(rates(tmp_path / kind).values()) == pytest.approx([3e-3 * (1 - fall) for fall in falls])
     runs = [str(tmp_path / name) for name in ("trunk", "decay", "decay-linear")]
     totals = ledger.total(runs)
-    assert totals["steps"] == 20 + 4 + 4 and totals["samples"] == 8 * totals["steps"]
-    assert ledger.total(runs[1:])["steps"] == 16 + 4 + 4  # of the trunk what the longer one needs
-    assert ledger.total(runs[:2])["steps"] == 24 and ledger.total(runs[1:2])["steps"] == 12
+    assert totals.steps == 20 + 4 + 4 and totals.samples == 8 * totals.steps
+    assert ledger.total(runs[1:]).steps == 16 + 4 + 4  # of the trunk what the longer one needs
+    assert ledger.total(runs[:2]).steps == 24 and ledger.total(runs[1:2]).steps == 12
     parts = [ledger.total(runs[:1]), *(ledger.total(runs[:1] + [run]) for run in runs[1:])]
-    own = [part["flops"]["total"] - parts[0]["flops"]["total"] for part in parts[1:]]
-    assert totals["flops"]["total"] == parts[0]["flops"]["total"] + sum(own)
+    own = [part.flops["total"] - parts[0].flops["total"] for part in parts[1:]]
+    assert totals.flops["total"] == parts[0].flops["total"] + sum(own)
 
 
 def test_shared_work_is_known_where_ledgers_are_lost(words: Words, trunk: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_shared_work_is_known_where_ledgers_are_lost(words: Words, trunk: Path, 
         (tmp_path / name / "ledger.jsonl").unlink()
         finish(words(name, *(branch(tmp_path / "parent") if name == "a" else ()), f"budget.steps={steps}"))
     runs = [str(tmp_path / name) for name in ("parent", "a")]
-    assert ledger.total(runs)["steps"] == 9 + 3
+    assert ledger.total(runs).steps == 9 + 3
     ledger_program.check(runs)
 
 
@@ -135,8 +135,8 @@ def test_a_branch_of_a_branch_shares_the_trunk_too(words: Words, trunk: Path, tm
     finish(words("two", *branch(tmp_path / "one", 5), "budget.steps=8"))
     finish(words("other", *branch(trunk, 2), "budget.steps=3"))
     runs = [str(trunk), *(str(tmp_path / name) for name in ("one", "two", "other"))]
-    assert ledger.total(runs)["steps"] == 8 + 2 + 3 + 1
-    assert ledger.total(runs[2:])["steps"] == 4 + 1 + 3 + 1
+    assert ledger.total(runs).steps == 8 + 2 + 3 + 1
+    assert ledger.total(runs[2:]).steps == 4 + 1 + 3 + 1
     _, text = ledger_program.total(runs)
     tree = [line.split(":")[0] for line in text.splitlines()[:4]]
     assert tree == [
@@ -149,7 +149,7 @@ def test_a_branch_of_a_branch_shares_the_trunk_too(words: Words, trunk: Path, tm
     assert [run.branch and run.branch.run for run in document.runs] == [
         None, "trunk", "one", "trunk",
     ]  # fmt: skip
-    assert document.together["steps"] == 14
+    assert document.together and document.together.steps == 14
     for page in (report.report_pages.markdown(document), report.report_pages.html(document)):
         assert "two at step 5: 3 updates" in page
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_is_refused(words: Words, trunk: Path, tiny: Path, tmp_pa
 def test_muon_may_follow_adamw_but_not_go_before(words: Words, trunk: Path, tmp_path: Path) -> None:
     finish(words("muon", "optimizer.kind=muon", *branch(trunk)))
     ledger_program.check([str(tmp_path / "muon")])
-    own = ledger.total([tmp_path / "muon"])["flops"]
+    own = ledger.total([tmp_path / "muon"]).flops
     assert own["optimizer"] > 0 and own["total"] == sum(own[part] for part in own if part != "total")
     said = refusal(words("a", *branch(tmp_path / "muon", "latest"), "budget.steps=9"))
     assert "optimizer.kind: muon -> adamw, but its matrices have no second moment: a branch has" in said
@@ -274,7 +274,7 @@ def test_the_plan_is_of_its_own_part(words: Words, trunk: Path, capsys: pytest.C
     capsys.readouterr()
     plan.main([*words("a", *branch(trunk, "latest"), "budget.steps=20"), "--json"])
     (said,) = json.loads(capsys.readouterr().out)
-    assert said["steps"] == 12 and said["flops_total"] * 8 == 12 * ledger.total([trunk])["flops"]["total"]
+    assert said["steps"] == 12 and said["flops_total"] * 8 == 12 * ledger.total([trunk]).flops["total"]
     config = load_config(words("a")[0], [*branch(trunk, "latest"), "budget.steps=20"])
     frozen = settled(config, planned_recipe(config)[0]).run.branch  # for a job that waits
     assert frozen and frozen.step == 8 and frozen.inherited["steps"] == 8

@@ -712,6 +712,6 @@ def test_a_run_killed_at_random_instants_always_goes_on(tmp_path):
             )
     account = ledger.Ledger.open(tmp_path, 1, "cpu")
     account.begin(reached, state.ledger_head)
-    assert account.totals()["flops"]["total"] == reached * COST.flops.total
+    assert account.totals().flops["total"] == reached * COST.flops.total
     ledger.check(tmp_path)
     assert reached >= 12

@@ -117,14 +117,14 @@ def test_goes_on_where_the_ledger_is_damaged(
     assert f"ledger.jsonl {DAMAGES[damage]}" in killed.text
     finish(words("cut", *OPTIONS))
     assert result(cut) == whole
-    (gap,) = [line for line in ledger.read(cut) if line["event"] == "gap"]
-    assert gap["found"].startswith(DAMAGES[damage]) and gap["step"] == state.step == 5
-    assert (state.ledger_head in gap["stands_for"]) == (damage not in (torn_last_word, miscounted, misspelt))
+    (gap,) = [line for line in ledger.read(cut) if line.event == "gap"]
+    assert gap.details["found"].startswith(DAMAGES[damage]) and gap.step == state.step == 5
+    assert (state.ledger_head in gap.stands_for) == (damage not in (torn_last_word, miscounted, misspelt))
     (checked,), text = program.check([str(cut)])
     assert f"notes a gap: the ledger {DAMAGES[damage]}" in " ".join(text.split())
     assert checked.gaps == ledger.gaps(ledger.read(cut))
     assert state.account
-    seconds, before = ledger.total([cut])["device_seconds"], state.account["device_seconds"]
+    seconds, before = ledger.total([cut]).device_seconds, state.account.device_seconds
     assert seconds["total"] > before["total"] and seconds["productive"] > before["productive"]
     (warning,) = [one for one in report.gather([str(cut)]).warnings if "gap" in one]
     assert DAMAGES[damage] in warning
@@ -141,10 +141,10 @@ def test_goes_on_where_the_ledger_is_gone_and_the_newest_checkpoint_too(
     os.truncate(cut / "checkpoints" / "step-00000005" / "model.safetensors", 100)
     finish(words("cut", *OPTIONS))
     assert result(cut) == whole
-    gaps = [line["found"] for line in ledger.read(cut) if line["event"] == "gap"]
+    gaps = [line.details["found"] for line in ledger.read(cut) if line.event == "gap"]
     assert gaps == ["was cut off before it", "has lost it already"]
     program.check([str(cut)])
-    assert ledger.total([cut])["lost_flops"] > 0
+    assert ledger.total([cut]).lost_flops > 0
 
 
 def test_a_ledger_without_the_end_of_a_finished_run(words: Words, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_ledger_without_the_end_of_a_finished_run(words: Words, tmp_path: Path
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     before = result(tmp_path / "a")["tensors"]
     finish(words("a"))
-    assert result(tmp_path / "a")["tensors"] == before and ledger.total([tmp_path / "a"])["steps"] == 8
+    assert result(tmp_path / "a")["tensors"] == before and ledger.total([tmp_path / "a"]).steps == 8
     program.check([str(tmp_path / "a")])
 
 

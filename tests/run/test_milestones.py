@@ -49,8 +49,8 @@ def test_milestones_are_the_checkpoints_of_their_steps(ranks: int, words: Words,
         ]
         if step:
             assert same(weights(run, name), weights(run, step))
-    notes = [line for line in ledger.read(run) if line["event"] == "milestone"]
-    assert [(line["share"], line["step"]) for line in notes] == [(0, 0), (0.3, 3), (0.5, 4), (1.0, 8)]
+    notes = [line for line in ledger.read(run) if line.event == "milestone"]
+    assert [(line.details["share"], line.step) for line in notes] == [(0, 0), (0.3, 3), (0.5, 4), (1.0, 8)]
     ledger_program.check([str(run)])
 
 

@@ -5,10 +5,12 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from pretrain import monitor
+from pretrain.account import ledger
 from pretrain.errors import UserError
 from pretrain.monitor import Monitor, read_metrics, speeds
 from tests.support.terminal import on_terminal
@@ -17,22 +19,22 @@ from tests.support.terminal import on_terminal
 def totals(step, productive=None, total=None):
     """A ledger's statement at `step`: 2 ranks, 0.5 s a step unless told otherwise."""
     productive = step * 1.0 if productive is None else productive
-    return {
-        "steps": step,
-        "samples": 4 * step,
-        "tokens_seen": 512 * step,
-        "tokens_real": 504 * step,
-        "tokens_predicted": 76 * step,
-        "token_layers": 24.5 * step,
-        "joules": None,
-        "peak_bytes": 7,
-        "flops": {"encoder": 3000 * step, "decoder": 600 * step, "head": 90 * step, "total": 3690 * step},
-        "device_seconds": {
+    return replace(
+        ledger.total([]),
+        steps=step,
+        samples=4 * step,
+        tokens_seen=512 * step,
+        tokens_real=504 * step,
+        tokens_predicted=76 * step,
+        token_layers=24.5 * step,
+        peak_bytes=7,
+        flops={"encoder": 3000 * step, "decoder": 600 * step, "head": 90 * step, "total": 3690 * step},
+        device_seconds={
             "productive": productive,
             "lost": 36.0,
             "total": productive if total is None else total,
         },
-    }
+    )
 
 
 class Clock:

@@ -111,7 +111,7 @@ def test_too_many_in_a_row_end_the_run_and_say_how_to_go_on(words: Words, tmp_pa
     assert command[:3] == ["python", "-m", "pretrain"]
     finish(command[3:], 2)
     (first, *_) = ledger.read(tmp_path / "a-lower")
-    assert (first["event"], first["step"]) == ("branch", 4)
+    assert (first.event, first.step) == ("branch", 4)
     assert read_metrics(tmp_path / "a-lower")[0]["step"] == 5
 
 

@@ -33,18 +33,18 @@ def test_everything_is_counted_and_noted(words: Words, tmp_path: Path) -> None:
     totals, lines = ledger.total([tmp_path / "a"]), ledger.read(tmp_path / "a")
     config = load_config(tmp_path / "a" / "config.yaml")
     costs = [phase.cost for phase in make_recipe(config).phases]
-    assert totals["samples"] == 3 * 4 + 5 * 8 + 4 * 8
-    assert totals["tokens_seen"] == 3 * 4 * 16 + 5 * 8 * 16 + 4 * 8 * 24
-    assert totals["tokens_real"] == 3 * 4 * 14 + 5 * 8 * 14 + 4 * 8 * 22
-    assert totals["flops"]["total"] == sum(
+    assert totals.samples == 3 * 4 + 5 * 8 + 4 * 8
+    assert totals.tokens_seen == 3 * 4 * 16 + 5 * 8 * 16 + 4 * 8 * 24
+    assert totals.tokens_real == 3 * 4 * 14 + 5 * 8 * 14 + 4 * 8 * 22
+    assert totals.flops["total"] == sum(
         n * cost.flops.total for n, cost in zip((3, 5, 4), costs, strict=True)
     )
-    notes = [line for line in lines if line["event"] == "phase-change"]
-    assert [(note["step"], note["phase"], note["batch_size"], note["seq_length"]) for note in notes] == [
+    notes = [line for line in lines if line.event == "phase-change"]
+    assert [(note.step, *map(note.details.get, ("phase", "batch_size", "seq_length"))) for note in notes] == [
         (3, 1, 8, 16),
         (8, 2, 8, 24),
     ]
-    scores = [line["held_out"] for line in lines if line["event"] == "evaluate"]
+    scores = [line.details["held_out"] for line in lines if line.event == "evaluate"]
     assert len(scores) == 3  # the same questions in all phases: 20 windows of 24, 15 % of 22
     assert {score["predicted_tokens"] for score in scores} == {20 * 3}
     state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
@@ -60,7 +60,7 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
     first, second = (checkpoint.read_state(checkpoint.find(tmp_path / name)) for name in ("whole", "cut"))
     assert first.segments == second.segments
-    events = [line["event"] for line in ledger.read(tmp_path / "cut")]
+    events = [line.event for line in ledger.read(tmp_path / "cut")]
     assert events.count("crash-detected") == 3
     program.check([str(tmp_path / "cut")])  # the counts of every line, by the phases it was in
 
@@ -73,8 +73,8 @@ def test_a_falling_rate_is_phases_and_killed_in_each_of_them(words: Words, tmp_p
     recipe = make_recipe(load_config(tmp_path / "whole" / "config.yaml"))
     assert [phase.config.masking.rate for phase in recipe.phases] == [0.5, 0.35, 0.2]
     totals = ledger.total([tmp_path / "whole"])
-    assert totals["tokens_seen"] == 2 * 8 * (17 + 20 + 24) and totals["tokens_predicted"] == 6 * 8 * 4
-    assert totals["flops"]["total"] == recipe.budget.planned("flops")
+    assert totals.tokens_seen == 2 * 8 * (17 + 20 + 24) and totals.tokens_predicted == 6 * 8 * 4
+    assert totals.flops["total"] == recipe.budget.planned("flops")
     program.check([str(tmp_path / "whole")])
     windows = 6 * 8 * 22  # what is dropped was read too
     tokens = load_manifest(str(recipe.config.corpus.train)).tokens
@@ -93,7 +93,7 @@ def test_any_unit_gives_the_phases(unit: str, words: Words, tmp_path: Path) -> N
     finish(words("a", PHASES, "budget.steps=null", f"budget.{unit}={5.5 * cost}"))
     resolved = load_config(tmp_path / "a" / "config.yaml")
     totals = ledger.total([tmp_path / "a"])
-    assert totals["steps"] == sum(make_recipe(resolved).budget.updates())
+    assert totals.steps == sum(make_recipe(resolved).budget.updates())
     assert budget.spent(totals, unit) == make_recipe(resolved).budget.planned(unit)
     assert 0 <= 5.5 * cost - budget.spent(totals, unit) < cost
 
@@ -119,10 +119,10 @@ def test_a_changed_budget_is_said_and_recorded(words: Words, tmp_path: Path) -> 
     finish(words("a"))
     outcome = finish(words("a", "budget.steps=null", "budget.tokens=2000"))
     assert "budget      changed: 8 steps -> 2000 tokens" in outcome.text
-    (note,) = [line for line in ledger.read(tmp_path / "a") if line["event"] == "budget-change"]
-    assert (note["before"], note["now"]) == ("8 steps", "2000 tokens")
-    assert 0 <= note["lr_before"] < note["lr_now"]
-    rates = f"changes, from {note['lr_before']:.3g} to {note['lr_now']:.3g};"
+    (note,) = [line for line in ledger.read(tmp_path / "a") if line.event == "budget-change"]
+    assert (note.details["before"], note.details["now"]) == ("8 steps", "2000 tokens")
+    assert 0 <= note.details["lr_before"] < note.details["lr_now"]
+    rates = f"changes, from {note.details['lr_before']:.3g} to {note.details['lr_now']:.3g};"
     assert f"warning: with the budget the learning rate {rates}" in outcome.text
     assert "budget      changed" not in finish(words("a", "budget.steps=null", "budget.tokens=2000")).text
 
@@ -150,12 +150,12 @@ def test_hours_end_before_the_budget_does(words: Words, tmp_path: Path) -> None:
     ended = attempt(words("a", *options), strike=Paced(SIGKILL, NEVER))
     assert ended.codes == [0], ended.text
     lines = ledger.read(tmp_path / "a")
-    assert lines[-1]["event"] == "finish" and lines[-1]["step"] > 20
-    assert [line["event"] for line in lines if line["event"] == "phase-change"] == ["phase-change"] * 2
-    spent = lines[-1]["device_seconds"]["total"]
+    assert lines[-1].event == "finish" and lines[-1].step > 20
+    assert [line.event for line in lines if line.event == "phase-change"] == ["phase-change"] * 2
+    spent = lines[-1].device_seconds["total"]
     assert spent <= seconds
-    saves = [line["step"] for line in lines if line["event"] == "save"]
-    assert saves[0] <= 2 and saves[-1] == lines[-1]["step"]
+    saves = [line.step for line in lines if line.event == "save"]
+    assert saves[0] <= 2 and saves[-1] == lines[-1].step
 
 
 def test_energy_without_a_sensor_is_refused(words: Words) -> None:

@@ -149,7 +149,7 @@ def test_signal_saves_and_exits_75(number: Signals, words: Words, tmp_path: Path
     assert checkpoint.find(tmp_path / "cut").name == "step-00000005"
     finish(words("cut"))
     assert result(tmp_path / "cut") == whole()
-    assert ledger.total([tmp_path / "cut"])["lost_flops"] == 0
+    assert ledger.total([tmp_path / "cut"]).lost_flops == 0
 
 
 def test_signal_to_one_rank_stops_all(words: Words, tmp_path: Path, whole: Whole) -> None:
@@ -180,7 +180,7 @@ def test_finished_run_stays_as_it_is(words: Words, tmp_path: Path) -> None:
     before, saved, lines = result(tmp_path / "a"), files(tmp_path / "a"), len(ledger.read(tmp_path / "a"))
     finish(words("a"))
     assert (result(tmp_path / "a"), files(tmp_path / "a")) == (before, saved)
-    events = [line["event"] for line in ledger.read(tmp_path / "a")[lines:]]
+    events = [line.event for line in ledger.read(tmp_path / "a")[lines:]]
     assert [event for event in events if event != "heartbeat"] == ["resume", "finish"]
 
 
@@ -188,7 +188,7 @@ def test_finished_run_goes_on_with_a_larger_budget(words: Words, tmp_path: Path)
     finish(words("a"))
     finish(words("a", "budget.steps=10"))
     assert [line[0] for line in losses(tmp_path / "a")] == list(range(1, 11))
-    assert ledger.total([tmp_path / "a"])["lost_flops"] == 0
+    assert ledger.total([tmp_path / "a"]).lost_flops == 0
     assert (status(tmp_path / "a")["state"], status(tmp_path / "a")["step"]) == ("finished", 10)
 
 
@@ -200,9 +200,10 @@ def test_run_goes_on_recomputing(words: Words, tmp_path: Path, whole: Whole) -> 
     said = finish(words("cut", *options, *more))
     assert "dropout     other elements are dropped from here on" in said.text
     assert "micro_batch 8 -> 4" in said.text
-    (change,) = [line for line in ledger.read(tmp_path / "cut") if line["event"] == "layout-change"]
-    assert (change["before"]["recompute"], change["now"]["recompute"]) == ("none", "block")
-    assert (change["before"]["deterministic"], change["now"]["deterministic"]) == (True, False)
+    (change,) = [line for line in ledger.read(tmp_path / "cut") if line.event == "layout-change"]
+    before, now = change.details["before"], change.details["now"]
+    assert (before["recompute"], now["recompute"]) == ("none", "block")
+    assert (before["deterministic"], now["deterministic"]) == (True, False)
     check_ledger(tmp_path / "cut")
 
 
@@ -236,7 +237,7 @@ def test_corrupt_checkpoint_is_named_and_passed_over(
     assert str(bad.parent) in warning and name in warning
     assert result(tmp_path / "cut") == whole()
     totals = ledger.total([tmp_path / "cut"])
-    assert totals["lost_flops"] == totals["flops"]["total"] // 4  # updates 4 and 5 of 8
+    assert totals.lost_flops == totals.flops["total"] // 4  # updates 4 and 5 of 8
 
 
 # ---- refused -------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ def test_budget_is_spent_and_never_exceeded(unit: str, updates: float, words: Wo
     amount = int(updates * each)
     finish(words("a", "budget.steps=null", f"budget.{unit}={amount}", *QUERY))
     totals = ledger.total([tmp_path / "a"])
-    assert (totals["steps"], totals["samples"]) == (4, 4 * 8)
-    assert totals["tokens_seen"] == 4 * one.tokens_seen
-    assert totals["flops"]["total"] == 4 * one.flops.total
+    assert (totals.steps, totals.samples) == (4, 4 * 8)
+    assert totals.tokens_seen == 4 * one.tokens_seen
+    assert totals.flops["total"] == 4 * one.flops.total
     assert [line["progress"] for line in read_metrics(tmp_path / "a")] == pytest.approx(
         [n * each / amount for n in (1, 2, 3, 4)], rel=1e-15
     )
@@ -100,8 +100,8 @@ def test_budget_of_device_hours(words: Words, tmp_path: Path) -> None:
     again = attempt(words("a", *hours), 2, Paced(SIGTERM, NEVER))
     assert again.codes == [0, 0], again.text
     spent, budget = ledger.total([tmp_path / "a"]), 20 / 3600
-    assert spent["attempts"] == 2 and spent["lost_flops"] == 0
-    assert spent["device_seconds"]["total"] / 3600 <= budget
+    assert spent.attempts == 2 and spent.lost_flops == 0
+    assert spent.device_seconds["total"] / 3600 <= budget
     lines = read_metrics(tmp_path / "a")
     shares = [round(line["progress"], 12) for line in lines]  # a restart may round the last bit
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] > 0.97
@@ -130,11 +130,11 @@ def test_saves_come_as_often_as_loses_least(words: Words, tmp_path: Path) -> Non
     options = ("checkpoint.every_minutes=auto", f"checkpoint.mtbf_hours={20 / 3600:.9f}", "budget.steps=150")
     ended = attempt(words("a", *options, "corpus.valid="), strike=Paced(SIGTERM, NEVER))
     assert ended.codes == [0], ended.text
-    first, *saves = [line for line in ledger.read(tmp_path / "a") if line["event"] == "save"]
-    assert first["step"] == 1 and len(saves) == 4
+    first, *saves = [line for line in ledger.read(tmp_path / "a") if line.event == "save"]
+    assert first.step == 1 and len(saves) == 4
     for before, after in pairwise([first, *saves[:-1]]):  # the last is that of the end
-        best = (2 * 0.1 * (20 + after["device_seconds"]["total"])) ** 0.5
-        assert best <= after["time"] - before["time"] - 0.1 <= best + 0.06
+        best = (2 * 0.1 * (20 + after.device_seconds["total"])) ** 0.5
+        assert best <= after.time - before.time - 0.1 <= best + 0.06
 
 
 def test_a_first_update_moves_the_weights(words: Words, tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_updates_decided_ahead_are_those_decided_one_by_one(
         train.close(run)
         lines = ledger.read(tmp_path / name)
         # Others come by the clock.
-        events.append([(line["event"], line["step"]) for line in lines if line["event"] in EVENTS])
+        events.append([(line.event, line.step) for line in lines if line.event in EVENTS])
     assert result(tmp_path / "one by one") == result(tmp_path / "ahead")
     assert events[0] == events[1]
     assert checkpoint.read_state(checkpoint.find(tmp_path / "one by one")).progress == pytest.approx(

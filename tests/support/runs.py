@@ -230,7 +230,7 @@ def kept(run: Path) -> dict[str, Any]:
         "tensors": {
             name: sha256((files / name).read_bytes()).hexdigest() for name in checkpoint.FILES.values()
         },
-        "spent": {name: totals[name] for name in ("steps", *ledger.COUNTERS[1:])},
+        "spent": {name: getattr(totals, name) for name in ("steps", *ledger.COUNTERS[1:])},
     }
 
 

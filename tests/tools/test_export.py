@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -804,8 +805,8 @@ def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) ->
     first, *others = ledger.chain(run).values()
     (run / "ledger.jsonl").unlink()
     before = ""
-    for line in ({**first, "time": first["time"] - 60}, *others):
-        text = json.dumps({**line, "previous": before}).encode()
+    for line in (replace(first, time=first.time - 60), *others):
+        text = json.dumps(replace(line, previous=before).document()).encode()
         with (run / "ledger.jsonl").open("ab") as file:
             file.write(text + b"\n")
         before = hashlib.sha256(text).hexdigest()

@@ -42,7 +42,7 @@ def spend(run: Path, clock: Clock, job: str, begin: float, seconds: float, head:
     for _ in range(int(seconds) - 3):
         clock.now += 1
         account.step(COST)
-    saved = account.totals()["steps"], account.save()
+    saved = account.totals().steps, account.save()
     account.note("stop")
     return saved
 
@@ -65,7 +65,7 @@ def test_the_parts_add_up_to_slurms_figure(run: Path) -> None:
     assert (second.slurm, second.ledger) == (400.0, 160.0)
     assert (second.before, second.between, second.after, second.undriven) == (16.0, 24.0, 40.0, 160.0)
     assert first.rest == second.rest == 0.0
-    total = ledger.total([run])["device_seconds"]["total"]
+    total = ledger.total([run]).device_seconds["total"]
     assert first.ledger + second.ledger == pytest.approx(total)
 
 
@@ -228,7 +228,7 @@ def test_a_real_job(slurm: None, tiny: Path, tmp_path: Path) -> None:
     document, text = reconcile.reconcile([str(folder)])
     assert document["source"] == "scontrol" and journal.read(folder)
     (one,) = document["jobs"]
-    total = ledger.total([folder])["device_seconds"]["total"]
+    total = ledger.total([folder]).device_seconds["total"]
     assert (one["job"], one["state"], one["devices"]) == (job, "COMPLETED", 2)
     assert one["ledger"] == pytest.approx(total, abs=0.1) and one["undriven"] == one["between"] == 0
     assert 0 < one["before"] < one["slurm"] and abs(one["rest"]) <= 2 * 2  # seconds of start and end, cut

@@ -387,7 +387,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     with (made.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "held_out')  # being written
     (run,) = report.gather([str(made.path)]).runs
-    assert (run.totals["steps"], run.held_out) == (1, None)
+    assert (run.totals.steps, run.held_out) == (1, None)
 
 
 def test_a_loss_that_is_no_number_is_left_out_of_the_figure(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_study_from_text_to_its_page(
     plan = open_study(file, tmp_path / "place")
     kept = plan.folder(StudyCell("nano", "late-50", 1, 3e-3))
     assert sorted(path.name for path in kept.iterdir()) == ["decay-1", "decay-1.yaml"]
-    assert ledger.total([kept / "decay-1"])["steps"] == last.step
+    assert ledger.total([kept / "decay-1"]).steps == last.step
     held_out = f"--corpus={tmp_path / 'place' / 'valid'}"
     assert evaluate.main([str(kept / "decay-1"), held_out, "--samples=20", "--json"]) == 0
     loss = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["loss"]
@@ -186,7 +186,7 @@ def test_a_run_of_another_budget_is_not_taken_for_done(
         plan = open_study(written(tmp_path, tiny, sizes=sizes), tmp_path / "place")
         work.prepare(plan, tiny)
         run = work._train(plan.trial(cell))
-        assert ledger.total([run])["flops"]["total"] == pytest.approx(0.3 * budget, rel=0.2)
+        assert ledger.total([run]).flops["total"] == pytest.approx(0.3 * budget, rel=0.2)
     assert len(started) == 2
 
 

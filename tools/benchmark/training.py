@@ -57,7 +57,7 @@ def rows(args: argparse.Namespace, done: Done) -> Iterator[BenchmarkRow]:
         for run, path in runs.items():
             _program("pretrain", str(path), *words, f"run.dir={run}")
             done(1)
-            yield from _rows(run.name, read_metrics(run), ledger.read(run)[-1]["device"])
+            yield from _rows(run.name, read_metrics(run), ledger.read(run)[-1].device)
 
 
 def _rows(config: str, metrics: list[Metrics], device: str) -> Iterator[BenchmarkRow]:

@@ -171,16 +171,16 @@ def _training(config: Config, state: State | None) -> str:
 def _cost(totals: Totals | None, ledger_head: str) -> str:
     if totals is None:
         return "Not recorded."
-    spent = totals["device_seconds"]
+    spent = totals.device_seconds
     rows = [
-        ("updates", f"{totals['steps']:,}"),
-        ("tokens read", f"{totals['tokens_seen']:,}"),
-        ("tokens predicted", f"{totals['tokens_predicted']:,}"),
-        ("model FLOPs", f"{totals['flops']['total']:.3e}"),
+        ("updates", f"{totals.steps:,}"),
+        ("tokens read", f"{totals.tokens_seen:,}"),
+        ("tokens predicted", f"{totals.tokens_predicted:,}"),
+        ("model FLOPs", f"{totals.flops['total']:.3e}"),
         ("device-hours", f"{spent['total'] / 3600:.3f}"),
         ("of them lost to restarts", f"{spent['lost'] / 3600:.3f}"),
     ]
-    if (joules := totals["joules"]) is not None:
+    if (joules := totals.joules) is not None:
         rows.append(("energy, kWh", f"{joules / 3.6e6:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = f"From the ledger of the whole run, all attempts:\n\n| | |\n|---|---|\n{table}"

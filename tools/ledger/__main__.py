@@ -8,7 +8,7 @@ lists the events of each run; `total` adds the runs up; `energy` tells joules an
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.account.flops import StepCost
+from pretrain.account.ledger import LedgerLine, Statement
 from pretrain.account.recipe import make_recipe
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
@@ -149,7 +150,7 @@ def _verdict(one: CheckedLedger) -> str:
     return "\n".join([f"{text}; head {one.head or 'none'}", *one.gaps])
 
 
-def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
+def check_counts(run: Path, lines: dict[str, LedgerLine]) -> None:
     """Raise UserError at the first line whose counts are not those of its updates, by the closed form."""
     path = run / "config.yaml"
     if not path.exists():
@@ -157,23 +158,24 @@ def check_counts(run: Path, lines: dict[str, ledger.Line]) -> None:
     config = load_config(str(path))
     costs = {way: _costs(config, way) for way in ("none", "block")}
     # A program that did not say whether it recomputed could not change that either.
-    before, phase, phases, ways = ledger.empty_statement(), 0, {"": 0}, list(costs)
+    before, phase, phases, ways = Statement(), 0, {"": 0}, list(costs)
     known = {"": before, **ledger.with_absent(lines)}
     for number, (head, line) in enumerate(lines.items(), 1):
-        before = ledger.taken_over(before, line)
-        phases |= dict.fromkeys(line.get("stands_for", ()), line.get("phase", phase))
-        if line["event"] == "resume":
-            before, phase = known[line["head"]], phases[line["head"]]
-        if way := line.get("layout", {}).get("recompute"):
+        told = line.details
+        before = ledger.taken_over(before, line.stands_for)
+        phases |= dict.fromkeys(line.stands_for, told.get("phase", phase))
+        if line.event == "resume":
+            before, phase = known[told["head"]] or before, phases[told["head"]]
+        if way := told.get("layout", {}).get("recompute"):
             ways = [way]
         wrongs = [_miscounted(before, line, costs[way][phase]) for way in ways]
         if all(wrongs):
             wrong = wrongs[0]
             raise UserError(
                 f"{run / 'ledger.jsonl'}:{number}: its {wrong} are not those of"
-                f" {line['step'] - before['step']:,} updates of {path}; restore the files"
+                f" {line.step - before.step:,} updates of {path}; restore the files"
             )
-        before, phase = line, line.get("phase", phase)
+        before, phase = line, told.get("phase", phase)
         phases[head] = phase
 
 
@@ -183,11 +185,11 @@ def _costs(config: Config, recompute: str) -> list[StepCost]:
     return [phase.cost for phase in make_recipe(config.model_copy(update={"train": train})).phases]
 
 
-def _miscounted(before: ledger.Line, line: ledger.Line, cost: StepCost) -> str | None:
+def _miscounted(before: Statement, line: Statement, cost: StepCost) -> str | None:
     """The first counter that did not grow by what the updates since `before` cost."""
-    updates = line["step"] - before["step"]
+    updates = line.step - before.step
     for name in ledger.COUNTERS[1:]:
-        old, new, each = before[name], line[name], getattr(cost, name)
+        old, new, each = getattr(before, name), getattr(line, name), getattr(cost, name)
         if name == "flops":
             same = all(old[part] + updates * getattr(each, part) == new[part] for part in old)
         elif isinstance(each, float):  # added up one by one
@@ -210,41 +212,45 @@ def show(runs: list[str]) -> tuple[Any, str]:
         about = "" if share is None else f": effective training time {share:.1%}"
         rows.append(wrapped(run + about, indent=4))
         rows += [wrapped(_row(line), indent=26) for line in _telling(lines)]
-    report = [{"run": run, "ettr": shares[run], "lines": lines} for run, lines in found.items()]
+    report = [
+        {"run": run, "ettr": shares[run], "lines": [line.document() for line in lines]}
+        for run, lines in found.items()
+    ]
     return report, "\n".join(rows)
 
 
-def _effective(lines: list[ledger.Line]) -> float | None:
-    return ledger.effective_share(ledger.as_totals(ledger.statement_of(lines[-1]))) if lines else None
+def _effective(lines: list[LedgerLine]) -> float | None:
+    return ledger.effective_share(ledger.as_totals(lines[-1])) if lines else None
 
 
-def _telling(lines: list[ledger.Line]) -> list[ledger.Line]:
+def _telling(lines: list[LedgerLine]) -> list[LedgerLine]:
     """Without heartbeats and logs, but for the one that an attempt ends with: there it was killed."""
-    last = {line["attempt"]: number for number, line in enumerate(lines)}
+    last = {line.attempt: number for number, line in enumerate(lines)}
     return [
         line
         for number, line in enumerate(lines)
-        if line["event"] not in ("heartbeat", "log") or last[line["attempt"]] == number
+        if line.event not in ("heartbeat", "log") or last[line.attempt] == number
     ]
 
 
-def _row(line: ledger.Line) -> str:
-    spent = line["device_seconds"]
-    when = datetime.fromtimestamp(line["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+def _row(line: LedgerLine) -> str:
+    spent = line.device_seconds
+    when = datetime.fromtimestamp(line.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
     return (
-        f"{when}  {line['attempt']:3}  {line['event']:14} {line['step']:9} {spent['total'] / 3600:10.3f}"
-        f" {spent['lost'] / 3600:7.3f} {line['flops']['total']:9.2e}  {_details(line)}"
+        f"{when}  {line.attempt:3}  {line.event:14} {line.step:9} {spent['total'] / 3600:10.3f}"
+        f" {spent['lost'] / 3600:7.3f} {line.flops['total']:9.2e}  {_details(line)}"
     ).rstrip()
 
 
 _TOLD = ("reason", "found", "of", "lost_steps", "before", "now", "seq_length", "batch_size", "segment")
 
 
-def _details(line: ledger.Line) -> str:
-    words = [f"{name} {line[name]}" for name in _TOLD if name in line]
-    words += [f"{share:.2f} epochs of {prefix}" for prefix, share in line.get("epochs", {}).items()]
-    if "held_out" in line:
-        words.append(f"held-out loss {line['held_out']['loss']:.4f}")
+def _details(line: LedgerLine) -> str:
+    told = line.details
+    words = [f"{name} {told[name]}" for name in _TOLD if name in told]
+    words += [f"{share:.2f} epochs of {prefix}" for prefix, share in told.get("epochs", {}).items()]
+    if "held_out" in told:
+        words.append(f"held-out loss {told['held_out']['loss']:.4f}")
     return ", ".join(words)
 
 
@@ -252,24 +258,24 @@ def total(runs: list[str]) -> tuple[Any, str]:
     """Return the sum of the runs, under the promised keys; what branches have from a trunk is counted
     once."""
     report = ledger.total(runs)
-    spent, flops = report["device_seconds"], report["flops"]
-    rows = [("attempts", f"{report['attempts']}")]
+    spent, flops = report.device_seconds, report.flops
+    rows = [("attempts", f"{report.attempts}")]
     counters = ("steps", "samples", "tokens_seen", "tokens_real", "tokens_predicted")
-    rows += [(name, f"{value}") for name, value in report.items() if name in counters]
-    rows += [("token-layers", f"{report['token_layers']:.4e}")]
+    rows += [(name, f"{getattr(report, name)}") for name in counters]
+    rows += [("token-layers", f"{report.token_layers:.4e}")]
     parts = sorted(flops, key=lambda part: part == "total")  # the sum below its parts
     rows += [(f"FLOPs, {part}", f"{flops[part]:.4e}") for part in parts]
-    rows += [("FLOPs, hardware", f"{report['hardware_flops']:.4e}")]
-    rows += [("FLOPs, lost", f"{report['lost_flops']:.4e}")]
+    rows += [("FLOPs, hardware", f"{report.hardware_flops:.4e}")]
+    rows += [("FLOPs, lost", f"{report.lost_flops:.4e}")]
     rows += [(f"device-hours, {part}", f"{spent[part] / 3600:.4f}") for part in spent]
     share = ledger.effective_share(report)
     rows += [("effective training time", "-" if share is None else f"{share:.1%}")]
-    rows += [("joules", "not measured" if report["joules"] is None else f"{report['joules']:.4e}")]
-    rows += [(f"joules, {part}", f"{joules:.4e}") for part, joules in report["joules_by_part"].items()]
+    rows += [("joules", "not measured" if report.joules is None else f"{report.joules:.4e}")]
+    rows += [(f"joules, {part}", f"{joules:.4e}") for part, joules in report.joules_by_part.items()]
     if spent["total"]:
-        rows += [("metered share of hours", f"{report['metered_device_seconds'] / spent['total']:.1%}")]
-    rows += [("peak bytes of a rank", f"{report['peak_bytes']}")]
-    return {**report, "ettr": share}, "\n".join(
+        rows += [("metered share of hours", f"{report.metered_device_seconds / spent['total']:.1%}")]
+    rows += [("peak bytes of a rank", f"{report.peak_bytes}")]
+    return {**asdict(report), "ettr": share}, "\n".join(
         [*tree({run: run for run in runs}), *(f"{name:24} {value:>16}" for name, value in rows)]
     )
 

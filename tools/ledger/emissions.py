@@ -97,18 +97,18 @@ def attempts(run: str) -> list[AttemptEnergy]:
     """Return the energy of each attempt of a run."""
     found = []
     lines = ledger.read(run)
-    for number in dict.fromkeys(line["attempt"] for line in lines):
-        own = [line for line in lines if line["attempt"] == number]
-        about = next((line for line in own if "sensors" in line), {})
-        before, joules = own[0]["joules"], own[-1]["joules"]  # no sensor was read before the first line
+    for number in dict.fromkeys(line.attempt for line in lines):
+        own = [line for line in lines if line.attempt == number]
+        about = next((line.details for line in own if "sensors" in line.details), {})
+        before, joules = own[0].joules, own[-1].joules  # no sensor was read before the first line
         found.append(
             AttemptEnergy(
                 run=str(run),
                 attempt=number,
-                end=own[-1]["time"],
-                seconds=sum(own[-1]["seconds"].values()),
-                device=own[-1]["device"],
-                ranks=own[-1]["ranks"],
+                end=own[-1].time,
+                seconds=sum(own[-1].seconds.values()),
+                device=own[-1].device,
+                ranks=own[-1].ranks,
                 provenance=_provenance(Path(run), own[0]),
                 sensors=about.get("sensors", {}),
                 host_share=about.get("host_share"),
@@ -122,14 +122,14 @@ def attempts(run: str) -> list[AttemptEnergy]:
     return found
 
 
-def _provenance(run: Path, first: ledger.Line) -> dict[str, Any]:
+def _provenance(run: Path, first: ledger.LedgerLine) -> dict[str, Any]:
     """What the attempt with this first line said of its software, a moment before; {} if it is not known.
 
     By its time: attempts that failed before their first line are in provenance.json only.
     """
     told = read_provenance(run)
-    begin = first["time"] - sum(first["seconds"].values())
-    return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first["time"] + 1), {})
+    begin = first.time - sum(first.seconds.values())
+    return next((one for one in reversed(told) if begin - 1 <= one["time"] <= first.time + 1), {})
 
 
 def report(runs: list[str], carbon: CarbonFactor | None, table: str | None) -> tuple[Emissions, str]:
@@ -140,11 +140,11 @@ def report(runs: list[str], carbon: CarbonFactor | None, table: str | None) -> t
     measured = [one for one in found if one.kwh]
     total = sum(sum(one.kwh.values()) for one in measured) if measured else None
     spent = ledger.total(runs)
-    seconds = spent["device_seconds"]["total"]
+    seconds = spent.device_seconds["total"]
     document = Emissions(
         attempts=found,
         kwh=total,
-        metered_share=spent["metered_device_seconds"] / seconds if seconds else None,
+        metered_share=spent.metered_device_seconds / seconds if seconds else None,
         intensity=carbon,
         kg_co2e=total * carbon.grams_per_kwh / 1e3 if carbon and total is not None else None,
     )

@@ -105,24 +105,24 @@ class Account:
 # ---- the ledger's side ---------------------------------------------------------------------------
 
 
-def attempts(lines: Sequence[ledger.Line]) -> list[Attempt]:
+def attempts(lines: Sequence[ledger.LedgerLine]) -> list[Attempt]:
     """Return the attempts of a run, in order; `job` is "" outside of Slurm."""
-    by_number: dict[int, list[ledger.Line]] = {}
+    by_number: dict[int, list[ledger.LedgerLine]] = {}
     for line in lines:
-        by_number.setdefault(line["attempt"], []).append(line)
+        by_number.setdefault(line.attempt, []).append(line)
     return [_attempt(number, own) for number, own in by_number.items()]
 
 
-def _attempt(number: int, lines: Sequence[ledger.Line]) -> Attempt:
+def _attempt(number: int, lines: Sequence[ledger.LedgerLine]) -> Attempt:
     last = lines[-1]
-    jobs = [line["job"].get("job_id", "") for line in lines if "job" in line]
+    jobs = [line.details["job"].get("job_id", "") for line in lines if "job" in line.details]
     return Attempt(
         number,
         jobs[0] if jobs else "",
-        last["time"] - sum(last["seconds"].values()),
-        last["time"],
-        last["ranks"],
-        last["event"] in ledger.LAST_WORDS,
+        last.time - sum(last.seconds.values()),
+        last.time,
+        last.ranks,
+        last.event in ledger.LAST_WORDS,
     )
 
 

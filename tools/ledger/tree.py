@@ -32,8 +32,8 @@ def branches(runs: Mapping[str, str]) -> dict[str, Branch]:
         if len(lineage) > 1:
             (begun, before), (_, last) = lineage[-2:]
             own = ledger.as_totals(ledger.since(before, last))
-            of = ledger.read(runs[name])[0]["of"]
-            found[name] = Branch(of, before["step"], named.get(begun), own)
+            of = ledger.read(runs[name])[0].details["of"]
+            found[name] = Branch(of, before.step, named.get(begun), own)
     return found
 
 
@@ -49,9 +49,9 @@ def tree(runs: Mapping[str, str]) -> list[str]:
         branch = known.get(name)
         own = branch.own if branch else ledger.total([runs[name]])
         begins = f" of {branch.of}" * (branch.run is None) + f" at step {branch.step}" if branch else ""
-        hours = own["device_seconds"]["total"] / 3600
+        hours = own.device_seconds["total"] / 3600
         return (
-            f"{'  ' * depth}{name}{begins}: {own['steps']:,} updates, {own['flops']['total']:.3e} FLOPs,"
+            f"{'  ' * depth}{name}{begins}: {own.steps:,} updates, {own.flops['total']:.3e} FLOPs,"
             f" {hours:.3g} device-hours"
         )
 

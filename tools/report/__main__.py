@@ -126,7 +126,7 @@ class ReportedRun:
     """{} before the run has begun."""
     totals: Totals
     """Of the ledger."""
-    lines: list[ledger.Line]
+    lines: list[ledger.LedgerLine]
     ledger_head: str | None
     """Hash of the last of them."""
     metrics: list[Metrics]
@@ -136,19 +136,19 @@ class ReportedRun:
 
     @property
     def devices(self) -> list[str]:
-        return sorted({line["device"] for line in self.lines})
+        return sorted({line.device for line in self.lines})
 
     @cached_property
     def spans(self) -> list[PhaseSpan]:
         """In order; none before the first update, and two of a phase that a larger budget came back to."""
         borders = [(0, 0, 0.0)]  # phase, and what there was before it
         for line in self.lines:
-            if line["event"] == "branch":  # what is before is the trunk's
+            if line.event == "branch":  # what is before is the trunk's
                 borders = []
-            if line["event"] == "resume":  # phases that the run went back from are not begun yet
-                borders = [border for border in borders if border[1] <= line["samples"]]
-            if "phase" in line:
-                borders.append((line["phase"], *_surviving(line)))
+            if line.event == "resume":  # phases that the run went back from are not begun yet
+                borders = [border for border in borders if border[1] <= line.samples]
+            if "phase" in line.details:
+                borders.append((line.details["phase"], *_surviving(line)))
         ends = [(0, *_surviving(line)) for line in self.lines[-1:]]
         phases = self.recipe.phases
         return [
@@ -158,9 +158,9 @@ class ReportedRun:
         ]
 
 
-def _surviving(line: ledger.Line) -> tuple[int, float]:
+def _surviving(line: ledger.LedgerLine) -> tuple[int, float]:
     """Sequences, and device-seconds of updates, that the model is made of."""
-    return line["samples"], line["device_seconds"]["productive"]
+    return line.samples, line.device_seconds["productive"]
 
 
 def read_runs(paths: Sequence[str]) -> list[ReportedRun]:
@@ -232,14 +232,14 @@ def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> RunReport:
         state=run.status.get("state"),
         ledger_head=run.ledger_head,
         devices=run.devices,
-        ranks=run.lines[-1]["ranks"] if run.lines else None,
+        ranks=run.lines[-1].ranks if run.lines else None,
         totals=totals,
         budget=_budget(recipe, totals),
         costs=RunCosts(
-            token_layers=totals["token_layers"],
-            flops_without_head=totals["flops"]["total"] - totals["flops"]["head"],
-            flops_with_head=totals["flops"]["total"],
-            device_seconds=totals["device_seconds"]["productive"],
+            token_layers=totals.token_layers,
+            flops_without_head=totals.flops["total"] - totals.flops["head"],
+            flops_with_head=totals.flops["total"],
+            device_seconds=totals.device_seconds["productive"],
         ),
         relative=RelativeCosts(**_relative(run), device_time=_relative_time(run, runs)),
         questions=_questions(run),
@@ -400,7 +400,7 @@ def unigram(corpus: CorpusOptions, length: int, samples: int) -> UnigramScore | 
 
 
 def _questions(run: ReportedRun) -> HeldOutQuestions:
-    scores = [line["held_out"] for line in run.lines if "held_out" in line]
+    scores = [line.details["held_out"] for line in run.lines if "held_out" in line.details]
     last = scores[-1] if scores else {}
     known = HeldOutQuestions(
         seq_length=held_out_length(run.recipe.config),

@@ -62,12 +62,12 @@ def _hours(seconds: float) -> str:
 
 def _flops_of(part: str) -> Callable[[RunReport], str]:
     """Return the cell of the FLOPs of a part of the model."""
-    return lambda run: _scientific(run.totals["flops"].get(part, 0))
+    return lambda run: _scientific(run.totals.flops.get(part, 0))
 
 
 def _hours_of(part: str) -> Callable[[RunReport], str]:
     """Return the cell of the device-hours that something took."""
-    return lambda run: _hours(run.totals["device_seconds"][part])
+    return lambda run: _hours(run.totals.device_seconds[part])
 
 
 def _share(value: float) -> str:
@@ -123,7 +123,7 @@ def _left(run: RunReport) -> str:
 
 
 def _energy(run: RunReport) -> str:
-    joules = run.totals["joules"]
+    joules = run.totals.joules
     return NONE if joules is None else f"{joules / 3.6e6:.4g} kWh"
 
 
@@ -246,16 +246,16 @@ COSTS = Table(
 WORK = Table(
     "Work",
     (
-        Column("steps", lambda r: _count(r.totals["steps"]), "updates that the model is made of"),
-        Column("sequences", lambda r: _count(r.totals["samples"]), "windows of text in these updates"),
+        Column("steps", lambda r: _count(r.totals.steps), "updates that the model is made of"),
+        Column("sequences", lambda r: _count(r.totals.samples), "windows of text in these updates"),
         Column(
             "tokens seen",
-            lambda r: _count(r.totals["tokens_seen"]),
+            lambda r: _count(r.totals.tokens_seen),
             "places in these windows, those that hold a [MASK] included",
         ),
         Column(
             "tokens predicted",
-            lambda r: _count(r.totals["tokens_predicted"]),
+            lambda r: _count(r.totals.tokens_predicted),
             "places that the training loss asks about",
         ),
         *(
@@ -302,7 +302,7 @@ SPEED = Table(
         ),
         Column(
             "peak memory",
-            lambda r: f"{r.totals['peak_bytes'] / 2**30:.2f} GiB" if r.totals["peak_bytes"] else NONE,
+            lambda r: f"{r.totals.peak_bytes / 2**30:.2f} GiB" if r.totals.peak_bytes else NONE,
             "most that a rank has held: of a GPU's memory, or on a CPU of the host's",
         ),
     ),
@@ -326,7 +326,7 @@ ACCOUNT = Table(
         Column("device", _devices, "ranks of the last attempt, and what each of them drives"),
         Column(
             "device-hours",
-            lambda r: _hours(r.totals["device_seconds"]["total"]),
+            lambda r: _hours(r.totals.device_seconds["total"]),
             "ranks x hours from start to exit, over all attempts, whatever the time went into",
         ),
         Column(
@@ -343,8 +343,8 @@ ACCOUNT = Table(
         Column(
             "metered",
             lambda r: (
-                _share(r.totals["metered_device_seconds"] / r.totals["device_seconds"]["total"])
-                if r.totals["joules"] is not None
+                _share(r.totals.metered_device_seconds / r.totals.device_seconds["total"])
+                if r.totals.joules is not None
                 else NONE
             ),
             "share of the device-hours in which a sensor was read; imports before the first reading are not",
@@ -355,7 +355,7 @@ ACCOUNT = Table(
 HOURS = Table(
     "Where the device-hours went",
     (
-        Column("attempts", lambda r: f"{r.totals['attempts']}", "how often the run was started"),
+        Column("attempts", lambda r: f"{r.totals.attempts}", "how often the run was started"),
         *(
             Column(name, _hours_of(part), meaning)
             for part, name, meaning in (
@@ -368,12 +368,12 @@ HOURS = Table(
         ),
         Column(
             "lost hours",
-            lambda r: _hours(r.totals["device_seconds"]["lost"]),
+            lambda r: _hours(r.totals.device_seconds["lost"]),
             "of work that was gone after a crash and done again",
         ),
         Column(
             "lost FLOPs",
-            lambda r: _scientific(r.totals["lost_flops"]),
+            lambda r: _scientific(r.totals.lost_flops),
             "FLOPs of that work, in no other column",
         ),
     ),
@@ -421,8 +421,8 @@ def _tree(document: Report) -> list[str]:
     spent = document.together
     if spent is None:
         return document.tree
-    hours = _hours(spent["device_seconds"]["total"])
-    sums = f"{_count(spent['steps'])} updates, {spent['flops']['total']:.3e} FLOPs, {hours} device-hours"
+    hours = _hours(spent.device_seconds["total"])
+    sums = f"{_count(spent.steps)} updates, {spent.flops['total']:.3e} FLOPs, {hours} device-hours"
     return [*document.tree, f"together, what they share counted once: {sums}"]
 
 
