@@ -253,6 +253,7 @@ def _run(config: Config, local_rank: int | None) -> int:
     from pretrain.inputs import open_inputs
     from pretrain.parallel.topology import Topology, connect, on_main, raise_on_all_ranks
     from pretrain.run_folder import RunFolder
+    from pretrain.start import open_start
     from pretrain.train import close, train
     from pretrain.watchdog import Watchdog, patience
 
@@ -272,7 +273,7 @@ def _run(config: Config, local_rank: int | None) -> int:
             config = build_config(json.loads(text))
         with raise_on_all_ranks(topology):
             inputs = open_inputs(config, topology.device, topology.data_size)
-        run = build(inputs, topology, folder, signals, watchdog)
+        run = build(inputs, open_start(inputs, topology, folder), signals, watchdog)
         if topology.is_main:
             logging.info(wrapped(plan(run.recipe, topology.data_size, run.blend), sys.stderr, indent=12))
             _warn_of_epochs(run.recipe)

@@ -1,14 +1,16 @@
 """Reads and masks the next update on a thread of its own while this one is computed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from pretrain.data.masking import Masker
-from pretrain.data.sampler import Blend, share_of_rank
+from pretrain.account.recipe import Phase
+from pretrain.data.corpora import Data, open_blend
+from pretrain.data.masking import Masker, masker
+from pretrain.data.sampler import Blend, Segment, share_of_rank
 from pretrain.model.late_mask import Batch
 from pretrain.parallel.topology import Topology
 
@@ -35,6 +37,18 @@ class Feed:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def read_phase(
+    phase: Phase, topology: Topology, data: Data, segments: Sequence[Segment]
+) -> tuple[Blend, Feed]:
+    """Make what reads and masks the samples of a phase."""
+    config, batch_size = phase.config, phase.config.train.batch_size
+    blend = open_blend(config, data, segments)
+    bounded = config.corpus.documents == "bounded"
+    mask = masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
+    micro = phase.micro_batch(topology.data_size)
+    return blend, Feed(prepare(batch_size, micro, topology, blend, mask), batch_size)
 
 
 def prepare(

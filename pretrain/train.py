@@ -19,14 +19,16 @@ from torch import Tensor
 from pretrain import checkpoint, replay
 from pretrain.account import energy, schedule
 from pretrain.account.budget import TOLERANCE, charged
-from pretrain.account.ledger import Totals, peak_resident
-from pretrain.build import Run, layout, read_phase, timed
+from pretrain.account.ledger import Totals, peak_resident, timed
+from pretrain.build import Run
 from pretrain.checkpoint import State
 from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
+from pretrain.feed import read_phase
 from pretrain.model.late_mask import Batch
 from pretrain.model.loss_scale import LEAST, scale_exhausted
 from pretrain.parallel.topology import raise_on_all_ranks
+from pretrain.start import layout
 
 _TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits

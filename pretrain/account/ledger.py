@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -799,3 +799,8 @@ class Ledger:
             joules={part: round(value, 3) for part, value in joules.items()},
             metered_device_seconds=metered,
         )
+
+
+def timed(ledger: Ledger | None, category: str) -> AbstractContextManager[None]:
+    """Claims the time of a block for `category`, where there is a ledger."""
+    return ledger.time(category) if ledger else nullcontext()

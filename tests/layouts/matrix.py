@@ -17,11 +17,12 @@ import torch
 import yaml
 
 from pretrain import checkpoint
-from pretrain.build import build_engine, make_module, prepare_torch, read_phase
+from pretrain.build import build_engine, make_module, prepare_torch
 from pretrain.checkpoint import State
 from pretrain.config import Config, load_config
 from pretrain.continuing import run_segments
 from pretrain.errors import UserError
+from pretrain.feed import read_phase
 from pretrain.inputs import Inputs, open_inputs
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.topology import Topology, connect

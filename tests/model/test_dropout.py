@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import train
-from pretrain.build import dropout_changes
 from pretrain.model.attention import Attention, CrossAttention
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel import tensor_parallel, topology
+from pretrain.start import dropout_changes
 from tests.parallel.test_tensor_parallel import PADDED, make_batch, make_model
 from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small

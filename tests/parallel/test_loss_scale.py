@@ -23,6 +23,7 @@ from pretrain.model.loss_scale import FIRST, LEAST, LossScale
 from pretrain.monitor import read_metrics
 from pretrain.parallel import engine, topology
 from pretrain.run_folder import RunFolder
+from pretrain.start import open_start
 from tests.parallel.test_engine import (
     BATCH,
     LR,
@@ -168,7 +169,7 @@ def run_here(command: list[str], folder: Path, stop_after: int = 0) -> int:
     inputs = open_inputs(load_config(command[0], command[1:]), torch.device("cpu"), 1)
     claimed = RunFolder(folder)
     claimed.claim()
-    run = build(inputs, topology.Topology(), claimed, signals)
+    run = build(inputs, open_start(inputs, topology.Topology(), claimed), signals)
     step = run.engine.step
 
     def counted(lr: float) -> Tensor:

@@ -21,6 +21,7 @@ LAW = [
     ("checkpoint", "run_folder", "evaluate", "monitor", "feed"),
     ("watchdog",),
     ("continuing", "inputs"),
+    ("start",),
     ("build",),
     ("replay",),
     ("train",),

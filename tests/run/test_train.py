@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from pretrain import __main__, checkpoint, run_folder, train
-from pretrain import build as build_module
+from pretrain import start as start_module
 from pretrain.account import ledger, schedule
 from pretrain.account.recipe import make_recipe
 from pretrain.build import Run, build
@@ -31,6 +31,7 @@ from pretrain.inputs import open_inputs
 from pretrain.monitor import read_metrics
 from pretrain.parallel.topology import Topology, connect, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
+from pretrain.start import open_start
 from slurm.attempts import judge
 from tests.conftest import encode
 from tests.support.ranks import PATIENCE
@@ -254,7 +255,7 @@ def build_here(command: list[str], run: Path) -> Run:
     folder = RunFolder(run)
     folder.claim()
     inputs = open_inputs(load_config(command[0], command[1:]), torch.device("cpu"), 1)
-    return build(inputs, Topology(), folder, deaf)
+    return build(inputs, open_start(inputs, Topology(), folder), deaf)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
@@ -655,7 +656,7 @@ def test_an_attempt_without_time_for_an_update_is_not_started_again(
 ) -> None:
     seconds = count(1000)
     clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
-    for module in (build_module, train):
+    for module in (start_module, train):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1001")
     run = build_here(words("a", f"checkpoint.end_margin_minutes={margin}"), tmp_path / "a")
@@ -668,7 +669,7 @@ def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: py
     """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
     seconds = count(1000)
     clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
-    for module in (build_module, train):
+    for module in (start_module, train):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
     run = build_here(words("a", "budget.steps=1000000", "evaluate.every_steps=null"), tmp_path / "a")
