@@ -8,6 +8,7 @@ array one by one, the failed ones too, so that only what is done on disk tells h
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,37 @@ _WORDS = {
 }
 FEW = 5
 """Failed commands of an array that are named."""
-Row = dict[str, Any]
 
 
-def rows(runs: Sequence[Path]) -> list[Row]:
+@dataclass(frozen=True)
+class LoggedProgress:
+    """How far a run is, by what it logged; None before its first log."""
+
+    step: int | None = None
+    progress: float | None = None
+    """Share of the budget."""
+    slots_per_second: float | None = None
+    seconds_left: int | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus(LoggedProgress):
+    """A stage of a run: its newest job, and how that stands."""
+
+    run: str
+    stage: str
+    job: str
+    jobs: list[str]
+    """Of an array, also those that took a task's place."""
+    state: str
+    tasks: dict[str, int] | None
+    """Of an array, by state."""
+    attempts: int | None
+    message: str
+
+
+def rows(runs: Sequence[Path]) -> list[StageStatus]:
     """Return one for each stage of each run: its newest job, its state and, for training, how far it is."""
     journals = {run: journal.read(run) for run in runs}
     newest = {run: newest_jobs(lines) for run, lines in journals.items()}
@@ -63,7 +91,7 @@ def newest_jobs(lines: list[journal.Line]) -> dict[str, list[str]]:
     return found
 
 
-def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen: list[Seen]) -> Row:
+def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen: list[Seen]) -> StageStatus:
     mine = [line for line in lines if line["stage"] == stage]
     if stage == "array":
         words = tasks(run, mine, seen)
@@ -71,17 +99,17 @@ def _row(run: Path, stage: str, jobs: list[str], lines: list[journal.Line], seen
     else:
         counted = Counter(state(one) for one in seen) or Counter([forgotten(mine, jobs[0])])
         said = ""
-    row = {
-        "run": str(run),
-        "stage": stage,
-        "job": jobs[0],
-        "jobs": jobs,
-        "state": worst(counted),
-        "tasks": dict(counted) if stage == "array" else None,
-        "attempts": sum(line["event"] == "begin" for line in mine) or None,
-        "message": said or message(run, stage, mine, seen),
-    }
-    return row | (training(run) if stage == "train" else dict.fromkeys(_PROGRESS))
+    return StageStatus(
+        run=str(run),
+        stage=stage,
+        job=jobs[0],
+        jobs=jobs,
+        state=worst(counted),
+        tasks=dict(counted) if stage == "array" else None,
+        attempts=sum(line["event"] == "begin" for line in mine) or None,
+        message=said or message(run, stage, mine, seen),
+        **vars(training(run) if stage == "train" else LoggedProgress()),
+    )
 
 
 def worst(counted: Counter[str]) -> str:
@@ -158,47 +186,42 @@ def stands(stalled: Mapping[str, Any]) -> str:
     return f"stalled {minutes:.0f} min in {where} on {', '.join(stalled['hosts']) or 'every node'}"
 
 
-_PROGRESS = ("step", "progress", "slots_per_second", "seconds_left", "loss")
-
-
-def training(run: Path) -> Row:
-    """Return how far a run is, by what it logged; empty before its first log."""
-    found: Row = dict.fromkeys(_PROGRESS)
+def training(run: Path) -> LoggedProgress:
+    """Return how far a run is."""
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    told: dict[str, Any] = {}
     for line in lines:
-        found |= {name: line[name] for name in ("step", "progress", "loss") if line.get(name) is not None}
-    timed = [line for line in lines if line.get("step_seconds")]
-    if timed and found["progress"]:
-        last = timed[-1]
-        found["slots_per_second"] = last["slots_per_second"]
-        left = (1 - found["progress"]) / found["progress"] * last["step"] * last["step_seconds"]
-        found["seconds_left"] = round(left)
-    return found
+        told |= {name: line[name] for name in ("step", "progress", "loss") if line.get(name) is not None}
+    found, timed = LoggedProgress(**told), [line for line in lines if line.get("step_seconds")]
+    if not (timed and found.progress):
+        return found
+    last = timed[-1]
+    left = (1 - found.progress) / found.progress * last["step"] * last["step_seconds"]
+    return replace(found, slots_per_second=last["slots_per_second"], seconds_left=round(left))
 
 
-def text(table: list[Row]) -> str:
+def text(table: Sequence[StageStatus]) -> str:
     """Return the table for people."""
     head = ["run", "stage", "job", "state", "tries", "step", "budget", "slots/s", "left", "loss"]
     lines = [head]
     for row in table:
-        left = None if row["seconds_left"] is None else str(timedelta(seconds=row["seconds_left"]))
         shown = [
-            row["attempts"],
-            row["step"],
-            row["progress"] if row["progress"] is None else f"{row['progress']:.1%}",
-            row["slots_per_second"] and f"{row['slots_per_second']:,.0f}",
-            left,
-            row["loss"] if row["loss"] is None else f"{row['loss']:.4f}",
+            row.attempts,
+            row.step,
+            None if row.progress is None else f"{row.progress:.1%}",
+            row.slots_per_second and f"{row.slots_per_second:,.0f}",
+            None if row.seconds_left is None else timedelta(seconds=row.seconds_left),
+            None if row.loss is None else f"{row.loss:.4f}",
         ]
         words = ["-" if value is None else str(value) for value in shown]
-        lines.append([row["run"], row["stage"], row["job"], row["state"], *words])
+        lines.append([row.run, row.stage, row.job, row.state, *words])
     messages = [
-        f"{row['run']} {row['stage']}: {said}"
+        f"{row.run} {row.stage}: {said}"
         for row in table
-        if (said := "; ".join(words for words in (_tasks(row), row["message"]) if words))
+        if (said := "; ".join(words for words in (_tasks(row), row.message) if words))
     ]
     return "\n".join([aligned(lines, names=2), *map(wrapped, messages)])
 
 
-def _tasks(row: Row) -> str:
-    return ", ".join(f"{count} {name}" for name, count in (row["tasks"] or {}).items())
+def _tasks(row: StageStatus) -> str:
+    return ", ".join(f"{count} {name}" for name, count in (row.tasks or {}).items())

@@ -67,9 +67,9 @@ def submit(folder: Path, files: Mapping[str, str]) -> list[dict[str, str]]:
 def refuse_live(run: Path) -> None:
     """Raise UserError if a job of this run is in the queue already."""
     for row in status.rows([run]):
-        if row["state"] not in status.ENDED:
+        if row.state not in status.ENDED:
             raise UserError(
-                f"{run}: {row['stage']} is {row['state']} as job {row['job']}; wait for it, or stop it with"
+                f"{run}: {row.stage} is {row.state} as job {row.job}; wait for it, or stop it with"
                 f" python -m slurm.submit --cancel {shlex.quote(str(run))}"
             )
 
@@ -182,8 +182,8 @@ def submit_runs(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show({"array": array_script(len(runs), args.output, site, form, args)}, args.json)
-    if jobs := [row for row in status.rows([args.output]) if row["state"] not in status.ENDED]:
-        print(f"job {jobs[0]['job']}: {jobs[0]['state']}; start the same again for the table")
+    if jobs := [row for row in status.rows([args.output]) if row.state not in status.ENDED]:
+        print(f"job {jobs[0].job}: {jobs[0].state}; start the same again for the table")
         return 0
     commands = []
     for name, config in runs.items():
@@ -248,15 +248,15 @@ def cancel(words: Sequence[str]) -> int:
         raise UserError("--cancel: name the runs")
     table = status.rows(runs_of(words))
     for row in reversed(table):
-        if row["state"] in status.ENDED:
+        if row.state in status.ENDED:
             continue
-        journal.note(row["run"], "cancel", row["stage"], row["job"])
-        scheduler.cancel(row["jobs"])
-        print(f"cancelled job {', '.join(row['jobs'])}: {row['stage']} of {row['run']}")
-    for run in dict.fromkeys(row["run"] for row in table):
-        ended = [row for row in table if row["run"] == run]
-        if all(row["state"] in status.ENDED for row in ended):
-            stages = ", ".join(f"{row['stage']} {row['state']}" for row in ended)
+        journal.note(row.run, "cancel", row.stage, row.job)
+        scheduler.cancel(row.jobs)
+        print(f"cancelled job {', '.join(row.jobs)}: {row.stage} of {row.run}")
+    for run in dict.fromkeys(row.run for row in table):
+        ended = [row for row in table if row.run == run]
+        if all(row.state in status.ENDED for row in ended):
+            stages = ", ".join(f"{row.stage} {row.state}" for row in ended)
             print(f"{run}: no job in the queue ({stages})")
     return 0
 

@@ -915,12 +915,12 @@ def test_failed_commands_are_numbered(
     journal.note(run, "submit", "array", "7")
     monkeypatch.setattr(scheduler, "query", lambda jobs: {})
     (row,) = status.rows([run])
-    assert row["state"] == "failed" and row["tasks"]["failed"] == len(undone)
-    assert row["message"] == message and status.text([row]).endswith(f"; {message}")
+    assert row.state == "failed" and row.tasks and row.tasks["failed"] == len(undone)
+    assert row.message == message and status.text([row]).endswith(f"; {message}")
     # What is not over has not failed.
     running = [Seen(f"7_{task}", "RUNNING", "None", 0) for task in range(count)]
     monkeypatch.setattr(scheduler, "query", lambda jobs: {"7": running})
-    assert status.rows([run])[0]["message"] == ""
+    assert status.rows([run])[0].message == ""
 
 
 def test_words_for_states() -> None:

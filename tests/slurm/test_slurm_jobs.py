@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,9 +56,9 @@ def odd(tmp_path: Path) -> Path:
     return tmp_path / 'it\'s "a" 100%j $run'
 
 
-def row(run: Path, stage: str = "train") -> status.Row:
-    (found,) = [line for line in status.rows([run]) if line["stage"] == stage]
-    return found
+def row(run: Path, stage: str = "train") -> dict[str, Any]:
+    (found,) = [line for line in status.rows([run]) if line.stage == stage]
+    return asdict(found)
 
 
 def shorten(run: Path, steps: int) -> None:
@@ -279,7 +281,7 @@ def test_a_pipeline_from_raw_text_to_a_report(tmp_path: Path, monkeypatch: pytes
     chain = jobs.start([*words, "--corpus-tasks-per-node", "1"], site)
     assert [jobs.wait(job, run) for job in chain] == ["COMPLETED"] * 5, jobs.log(run)
     rows = status.rows([run])
-    assert [(row["stage"], row["state"]) for row in rows] == [(stage, "finished") for stage in STAGES]
+    assert [(row.stage, row.state) for row in rows] == [(stage, "finished") for stage in STAGES]
     assert (run / "export" / "model.safetensors").exists() and (run / "report" / "report.html").exists()
     assert "loss" in (run / "slurm" / f"evaluate-{chain[2]}.log").read_text()
 
@@ -462,9 +464,7 @@ def test_every_state_has_its_word(tmp_path: Path) -> None:
     runs = sorted(path.name for path in tmp_path.iterdir())
 
     def words() -> dict[str, str]:
-        return {
-            Path(line["run"]).name: line["state"] for line in status.rows([tmp_path / name for name in runs])
-        }
+        return {Path(line.run).name: line.state for line in status.rows([tmp_path / name for name in runs])}
 
     jobs.until(lambda: words() == {name: name for name in runs}, f"{words()}")
     assert submit.main(["--cancel", *(str(tmp_path / name) for name in runs)]) == 0
