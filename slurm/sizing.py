@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from pretrain import checkpoint, continuing
 from pretrain.account import epochs
 from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
-from pretrain.config import Config, CorpusOptions
-from pretrain.data.corpora import open_data, tokenizer_folder
-from pretrain.data.indexed import corpus_file
+from pretrain.config import Config
+from pretrain.data.corpora import Data, open_data
+from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest
-from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from slurm import cluster, scheduler
@@ -96,14 +96,16 @@ def shape(
     raise refusal
 
 
-def with_vocabulary(config: Config, args: argparse.Namespace) -> Config:
-    """Return the config with the size of the vocabulary that the corpus job finds, or is going to make."""
+def with_tokenizer(config: Config, args: argparse.Namespace) -> Config:
+    """Return the config with the tokenizer that the corpus job finds, or the pieces of the one it makes."""
     tokenizer = tokenizer_of(config)
-    if tokenizer is None or config.model.vocab_size:
+    if tokenizer is None:
         return config
-    found = any((tokenizer / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    size = load_tokenizer(tokenizer).vocab_size if found else vocabulary(config, args)
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    if any((tokenizer / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        corpus = config.corpus.model_copy(update={"tokenizer": str(tokenizer)})
+        return config.model_copy(update={"corpus": corpus})
+    model = config.model.model_copy(update={"vocab_size": vocabulary(config, args)})
+    return config.model_copy(update={"model": model})
 
 
 def vocabulary(config: Config, args: argparse.Namespace) -> int:
@@ -120,46 +122,45 @@ def settled(config: Config, recipe: Recipe) -> Config:
     return config.model_copy(update={"budget": recipe.config.budget, "run": recipe.config.run})
 
 
-def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> None:
-    """Raise UserError where a job would not find what it reads, unless an earlier one makes it."""
-    run, first, read = Path(config.run.dir), stages[0], config.corpus
-    made = set()
-    if first == "corpus":
-        if not Path(f"{read.train}.json").exists():  # else the job has nothing left to do
-            find_files(args.input)
-        made = {Path(f"{read.train}{side}").absolute() for side in ("", "-valid")}
-    elif first != "train" and not checkpoint.steps(run):
-        raise UserError(f"{run}: has no checkpoint for {first}; begin the --pipeline with train")
+def check_files(config: Config, stages: Sequence[str], args: argparse.Namespace) -> Data | None:
+    """Return what training is going to read; None where an earlier job makes it, or nothing is trained.
+
+    UserError where a job would not find what it reads; a dry run, which may look at a cluster's jobs from
+    anywhere, warns.
+    """
+    try:
+        return _found(config, stages, args)
+    except UserError as error:
+        if not args.dry_run:
+            raise
+        warn(str(error))
+        return None
+
+
+def _found(config: Config, stages: Sequence[str], args: argparse.Namespace) -> Data | None:
+    first, read = stages[0], config.corpus
+    made = [Path(f"{read.train}{side}").absolute() for side in ("", "-valid")] if first == "corpus" else []
+    if made and not Path(f"{read.train}.json").exists():  # else the job has nothing left to do
+        find_files(args.input)
+    if first not in ("corpus", "train") and not checkpoint.steps(Path(config.run.dir)):
+        raise UserError(f"{config.run.dir}: has no checkpoint for {first}; begin the --pipeline with train")
     if "train" not in stages:
-        return
-    check_data(read, made)
+        return None
     if "evaluate" in stages and not read.valid:
         raise UserError("--pipeline evaluate: the config has no corpus.valid; name a held-out corpus")
+    if read.valid and Path(read.valid).absolute() not in made:
+        load_manifest(read.valid)
+        IndexedReader(read.valid)
+    if made:
+        with suppress(UserError):  # as an earlier submission made it
+            return open_data(read)
+        return None
+    return open_data(read)
 
 
-def check_data(read: CorpusOptions, made: Collection[Path] = ()) -> None:
-    """Raise UserError unless all that a run reads is there, or among what is `made` before it.
-
-    What is in the files is the pre-flight's to check.
-    """
-    for prefix in [*(prefix for _, prefix in read.blend), *([read.valid] if read.valid else [])]:
-        if Path(prefix).absolute() in made:
-            continue
-        load_manifest(prefix)
-        for file in (corpus_file(prefix, "bin"), corpus_file(prefix, "idx")):
-            if not file.is_file():
-                raise UserError(f"{file}: no such file; copy or encode the corpus again")
-    if not made:
-        load_tokenizer(tokenizer_folder(read))
-
-
-def refuse_changes(config: Config, recipe: Recipe) -> None:
+def refuse_changes(config: Config, recipe: Recipe, data: Data | None) -> None:
     """Raise UserError where the run has a checkpoint that cannot go on with this config, as its job would
     say."""
-    try:
-        data = open_data(config.corpus)
-    except UserError:  # what is not there yet, or not good, is check_files' and the pre-flight's to say
-        data = None
     known = {"model": recipe.config.model, "run": recipe.config.run}
     continuing.refuse_changes(config.model_copy(update=known), data)
 
@@ -201,10 +202,9 @@ def size_line(form: Shape, estimates: Sequence[RunPlan]) -> str:
 def epochs_of(recipe: Recipe, estimate: RunPlan) -> str:
     """Return the updates that hours buy by the plan, and how often the corpora are read, as far as they are
     there; warns if that is absurd."""
-    words, steps = "", estimate.steps
-    if recipe.budget.measured and steps:
-        words = f", about {steps:,} updates"
-    read = plan_estimate.epochs_read(recipe, steps)
+    words, read = "", estimate.epochs
+    if recipe.budget.measured and estimate.steps:
+        words = f", about {estimate.steps:,} updates"
     if text := epochs.warning(read):
         warn(text)
     return words if read is None else f"{words}, {read:,.2f} epochs"

@@ -31,7 +31,6 @@ from slurm.freeze import freeze, refuse_foreign
 from slurm.render import STAGES, array_script, scripts
 from slurm.sizing import (
     Shape,
-    check_data,
     check_files,
     device_of,
     epochs_of,
@@ -41,8 +40,7 @@ from slurm.sizing import (
     shape,
     shape_of_array,
     size_line,
-    warn,
-    with_vocabulary,
+    with_tokenizer,
 )
 from slurm.time_limit import time_limit
 from tools.plan.estimate import planned_recipe
@@ -99,20 +97,15 @@ def submit_run(args: argparse.Namespace) -> int:
         raise UserError(f"--pipeline: no stage {wrong[0]!r}; there are {','.join(STAGES)}")
     if stages != sorted(stages, key=STAGES.index) or len(set(stages)) < len(stages):
         raise UserError(f"--pipeline {args.pipeline}: name stages once, in the order of {','.join(STAGES)}")
-    planned = with_vocabulary(config, args) if "corpus" in stages else config
+    planned = with_tokenizer(config, args) if "corpus" in stages else config
     device = device_of(site, args)
     recipe, _ = planned_recipe(planned, device)
     form, (estimate,) = shape({args.config: recipe}, device, site, args)
     files = scripts(config, site, form, stages, args)
     refuse_foreign(Path(config.run.dir) / "slurm")
+    data = check_files(config, stages, args)
     if "train" in stages:
-        refuse_changes(config, recipe)
-    try:
-        check_files(config, stages, args)
-    except UserError as error:
-        if not args.dry_run:  # which may look at a cluster's jobs from anywhere
-            raise
-        warn(str(error))
+        refuse_changes(config, recipe, data)
     sizing = size_line(form, [estimate]) + (epochs_of(recipe, estimate) if "train" in stages else "")
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
@@ -165,18 +158,11 @@ def submit_runs(args: argparse.Namespace) -> int:
         raise UserError("--runs needs --output DIR, for the logs and the frozen code")
     refuse_foreign(args.output / "slurm")
     runs = {path.stem: load_config(path) for path in args.runs}
-    for config in runs.values():
-        try:
-            check_data(config.corpus)
-        except UserError as error:
-            if not args.dry_run:
-                raise
-            warn(str(error))
     site = read_site(args)
     device = device_of(site, args)
     recipes = {name: planned_recipe(config, device)[0] for name, config in runs.items()}
     for name, config in runs.items():
-        refuse_changes(config, recipes[name])
+        refuse_changes(config, recipes[name], check_files(config, ["train"], args))
     form, estimates = shape(recipes, device, site, args)
     sizing = size_line(form, estimates)
     if args.dry_run:

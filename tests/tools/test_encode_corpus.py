@@ -371,14 +371,14 @@ def test_only_the_command_that_was_joining_may_go_on(
 ) -> None:
     source, other = write(tmp_path / "a.jsonl", texts[:9]), write(tmp_path / "b.jsonl", texts[9:])
     output, options = tmp_path / "out" / "c", "--workers 1 --holdout 0.4"
-    join = encode_corpus.join
+    join = encode_corpus.join_parts
 
     def crash(*arguments: object) -> None:
         join(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(encode_corpus, "join", crash)
+        broken.setattr(encode_corpus, "join_parts", crash)
         encode_corpus.main(words(folder, output, source, options=options))
     with pytest.raises(UserError, match="c-valid.json: exists already"):
         encode_corpus.main(words(folder, output, other, options=options))

@@ -211,7 +211,7 @@ def coverage(parts: Sequence[Part], files: Sequence[Path]) -> list[dict[str, int
     return found
 
 
-def join(
+def join_parts(
     parts: Sequence[Part], dropped: Iterator[Any], side: str, output: str, origin: Origin, advance: Any
 ) -> Manifest:
     """Return one corpus from the parts of its side, without the documents `dropped` of each part.
@@ -393,7 +393,9 @@ def assemble(
     publish_rejected(args.output, rejected)
     sizes = [corpus_file(prefix, "bin").stat().st_size for prefix in prefixes]
     with console.progress("join", sum(sizes)) as advance:
-        manifests = {side: join(parts, dropped, side, args.output, origin(side), advance) for side in sides}
+        manifests = {
+            side: join_parts(parts, dropped, side, args.output, origin(side), advance) for side in sides
+        }
     return {
         "corpora": [{"prefix": args.output + side} | summary(manifests[side]) for side in job.sides],
         "rejected": rejected,

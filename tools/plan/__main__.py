@@ -18,7 +18,7 @@ from pretrain.terminal import wrapped
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
 from tools.plan.documents import RunPlan, ScaledPlan
-from tools.plan.estimate import Tariff, epochs_read, methods, plan, planned_recipe, scaling
+from tools.plan.estimate import Tariff, methods, plan, scaling
 from tools.shared import console, outputs
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outputs.check([args.plot], paths)
     configs = [load_config(path, changes) for path in paths]
     plans = [_planned(args, path, config, device) for path, config in zip(paths, configs, strict=True)]
-    for path, config, one in zip(paths, configs, plans, strict=True):
-        if text := epochs.warning(epochs_read(planned_recipe(config)[0], one.steps)):
+    for path, one in zip(paths, plans, strict=True):
+        if text := epochs.warning(one.epochs):
             print(wrapped(f"warning: {path}: {text}", sys.stderr), file=sys.stderr)
     if args.plot:
         from tools.plan import plot as plan_plot  # matplotlib takes a second

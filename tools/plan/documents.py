@@ -102,6 +102,8 @@ class RunPlan(Times, Work, PlannedModel):
     """Everything that can be said about a run before it starts."""
 
     relative: RelativeCosts
+    epochs: float | None
+    """How often the corpora are read, as far as they are there."""
     memory_bytes_per_rank: Memory
     mapped_bytes_per_node: Mapped | None
     """What of the corpora grows with their documents; None where they are not there yet."""

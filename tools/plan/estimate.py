@@ -119,6 +119,7 @@ def plan(
         **vars(work),
         **vars(times),
         relative=run.relative(chosen),
+        epochs=epochs_read(recipe, work.steps),
         memory_bytes_per_rank=run.memory(chosen),
         mapped_bytes_per_node=_mapped(config),
         copied_bytes_on_rank_0=recipe.copied_bytes,
