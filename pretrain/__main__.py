@@ -43,7 +43,7 @@ from pretrain.terminal import wrapped
 
 USER, DEFECT = 2, 1
 _WINDOWS_SHOWN = 256
-_REASON = 500  # letters
+_REASON = 500  # characters
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 

@@ -97,7 +97,7 @@ class Run:
     """Unix time at which to stop, on rank 0 of a job with a time limit."""
     segments: list[Segment]
     phase: int
-    """Number of the one that `blend` and `feed` are of."""
+    """Index of the one that `blend` and `feed` are of."""
     blend: Blend
     feed: Feed
     seen: set[int] = field(default_factory=set)

@@ -91,7 +91,7 @@ class State:
     segments: list[Any] = field(default_factory=list)
     """The run's `sampler.Segment`s so far, as lists."""
     phase: int = 0
-    """Number of the phase (`train.phases`) of the update before."""
+    """Index of the phase (`train.phases`) of the update before."""
     loss_scale: dict[str, float] | None = None
     """`LossScale.state` of a run in fp16."""
     rules: int = 1

@@ -11,7 +11,7 @@ from typing import IO
 
 
 def columns(stream: IO[str] | None = None) -> int | None:
-    """Return the letters of a line of the terminal that `stream`, or else standard output, is; else None.
+    """Return the characters of a line of the terminal that `stream`, or else standard output, is; else None.
 
     COLUMNS, where it is set, has the last word, as for other programs.
     """

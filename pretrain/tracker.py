@@ -24,7 +24,7 @@ from pretrain.files import parse_json, write_whole
 
 FILE = "tracker.json"
 WAITING = 10_000  # lines held for a server that is slow
-PATIENCE = 30.0  # seconds that the end of a run waits for it
+END_TIMEOUT_S = 30.0  # seconds that the end of a run waits for it
 
 Line = dict[str, Any]
 Send = Callable[[int, float, Line], None]
@@ -55,11 +55,11 @@ class Tracker:
             self._lines.put_nowait(line)
 
     def close(self) -> None:
-        """Wait, for `PATIENCE` at most, until all is sent; say what was not."""
+        """Wait, for `END_TIMEOUT_S` at most, until all is sent; say what was not."""
         with suppress(queue.Full):
             if self._thread.is_alive():
-                self._lines.put(None, timeout=PATIENCE)
-            self._thread.join(PATIENCE)
+                self._lines.put(None, timeout=END_TIMEOUT_S)
+            self._thread.join(END_TIMEOUT_S)
         if (lost := self._added - self._sent) and not self._failed:
             log.warning("warning: %s did not take %d lines; metrics.jsonl has them", self._kind, lost)
 

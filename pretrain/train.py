@@ -1,7 +1,7 @@
 """A run: `build` makes its parts once, `train` is a loop that names every effect in order.
 
 Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
-what any rank was told (a signal) travel in one small exchange, so that all ranks take the same turn. Of many
+what any rank was told (a signal) travel in one small exchange, so that all ranks decide the same. Of many
 ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
 the same sums. Nothing else is shared but gradients.
 """
@@ -26,7 +26,7 @@ from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
 from pretrain.feed import read_phase
 from pretrain.model.late_mask import Batch
-from pretrain.model.loss_scale import LEAST, scale_exhausted
+from pretrain.model.loss_scale import MIN_SCALE, scale_exhausted
 from pretrain.parallel.topology import raise_on_all_ranks
 from pretrain.start import layout
 
@@ -71,31 +71,31 @@ def train(run: Run) -> int:
     ahead: list[StepDecision] = []
     while True:
         at("agreement")
-        turn, *ahead = ahead or decide_steps(run)
-        if not (turn.step_fits or turn.stop or run.step):
+        decision, *ahead = ahead or decide_steps(run)
+        if not (decision.step_fits or decision.stop or run.step):
             raise UserError(
                 f"budget.{budget.unit} = {budget.total:g} is spent before the first update; raise it"
             )
-        if turn.late and turn.step_fits and not run.seen:  # nor would it be otherwise another time
+        if decision.late and decision.step_fits and not run.seen:  # nor would it be otherwise another time
             raise UserError(
                 f"{_TIME_LIMIT} leaves no time for an update: raise it, or lower"
                 f" checkpoint.end_margin_minutes = {config.checkpoint.end_margin_minutes:g}"
             )
-        ending = turn.stop or not turn.step_fits
+        ending = decision.stop or not decision.step_fits
         if run.step > logged and (ending or run.step % config.monitor.log_every == 0):
             at("log")
-            write_log(run, turn)
+            write_log(run, decision)
             logged = run.step
-        if turn.milestone >= 0:
+        if decision.milestone >= 0:
             at("save", long=True)
-            keep_milestone(run, config.checkpoint.keep[turn.milestone])
+            keep_milestone(run, config.checkpoint.keep[decision.milestone])
             ahead = []
             continue  # it took time too
-        if evaluation_due(run, turn):
-            evaluate(run, turn)
+        if evaluation_due(run, decision):
+            evaluate(run, decision)
             ahead = []
             continue  # it took time, which may be what the budget is made of, or what a signal gives
-        if (turn.save_due and not run.updates.in_row) or (ending and run.saved != run.step):
+        if (decision.save_due and not run.updates.in_row) or (ending and run.saved != run.step):
             at("save", long=True)
             check_skips(run, 0)  # what makes no numbers is not worth keeping
             replay.compare_weights(run)
@@ -104,11 +104,11 @@ def train(run: Run) -> int:
             continue
         if ending:
             at("save", long=True)
-            return finish(run, turn)
+            return finish(run, decision)
 
-        if turn.phase != run.phase:
+        if decision.phase != run.phase:
             at("build", long=True)
-            start_phase(run, turn.phase)
+            start_phase(run, decision.phase)
         first = run.phase not in run.seen
         at("data", long=first)
         batches = run.feed.take(run.samples)
@@ -121,7 +121,7 @@ def train(run: Run) -> int:
             seed_dropout(run, number, run.topology.data_rank)
             loss += run.engine.backward(batch, 1 / len(batches)) / len(batches)
         at("all-reduce", long=first)
-        run.rate = schedule.rate(config, turn.middle)
+        run.rate = schedule.rate(config, decision.middle)
         wait_for_copy(run)
         run.grad_norm = run.engine.step(run.rate)
         run.updates.note(loss, run.grad_norm)
@@ -265,7 +265,7 @@ def seed_dropout(run: Run, number: int, data_rank: int) -> None:
         torch.manual_seed(rng.name_seed(run.config.run.seed, name))
 
 
-def write_log(run: Run, turn: StepDecision) -> None:
+def write_log(run: Run, decision: StepDecision) -> None:
     """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
     loss, norm = run.updates.take(run.topology)
     with raise_on_all_ranks(run.topology):  # a rank of a tensor group may be alone in it
@@ -282,7 +282,7 @@ def write_log(run: Run, turn: StepDecision) -> None:
         run.ledger.peak(peak)
         run.ledger.log(**told)
         run.monitor.log(
-            turn.progress,
+            decision.progress,
             run.ledger.totals(),
             grad_norm=None if run.grad_norm is None else float(run.grad_norm),
             grad_norm_max=norm,
@@ -331,7 +331,7 @@ def check_scale(run: Run) -> dict[str, float]:
     if scale_exhausted(state):
         raise UserError(
             f"train.precision = fp16: gradients overflow at step {run.step} although the loss scale is down"
-            f" to {LEAST:g}; take bf16 or fp32, or lower optimizer.lr, in a new run.dir"
+            f" to {MIN_SCALE:g}; take bf16 or fp32, or lower optimizer.lr, in a new run.dir"
         )
     return {"loss_scale": state["value"]}
 
@@ -343,15 +343,15 @@ def peak_bytes(device: torch.device) -> int:
     return peak_resident()
 
 
-def evaluation_due(run: Run, turn: StepDecision) -> bool:
+def evaluation_due(run: Run, decision: StepDecision) -> bool:
     """Tell that one is due every so many steps, and at the end of the budget; never twice at one step."""
-    if run.heldout is None or run.scored[0] == run.step or turn.stop:
+    if run.heldout is None or run.scored[0] == run.step or decision.stop:
         return False
     every = run.config.evaluate.every_steps
-    return not turn.step_fits or bool(every and run.step and run.step % every == 0)
+    return not decision.step_fits or bool(every and run.step and run.step % every == 0)
 
 
-def evaluate(run: Run, turn: StepDecision) -> None:
+def evaluate(run: Run, decision: StepDecision) -> None:
     """Measure held-out loss under the fixed mask; all ranks take part."""
     assert run.heldout
     begin = time.monotonic()
@@ -379,7 +379,7 @@ def evaluate(run: Run, turn: StepDecision) -> None:
             },
         )
         run.monitor.log(
-            turn.progress,
+            decision.progress,
             run.ledger.totals(),
             held_out_loss=score.loss,
             held_out_accuracy=score.accuracy,
@@ -490,17 +490,17 @@ def state_of(run: Run, head: str) -> State:
     )
 
 
-def finish(run: Run, turn: StepDecision) -> int:
+def finish(run: Run, decision: StepDecision) -> int:
     """Says how it ended, in the ledger and in status.json, when the last checkpoint is on disk."""
     wait_for_save(run)
     # A signal that comes with the last step leaves no more than the evaluation for the next start.
-    complete = not turn.step_fits and (run.heldout is None or run.scored[0] == run.step)
+    complete = not decision.step_fits and (run.heldout is None or run.scored[0] == run.step)
     code = DONE if complete else STOPPED
     reason = f"stopped by {run.signals.received or 'another rank'}"
     if run.ledger:
         if code == DONE:
             reason = f"the budget is spent{unused(run, run.ledger.totals())}"
-        if turn.stop:
+        if decision.stop:
             run.ledger.note("signal", reason=reason)
         epochs = run.blend.epochs(run.samples)
         head = run.ledger.note("finish" if code == DONE else "stop", reason=reason, epochs=epochs)

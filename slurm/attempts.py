@@ -66,7 +66,7 @@ def end(run: Path, stage: str, job: str, code: int, limit: int) -> str:
     began = max(
         (line["time"] for line in lines if line["event"] == "begin" and line["job"] == job), default=0
     )
-    verdict, reason = judge(run, stage, code, began)
+    verdict, reason = verdict_on_attempt(run, stage, code, began)
     tried = failed_attempts(lines, stage, progress(run, stage))
     if verdict == AGAIN and tried >= limit:
         verdict, reason = STOP, f"{tried} attempts without progress; the last: {reason}"
@@ -86,7 +86,7 @@ def blamed(run: Path, began: float) -> list[str]:
     return nodes
 
 
-def judge(run: Path, stage: str, code: int, began: float) -> tuple[str, str]:
+def verdict_on_attempt(run: Path, stage: str, code: int, began: float) -> tuple[str, str]:
     """Return the verdict and reason of an attempt that started at Unix time `began` and ended with `code`."""
     status = RunFolder(run).last_attempt() if stage == "train" else {}
     if status and status["time"] >= began and status.get("state") != "running":

@@ -37,7 +37,7 @@ from pretrain.files import own_folder, write_atomic
 from slurm import attempts
 from tools.shared import console, journal
 
-PATIENCE = 120.0
+NOTE_TIMEOUT_S = 120.0
 """Seconds that a rank waits for the notes of the others; imports from a slow file system take long."""
 CLOCK = 30.0
 """Seconds by which a node's clock may differ from the median of the nodes."""
@@ -182,7 +182,7 @@ def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
     _note(folder, me.rank, check_alone(config, copies, gpus, me.rank))
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + NOTE_TIMEOUT_S
     while len(_said(folder)) < me.world_size and time.monotonic() < end:
         time.sleep(0.2)
     others = notes(folder)
@@ -215,7 +215,7 @@ def _said(folder: Path) -> list[Path]:
 # ---- somebody judges -----------------------------------------------------------------------------
 
 
-def blame(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
+def bad_nodes(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
     """Return what is wrong with each node, by its name."""
     found = dict.fromkeys((node for node in nodes if all(note["node"] != node for note in said)), "no answer")
     for note in said:
@@ -224,9 +224,9 @@ def blame(nodes: list[str], said: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def judge(run: Path, job: str, nodes: list[str], folder: Path, limit: int) -> str:
+def verdict_on_nodes(run: Path, job: str, nodes: list[str], folder: Path, limit: int) -> str:
     """Return `again NODES` (none: nobody knows whose fault it is) or `stop`, noted with its reason."""
-    bad = blame(nodes, notes(folder))
+    bad = bad_nodes(nodes, notes(folder))
     everywhere = len(nodes) > 1 and len(bad) == len(nodes)
     words = [f"{node}: {problem}" for node, problem in bad.items()]
     words = words or ["all are well, but failed together; see the log"]
@@ -251,16 +251,18 @@ def main() -> int:
         "--copies", default="", metavar="DIR", help="folder of slurm.stage on the node's disk"
     )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node; 0: ranks run on the CPU")
-    parser.add_argument("--judge", metavar="NODES", help="read the notes of these nodes, and decide")
+    parser.add_argument(
+        "--judge", dest="nodes", metavar="NODES", help="read the notes of these nodes, and decide"
+    )
     parser.add_argument("--run", type=Path)
     parser.add_argument("--job", default="")
     parser.add_argument("--limit", type=int, default=3, help="attempts without progress")
     args = parser.parse_args()
-    if args.judge and not args.run:
+    if args.nodes and not args.run:
         parser.error("--judge needs --run RUN")
     config = load_config(args.config)  # also for the judge: what nobody can read is no node's fault
-    if args.judge:
-        print(judge(args.run, args.job, args.judge.split(","), args.report, args.limit))
+    if args.nodes:
+        print(verdict_on_nodes(args.run, args.job, args.nodes.split(","), args.report, args.limit))
         return 0
     return report(config, args.report, args.copies, args.gpus)
 

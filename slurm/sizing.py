@@ -25,7 +25,7 @@ from tools.plan import layouts
 from tools.plan.documents import RunPlan
 from tools.text.files import find_files
 
-FEW = (1, 2, 4, 8, 16, 32, 64)
+NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of nodes that are tried where none is given."""
 
 
@@ -84,7 +84,7 @@ def shape(
     gpus = site.gpus_per_node if args.gpus_per_node is None else args.gpus_per_node
     tasks = args.tasks_per_node or site.tasks_per_node or gpus or 1
     refusal = None
-    for nodes in [args.nodes] if args.nodes else FEW:
+    for nodes in [args.nodes] if args.nodes else NODE_COUNTS:
         try:
             form = Shape(nodes, tasks, gpus)
             return form, [

@@ -34,7 +34,7 @@ _WORDS = {
     "BOOT_FAIL": "failed",
     "DEADLINE": "failed",
 }
-FEW = 5
+NAMED_COMMANDS = 5
 """Failed commands of an array that are named."""
 
 
@@ -152,7 +152,7 @@ def failed(run: Path, words: Sequence[str]) -> str:
     """Return which commands of an array its failed tasks have left undone, the first few by their lines."""
     count, done = commands(run)
     left = [str(n + 1) for n in range(count) if n not in done and words[n % len(words)] == "failed"]
-    few = [*left[:FEW], "..."] if len(left) > FEW else left
+    few = [*left[:NAMED_COMMANDS], "..."] if len(left) > NAMED_COMMANDS else left
     return f"failed in commands.txt: line {', '.join(few)}" if few else ""
 
 

@@ -24,7 +24,7 @@ spans are cut from either side, corpora of a blend have keys of their own, few i
 the first update has a rate above 0. Since 3 each piece of a script without spaces is a word."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 3
-_FEW = 4096
+_SORTED_SIZE = 4096
 """Items up to which they are permuted by sorting: three rounds are uneven for fewer than some 1,600."""
 _WORD = 2**64 - 1
 
@@ -86,7 +86,7 @@ def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int, rules: i
     x = np.atleast_1d(np.asarray(index, np.int64))
     assert size > 0 and (x >= 0).all() and (x < size).all()
     parts = (keys,) if isinstance(keys, int) else tuple(keys)
-    if size <= _FEW and rules > 1:
+    if size <= _SORTED_SIZE and rules > 1:
         return _shuffled(parts, size)[x].reshape(np.shape(index))
     turns = _turns(parts, size)
     out = _feistel(x, turns)

@@ -6,8 +6,8 @@ masking, sampling and export need to know about a vocabulary is a table computed
 ids are special, which may replace a token at random, which start a word), so nobody else ever looks
 at a piece's spelling.
 
-The trap: text is only text. A document that contains the letters ``<mask>`` or ``</s>`` must not
-produce the special id, so ``<mask>`` is a CONTROL piece here and a tokenizer that maps its letters
+The trap: text is only text. A document that contains the characters ``<mask>`` or ``</s>`` must not
+produce the special id, so ``<mask>`` is a CONTROL piece here and a tokenizer that maps its characters
 to the id is refused.
 
 SentencePiece models are finished after training by rewriting a few fields of the file (see
@@ -86,7 +86,7 @@ them."""
 
 _RESERVED = re.compile("\u2585|<(?:s|pad|/s|unk|mask|0x[0-9A-F]{2})(?=>)")
 """What the trainer keeps for itself: it drops a line that holds U+2585, its mark of an unknown letter, and
-takes out the letters of pieces that are no text (or, of <mask>, might make a second piece of that name).
+takes out the characters of pieces that are no text (or, of <mask>, might make a second piece of that name).
 A line is cut there instead: at the one, and before the last letter of the others."""
 
 _TRAINER_THREADS = 4
@@ -248,7 +248,7 @@ class _JsonTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, use_fastokens: bool) -> None:
         self.path = path  # of which it speaks before all else is known
         self._tokenizer = read_json_tokenizer(path, content)
-        self._tokenizer.encode_special_tokens = True  # their letters in a text stay text
+        self._tokenizer.encode_special_tokens = True  # their characters in a text stay text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         pieces = [""] * (max(ids.values()) + 1)
         for piece, i in ids.items():
@@ -293,7 +293,7 @@ class _JsonTokenizer(Tokenizer):
         try:
             from fastokens import Tokenizer as FastTokenizer
 
-            # Without added tokens their letters are ordinary text.
+            # Without added tokens their characters are ordinary text.
             encoder = FastTokenizer.from_json_str(
                 json.dumps(spec | {"added_tokens": [], "post_processor": None})
             )

@@ -14,7 +14,7 @@ The trap: ranks must agree. They do, since each decides by the norm of the whole
 import torch
 from torch import Tensor
 
-FIRST, LEAST, MOST = 2.0**16, 1.0, 2.0**24
+FIRST_SCALE, MIN_SCALE, MAX_SCALE = 2.0**16, 1.0, 2.0**24
 INTERVAL = 2000
 """Updates without overflow before the factor is doubled (torch's GradScaler waits as long)."""
 
@@ -23,7 +23,7 @@ class LossScale:
     """The factor, and what decides its next value; all of it belongs to a checkpoint."""
 
     def __init__(self, device: torch.device) -> None:
-        self.value = torch.full((), FIRST, device=device)
+        self.value = torch.full((), FIRST_SCALE, device=device)
         """The factor, always a power of two; the same tensor for ever."""
         self.clean = torch.zeros((), device=device)
         """Updates without overflow since the factor changed."""
@@ -35,11 +35,11 @@ class LossScale:
     def update(self, norm: Tensor) -> None:
         """Takes the gradient's norm at an update, which was skipped if that is not finite."""
         overflow = ~norm.to(self.value.device).isfinite()
-        self.stuck.copy_(overflow & (self.value == LEAST))
+        self.stuck.copy_(overflow & (self.value == MIN_SCALE))
         clean = torch.where(overflow, 0.0, self.clean + 1)
         grow = clean >= INTERVAL
         factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
-        self.value.mul_(factor).clamp_(LEAST, MOST)
+        self.value.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
         self.clean.copy_(clean.masked_fill(grow, 0.0))
         self.skipped += overflow
 

@@ -19,7 +19,7 @@ from pretrain.errors import UserError
 from pretrain.inputs import open_inputs
 from pretrain.model import loss_scale
 from pretrain.model.loss import ChunkedCrossEntropy
-from pretrain.model.loss_scale import FIRST, LEAST, LossScale
+from pretrain.model.loss_scale import FIRST_SCALE, MIN_SCALE, LossScale
 from pretrain.monitor import read_metrics
 from pretrain.parallel import engine, topology
 from pretrain.run_folder import RunFolder
@@ -53,7 +53,7 @@ QUERY = ("model.mask_from=2", "model.decoder_layers=2", "model.decoder=query", "
 def test_it_moves_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_scale, "INTERVAL", 3)
     ours, weight = LossScale(CPU), torch.zeros(2, requires_grad=True)
-    theirs = torch.amp.GradScaler("cpu", init_scale=FIRST, growth_interval=3)
+    theirs = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
     optimizer, value = torch.optim.SGD([weight]), ours.value
     for number in "....x..x...xx...........":
         gradient = math.nan if number == "x" else 1.0
@@ -82,7 +82,7 @@ def test_it_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_has_a_bottom_and_says_so() -> None:
     """Only where the smallest factor has been tried."""
     scale = LossScale(CPU)
-    while scale.value.item() > LEAST:
+    while scale.value.item() > MIN_SCALE:
         scale.update(torch.tensor(math.inf))
         assert not loss_scale.scale_exhausted(scale.state())
     scale.update(torch.tensor(math.inf))
@@ -157,7 +157,7 @@ def one_rank_overflows(cases: list[Case]) -> list[list[float]]:
 
 def test_all_ranks_skip_what_overflows_on_one() -> None:
     for seen in ranks.run(2, one_rank_overflows, TOGETHER):
-        assert seen == [[FIRST / 2, 1.0, 1.0, 0.0]] * len(TOGETHER)
+        assert seen == [[FIRST_SCALE / 2, 1.0, 1.0, 0.0]] * len(TOGETHER)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -186,14 +186,14 @@ def run_here(command: list[str], folder: Path, stop_after: int = 0) -> int:
 def test_a_run_finds_its_scale_and_resumes_to_the_bit(
     words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_scale, "FIRST", loss_scale.MOST)
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", loss_scale.MAX_SCALE)
     monkeypatch.setattr(loss_scale, "INTERVAL", 3)
     assert run_here(words("whole", *QUERY), tmp_path / "whole") == 0
     lines = [line for line in read_metrics(tmp_path / "whole") if "loss_scale" in line]
     skipped = [int(line["skipped_updates"]) for line in lines]
-    assert skipped[0] == 1 and lines[0]["loss_scale"] == loss_scale.MOST / 2
+    assert skipped[0] == 1 and lines[0]["loss_scale"] == loss_scale.MAX_SCALE / 2
     assert lines[0]["grad_norm"] is None
-    assert 1 <= skipped[-1] < 8 and lines[-1]["loss_scale"] < loss_scale.MOST
+    assert 1 <= skipped[-1] < 8 and lines[-1]["loss_scale"] < loss_scale.MAX_SCALE
 
     totals = ledger.total([tmp_path / "whole"])
     assert totals.steps == 8 and totals.flops["total"] == lines[-1]["flops"]  # skipped ones are paid for
@@ -208,7 +208,7 @@ def test_a_run_finds_its_scale_and_resumes_to_the_bit(
 def test_a_run_that_no_scale_helps_ends(
     words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0)
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", 2.0)
     monkeypatch.setattr(engine.Engine, "_norm", lambda built: torch.tensor(math.inf))
     with pytest.raises(UserError, match="gradients overflow at step 2 although"):
         run_here(words("a", *QUERY), tmp_path / "a")

@@ -58,6 +58,12 @@ TRANSLATED = {
     "look": "check_alone",
     "fruitless": "failed_attempts",
     "obey": "apply_verdict",
+    "judge": "verdict",
+    "blame": "bad_nodes",
+    "MOST": "what there is most of: MAX_DEVICES",
+    "LEAST": "what there is least of: MIN_SCALE",
+    "FEW": "what there are few of: NODE_COUNTS",
+    "PATIENCE": "how long for what: NOTE_TIMEOUT_S",
 }
 """Names that a reader who knows PyTorch, Megatron and Slurm would have to translate, and the field's own."""
 

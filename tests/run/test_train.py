@@ -32,7 +32,7 @@ from pretrain.monitor import read_metrics
 from pretrain.parallel.topology import Topology, connect, raise_on_all_ranks
 from pretrain.run_folder import RunFolder
 from pretrain.start import open_start
-from slurm.attempts import judge
+from slurm.attempts import verdict_on_attempt
 from tests.conftest import encode
 from tests.support.ranks import PATIENCE
 from tests.support.ranks import run as on_ranks
@@ -226,7 +226,7 @@ def test_a_refused_change_is_foreseen_and_leaves_the_status(
     said = after.pop("attempt")
     assert after == before and (run / "config.yaml").read_bytes() == config_before
     assert said["exit_code"] == 2 and CHANGES[change] in said["reason"] and said["time"] > before["time"]
-    verdict, reason = judge(run, "train", 1, before["time"] + 1e-6)
+    verdict, reason = verdict_on_attempt(run, "train", 1, before["time"] + 1e-6)
     assert verdict == "stop" and CHANGES[change] in reason
     finish(words("a", "budget.steps=9"))
     assert "attempt" not in RunFolder(run).status()

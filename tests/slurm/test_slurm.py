@@ -695,7 +695,7 @@ def test_what_follows_an_attempt(run: Path, state: str | None, said: Any, code: 
 def test_what_an_earlier_attempt_said_does_not_count(run: Path) -> None:
     RunFolder(run).write_status("failed", 5, "an old reason", 2)
     journal.note(run, "begin", "train", "8", reached=-1)
-    verdict, reason = attempts.judge(run, "train", 1, time.time() + 1)
+    verdict, reason = attempts.verdict_on_attempt(run, "train", 1, time.time() + 1)
     assert verdict == "again" and "an old reason" not in reason
 
 
@@ -744,7 +744,7 @@ def note(folder: Path, rank: int, node: str, *problems: str) -> None:
 def test_the_judge_names_who_complains_and_who_is_silent(run: Path, tmp_path: Path) -> None:
     note(tmp_path / "a", 0, "n1")
     note(tmp_path / "a", 1, "n2", "disk full")
-    verdict = preflight.judge(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3)
+    verdict = preflight.verdict_on_nodes(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3)
     assert verdict == "again n3,n2"
     assert journal.read(run)[-1]["reason"] == "pre-flight: n3: no answer, n2: disk full"
 
@@ -752,14 +752,14 @@ def test_the_judge_names_who_complains_and_who_is_silent(run: Path, tmp_path: Pa
 def test_what_is_wrong_everywhere_is_no_nodes_fault(run: Path, tmp_path: Path) -> None:
     note(tmp_path / "a", 0, "n1", "no such corpus")
     note(tmp_path / "a", 1, "n2", "no such corpus")
-    assert preflight.judge(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "stop"
+    assert preflight.verdict_on_nodes(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "stop"
     assert journal.read(run)[-1]["reason"] == "pre-flight: on every node: no such corpus"
 
 
 def test_nodes_that_are_well_but_fail_together_try_again(run: Path, tmp_path: Path) -> None:
     note(tmp_path / "a", 0, "n1")
     note(tmp_path / "a", 1, "n2")
-    assert preflight.judge(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "again"
+    assert preflight.verdict_on_nodes(run, "7", ["n1", "n2"], tmp_path / "a", limit=3) == "again"
     assert "failed together" in journal.read(run)[-1]["reason"]
 
 
@@ -774,7 +774,7 @@ def meet_with_a_wrong_clock(file: str) -> list[str]:
 def test_the_first_node_may_be_the_one_with_the_wrong_clock(run: Path, tiny: Path, tmp_path: Path) -> None:
     for rank, said in enumerate(ranks.run(3, meet_with_a_wrong_clock, str(tiny / "tiny.yaml"))):
         note(tmp_path / "a", rank, f"n{rank + 1}", *said)
-    assert preflight.judge(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3) == "again n1"
+    assert preflight.verdict_on_nodes(run, "7", ["n1", "n2", "n3"], tmp_path / "a", limit=3) == "again n1"
     assert "n1: its clock is +100 s off" in journal.read(run)[-1]["reason"]
 
 

@@ -29,7 +29,7 @@ from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import aligned
 
 ROOT = Path(__file__).parents[2]
-LEAST = 15.0
+MIN_SECONDS = 15.0
 """Seconds below which no step is begun: it would do no more than import torch."""
 FIELDS = dict.fromkeys(("commit", "rehearsed", "steps"), "")
 """By which the document is known."""
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
         wanted = step.name in chosen and step.name in found
         if wanted and found[step.name].state == "not reached":
             left = end - time.monotonic()
-            if left < LEAST:
+            if left < MIN_SECONDS:
                 break
             found[step.name] = _run(step, folder, min(left, _limit(step, args.rehearse)), args.rehearse)
             outputs.write(document, documents.to_json(_report(found, args.rehearse)) + "\n", FIELDS)

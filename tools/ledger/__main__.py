@@ -36,7 +36,7 @@ ACTIONS = {
     "reconcile": "compare with Slurm's account of the jobs and explain the difference",
 }
 SHORT = 16
-"""Letters of a hash that a report shows: enough to tell lines apart."""
+"""Characters of a hash that a report shows: enough to tell lines apart."""
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def _arguments() -> argparse.Namespace:
 def check(runs: list[str], said: str | None = None) -> tuple[Any, str]:
     """Return the lines and checkpoints of each run; UserError at the first thing that does not hold.
 
-    said: hash of a line, or its first letters, that must be in the ledger.
+    said: hash of a line, or its first characters, that must be in the ledger.
     """
     report = [_checked(Path(run)) for run in runs]
     if said and not any(head.startswith(said) for head in ledger.chain(runs[0])):

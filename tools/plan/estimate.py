@@ -30,7 +30,7 @@ from tools.plan.documents import (
 from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout, Memory
 
-MOST = 4096
+MAX_DEVICES = 4096
 """Devices of the largest cluster that is tried."""
 
 
@@ -193,11 +193,11 @@ class PlannedRun:
 
     def _smallest(self) -> str:
         """The fewest devices on which something fits, in words."""
-        for gpus in layouts.powers(MOST):
+        for gpus in layouts.powers(MAX_DEVICES):
             if found := self.fastest(gpus):
                 words = layouts.changes(self.recipe.phases[-1].config, found[-1]) or "as it is"
                 return f"the smallest layout that fits: {gpus} x {self._device.name}, {words}"
-        return f"no layout on up to {MOST:,} of them fits"
+        return f"no layout on up to {MAX_DEVICES:,} of them fits"
 
     def memory(self, chosen: Sequence[Layout]) -> Memory:
         """Return that of the phase that needs most."""
@@ -353,7 +353,7 @@ def scaling(
     rows: list[ScalingRow] = []
     missing: list[MissingCount] = []
     least, half = 0.0, None  # device-seconds of an update on the fewest devices, seconds on half as many
-    for gpus in layouts.powers(MOST):
+    for gpus in layouts.powers(MAX_DEVICES):
         chosen = run.fastest(gpus)
         if chosen is None:
             missing.append(MissingCount(gpus, run.obstacle(gpus)))
@@ -375,7 +375,7 @@ def scaling(
         )
         half = seconds
     if not rows:
-        raise UserError(f"{name or 'plan'}: no layout on up to {MOST:,} x {device.name} fits")
+        raise UserError(f"{name or 'plan'}: no layout on up to {MAX_DEVICES:,} x {device.name} fits")
     return Scaling(rows, missing)
 
 

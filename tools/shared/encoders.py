@@ -237,7 +237,7 @@ class _HuggingFace(Encoder):
         return found
 
     def tokens(self, text: str) -> Tokens:
-        # The letters of a special piece in a text are text, as they are in pre-training.
+        # The characters of a special piece in a text are text, as they are in pre-training.
         found = self._tokenizer(text, split_special_tokens=True)
         return Tokens(found["input_ids"], found.word_ids())
 

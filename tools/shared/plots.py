@@ -31,9 +31,9 @@ _INKS = {  # page, text, axes, grid
 }
 _MARKERS = "osD^v"  # 5 and 7 have no common factor: 35 lines before a pair repeats
 _MARKS = 10  # on a line, at most
-_LABEL = 40  # letters of a legend's longest entry; of a longer one the end is shown
+_LABEL = 40  # characters of a legend's longest entry; of a longer one the end is shown
 _LETTERS = 11  # of a legend, that fit on an inch
-_LEAST = 0.01  # span of a panel, as a share of its largest value: a plateau must not look like a mountain
+_MIN_SPAN = 0.01  # span of a panel, as a share of its largest value: a plateau must not look like a mountain
 _NAME = 0.04  # of the span, that a level's name needs beyond matplotlib's own margin
 
 
@@ -198,7 +198,7 @@ def _make_room(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], below
     ]
     values += [level.y for level in levels]
     low, high = min(values, default=0.0), max(values, default=0.0)
-    more = max(0.0, _LEAST * max(abs(low), abs(high)) - (high - low)) / 2
+    more = max(0.0, _MIN_SPAN * max(abs(low), abs(high)) - (high - low)) / 2
     name = _NAME * (high - low + 2 * more)
     names = [level.y - name if under else level.y + name for level, under in zip(levels, below, strict=True)]
     edges = [low - more, high + more, *names]
