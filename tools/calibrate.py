@@ -34,6 +34,7 @@ from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
 from pretrain.config import load_config
 from pretrain.errors import UserError
+from pretrain.provenance import code_revision
 from tools.plan import layouts
 from tools.plan.documents import CalibratedCase, Calibration, MedianErrors
 from tools.plan.estimate import planned_recipe
@@ -385,7 +386,7 @@ def compared(found: Sequence[Observation], device: Device) -> Calibration:
         ),
         rows=rows,
         versions={name: measure.version(name) for name in ("torch", "deepspeed", "megatron-core")},
-        commit=measure.commit(),
+        commit=code_revision(),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain.errors import UserError
+from pretrain.provenance import code_revision
 from tools import calibrate
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import gpu
@@ -28,7 +29,7 @@ def test_the_rehearsal_does_every_step(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["gpu", "--rehearse", "--minutes", "60", "--output", str(tmp_path / "found")]
     assert benchmark.main(words) == 0, [path.read_text() for path in tmp_path.glob("found/*.txt")]
     found = report(tmp_path / "found")
-    assert found.rehearsed and found.commit == measure.commit() and found.versions["torch"] != "absent"
+    assert found.rehearsed and found.commit == code_revision() and found.versions["torch"] != "absent"
     assert set(states(tmp_path / "found").values()) == {"done"}
     names = {step.name: [row.name for row in step.rows] for step in found.steps}
     assert "mae-lm against mlm, tiny 24, bf16" in names["step-base-128-default"]

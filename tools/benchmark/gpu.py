@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.errors import UserError
+from pretrain.provenance import code_revision
 from tools.shared import console, documents, measure, outputs
 from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import aligned
@@ -197,7 +198,7 @@ def _before(document: Path, rehearse: bool) -> Sequence[StepResult]:
     if not document.exists():
         return []
     report = documents.read(GpuReport, document)
-    if (report.commit, report.rehearsed) != (measure.commit(), rehearse):
+    if (report.commit, report.rehearsed) != (code_revision(), rehearse):
         of = f"{report.commit}, {'a rehearsal' if report.rehearsed else 'on a GPU'}"
         raise UserError(f"{document}: its steps are of {of}; choose another folder")
     return report.steps
@@ -206,7 +207,7 @@ def _before(document: Path, rehearse: bool) -> Sequence[StepResult]:
 def _report(found: dict[str, StepResult], rehearse: bool) -> GpuReport:
     packages = ("torch", "triton", "transformers", "deepspeed", "megatron-core", "liger-kernel", "torchao")
     versions = {package: measure.version(package) for package in packages}
-    return GpuReport(measure.commit(), rehearse, versions, list(found.values()))
+    return GpuReport(code_revision(), rehearse, versions, list(found.values()))
 
 
 def _unreached(step: Step, rehearse: bool) -> StepResult:

@@ -368,10 +368,11 @@ def _commands(corpus: bool) -> Iterator[list[str]]:
     for name in FILES:
         found = dict.fromkeys((row.commit or "", row.command) for row in measured(name))
         for commit, command in found:
+            shown = commit[:12] + "-dirty" * commit.endswith("-dirty")
             if ("benchmark corpus" in command) == corpus:
                 short = re.sub(r"^python -m tools\.benchmark | --(output|profile) \S+", "", command)
                 room = "../benchmark/" if corpus else ""
-                yield [f"[{name}]({room}results/benchmark-{name}.json)", commit, f"`{short}`"]
+                yield [f"[{name}]({room}results/benchmark-{name}.json)", shown, f"`{short}`"]
 
 
 # ---- plans ---------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import gc
 import importlib.metadata
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pretrain.provenance import code_revision
 
 _LARGE_BLOCK = 31 << 20
 """Bytes; glibc keeps what is smaller than the largest block freed so far, up to 32 MiB."""
@@ -118,7 +119,7 @@ def row(
         device=device_name or device(),
         dtype=dtype,
         versions={"python": platform.python_version()} | {package: version(package) for package in packages},
-        commit=commit(),
+        commit=code_revision(),
         flop_ratio=flop_ratio,
         settings=settings or {},
     )
@@ -140,27 +141,3 @@ def device() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-@cache
-def commit() -> str | None:
-    """Return the revision of this checkout, with + where it was changed; None outside of one."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=here,
-            capture_output=True,
-            encoding="utf-8",
-            check=True,
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=here,
-            capture_output=True,
-            encoding="utf-8",
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
