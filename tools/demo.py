@@ -1,8 +1,8 @@
 """The whole path on the sample corpus: ``make demo``.
 
-Raw text -> tokenizer -> indexed dataset -> MLM at 15 % and 3ML at 50 % on the same budget of FLOPs ->
-export -> report -> a masked word filled in by both. Every step is a command that is printed as you would
-type it. Steps that are done are not done again; a run that was interrupted continues.
+Raw text -> tokenizer -> indexed dataset -> MLM at 15 %, 3ML at 50 % and LateMask's own recipe on the same
+budget of FLOPs -> export -> report -> a masked word filled in by each. Every step is a command that is
+printed as you would type it. Steps that are done are not done again; a run that was interrupted continues.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from tools.shared import console
 
 ROOT = Path(__file__).parent.parent
 SAMPLE, CONFIGS = Path("tools/sample"), Path("configs")
-RUNS = ("demo-mlm", "demo-3ml")
+RUNS = ("demo-mlm", "demo-3ml", "demo-latemask")
 TEXT = "It was the <mask> of the year."
 VOCABULARY = 4096
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--home", type=Path, default=Path("runs"), help="folder of everything made (%(default)s)"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="for both runs, such as budget.flops=1e12"
+        "overrides", nargs="*", metavar="section.key=value", help="for all runs, such as budget.flops=1e12"
     )
     args = parser.parse_args(arguments)
     for name in RUNS:  # a mistake is told before the first step

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import demo
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "tools" / "sample"
 
@@ -100,7 +102,7 @@ def test_the_demo_in_a_short_form_twice(tmp_path):
     )
     for _ in range(2):
         done = run(f"python -m tools.demo --home {tmp_path / 'runs'} {short}", ROOT)
-    for name in ("demo-mlm", "demo-3ml"):
+    for name in demo.RUNS:
         assert (tmp_path / "runs" / name / "export" / "model.safetensors").exists()
         assert (tmp_path / "runs" / name / "status.json").exists()
     assert (tmp_path / "runs" / "demo-report" / "loss.png").exists()
