@@ -10,6 +10,7 @@ import logging
 import math
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def train(run: Run) -> int:
         at("data", long=first)
         batches = run.feed.take(run.samples)
         if replay_every and run.step % replay_every == 0:
-            at("replay", long=True)
+            at("replay", long=first)
             replay.replay(run, seed_dropout)
         loss = torch.zeros((), device=run.topology.device)
         for number, batch in enumerate(batches):
@@ -360,9 +361,12 @@ def evaluate(run: Run, decision: StepDecision) -> None:
         micro = run.recipe.phases[-1].micro_batch(here.data_size)
         run.engine.module.eval()
 
+        run.watchdog.at("evaluation", long=True)  # the first batch, which may be compiled
+
         def forward(batch: Batch, score: bool) -> Tensor:
-            run.watchdog.at("evaluation", long=True)
-            return run.engine.forward(batch, score)
+            answer = run.engine.forward(batch, score)
+            run.watchdog.at("evaluation")
+            return answer
 
         score = run.heldout.score(
             forward, micro, here.device, here.data_rank, here.data_size, here.sum_over_data
@@ -444,11 +448,27 @@ def save(run: Run) -> None:
     wait_for_save(run)  # before the next one takes memory
     main, state = run.topology.is_main, state_of(run, run.ledger.save() if run.ledger else "")
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-        checkpoint.save(run.folder, run.engine, state, run.config.checkpoint.keep_last, main, run.writer)
+        keep = run.config.checkpoint.keep_last
+        checkpoint.save(run.folder, Progress(run), state, keep, main, run.writer)
     run.saved, run.saved_at = run.step, time.monotonic()
     run.stopped = run.saved_at - begin
     if main:
         run.folder.write_status("running", run.step)
+
+
+class Progress:
+    """The tensors of a run's engine, each of which shows the watchdog that a save goes on."""
+
+    def __init__(self, run: Run) -> None:
+        self._engine, self._at = run.engine, run.watchdog.at
+        self.load_tensors = run.engine.load_tensors
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield what the engine does."""
+        for found in self._engine.tensors(kind):
+            self._at("save")
+            yield found
+        self._at("save", long=True)  # now they may be written
 
 
 def wait_for_copy(run: Run) -> None:

@@ -6,8 +6,8 @@ many it has passed, and where it stands. No rank keeps what the others need: any
 
 The traps: a whole job may be suspended, so a thread that has itself stood still counts from there on; a
 network may let no datagrams through, so a rank that was never heard is not said to be silent; and what takes
-long is not stuck: a start, a first update, an evaluation and a save (`long`) are named as soon as all else,
-but left only after LONG times that time.
+long is not stuck: a start, a first update, the first batch of an evaluation and what is written to disk
+(`long`) are named as soon as all else, but left only after LONG times that time.
 """
 
 import ipaddress

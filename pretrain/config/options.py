@@ -452,9 +452,9 @@ class MonitorOptions(Section):
     """Updates between two lines of metrics.jsonl."""
     stall_seconds: float = Field(120.0, ge=0)
     """A rank that is dead, stopped or stuck is named within this time, and the job ends (75, or 1 where a
-    rank is dead) so that a queue starts it again; a start, a first update, an evaluation and a save may take
-    ten times as long. NCCL and gloo wait twelve times as long, ten minutes at least. 0:
-    nobody watches."""
+    rank is dead) so that a queue starts it again; a start, a first update, the first batch of an evaluation
+    and what a save writes may take ten times as long. NCCL and gloo wait twelve times as long, ten minutes at
+    least. 0: nobody watches."""
     replay_every: int | None = Field(None, ge=1)
     """Every so many updates, form the gradients of a micro-batch twice, and once on the neighbour rank: a
     differing bit (a faulty device) names the rank. Needs engine torch and `train.deterministic`."""

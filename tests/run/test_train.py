@@ -333,6 +333,29 @@ def test_an_update_waits_for_the_copy_of_what_it_changes(
             assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
 
 
+def test_what_goes_on_for_long_shows_it(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what shows nothing meanwhile may take long: a first batch or update, and what is written."""
+    run = build_here(words("a", "evaluate.every_steps=4", "checkpoint.every_steps=4"), tmp_path / "a")
+    at, seen = run.watchdog.at, list[tuple[str, bool]]()
+
+    def watched(where: str, long: bool = False) -> None:
+        seen.append((where, long))
+        at(where, long)
+
+    monkeypatch.setattr(run.watchdog, "at", watched)
+    assert train.train(run) == 0
+    train.close(run)
+    batches = [long for where, long in seen if where == "evaluation"]
+    assert batches.count(True) == 2 and len(batches) > 4 and batches[0]
+    saves = [long for where, long in seen if where == "save"]
+    tensors = len(list(run.engine.module.named_parameters()))
+    assert saves == 2 * [True, *3 * [*tensors * [False], True]] + [True]  # and how it ends
+    assert all(long for where, long in seen if where in ("build", "first update"))
+    assert not any(long for where, long in seen if where in ("forward", "log", "agreement"))
+
+
 @pytest.mark.parametrize("what", ["hours", "signal"])
 def test_evaluation_is_followed_by_another_look(
     what: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
