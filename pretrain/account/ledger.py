@@ -156,7 +156,8 @@ class LedgerLine(Statement):
 
 
 _STATED = [each.name for each in fields(Statement)]
-_KEYS = ["previous", "event", "time", "device", "ranks", "seconds", *_STATED]
+_KEYS = dict.fromkeys(["previous", "event", "time", "device", "ranks", "seconds", *_STATED])
+_PARTS = {name: getattr(LedgerLine(), name).keys() for name in ("flops", "device_seconds", "seconds")}
 _LINE, _LINEAGE = TypeAdapter(LedgerLine), TypeAdapter(Lineage)
 _STANDS_FOR = TypeAdapter(dict[str, Statement | None])
 S = TypeVar("S", bound=Statement)
@@ -266,15 +267,15 @@ def _parse(text: bytes) -> LedgerLine:
     """Return the line that a text is; ValueError says what is wrong with it."""
     try:
         found = parse_json(text)
-        line = _LINE.validate_python({**found, "details": {}})
-        line = replace(line, details={name: value for name, value in found.items() if name not in _KEYS})
+        details = {name: value for name, value in found.items() if name not in _KEYS}
+        line = _LINE.validate_python({**found, "details": details})
         _ = found["previous"], line.stands_for, line.trunk
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("not a line of a ledger") from None
     if missing := [name for name in _KEYS if name not in found]:
         raise ValueError(f"it has no {missing[0]}")
-    for name in ("flops", "device_seconds", "seconds"):
-        if gone := getattr(LedgerLine(), name).keys() - getattr(line, name).keys():
+    for name, parts in _PARTS.items():
+        if gone := parts - getattr(line, name).keys():
             raise ValueError(f"its {name} have no {min(gone)}")
     return line
 
