@@ -158,11 +158,12 @@ def submit_runs(args: argparse.Namespace) -> int:
         raise UserError("--runs needs --output DIR, for the logs and the frozen code")
     refuse_foreign(args.output / "slurm")
     runs = {path.stem: load_config(path) for path in args.runs}
+    data = {name: check_files(config, ["train"], args) for name, config in runs.items()}
     site = read_site(args)
     device = device_of(site, args)
     recipes = {name: planned_recipe(config, device)[0] for name, config in runs.items()}
     for name, config in runs.items():
-        refuse_changes(config, recipes[name], check_files(config, ["train"], args))
+        refuse_changes(config, recipes[name], data[name])
     form, estimates = shape(recipes, device, site, args)
     sizing = size_line(form, estimates)
     if args.dry_run:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.account import devices, flops
+from pretrain.account.ledger import LedgerLine, as_totals
 from pretrain.account.recipe import baseline, make_recipe
 from pretrain.config import dump_config, load_config, method_of, phase_configs
 from pretrain.data import documents
@@ -287,10 +288,11 @@ def test_costs_of_phases_are_those_of_the_report():
     border, samples = steps[0] * 16, steps[0] * 16 + steps[1] * o.train.batch_size
     spent = {"device_seconds": {"productive": 1.0}}
     lines = [
-        {"event": "phase-change", "phase": 1, "samples": border, **spent},
-        {"event": "finish", "samples": samples, **spent},
+        LedgerLine(event="phase-change", details={"phase": 1}, samples=border, **spent),
+        LedgerLine(event="finish", samples=samples, **spent),
     ]
-    run = report.ReportedRun("", "", make_recipe(o), {}, {"samples": samples}, lines, None, [], [])
+    totals = as_totals(lines[-1])
+    run = report.ReportedRun("", "", make_recipe(o), {}, totals, lines, None, [], [])
     expected = report._relative(run)
     assert {name: getattr(made.relative, name) for name in expected} == pytest.approx(expected)
     of_last = estimate.plan(phase_configs(o)[-1]).relative
