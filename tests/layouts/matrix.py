@@ -93,6 +93,12 @@ def allowed(most: int) -> list[Layout]:
     return [layout for layout in found if layout.tensor * layout.data <= most and not refusal(layout)]
 
 
+def refused() -> dict[str, str]:
+    """Return why a start is refused, of the kinds of layouts that there are not."""
+    reasons = {layout.kind: refusal(layout) for layout in (Layout(*kind, 1, 1) for kind in kinds())}
+    return {kind: reason for kind, reason in reasons.items() if reason}
+
+
 def refusal(layout: Layout) -> str:
     """Return why a start with a layout is refused; "" where it is not."""
     with tempfile.TemporaryDirectory() as name:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.layouts.matrix import TOLERANCE, Layout, allowed, compare, refusal
+from tests.layouts.__main__ import RESULTS
+from tests.layouts.matrix import TOLERANCE, Layout, allowed, compare, refusal, refused
 
 SOME = [
     Layout("torch", 0, "none", 1, 1),
@@ -45,3 +46,4 @@ def test_others_are_refused_with_the_reason(layout: Layout, reason: str) -> None
 
 def test_all_layouts() -> None:
     assert len(allowed(16)) == 81 and len(allowed(4)) == 54 and len(allowed(1)) == 9
+    assert refused() == json.loads((RESULTS / "refused.json").read_text(encoding="utf-8"))

@@ -464,6 +464,34 @@ def finetuned() -> str:
     return finetune_table.markdown(runs).strip()
 
 
+LAYOUTS = Path(ROOT, "tests", "layouts", "results")
+
+
+def layout_pairs() -> Rows:
+    """Return how far losses are after loading into each kind of layout, relatively."""
+    lines = (LAYOUTS / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in map(json.loads, lines):
+        kind = re.sub(r"-tp\d+-dp\d+$", "", line["to"])
+        pairs = {f"{source} {line['to']}": losses for source, losses in line["from"].items()}
+        found[kind] = found.get(kind, {}) | pairs
+    everything = {pair: losses for pairs in found.values() for pair, losses in pairs.items()}
+    rows = [["into", "pairs", "next loss", "the one after"]]
+    for kind, pairs in {**found, "all": everything}.items():
+        most = [max(each) for each in zip(*pairs.values(), strict=True)]
+        rows.append([kind, f"{len(pairs):,}", *(f"{value:.0e}" if value else "0" for value in most)])
+    return rows
+
+
+def layouts_refused() -> Rows:
+    """Return why starts are refused, with the kinds of layouts."""
+    told = json.loads((LAYOUTS / "refused.json").read_text(encoding="utf-8"))
+    rows = [["a start with", "is refused"]]
+    for reason in dict.fromkeys(told.values()):
+        rows.append([", ".join(kind for kind in told if told[kind] == reason), reason])
+    return rows
+
+
 FAULTS = Path(ROOT, "tests", "faults", "results")
 
 
@@ -532,6 +560,8 @@ TABLES: dict[str, Callable[[], str]] = {
         "probes": probes,
         "speedrun-sample": partial(speedrun, "sample"),
         "speedrun-medium": partial(speedrun, "medium"),
+        "layouts": layout_pairs,
+        "layouts-refused": layouts_refused,
         "faults": partial(faults, "kind"),
         "fault-layouts": partial(faults, "layout"),
         "failures": failures,
