@@ -19,7 +19,7 @@ SOME = [
 def test_a_checkpoint_goes_on_in_every_layout(tmp_path: Path) -> None:
     """What an earlier call has compared is not compared again."""
     output = tmp_path / "pairs.jsonl"
-    first = compare(SOME[:2], output)
+    first = compare(SOME[:1], output)
     found = compare(SOME, output)
     assert len(found) == len(SOME) ** 2 and set(first) <= set(found)
     assert [each for each in found if max(each.first, each.second) > TOLERANCE] == []
