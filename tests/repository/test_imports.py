@@ -1,6 +1,9 @@
 """One import law for all packages: what a room may know of the others. There are no exceptions."""
 
 import ast
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -173,16 +176,32 @@ def starts_with(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("room", WITHOUT_TORCH)
-def test_what_need_not_compute_starts_without_torch(room):
+def started_by(room: str) -> Iterator[str]:
+    """Yield what is imported when a program starts, by its own modules and by all that they import."""
     todo = [name for name in MODULES if name == room or name.startswith(f"{room}.")]
     assert todo
     seen = set(todo)
     while todo:
         for name in starts_with(MODULES[todo.pop()]):
-            assert name.split(".")[0] not in ("torch", "transformers", "deepspeed"), (
-                f"{room} waits for {name}"
-            )
+            yield name
             if name in MODULES and name not in seen:
                 seen.add(name)
                 todo.append(name)
+
+
+@pytest.mark.parametrize("room", WITHOUT_TORCH)
+def test_what_need_not_compute_starts_without_torch(room):
+    for name in started_by(room):
+        assert name.split(".")[0] not in ("torch", "transformers", "deepspeed"), f"{room} waits for {name}"
+
+
+CORPUS_PROGRAMS = [f"tools.{name}_corpus" for name in ("encode", "verify", "inspect", "merge")]
+
+
+@pytest.mark.parametrize("room", [*CORPUS_PROGRAMS, "tools.train_tokenizer", "tools.import_fairseq"])
+def test_a_dataset_needs_the_packages_that_the_readme_names(room):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"grep -E '\^\(([a-z|]+)\)==' requirements.txt", page)
+    packages = {"yaml" if word == "pyyaml" else word for word in words.split("|")}
+    names = {name.split(".")[0] for name in started_by(room)}
+    assert names - packages <= {*sys.stdlib_module_names, "pretrain", "tools"}
