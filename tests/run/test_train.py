@@ -670,7 +670,7 @@ def test_a_job_that_is_over_has_no_say(
     assert "its time limit is ignored; unset them" in caplog.text
     assert train.train(run) == 0
     train.close(run)
-    assert ledger.read(tmp_path / "a")[0]["job"] == {}
+    assert ledger.read(tmp_path / "a")[0].details["job"] == {}
 
 
 @pytest.mark.parametrize("margin", [0, 5, 1000])
