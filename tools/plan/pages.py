@@ -64,8 +64,7 @@ def _parts(plans: Sequence[RunPlan]) -> list[str]:
 
 def _costs(plans: Sequence[RunPlan]) -> str:
     parts = _parts(plans)
-    heading = "/".join(part[:3] if part != "head" else part for part in parts)
-    rows = [["config", "params", "GFLOPs", f"{heading} %", "t-layers", "no head", "FLOPs", "time"]]
+    rows = [["config", "params", "GFLOPs", "parts, %", "t-layers", "no head", "FLOPs", "time"]]
     for plan in plans:
         per, relative = plan.flops_per_sequence, plan.relative
         shares = [f"{100 * vars(per)[part] / per.total:.0f}" for part in parts]
@@ -78,20 +77,26 @@ def _costs(plans: Sequence[RunPlan]) -> str:
                 *("-" if ratio is None else f"{ratio:.3f}" for ratio in vars(relative).values()),
             ]
         )
-    note = "Training on a sequence in GFLOPs, and its cost against mlm at 15 %:\n"
-    note += "token-layers, FLOPs without and with the head, estimated device time."
+    note = f"Training on a sequence in GFLOPs, those of {'/'.join(parts)} in %,\n"
+    note += "and its cost against mlm at 15 %: token-layers, FLOPs without and with the\n"
+    note += "head, estimated device time."
     return f"{note}\n\n{aligned(rows)}"
 
 
 def _run(plans: Sequence[RunPlan]) -> str:
-    parts = _parts(plans)
-    rows = [["config", "updates", "tokens", "FLOPs", *parts, "t-layers"]]
+    """What the whole run takes; its updates are in the table of times, if there is one."""
+    parts, is_timed = _parts(plans), bool(plans[0].step_seconds)
+    titles = ["optim" if part == "optimizer" else part for part in parts]
+    rows = [["config", "updates", "tokens", "FLOPs", *titles, "t-layers"]]
     for plan in plans:
         spent = plan.flops_total_by_part
         work = [vars(spent)[part] if spent else None for part in ("total", *parts)]
         figures = [plan.tokens_total, *work, plan.token_layers]
         rows.append([_name(plan), _maybe(plan.steps, ",d"), *map(_power, figures)])
-    return f"The whole run: updates, tokens, FLOPs and their parts, token-layers.\n\n{aligned(rows)}"
+    if is_timed:
+        rows = [[name, *figures] for name, _, *figures in rows]
+    about = "tokens" if is_timed else "updates, tokens"
+    return f"The whole run: {about}, FLOPs and their parts, token-layers.\n\n{aligned(rows)}"
 
 
 def _memory(plans: Sequence[RunPlan]) -> str:
