@@ -2,7 +2,7 @@
 
 Counts are exact and the same for every row, so shapes are static and the loss is a plain mean. A mask is
 a function of (data seed, text, visit): every unit (a token, a whole word or a span of words) draws a
-random key, the tokens of the units with the largest keys are the predicted rows, and among them the
+random sort key, the tokens of the units with the largest are the predicted rows, and among them the
 largest are [MASK], then come random pieces, then kept tokens. Where fewer tokens are predicted than hidden
 (`masking.predict`), those with the next keys are no rows at all. So units are taken whole, in random
 order, and only the last may be cut, from either side: else the ends of words and spans would be predicted
@@ -29,7 +29,7 @@ from pretrain.data.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
-Keys = npt.NDArray[np.uint32]
+Uint32 = npt.NDArray[np.uint32]
 Int64 = npt.NDArray[np.int64]
 
 _ORDINARY = np.uint32(1 << 31)
@@ -136,16 +136,15 @@ class Masker:
         self._drawn = ~(self._low | _ORDINARY)
 
     def __call__(self, tokens: Tokens, keys: rng.Uint64, view: Int64) -> Masked:
-        """tokens [B, L] natural order; keys [B] one per (seed, text, partition); view [B] in [0, views)."""
+        """Corrupt tokens [B, L] in natural order. keys [B]: of `rng`, one per (seed, text, partition);
+        view [B] in [0, views)."""
         c, (B, L) = self.counts, tokens.shape
         assert self.window == L
         special = self._is_special(tokens)
-        words = rng.stream(keys, (L + 1) // 2).view(np.uint32)[:, :L]
-        unit, low = self._units(tokens, special, keys), self._place
-        if unit is not None:
-            words = np.take_along_axis(words, unit, 1)
-            low = self._sides(keys)
-        ordered = self._ordered(self._sort_keys(words, special, low), special, low, keys, view, unit)
+        unit = self._units(tokens, special, keys)
+        low = self._place if unit is None else self._sides(keys)
+        sort_keys = self._sort_keys(self._random_bits(keys, unit), special, low)
+        ordered = self._ordered(sort_keys, special, low, keys, view, unit)
         if unit is not None and self.rules > 1:
             self._draw_kinds(ordered, unit, special, low, keys)
         positions = self._places(ordered, low)
@@ -222,47 +221,47 @@ class Masker:
 
     # -- order: what is predicted, and of that what is [MASK]
 
-    def _sides(self, keys: rng.Uint64) -> Keys:
+    def _sides(self, keys: rng.Uint64) -> Uint32:
         """Return the lowest bits of the sort keys [B, L]: the place, in half of the sequences counted from
         the end. Of the unit at the border the larger are predicted."""
         with np.errstate(over="ignore"):
             backwards = (rng.mix(keys + np.uint64(4)) >> np.uint64(63)).astype(bool) & (self.rules > 1)
         return np.where(backwards[:, None], self._place[::-1], self._place)
 
-    def _places(self, rows: Keys, low: Keys) -> Int64:
+    def _places(self, rows: Uint32, low: Uint32) -> Int64:
         """Return the places of rows by their sort keys."""
         places = (rows & self._low).astype(np.int64)
         if low.ndim == 1:
             return places
         return np.where(low[:, :1] > 0, self.window - 1 - places, places)
 
-    def _sort_keys(self, words: Keys, special: Bools, low: Keys) -> Keys:
-        """The highest bit says "no special", the next are those of `words`, the lowest are `low`."""
-        keys = words & self._drawn
-        keys |= low | _ORDINARY
-        return np.bitwise_xor(keys, _ORDINARY, out=keys, where=special)
+    def _sort_keys(self, random_bits: Uint32, special: Bools, low: Uint32) -> Uint32:
+        """The highest bit says "no special", the next are those of `random_bits`, the lowest are `low`."""
+        sort_keys = random_bits & self._drawn
+        sort_keys |= low | _ORDINARY
+        return np.bitwise_xor(sort_keys, _ORDINARY, out=sort_keys, where=special)
 
     def _ordered(
         self,
-        ordered: Keys,
+        ordered: Uint32,
         special: Bools,
-        low: Keys,
+        low: Uint32,
         keys: rng.Uint64,
         view: Int64,
         unit: Int64 | None = None,
-    ) -> Keys:
+    ) -> Uint32:
         """Sort keys [B, L] in the order of rows: context, kept, random, [MASK].
 
         All are sorted, although a partition would do: numpy's sort is as fast as one of its partitions
         and the order of the rows is then the same on every machine.
         """
-        L, k, hidden = self.window, self.masking, self.counts.predicted + self.counts.dropped
-        if k.views == 1:
+        L, masking, hidden = self.window, self.masking, self.counts.predicted + self.counts.dropped
+        if masking.views == 1:
             ordered.sort(axis=1)
             return ordered
-        if k.views_partition == "counts":
+        if masking.views_partition == "counts":
             return self._ordered_by_counts(special, low, keys, view, unit)
-        contiguous = k.views_partition == "contiguous"
+        contiguous = masking.views_partition == "contiguous"
         by_view = self._ring(special, low, keys) if contiguous else ordered
         stretch = (np.arange(L) - (view * hidden)[:, None]) % L
         rows = np.take_along_axis(np.sort(by_view, 1), stretch, 1)
@@ -272,45 +271,44 @@ class Masker:
         return rows
 
     def _ordered_by_counts(
-        self, special: Bools, low: Keys, keys: rng.Uint64, view: Int64, unit: Int64 | None
-    ) -> Keys:
+        self, special: Bools, low: Uint32, keys: rng.Uint64, view: Int64, unit: Int64 | None
+    ) -> Uint32:
         """Return the sort keys [B, L] of each sequence's view, in the order of rows; see `_ordered`."""
         L, hidden, most = self.window, self.counts.predicted + self.counts.dropped, (1 << _COUNT_BITS) - 1
         seen, rows = np.zeros(special.shape, np.uint32), np.zeros(special.shape, np.uint32)
         for number in range(int(view.max()) + 1):
-            words, often = self._words(rng.key(keys, number), unit), np.minimum(seen, most)
+            drawn, often = self._random_bits(rng.key(keys, number), unit), np.minimum(seen, most)
             if unit is not None:
                 often = np.take_along_axis(often, unit, 1)
-            words = words >> np.uint32(_COUNT_BITS + 1) | (most - often) << np.uint32(31 - _COUNT_BITS)
-            chosen = np.sort(self._sort_keys(words, special, low), 1)
+            bits = drawn >> np.uint32(_COUNT_BITS + 1) | (most - often) << np.uint32(31 - _COUNT_BITS)
+            chosen = np.sort(self._sort_keys(bits, special, low), 1)
             rows = np.where((view == number)[:, None], chosen, rows)
             places = self._places(chosen[:, L - hidden :], low)
             np.put_along_axis(seen, places, np.take_along_axis(seen, places, 1) + np.uint32(1), 1)
         # What is hidden is settled; what becomes [MASK] of that must not depend on the counts.
         with np.errstate(over="ignore"):
             drawn = self._sort_keys(
-                self._words(rng.mix(rng.key(keys, view) + np.uint64(5)), unit), special, low
+                self._random_bits(rng.mix(rng.key(keys, view) + np.uint64(5)), unit), special, low
             )
         places = self._places(rows[:, L - hidden :], low)
         rows[:, L - hidden :] = np.sort(np.take_along_axis(drawn, places, 1), 1)
         return rows
 
-    def _words(self, keys: rng.Uint64, unit: Int64 | None) -> Keys:
-        """Return a random word for each token [B, L], the same for those of a unit."""
-        words = rng.stream(keys, (self.window + 1) // 2).view(np.uint32)[:, : self.window]
-        return words if unit is None else np.take_along_axis(words, unit, 1)
+    def _random_bits(self, keys: rng.Uint64, unit: Int64 | None) -> Uint32:
+        """Return 32 random bits for each token [B, L], the same for those of a unit."""
+        random_bits = rng.stream(keys, (self.window + 1) // 2).view(np.uint32)[:, : self.window]
+        return random_bits if unit is None else np.take_along_axis(random_bits, unit, 1)
 
-    def _draw_kinds(self, rows: Keys, unit: Int64, special: Bools, low: Keys, keys: rng.Uint64) -> None:
-        """Sort the predicted rows by other keys of their units: the cut one, which has the smallest key of
+    def _draw_kinds(self, rows: Uint32, unit: Int64, special: Bools, low: Uint32, keys: rng.Uint64) -> None:
+        """Sort the predicted rows by other sort keys of their units: the cut one, which has the smallest of
         all, becomes [MASK] as often as another."""
         L, P = self.window, self.counts.predicted
         with np.errstate(over="ignore"):
-            words = rng.stream(rng.mix(keys + np.uint64(5)), (L + 1) // 2).view(np.uint32)[:, :L]
-        drawn = self._sort_keys(np.take_along_axis(words, unit, 1), special, low)
+            drawn = self._sort_keys(self._random_bits(rng.mix(keys + np.uint64(5)), unit), special, low)
         places = self._places(rows[:, L - P :], low)
         rows[:, L - P :] = np.sort(np.take_along_axis(drawn, places, 1), 1)
 
-    def _ring(self, special: Bools, low: Keys, keys: rng.Uint64) -> Keys:
+    def _ring(self, special: Bools, low: Uint32, keys: rng.Uint64) -> Uint32:
         """Sort keys [B, L] for the order of the text, from a random place on and round its end."""
         inner = np.uint32(self.window - 2)  # <s> and </s> do not count: they come first anyway
         with np.errstate(over="ignore"):
@@ -322,8 +320,8 @@ class Masker:
         c, L = self.counts, self.counts.length
         if c.random:
             with np.errstate(over="ignore"):
-                words = rng.stream(rng.mix(keys + np.uint64(1)), (c.random + 1) // 2).view(np.uint32)
-            draw = words[:, : c.random] * np.uint64(len(self.random_ids)) >> np.uint64(32)
+                random_bits = rng.stream(rng.mix(keys + np.uint64(1)), (c.random + 1) // 2).view(np.uint32)
+            draw = random_bits[:, : c.random] * np.uint64(len(self.random_ids)) >> np.uint64(32)
             ids[:, L - c.masked - c.random : L - c.masked] = self.random_ids[draw.astype(np.int64)]
         if c.masked:
             ids[:, L - c.masked :] = self.mask_id
