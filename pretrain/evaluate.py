@@ -101,7 +101,7 @@ class HeldOut:
             for turn in range(math.ceil(len(starts) / ranks)):
                 mine = turn * ranks + rank
                 masked = self.questions(starts[min(mine, len(starts) - 1)], micro_batch)
-                answer = model(Batch.of(*masked[:5], device), score=True)
+                answer = model(Batch.from_masked(masked, device), score=True)
                 if mine < len(starts):
                     total += answer
         loss, right = (add_up(total) / self.predicted_tokens).tolist()

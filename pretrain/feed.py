@@ -65,7 +65,7 @@ def prepare(
         for start in range(0, len(s.keys), micro):
             some = slice(start, start + micro)
             masked = mask(s.tokens[some], s.keys[some], s.views[some])
-            batches.append(Batch.of(*masked[:5], topology.device))
+            batches.append(Batch.from_masked(masked, topology.device))
         return batches
 
     return prepare

@@ -39,6 +39,7 @@ from pretrain.account import flops
 from pretrain.account.flops import late_masks, padded_vocab
 from pretrain.config import ModelOptions
 from pretrain.data import rng
+from pretrain.data.masking import Masked
 from pretrain.model.attention import (
     Attention,
     Bounds,
@@ -98,6 +99,13 @@ class Batch(NamedTuple):
             return batch
         most = 1 << int(documents.max()).bit_length()
         return batch._replace(documents=moved(documents), most_documents=most)
+
+    @classmethod
+    def from_masked(cls, masked: Masked, device: torch.device) -> "Batch":
+        """Make one of what a masker returns, as `of` does."""
+        return cls.of(
+            masked.ids, masked.positions, masked.targets, masked.num_masked, masked.documents, device
+        )
 
 
 class FeedForward(nn.Module):

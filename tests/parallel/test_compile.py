@@ -84,7 +84,7 @@ def test_every_form_of_a_layer_is_compiled() -> None:
     forms, cpu = [], torch.device("cpu")
     for length in (16, 24, 32):
         task = replace(task, length=length)
-        batch = Batch.of(*task.masked("3ml-query")[:5], cpu)
+        batch = Batch.from_masked(task.masked("3ml-query"), cpu)
         model(batch).backward()
         with torch.no_grad():
             model(batch, score=True)

@@ -62,7 +62,7 @@ def test_score_equals_plain_cross_entropy(corpus, method, bounded):
     built = build(corpus, method)
     masked = heldout.questions(0, 50)
     with torch.no_grad():
-        batch = Batch.of(*masked[:5], torch.device("cpu"))
+        batch = Batch.from_masked(masked, torch.device("cpu"))
         hidden = built.head(built.predicted_rows(batch))
         words = corpus.tokenizer.vocab_size
         logits = (hidden @ built.tok.weight.T + built.head.bias)[..., :words].flatten(0, 1)
@@ -143,7 +143,7 @@ def test_each_source_has_its_own_loss(corpus, tmp_path):
     score = heldout.score(by_source, 7, torch.device("cpu"))
     assert score.loss == pytest.approx(heldout.score(built, 90, torch.device("cpu")).loss, rel=1e-6)
     masked = heldout.questions(0, 90)
-    batch = Batch.of(*masked[:5], torch.device("cpu"))
+    batch = Batch.from_masked(masked, torch.device("cpu"))
     with torch.no_grad():
         hidden = built.head(built.predicted_rows(batch)).flatten(0, 1)
         logits = (hidden @ built.tok.weight.T + built.head.bias)[:, : corpus.tokenizer.vocab_size]

@@ -101,7 +101,7 @@ def rows_of_model(run: Path, corpus: str, windows: int) -> dict[tuple[str, int, 
     with torch.no_grad():
         for window in range(heldout.samples):
             q = heldout.questions(window, 1)
-            batch = Batch.of(*q[:5], torch.device("cpu"))
+            batch = Batch.from_masked(q, torch.device("cpu"))
             true = batch.ids.clone()
             true[:, -batch.targets.shape[1] :] = batch.targets
             hooks = watch("encoder", true[0].tolist(), (CLEAN, "none"))

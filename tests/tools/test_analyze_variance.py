@@ -142,10 +142,10 @@ def test_gradient_of_k_masks_is_the_mean(run: Path, tiny: Path) -> None:
             key = rng.key(0, 1, 0, np.array([0 if views else k]))
             masked = draw(text[None], key, np.array([k if views else 0]))
             places.append(masked.positions[0, -5:])
-            parts.append(gradients.of(Batch.of(*masked[:5], torch.device("cpu"))))
+            parts.append(gradients.of(Batch.from_masked(masked, torch.device("cpu"))))
         torch.testing.assert_close(found, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-6)
         assert (len(set(np.concatenate(places))) == 20) == (name in ("disjoint", "contiguous"))
-    expected = torch.autograd.grad(model(Batch.of(*masked[:5], torch.device("cpu"))), model.tok.weight)
+    expected = torch.autograd.grad(model(Batch.from_masked(masked, torch.device("cpu"))), model.tok.weight)
     assert torch.equal(parts[-1][: model.tok.weight.numel()], expected[0].flatten()) == (
         next(iter(model.named_parameters()))[0] == "tok.weight"
     )

@@ -168,7 +168,7 @@ def measure(loaded: RunModel, corpus: str, tokens: int, device: torch.device) ->
             true = questions.ids.copy()
             true[:, -questions.targets.shape[1] :] = questions.targets
             np.put_along_axis(natural, questions.positions, true, 1)
-            collector.add(torch.from_numpy(natural).to(device), Batch.of(*questions[:5], device))
+            collector.add(torch.from_numpy(natural).to(device), Batch.from_masked(questions, device))
             done(len(natural))
     return table(collector.spectra)
 

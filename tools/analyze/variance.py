@@ -167,7 +167,7 @@ class Gradients:
         view = np.arange(views) if masker.masking.views > 1 else np.zeros(views, np.int64)
         part = np.zeros_like(view) if masker.masking.views > 1 else np.arange(views)
         masked = masker(np.tile(text, (views, 1)), rng.key(_SEED, number, draw, part), view)
-        return self.of(Batch.of(*masked[:5], self.device))
+        return self.of(Batch.from_masked(masked, self.device))
 
     def of_chain(
         self, mask_id: int, text: Tokens, order: npt.NDArray[np.int64], predicted: int, shifts: list[int]

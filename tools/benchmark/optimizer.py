@@ -75,7 +75,7 @@ def _name(ranks: int) -> str:
 
 def _sides(task: BenchmarkTask, ranks: list[int]) -> dict[str, Callable[[], float]]:
     """What returns the seconds of each."""
-    batch = Batch.of(*task.masked()[:5], task.device)
+    batch = Batch.from_masked(task.masked(), task.device)
     module = task.module(task.config())
     engines = {kind: _engine(task, module, kind) for kind in ("adamw", "stable-adamw")}
     engines |= {_name(size): _engine(task, module, "muon", size) for size in ranks}

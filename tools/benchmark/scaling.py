@@ -135,7 +135,7 @@ def exposed(task: BenchmarkTask, runs: int) -> tuple[list[float], list[float], l
     config = task.config(train={"batch_size": place.data_size * task.batch_size})
     built = build_engine(config, task.module(config), place, task.batch_size)
     assert isinstance(built, TorchEngine) and built.sum
-    batch, total, passes = Batch.of(*task.masked()[:5], place.device), built.sum, []
+    batch, total, passes = Batch.from_masked(task.masked(), place.device), built.sum, []
     finish, begin = total.finish, [0.0]
 
     def timed() -> None:

@@ -146,7 +146,7 @@ def ours(
     place = place or topology.Topology(device=task.device)
     micro = max(1, task.batch_size // place.data_size)
     built = build_engine(config, task.module(config), place, micro)
-    batch = Batch.of(*replace(task, batch_size=micro).masked(method)[:5], task.device)
+    batch = Batch.from_masked(replace(task, batch_size=micro).masked(method), task.device)
 
     def update() -> Tensor:
         loss = built.backward(batch, 1.0)
