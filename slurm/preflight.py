@@ -97,8 +97,8 @@ def _corpus(config: Config) -> list[str]:
 def _space(config: Config, copies: str) -> list[str]:
     """Room for two checkpoints and the milestones where the run lives, and on the node's disk for a copy of
     the corpus and for the orders of many documents."""
-    m, run = config.model, Path(config.run.dir)
-    size = flops.parameters(m, m.vocab_size or 65536)
+    model, run = config.model, Path(config.run.dir)
+    size = flops.parameters(model, model.vocab_size or 65536)
     kept = 2 * 12 + 4 * len(config.checkpoint.keep)  # bytes a parameter
     found = _room(run, kept * size["total"])
     place = scratch(copies or config.corpus.copies)

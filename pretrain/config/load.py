@@ -291,15 +291,13 @@ def _nearest(word: str, known: list[str], prefix: str = "") -> str:
 
 def _complete(config: Config) -> Config:
     """Fills the defaults that depend on other keys."""
-    m = config.model
-    model = m.model_copy(
-        update={
-            "norm": m.norm or ("pre" if m.block == "modern" else "post"),
-            "decoder_dropout": m.dropout if m.decoder_dropout is None else m.decoder_dropout,
-            "token_type": m.token_type or (m.init_from is not None and m.block != "modern"),
-        }
-    )
-    return config.model_copy(update={"model": model})
+    model, modern = config.model, config.model.block == "modern"
+    update = {
+        "norm": model.norm or ("pre" if modern else "post"),
+        "decoder_dropout": model.dropout if model.decoder_dropout is None else model.decoder_dropout,
+        "token_type": model.token_type or (model.init_from is not None and not modern),
+    }
+    return config.model_copy(update={"model": model.model_copy(update=update)})
 
 
 def dump_config(config: Config) -> str:

@@ -494,24 +494,24 @@ SECTIONS: dict[str, type[Section]] = {
 def method_of(config: Config) -> str:
     """Return the name under which the literature knows this combination of settings; +leak: the encoder sees
     some of the [MASK]s all the same."""
-    m = config.model
-    if m.mask_from == 0:
+    model = config.model
+    if model.mask_from == 0:
         return "mlm"
-    leak = "+leak" if m.mask_leak else ""
-    if m.decoder_layers == 0:
-        return f"{'one-way' if m.join == 'one_way' else 'shared-depth'}{leak}"
+    leak = "+leak" if model.mask_leak else ""
+    if model.decoder_layers == 0:
+        return f"{'one-way' if model.join == 'one_way' else 'shared-depth'}{leak}"
     all_mask = config.masking.corruption[0] == 1.0
-    if m.decoder == "self" and m.mask_vector == "tied" and all_mask:
+    if model.decoder == "self" and model.mask_vector == "tied" and all_mask:
         return f"mae-lm{leak}"
-    return f"retromae{leak}" if m.decoder == "bottleneck" else f"3ml-{m.decoder}{leak}"
+    return f"retromae{leak}" if model.decoder == "bottleneck" else f"3ml-{model.decoder}{leak}"
 
 
 def replays_graphs(config: Config) -> bool:
     """Return whether a GPU replays the layers as CUDA graphs: their parameters and gradients must stay where
     they are, which ZeRO does not allow, and no other rank may be waited for in them."""
-    t = config.train
-    graphs = t.compile in ("reduce-overhead", "max-autotune")
-    return graphs and t.engine == "torch" and config.parallel.tensor == 1 and t.recompute == "none"
+    train = config.train
+    graphs = train.compile in ("reduce-overhead", "max-autotune")
+    return graphs and train.engine == "torch" and config.parallel.tensor == 1 and train.recompute == "none"
 
 
 def phase_configs(config: Config) -> list[Config]:

@@ -111,13 +111,15 @@ def open_blend(
     config: Config, data: Data, segments: Sequence[Segment] = (), folder: Path | None = None
 ) -> Blend:
     """Return what reads the samples of a run, in the last of its segments. folder: as `Sampler`'s."""
-    k, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
+    masking, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
     seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.
     began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
     folder = folder or scratch(config.corpus.copies)
     samplers = [
-        Sampler(corpus, k, length, seed, bos, eos, "" if name == began_with else name, data.rules, folder)
+        Sampler(
+            corpus, masking, length, seed, bos, eos, "" if name == began_with else name, data.rules, folder
+        )
         for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
     ]
     by_name = {name: sampler for (_, name), sampler in zip(data.blend, samplers, strict=True)}

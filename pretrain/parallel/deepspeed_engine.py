@@ -39,30 +39,30 @@ def deepspeed_config(config: Config, data_size: int, micro: int, pin: bool) -> d
 
     pin: page-lock what is offloaded. UserError names every key that contradicts an option.
     """
-    t, p = config.train, config.parallel
-    homes = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}[p.offload]
+    train, parallel = config.train, config.parallel
+    homes = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}[parallel.offload]
     ours = {
-        "train_batch_size": t.batch_size,
+        "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": t.batch_size // (micro * data_size),
+        "gradient_accumulation_steps": train.batch_size // (micro * data_size),
         "managed_gradient_accumulation": True,
-        "gradient_clipping": t.clip,
+        "gradient_clipping": train.clip,
         # No safe modules: gradients and gathered parameters travel in float32, as in the plain engine.
         "torch_autocast": {
-            "enabled": t.precision in AUTOCAST,
-            "dtype": "float16" if t.precision == "fp16" else "bfloat16",
+            "enabled": train.precision in AUTOCAST,
+            "dtype": "float16" if train.precision == "fp16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "zero_optimization": {
-            "stage": p.zero,
+            "stage": parallel.zero,
             "offload_optimizer": {"device": homes[0], "pin_memory": pin},
             "offload_param": {"device": homes[1], "pin_memory": pin},
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             # In stages 1 and 2 it is a sum on all ranks too, with three more passes over a bucket.
-            "reduce_scatter": p.zero == 3,
+            "reduce_scatter": parallel.zero == 3,
             "overlap_comm": True,
         },
         # torch's fused AdamW runs on the CPU too; DeepSpeed's own has to be compiled first.

@@ -1,10 +1,13 @@
-"""Names that say one thing: each class once, a config is config, and the words are the field's own."""
+"""Names that say one thing: each class once, a config is config and no section a letter, and the words are the
+field's own."""
 
 import ast
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from pretrain.config import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for room in ("pretrain", "tools", "slurm") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -39,6 +42,24 @@ def test_what_is_a_config_is_called_so(path: Path) -> None:
             if kind in TYPED and node.arg not in {TYPED[kind], *OTHERS.get(kind, ())}:
                 found.append(f"{node.arg}: {kind}, line {node.lineno}")
     assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_a_section_of_a_config_is_called_by_its_name(path: Path) -> None:
+    """Only the model's own code has `m` for its options, all over."""
+    if path.is_relative_to(ROOT / "pretrain" / "model"):
+        return
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            values = value.elts if isinstance(value, ast.Tuple) else [value]
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            for name, one in zip(names, values, strict=False):
+                of_a_section = isinstance(one, ast.Attribute) and one.attr in SECTIONS
+                if of_a_section and len(ast.unparse(name)) == 1:
+                    found.append(f"{ast.unparse(name)} = {ast.unparse(one)}, line {node.lineno}")
+    assert found == []
 
 
 TRANSLATED = {

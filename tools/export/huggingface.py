@@ -48,16 +48,16 @@ def late_state(ours: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]
 
 def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
     """Return config.json of the exported folder, every value that matters written out."""
-    m = config.model
+    model = config.model
     common = {
-        "architectures": [model_class(m, form)],
-        "model_type": model_type(m),
+        "architectures": [model_class(model, form)],
+        "model_type": model_type(model),
         "vocab_size": tokenizer.vocab_size,
-        "hidden_size": m.hidden_size,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "intermediate_size": m.ffn_size,
-        "initializer_range": m.init_std,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.ffn_size,
+        "initializer_range": model.init_std,
         "pad_token_id": tokenizer.pad,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
@@ -65,9 +65,9 @@ def hugging_face_config(config: Config, tokenizer: Tokenizer, form: Form) -> dic
         "tie_word_embeddings": True,
     }
     if form == "late":
-        return common | _late_config(m, tokenizer)
-    modern = m.block == "modern"
-    return common | (_modernbert_config(m, tokenizer) if modern else _bert_config(m, tokenizer))
+        return common | _late_config(model, tokenizer)
+    modern = model.block == "modern"
+    return common | (_modernbert_config(model, tokenizer) if modern else _bert_config(model, tokenizer))
 
 
 def _bert_config(m: ModelOptions, tokenizer: Tokenizer) -> dict[str, Any]:

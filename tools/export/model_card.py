@@ -98,14 +98,17 @@ def _front_matter(config: Config, head: bool, licence: str | None, sentences: bo
 
 
 def _what(config: Config, left_out: int, with_decoder: bool) -> str:
-    m, method = config.model, method_of(config)
+    model, method = config.model, method_of(config)
     form: Form = "late" if with_decoder else "masked-lm" if method == "mlm" else "encoder"
     text = (
-        f"A bidirectional encoder of {m.num_layers} layers x {m.hidden_size}, pre-trained with LateMask"
-        f" {__version__} by {_METHODS[method.removesuffix('+leak')]}. Class: `{model_class(m, form)}`."
+        f"A bidirectional encoder of {model.num_layers} layers x {model.hidden_size}, pre-trained with"
+        f" LateMask {__version__} by {_METHODS[method.removesuffix('+leak')]}. Class:"
+        f" `{model_class(model, form)}`."
     )
-    if m.mask_leak and m.mask_from:
-        text += f" Other than there, its encoder saw {m.mask_leak:.0%} of the [MASK]s (`model.mask_leak`)."
+    if model.mask_leak and model.mask_from:
+        text += (
+            f" Other than there, its encoder saw {model.mask_leak:.0%} of the [MASK]s (`model.mask_leak`)."
+        )
     if with_decoder:
         text += (
             " It is the whole pre-training model, decoder and head included, and can fill in masks. Its code"
@@ -152,10 +155,11 @@ def _corpus(manifest: Manifest) -> str:
 
 
 def _training(config: Config, state: State | None) -> str:
-    k, length = config.masking, config.train.seq_length
-    predicted = counts(k, length).predicted / (length - 2)
+    masking, length = config.masking, config.train.seq_length
+    predicted = counts(masking, length).predicted / (length - 2)
     shares = ", ".join(
-        f"{share:.0%} {what}" for share, what in zip(k.corruption, ("[MASK]", "random", "kept"), strict=True)
+        f"{share:.0%} {what}"
+        for share, what in zip(masking.corruption, ("[MASK]", "random", "kept"), strict=True)
     )
     batches = dict.fromkeys(str(phase.train.batch_size) for phase in phase_configs(config))
     text = (

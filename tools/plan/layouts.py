@@ -90,28 +90,28 @@ def job(phase: Phase, device: Device | None) -> PlannedJob:
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
     """Return the layout that a config asks for on so many devices; UserError if they do not divide."""
-    p, t = config.parallel, config.train
-    if gpus % p.tensor:
-        raise UserError(f"{gpus} GPUs are no multiple of parallel.tensor = {p.tensor}; change either")
-    data = gpus // p.tensor
-    micro = t.micro_batch_size or max(1, t.batch_size // data)
-    if t.batch_size % (data * micro):
+    parallel, train = config.parallel, config.train
+    if gpus % parallel.tensor:
+        raise UserError(f"{gpus} GPUs are no multiple of parallel.tensor = {parallel.tensor}; change either")
+    data = gpus // parallel.tensor
+    micro = train.micro_batch_size or max(1, train.batch_size // data)
+    if train.batch_size % (data * micro):
         raise UserError(
-            f"train.batch_size = {t.batch_size} is no multiple of data-parallel ranks x micro_batch_size ="
-            f" {data} x {micro} on {gpus} GPUs; change one of them"
+            f"train.batch_size = {train.batch_size} is no multiple of data-parallel ranks x micro_batch_size"
+            f" = {data} x {micro} on {gpus} GPUs; change one of them"
         )
     return Layout(
-        tensor=p.tensor,
+        tensor=parallel.tensor,
         data=data,
         micro_batch=micro,
-        accumulation=t.batch_size // (data * micro),
-        engine=t.engine,
-        zero=p.zero,
-        offload=p.offload,
-        recompute=t.recompute,
+        accumulation=train.batch_size // (data * micro),
+        engine=train.engine,
+        zero=parallel.zero,
+        offload=parallel.offload,
+        recompute=train.recompute,
         precision=precision,
         optimizer=config.optimizer.kind,
-        reduce_dtype=p.reduce_dtype,
+        reduce_dtype=parallel.reduce_dtype,
         gpu=gpu,
     )
 
