@@ -1,4 +1,4 @@
-# make demo   corpus -> tokenizer -> dataset -> two runs on one budget -> export -> report, on any laptop
+# make demo   corpus -> tokenizer -> dataset -> three runs on one budget -> export -> report, on any laptop
 # make test   the whole test suite
 # make lint   ruff and mypy
 # Each makes the virtual environment .venv first if there is none.

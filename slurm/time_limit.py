@@ -1,6 +1,6 @@
 """What a time limit or a choice looks like: types for the command line, and for cluster.env.
 
-Each raises ArgumentTypeError, which says what was expected instead, as those of tools.console.
+Each raises ArgumentTypeError, which says what was expected instead, as those of tools.shared.console.
 """
 
 import math

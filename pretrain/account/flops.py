@@ -4,8 +4,8 @@ Convention: one multiply-add is 2 FLOPs; matrix products only (norms, activation
 look-ups and AdamW are left out); bidirectional attention in full; the head on predicted rows
 only, with the padded vocabulary charged as computed; training = 3 x forward (backward forms the
 gradients of both operands), and what Muon multiplies in an update. Recomputation counts in hardware
-FLOPs only. Everything is derived from the shapes of `model.py` and `muon.py`, and tests hold it equal to
-torch.utils.flop_counter on forward and backward.
+FLOPs only. Everything is derived from the shapes of `model/late_mask.py` and `model/muon.py`, and tests
+hold it equal to torch.utils.flop_counter on forward and backward.
 
 Letters: L rows of a sequence, V visible, P predicted, n rows asking, m rows asked, D width, F inner
 width, W rows of the padded word table.

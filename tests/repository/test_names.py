@@ -1,13 +1,15 @@
-"""Names that say one thing: each class once, a config is config and no section a letter, and the words are the
-field's own."""
+"""Names that say one thing: each class once, a config is config, no section is a letter, and the words are
+the field's own."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from pretrain.config import SECTIONS
+from tests.repository.test_imports import MODULES
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for room in ("pretrain", "tools", "slurm") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -59,6 +61,21 @@ def test_a_section_of_a_config_is_called_by_its_name(path: Path) -> None:
                 of_a_section = isinstance(one, ast.Attribute) and one.attr in SECTIONS
                 if of_a_section and len(ast.unparse(name)) == 1:
                     found.append(f"{ast.unparse(name)} = {ast.unparse(one)}, line {node.lineno}")
+    assert found == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_a_module_that_is_named_exists(path: Path) -> None:
+    """In comments and docstrings too, where what was moved or renamed is easily forgotten."""
+    found = []
+    for name in re.findall(
+        r"(?<![\w./@-])(?:pretrain|tools|slurm)(?:\.\w+)+", path.read_text(encoding="utf-8")
+    ):
+        parts = name.split(".")
+        known = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in MODULES)
+        home = MODULES[".".join(parts[:known])].read_text(encoding="utf-8")
+        if known < len(parts) and not re.search(rf"\b{parts[known]}\b", home):
+            found.append(name)
     assert found == []
 
 

@@ -5,7 +5,7 @@ AdamW with decay groups), autocast for bf16 and clipping by torch's own function
 
     hugging face            RobertaForMaskedLM: the head computes the logits of every row; for a modern task
                             ModernBertForMaskedLM, which selects the predicted rows first
-    freed memory kept       the same with the C library told what `pretrain.train` tells it (CPU)
+    freed memory kept       the same after our own `pretrain.build.keep_freed_memory` (CPU)
     hugging face trainer    the same under Trainer, with its data loader and its bookkeeping
     compiled, masked head   its encoder and its head, the latter on the predicted rows, in torch.compile
     fairseq style           as DinkyTrain and fairseq do it: separate q, k and v, attention as two products

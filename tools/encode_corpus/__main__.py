@@ -7,7 +7,7 @@ workers or ranks::
     python -m tools.encode_corpus --input text/ --tokenizer T --output data/train --workers 16
     mpirun -n 64 python -m tools.encode_corpus --input text/ --tokenizer T --output data/train
 
-The one idea: files are cut into pieces, each piece becomes a part in PREFIX.parts (`tools.encode_parts`),
+The one idea: files are cut into pieces, each piece becomes a part in PREFIX.parts (`parts.py`),
 and rank 0 joins the parts. A job that was killed, at any time and in any way, finds its parts again: the
 same command goes on where it was. Memory does not grow with the corpus; the parts need as much disk as
 the result.

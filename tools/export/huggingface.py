@@ -1,4 +1,4 @@
-"""Configs in Hugging Face's words; the parameters are in `pretrain.huggingface`.
+"""Configs in Hugging Face's words; the parameters are in `pretrain.model.huggingface`.
 
 The trap, silent in transformers: defaults that differ from what was trained (norm epsilon, token
 types, rotary base, sliding windows), so every value is written out.

@@ -1,7 +1,7 @@
 """tokenizer.json with exactly the training tokenizer's ids.
 
 A SentencePiece model of ours is rebuilt from the stages of the `tokenizers` package; a tokenizer.json is
-taken as it is. The idea that makes ids equal on every text is in the training (`pretrain.tokenizer`):
+taken as it is. The idea that makes ids equal on every text is in the training (`pretrain.data.tokenizer`):
 spaces are normalised by a table of code points, unigram scores lie on a grid where sums are exact.
 
 The traps, all silent: `Precompiled` works on grapheme clusters and eats combining marks, so spaces are
