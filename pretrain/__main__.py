@@ -36,12 +36,11 @@ from pretrain.config import (
 )
 from pretrain.data.sampler import Blend
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import STOPPED, UserError
+from pretrain.errors import DEFECT, STOPPED, USER_ERROR, UserError
 from pretrain.files import check_name
 from pretrain.signals import Signals
 from pretrain.terminal import wrapped
 
-USER, DEFECT = 2, 1
 _WINDOWS_SHOWN = 256
 _REASON = 500  # characters
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -163,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 def _say(error: UserError) -> int:
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    return USER
+    return USER_ERROR
 
 
 def _warn_of_epochs(recipe: Recipe) -> None:
@@ -329,11 +328,11 @@ def _say_end(path: Path, reason: str, code: int) -> None:
 def _verdict(error: BaseException, signal: str | None) -> tuple[int, str]:
     """Exit code and reason, of one line, of a run that ended with `error`, after that signal."""
     if isinstance(error, UserError):
-        return USER, str(error)
+        return USER_ERROR, str(error)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "interrupted; what came after the last checkpoint is lost"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-        return USER, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place"
+        return USER_ERROR, f"{error.filename or 'disk'}: {error.strerror}; free space or choose another place"
     text = f"{type(error).__name__}: {error}".splitlines()[0][:_REASON]
     if signal:  # who tells a whole group of processes to stop ends the compilers in it too
         return STOPPED, f"stopped by {signal}; what came after the last checkpoint is lost ({text})"

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from pretrain.config import Config, build_config, dump_config, read_yaml
 from pretrain.data.indexed import corpus_file
-from pretrain.errors import UserError
+from pretrain.errors import USER_ERROR, UserError
 from pretrain.files import TEMPORARY, json_text, parse_json, remove, try_lock, write_atomic, write_whole
 from pretrain.provenance import provenance
 
@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Folder of a run with the file that defines its vocabulary."""
-_REFUSED = 2
-"""Exit code: the user must change something."""
 _REPLACED = ("config.yaml", "deepspeed.json", "metrics.jsonl", "provenance.json", "status.json")
 FOLLOW_SECONDS = 5.0
 """Between two rewritings of status.json while a run goes on."""
@@ -178,7 +176,7 @@ class RunFolder:
         """Tells a queue how this attempt ended early. One that was refused before it went on with a run that
         had ended leaves all as it was, but for a word of itself (`attempt`)."""
         status = self.status()
-        ended = self._before.get("state") in ("finished", "stopped") and exit_code == _REFUSED
+        ended = self._before.get("state") in ("finished", "stopped") and exit_code == USER_ERROR
         if self._told is not None and ended and self._before.get("step") == status.get("step"):
             status = {**self._before, "ledger_head": status.get("ledger_head", "")}
         elif self._told is not None or not status:

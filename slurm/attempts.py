@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 
 from pretrain import checkpoint
-from pretrain.__main__ import USER
 from pretrain.config import load_config
-from pretrain.errors import UserError
+from pretrain.errors import USER_ERROR, UserError
 from pretrain.run_folder import RunFolder
 from tools.shared import console, journal
 
@@ -95,7 +94,7 @@ def verdict_on_attempt(run: Path, stage: str, code: int, began: float) -> tuple[
         reason = f"ended with code {code} without a word of its own; see the log"
     if code == 0:
         return DONE, "finished" if stage != "train" else reason
-    return (STOP if code == USER else AGAIN), reason
+    return (STOP if code == USER_ERROR else AGAIN), reason
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-"""What the programs share: exit codes, one line for a user's mistake, types of arguments, a progress bar,
---version and --json.
+"""What the programs share: one line for a user's mistake, types of arguments, a progress bar, --version and
+--json.
 
 Standard output carries the result and nothing else; progress and errors go to standard error.
 """
@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pretrain import __version__, streams
-from pretrain.errors import UserError
+from pretrain.errors import INTERRUPTED, USER_ERROR, UserError
 from pretrain.files import check_name
 from tools.shared import documents
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
