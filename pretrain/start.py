@@ -40,22 +40,22 @@ class Start:
     topology: Topology
     folder: RunFolder
     data: Data
-    """By the rules that the run began with."""
+    """What the samples are read from, by the rules that the run began with."""
     segments: list[Segment]
     course: Course
     meter: energy.Meter
     ledger: Ledger | None
-    """On rank 0."""
+    """The run's ledger, on rank 0."""
     deadline: float | None
     """Unix time at which to stop, on rank 0 of a job with a time limit."""
     state: State | None = None
-    """Of the checkpoint; None where the run begins."""
+    """What the checkpoint says of the run; None where the run begins."""
     path: Path = Path()
-    """Of the checkpoint."""
+    """The checkpoint's folder."""
     stamps: checkpoint.Stamps | None = None
-    """Of its files."""
+    """Stamps of the checkpoint's files, which tell whether they changed since."""
     branch: BranchOptions | None = None
-    """Where the checkpoint is another run's."""
+    """What the config says of the branch, where the checkpoint is another run's."""
 
     @property
     def phase(self) -> int:

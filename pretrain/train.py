@@ -1,5 +1,6 @@
 """A run: `build` makes its parts once, `train` is a loop that names every effect in order.
 
+A step is one update of the optimizer, whether of one micro-batch or of many.
 Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
 what any rank was told (a signal) travel in one small exchange, so that all ranks decide the same. Of many
 ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
@@ -34,10 +35,10 @@ from pretrain.start import layout
 _TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
 EXCHANGE = 10e-6
-"""Seconds a rank by which an exchange holds up the others: an assumption, for rank 0 takes one message after
-another."""
+"""Seconds that an exchange holds up the ranks, for each of them: an assumption, for rank 0 takes one message
+after another."""
 EXCHANGE_SHARE = 0.01
-"""Of the time of its updates that an exchange may take."""
+"""Share of the time of the updates that it decides that an exchange may take."""
 ANSWER = 1.0
 """Seconds, at most, that a signal waits for the next exchange."""
 MOST_AHEAD = 64
@@ -54,7 +55,7 @@ class StepDecision(NamedTuple):
     middle: float
     """Progress that the rate of the next update belongs to."""
     phase: int
-    """Of the next update."""
+    """Index of the phase of the next update."""
     late: bool
     """It is the job's time limit that says stop."""
     milestone: int
@@ -143,7 +144,9 @@ def start_phase(run: Run, number: int) -> None:
         run.segments.append(run.segments[-1]._replace(first=run.samples, length=length))
     run.feed.close()
     run.blend, run.feed = read_phase(phase, run.topology, run.data, run.segments)
-    run.engine.accumulate(batch_size // (phase.micro_batch(run.topology.data_size) * run.topology.data_size))
+    run.engine.set_accumulation(
+        batch_size // (phase.micro_batch(run.topology.data_size) * run.topology.data_size)
+    )
     run.phase = number
     if run.ledger:
         rate = phase.config.masking.rate

@@ -73,7 +73,7 @@ class Budget:
     unit: str
     total: float
     costs: tuple[StepCost, ...]
-    """Of an update of each phase."""
+    """What an update of each phase costs."""
     phase_ends: tuple[float, ...]
     """Share of the budget at which each phase but the last ends."""
     inherited: float = 0.0

@@ -38,12 +38,12 @@ class Phase:
     """A stretch of a run with one length, one batch size and one kind of mask."""
 
     config: Config
-    """The run's, with `train` as it holds here."""
+    """The run's config, with `train` and `masking` as they hold here."""
     vocab_size: int
     rows: Rows
-    """Of each kind in a sequence."""
+    """How many rows of each kind a sequence has."""
     cost: StepCost
-    """Of an update."""
+    """What an update costs."""
 
     @property
     def sequence_costs(self) -> SequenceCosts:

@@ -200,7 +200,7 @@ class Sampler:
             rows, columns, ranks, starts = rows[more], columns[more], ranks[more] + 1, starts[more]
 
     def _order(self, partition: int) -> DocumentOrder:
-        """Of the documents in the stream."""
+        """Return the order of the documents in the stream of a partition."""
         if partition not in self._orders:
             # Two at most: the current one and, around an epoch's end, the next.
             self._orders = dict(list(self._orders.items())[-1:])

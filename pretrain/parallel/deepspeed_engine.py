@@ -122,8 +122,8 @@ class DeepSpeedEngine(Engine):
         return self.inner(batch, score)
 
     def backward(self, batch: Batch, scale: float) -> Tensor:
-        self.gathered += 1
-        self.inner.set_gradient_accumulation_boundary(self.gathered == self.accumulation)
+        self.micro_batches_done += 1
+        self.inner.set_gradient_accumulation_boundary(self.micro_batches_done == self.accumulation)
         loss = self.forward(batch)
         share = loss * scale
         if self.loss_scale and not self.stage:
@@ -131,14 +131,14 @@ class DeepSpeedEngine(Engine):
         self.inner.backward(share, scale_wrt_gas=False)
         return loss.detach()
 
-    def accumulate(self, micro_batches: int) -> None:
-        super().accumulate(micro_batches)
+    def set_accumulation(self, micro_batches: int) -> None:
+        super().set_accumulation(micro_batches)
         micro = self.inner.train_micro_batch_size_per_gpu()
         self.inner.set_train_batch_size(micro_batches * micro * self.topology.data_size)
 
     def _update(self) -> Tensor:
-        assert self.gathered == self.accumulation
-        self.gathered = 0
+        assert self.micro_batches_done == self.accumulation
+        self.micro_batches_done = 0
         norm = None if self.stage else self._norm()
         if self.loss_scale and not self.stage:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -30,6 +30,7 @@ from pretrain.parallel import tensor_parallel
 from pretrain.parallel.gradients import GradientSum, Lookups
 from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
 from pretrain.parallel.topology import Topology
+from pretrain.parallel.updates import checksum
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products by `train.precision`; fp32 needs no autocast."""
@@ -56,7 +57,7 @@ class Engine(ABC):
         self.clip = config.train.clip
         self.accumulation = config.train.batch_size // (micro * topology.data_size)
         """Micro-batches of an update."""
-        self.gathered = 0
+        self.micro_batches_done = 0
         """Micro-batches since the last update."""
         self.optimizer = build_optimizer(model, config, topology)
         self.muon = self.optimizer if isinstance(self.optimizer, Muon) else None
@@ -93,9 +94,9 @@ class Engine(ABC):
     def _place_of_scale(self) -> torch.device:
         return self.topology.device
 
-    def accumulate(self, micro_batches: int) -> None:
+    def set_accumulation(self, micro_batches: int) -> None:
         """Make updates of so many micro-batches from now on."""
-        assert self.gathered == 0
+        assert self.micro_batches_done == 0
         self.accumulation = micro_batches
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor, bool]]:
@@ -188,13 +189,28 @@ class TorchEngine(Engine):
             return self.module(batch, score)
 
     def backward(self, batch: Batch, scale: float) -> Tensor:
-        self.gathered += 1
+        self.micro_batches_done += 1
+        return self._backward(batch, scale, add_up=self.micro_batches_done == self.accumulation)
+
+    def gradient_checksum(self, batch: Batch) -> int:
+        """Return the checksum of this rank's own gradients of a micro-batch, which are then forgotten.
+
+        To be called between two updates.
+        """
+        assert self.micro_batches_done == 0
+        self._backward(batch, 1.0, add_up=False)
+        found = checksum(p.grad for p in self.module.parameters() if p.grad is not None)
+        self._clear_gradients()
+        return found
+
+    def _backward(self, batch: Batch, scale: float, add_up: bool) -> Tensor:
+        """Like `backward`; add_up: sum the gradients over the data ranks, as none is still to come."""
         with self.lookups.cut():
             loss = self.forward(batch)
         share = loss * (scale / self.topology.data_size)
         if self.loss_scale:
             share = share * self.loss_scale.value
-        if self.sum and self.gathered == self.accumulation:
+        if self.sum and add_up:
             self.sum.start()
             share.backward()
             self.sum.finish()
@@ -205,9 +221,9 @@ class TorchEngine(Engine):
 
     def _update(self) -> Tensor:
         if self.sum:
-            assert self.gathered == self.accumulation  # or something is not in the sum
+            assert self.micro_batches_done == self.accumulation  # or something is not in the sum
             self.sum.wait()
-        self.gathered = 0
+        self.micro_batches_done = 0
         norm = self._norm()
         divisor = (norm / self.clip).clamp(min=1) if self.clip else None
         if self.loss_scale:
@@ -215,5 +231,8 @@ class TorchEngine(Engine):
         # The kernel divides by this as it reads the gradients: clipping costs no pass over them.
         self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.graphs)
+        self._clear_gradients()
         return norm
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.graphs)

@@ -62,7 +62,7 @@ def new_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _kept(optimizer: Optimizer) -> Tensor | float:
-    """0 where the update is to change nothing, else 1."""
+    """Return by what an update is multiplied: 0 where it is to change nothing, else 1."""
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return 1.0 if found is None else 1 - found
 

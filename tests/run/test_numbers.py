@@ -20,7 +20,7 @@ from tests.support.runs import Strike, attempt, finish, result
 
 Words = Callable[..., list[str]]
 FORWARD = ("pretrain.model.late_mask:LateMaskModel.forward",)
-BACKWARD = ("pretrain.parallel.engine:TorchEngine.backward",)
+BACKWARD = ("pretrain.parallel.engine:TorchEngine._backward",)
 PLAIN = ("evaluate.every_steps=null", "corpus.valid=")
 
 
