@@ -56,7 +56,7 @@ def test_each_tracker_takes_two_attempts(
     pytest.importorskip(name, reason=f"{name} is not installed")
     for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI", "AIM_REPO", "TRACKIO_DIR"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(tracker, "PATIENCE", 900.0)
+    monkeypatch.setattr(tracker, "END_TIMEOUT_S", 900.0)
     known = []
     for first in (1, 3):
         opened = Tracker(name, tmp_path, {"model.hidden_size": 32})
@@ -73,7 +73,7 @@ def test_a_server_that_hangs_holds_nobody_up(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracker, "PATIENCE", 0.01)
+    monkeypatch.setattr(tracker, "END_TIMEOUT_S", 0.01)
     monkeypatch.setattr(tracker, "WAITING", 3)
     gone, entered = threading.Event(), threading.Event()
 

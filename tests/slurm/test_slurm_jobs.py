@@ -162,11 +162,14 @@ def test_scancel_saves_and_ends(
 
 
 def test_what_the_user_must_change_stops_the_chain(tiny: Path, odd: Path, tmp_path: Path) -> None:
-    for extension in ("idx", "json"):
+    """A file that was whole when the job was submitted."""
+    for extension in ("idx", "json", "bin"):
         shutil.copy(tiny / f"valid.{extension}", tmp_path / f"bad.{extension}")
-    (tmp_path / "bad.bin").touch()
     words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", f"corpus.valid={tmp_path / 'bad'}"]
-    train, report = jobs.start([*words, "--pipeline", "train,report"], jobs.site(tmp_path))
+    site = jobs.site(tmp_path, "OPTIONS=--hold\n")
+    train, report = jobs.start([*words, "--pipeline", "train,report"], site)
+    (tmp_path / "bad.bin").write_bytes(b"")
+    command("scontrol", "release", train)
     assert jobs.wait(train, odd) == "FAILED"
     assert jobs.wait(report, odd) == "CANCELLED"
     assert row(odd)["state"] == "failed" and "bad.bin" in row(odd)["message"], jobs.log(odd)

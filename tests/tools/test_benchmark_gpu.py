@@ -13,7 +13,7 @@ from tools import calibrate
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import gpu
 from tools.benchmark.gpu import GpuReport, Step
-from tools.shared import documents, measure
+from tools.shared import documents
 
 
 def report(folder: Path) -> GpuReport:
@@ -88,7 +88,7 @@ def test_what_there_is_no_time_for_is_left_to_another_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also a step that the end of the minutes cuts off; one that was not asked for."""
-    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    monkeypatch.setattr(gpu, "MIN_SECONDS", 0.1)
     hang = "http.server 0 --bind 127.0.0.1"
     monkeypatch.setattr(gpu, "STEPS", [Step("hangs", hang, 60.0, hang), Step("prints", "this", 60.0, "this")])
     words = ["gpu", "--rehearse", "--output", str(tmp_path)]
@@ -102,7 +102,7 @@ def test_results_of_other_code_are_not_added_to(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gpu, "STEPS", [Step("prints", "this", 60.0, "this")])
     words = ["gpu", "--rehearse", "--output", str(tmp_path)]
     assert benchmark.main(words) == 0
-    monkeypatch.setattr(measure, "commit", lambda: "0123456")
+    monkeypatch.setattr(gpu, "code_revision", lambda: "0123456")
     with pytest.raises(UserError, match="gpu.json: its steps are of .*, a rehearsal; choose another folder"):
         benchmark.main(words)
     with pytest.raises(UserError, match="--only zzz: in none of the names: prints"):
