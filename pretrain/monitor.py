@@ -71,11 +71,11 @@ def _counts(totals: Totals) -> Metrics:
         "tokens_real": totals.tokens_real,
         "tokens_predicted": totals.tokens_predicted,
         "flops": totals.flops["total"],
-        "flops_without_head": totals.flops["total"] - totals.flops["head"],
+        "flops_without_head": totals.flops_without_head,
         "token_layers": totals.token_layers,
-        "device_hours": totals.device_seconds["total"] / 3600,
+        "device_hours": totals.device_hours,
         "lost_hours": totals.device_seconds["lost"] / 3600,
-        "kwh": None if totals.joules is None else totals.joules / 3.6e6,
+        "kwh": totals.kwh,
         "peak_bytes": totals.peak_bytes,
     }
 

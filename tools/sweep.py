@@ -226,7 +226,7 @@ def described(variant: Variant, output: Path) -> dict[str, Any]:
     if (folder / "ledger.jsonl").exists():
         totals = ledger.total([folder])
         outcome |= {"steps": totals.steps, "flops": totals.flops["total"]}
-        outcome["device_hours"] = totals.device_seconds["total"] / 3600
+        outcome["device_hours"] = totals.device_hours
     if (folder / "metrics.jsonl").exists():
         for line in read_metrics(folder):
             outcome |= {name: line[name] for name in _SCORES if name in line}

@@ -17,7 +17,6 @@ from pretrain.account.flops import StepCost
 from pretrain.account.ledger import Totals
 from pretrain.errors import UserError
 
-JOULES_PER_KWH = 3.6e6
 MEASURED = ("device_hours", "kwh")
 """Units that only a run can tell."""
 TOLERANCE = 1e-9
@@ -32,10 +31,10 @@ def spent(totals: Totals, unit: str) -> float:
         "steps": totals.steps,
         "tokens": totals.tokens_seen,
         "flops": totals.flops["total"],
-        "flops_without_head": totals.flops["total"] - totals.flops["head"],
+        "flops_without_head": totals.flops_without_head,
         "token_layers": totals.token_layers,
-        "device_hours": totals.device_seconds["total"] / 3600,
-        "kwh": (totals.joules or 0.0) / JOULES_PER_KWH,
+        "device_hours": totals.device_hours,
+        "kwh": totals.kwh or 0.0,
     }[unit]
 
 

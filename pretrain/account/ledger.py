@@ -184,7 +184,23 @@ class Totals:
     peak_bytes: int
     attempts: int
 
+    @property
+    def flops_without_head(self) -> int:
+        """Return the FLOPs of all but the head."""
+        return self.flops["total"] - self.flops["head"]
 
+    @property
+    def device_hours(self) -> float:
+        """Return the hours of all devices, for whatever they were."""
+        return self.device_seconds["total"] / 3600
+
+    @property
+    def kwh(self) -> float | None:
+        """Return the energy; None where nothing was metered."""
+        return None if self.joules is None else self.joules / JOULES_PER_KWH
+
+
+JOULES_PER_KWH = 3.6e6
 _EPOCH = time.time() - time.monotonic()
 
 

@@ -184,8 +184,8 @@ def _cost(totals: Totals | None, ledger_head: str) -> str:
         ("device-hours", f"{spent['total'] / 3600:.3f}"),
         ("of them lost to restarts", f"{spent['lost'] / 3600:.3f}"),
     ]
-    if (joules := totals.joules) is not None:
-        rows.append(("energy, kWh", f"{joules / 3.6e6:.3f}"))
+    if totals.kwh is not None:
+        rows.append(("energy, kWh", f"{totals.kwh:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     text = f"From the ledger of the whole run, all attempts:\n\n| | |\n|---|---|\n{table}"
     if ledger_head:

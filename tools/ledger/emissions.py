@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.account import ledger
-from pretrain.account.budget import JOULES_PER_KWH
 from pretrain.account.energy import PARTS
+from pretrain.account.ledger import JOULES_PER_KWH
 from pretrain.errors import UserError
 from pretrain.run_folder import read_provenance
 from pretrain.terminal import wrapped

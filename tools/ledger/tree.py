@@ -49,10 +49,9 @@ def tree(runs: Mapping[str, str]) -> list[str]:
         branch = known.get(name)
         own = branch.own if branch else ledger.total([runs[name]])
         begins = f" of {branch.of}" * (branch.run is None) + f" at step {branch.step}" if branch else ""
-        hours = own.device_seconds["total"] / 3600
         return (
             f"{'  ' * depth}{name}{begins}: {own.steps:,} updates, {own.flops['total']:.3e} FLOPs,"
-            f" {hours:.3g} device-hours"
+            f" {own.device_hours:.3g} device-hours"
         )
 
     return below(None, 0) if known else []

@@ -237,7 +237,7 @@ def _describe(run: ReportedRun, runs: Sequence[ReportedRun]) -> RunReport:
         budget=_budget(recipe, totals),
         costs=RunCosts(
             token_layers=totals.token_layers,
-            flops_without_head=totals.flops["total"] - totals.flops["head"],
+            flops_without_head=totals.flops_without_head,
             flops_with_head=totals.flops["total"],
             device_seconds=totals.device_seconds["productive"],
         ),

@@ -123,8 +123,8 @@ def _left(run: RunReport) -> str:
 
 
 def _energy(run: RunReport) -> str:
-    joules = run.totals.joules
-    return NONE if joules is None else f"{joules / 3.6e6:.4g} kWh"
+    kwh = run.totals.kwh
+    return NONE if kwh is None else f"{kwh:.4g} kWh"
 
 
 def _rate(run: RunReport, name: str, unit: str = "") -> str:

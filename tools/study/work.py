@@ -135,7 +135,7 @@ def _result(
         step=totals.steps,
         tokens=totals.tokens_seen,
         flops=totals.flops["total"],
-        flops_without_head=totals.flops["total"] - totals.flops["head"],
+        flops_without_head=totals.flops_without_head,
         token_layers=totals.token_layers,
         device_hours=totals.device_seconds["productive"] / 3600,
         seconds=round(seconds, 1),
