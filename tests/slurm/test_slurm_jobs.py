@@ -289,12 +289,27 @@ def test_a_pipeline_from_raw_text_to_a_report(tmp_path: Path, monkeypatch: pytes
     assert "loss" in (run / "slurm" / f"evaluate-{chain[2]}.log").read_text()
 
 
+USED_HEAP = """
+import ctypes, os, runpy
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+held = [(libc.malloc(size), size) for size in (256, 1000, 4096, 4100, 8200) for _ in range(4000)]
+for place, size in held:
+    ctypes.memmove(place, os.urandom(size), size)
+for place, _ in held[::2]:
+    libc.free(place)
+runpy.run_module("tools.encode_corpus", run_name="__main__", alter_sys=True)
+"""
+"""A program in whose freed memory is anything but zeros, as in one that has worked before it starts MPI."""
+
+
 def test_a_corpus_is_the_same_from_ranks_on_two_nodes(tiny: Path, tmp_path: Path) -> None:
     source = ROOT / "tools" / "sample" / "valid.jsonl.gz"
     for name, before in {"one": [], "many": ["srun", "-N2", "--ntasks-per-node=2", "--mpi=pmi2"]}.items():
-        words = ["-m", "tools.encode_corpus", "--input", str(source), "--tokenizer", str(tiny / "tokenizer")]
+        words = ["-c", USED_HEAP, "--input", str(source), "--tokenizer", str(tiny / "tokenizer")]
         line = [*before, sys.executable, *words, "--output", str(tmp_path / name), "--workers", "1"]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=jobs.PATIENCE)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("documents") == 1
     for extension in ("bin", "idx"):
