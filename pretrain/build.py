@@ -20,6 +20,7 @@ from pretrain.account.ledger import Ledger, timed
 from pretrain.account.recipe import Recipe
 from pretrain.checkpoint import State
 from pretrain.config import Config, method_of
+from pretrain.data import rng
 from pretrain.data.corpora import Data
 from pretrain.data.sampler import Blend, Segment
 from pretrain.data.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ from pretrain.parallel import tensor_parallel
 from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
 from pretrain.parallel.engine import Engine, TorchEngine, compile_mode
 from pretrain.parallel.topology import Topology, device_name, raise_on_all_ranks
-from pretrain.parallel.updates import Updates
+from pretrain.parallel.update_statistics import UpdateStatistics
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 from pretrain.start import Start
@@ -117,7 +118,7 @@ class Run:
     """Where checkpoints are written while training goes on."""
     milestones: set[float] = field(default_factory=set)
     """Shares of `checkpoint.keep` that are done with: kept, or passed before this attempt."""
-    updates: Updates = field(kw_only=True)
+    statistics: UpdateStatistics = field(kw_only=True)
     grad_norm: Tensor | None = None
     """Of the last update, before clipping; None where the engine does not tell."""
 
@@ -130,6 +131,17 @@ class Run:
     def cost(self) -> flops.StepCost:
         """Return the cost of an update of this phase."""
         return self.recipe.phases[self.phase].cost
+
+    def seed_dropout(self, number: int, data_rank: int) -> None:
+        """Seed dropout of a micro-batch, a function of (seed, step, number, data rank): nothing to save.
+
+        Ranks that share a model draw alike, so that replicated activations lose the same elements. It is none
+        of the sample: a GPU's fused attention draws for a whole batch, so scores would have to be in memory
+        (as on a CPU, where it would cost nothing), and compiled code draws in a way of its own.
+        """
+        if self.config.model.dropout or self.config.model.decoder_dropout:
+            name = f"dropout {self.step} {number} {data_rank}"
+            torch.manual_seed(rng.name_seed(self.config.run.seed, name))
 
 
 def build(inputs: Inputs, start: Start, signals: Signals, watchdog: Watchdog | None = None) -> Run:
@@ -166,7 +178,7 @@ def build(inputs: Inputs, start: Start, signals: Signals, watchdog: Watchdog | N
             meter=start.meter,
             signals=signals,
             watchdog=watchdog or Watchdog(topology, folder, 0),
-            updates=Updates(topology.device, _skipped(state), bool(engine.loss_scale)),
+            statistics=UpdateStatistics(topology.device, _skipped(state), bool(engine.loss_scale)),
             deadline=start.deadline,
             segments=start.segments,
             phase=start.phase,

@@ -33,7 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pretrain.account.ledger import SavedAccount
-from pretrain.config import Config, build_config, changed_keys
+from pretrain.config import Config, build_config
 from pretrain.data.rng import RULES
 from pretrain.errors import UserError
 
@@ -213,7 +213,7 @@ def save(
     collectives and raises UserError after them.
     """
     final = folder.checkpoints / _name(state.step)
-    writes = is_main and not (pointed(folder.path, "latest") == final and problem(final) is None)
+    writes = is_main and not (pointed(folder.path, "latest") == final and is_whole(final))
     copy = writer.copy if writer else lambda kind, name, tensor: tensor.to("cpu")
     gathered = ((kind, _gather(engine, kind, is_main, copy)) for kind in FILES)
     if writer:
@@ -427,9 +427,10 @@ def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, S
     it on one rank.
     """
     if which in named_weights(run):
-        return _verified(Path(run) / "weights" / str(which), WEIGHTS)
+        path = Path(run) / "weights" / str(which)
+        return path, verify(path, WEIGHTS)
     path = locate(run, which)
-    return _newest_good(Path(run), steps(run)) if which == "latest" else _verified(path, FILES)
+    return _newest_good(Path(run)) if which == "latest" else (path, verify(path))
 
 
 def locate(run: str | Path, which: str | int) -> Path:
@@ -450,70 +451,71 @@ def locate(run: str | Path, which: str | int) -> Path:
     return path
 
 
-def _verified(path: Path, kinds: Iterable[str]) -> tuple[Path, Stamps]:
-    """Return a checkpoint's folder and the stamps of its files; UserError if it is not whole."""
-    found = verify(path, kinds)
-    if isinstance(found, str):
-        raise UserError(f"{path}: {found}; take another (--checkpoint latest, or a step)")
-    return path, found
-
-
 def _explicit(run: Path, which: str | int) -> Path | None:
     return run / "checkpoints" / _name(int(which)) if str(which).isdecimal() else None
 
 
-def _newest_good(run: Path, known: list[int]) -> tuple[Path, Stamps]:
-    candidates = [run / "checkpoints" / _name(step) for step in reversed(known)]
+def candidates(run: str | Path) -> list[Path]:
+    """Return the checkpoints of a run, good or bad, in the order in which a start tries them: the one that
+    `latest` names, then from the newest on."""
+    paths = [Path(run) / "checkpoints" / _name(step) for step in reversed(steps(run))]
     latest = pointed(run, "latest")
-    if latest and latest not in candidates:
+    return sorted(paths, key=lambda path: path != latest)  # stable
+
+
+def _newest_good(run: Path) -> tuple[Path, Stamps]:
+    paths, latest = candidates(run), pointed(run, "latest")
+    if latest and latest not in paths:
         log.warning("%s: is gone, though it is the latest; looking for another", latest)
-    candidates.sort(key=lambda path: path != latest)  # stable: the pointed one, then the newest
-    for path in candidates:
-        found = verify(path)
-        if not isinstance(found, str):
-            return path, found
-        log.warning("%s: %s; refused, looking for an older one", path, found)
+    for path in paths:
+        try:
+            return path, verify(path, advice="refused, looking for an older one")
+        except UserError as error:
+            log.warning("%s", error)
     raise UserError(
-        f"{run}: none of its {len(known)} checkpoints is whole; restore one,"
+        f"{run}: none of its {len(paths)} checkpoints is whole; restore one,"
         " or move checkpoints/ away to start over"
     )
 
 
-def problem(path: Path, kinds: Iterable[str] = FILES) -> str | None:
-    """Return what is wrong with a checkpoint, in a few words that name the file; None if it is whole."""
-    found = verify(path, kinds)
-    return found if isinstance(found, str) else None
+def is_whole(path: Path) -> bool:
+    """Tell whether every file of a checkpoint is as its manifest says."""
+    try:
+        return bool(verify(path))
+    except UserError:
+        return False
 
 
-def verify(path: Path, kinds: Iterable[str] = FILES) -> Stamps | str:
-    """Stamps of a checkpoint's files, every byte of which was read; else what is wrong, as in `problem`."""
-    names = (STATE, *(FILES[kind] for kind in kinds))
+def verify(
+    path: Path, kinds: Iterable[str] = FILES, advice: str = "take another (--checkpoint latest, or a step)"
+) -> Stamps:
+    """Return the stamps of a checkpoint's files, every byte of which was read; UserError, with the advice,
+    names one that is not as the manifest says."""
     try:
         manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = [(path / name, manifest["files"][name]) for name in names]
+        expected = {name: manifest["files"][name] for name in (STATE, *(FILES[kind] for kind in kinds))}
+        with ThreadPoolExecutor(len(expected)) as pool:
+            stamps = pool.map(lambda name: _verify_file(path / name, expected[name]), expected)
+            return dict(zip(expected, stamps, strict=True))
+    except UserError as error:
+        wrong = str(error)
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
-    with ThreadPoolExecutor(len(expected)) as pool:
-        found = list(pool.map(lambda pair: _verify_file(*pair), expected))
-    bad = next((one for one in found if isinstance(one, str)), None)
-    return bad or {
-        file.name: one for (file, _), one in zip(expected, found, strict=True) if isinstance(one, list)
-    }
+        wrong = f"{MANIFEST} is missing or unreadable"
+    raise UserError(f"{path}: {wrong}; {advice}")
 
 
-def _verify_file(path: Path, expected: dict[str, Any]) -> list[int] | str:
-    """Stamp of a file that is as `expected`; else what is wrong with it."""
+def _verify_file(path: Path, expected: dict[str, Any]) -> list[int]:
+    """Return the stamp of a file; UserError where it is not as `expected`."""
     try:
         with open(path, "rb") as file:
             stamp = _stamp(file)
             if stamp[1] != expected["size"]:  # cheap, and says more than a wrong hash
-                return f"{path.name} has {stamp[1]} bytes instead of {expected['size']}"
-            same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
-            return stamp if same else f"{path.name} is corrupt (wrong sha256)"
+                raise UserError(f"{path.name} has {stamp[1]} bytes instead of {expected['size']}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise UserError(f"{path.name} is corrupt (wrong sha256)")
+            return stamp
     except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    except (KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
+        raise UserError(f"{path.name} cannot be read ({error.strerror})") from None
 
 
 def _stamp(file: IO[bytes]) -> list[int]:
@@ -572,15 +574,7 @@ def read_state(path: Path, stamps: Stamps | None = None) -> State:
 
 def verified_state(path: Path) -> State:
     """Return the state of a checkpoint, its file compared with the manifest; UserError where they differ."""
-    found: list[int] | str
-    try:
-        files = parse_json((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = _verify_file(path / STATE, files[STATE])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = f"{MANIFEST} is missing or unreadable"
-    if isinstance(found, str):
-        raise UserError(f"{path}: {found}; restore it, or move it away")
-    return read_state(path, {STATE: found})
+    return read_state(path, verify(path, (), "restore it, or move it away"))
 
 
 def load(path: Path, engine: TensorSource, stamps: Stamps | None = None) -> None:
@@ -594,17 +588,3 @@ def read_tensors(path: Path, kind: str = "param", stamps: Stamps | None = None) 
     """Name -> full fp32 CPU tensor, for programs that want the weights without an engine."""
     with _tensors(path / FILES[kind], stamps) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def check_continues(old: State, new: Config, fingerprints: dict[str, str]) -> None:
-    """Raise UserError, one line per change, if the checkpoint cannot go on under this config and these
-    data."""
-    changes = changed_keys(build_config(old.config, "config of the checkpoint"), new)
-    changes += [
-        f"corpus: {name} has other content than at step {old.step} ({before[:12]} -> {now[:12]})"
-        for name, before in old.fingerprints.items()
-        if (now := fingerprints.get(name, before)) != before
-    ]
-    if changes:
-        advice = "a run cannot continue with this changed; set it back, or choose another run.dir"
-        raise UserError("\n".join(f"{change}: {advice}" for change in changes))

@@ -14,7 +14,15 @@ from pretrain.account.budget import spent
 from pretrain.account.ledger import SavedAccount, Statement, Totals
 from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.checkpoint import State
-from pretrain.config import BUDGET_UNITS, BranchOptions, Config, build_config, phase_configs, read_yaml
+from pretrain.config import (
+    BUDGET_UNITS,
+    BranchOptions,
+    Config,
+    build_config,
+    changed_keys,
+    phase_configs,
+    read_yaml,
+)
 from pretrain.data.corpora import Data
 from pretrain.data.sampler import Segment, continue_segments
 from pretrain.errors import UserError
@@ -51,10 +59,15 @@ def check_continues(state: State, config: Config, data: Data | None) -> None:
             run_segments(config, data, state)
     except UserError as error:
         reasons.append(str(error))
-    try:
-        checkpoint.check_continues(state, config, {"tokenizer": data.tokenizer.hash} if data else {})
-    except UserError as error:
-        reasons.append(str(error))
+    changes = changed_keys(build_config(state.config, _WHOSE), config)
+    known = state.fingerprints.get("tokenizer")
+    if data and known and data.tokenizer.hash != known:
+        changes.append(
+            f"corpus: tokenizer has other content than at step {state.step}"
+            f" ({known[:12]} -> {data.tokenizer.hash[:12]})"
+        )
+    advice = "a run cannot continue with this changed; set it back, or choose another run.dir"
+    reasons += [f"{change}: {advice}" for change in changes]
     if reasons:
         raise UserError("\n".join(reasons))
 
@@ -67,7 +80,7 @@ def refuse_changes(config: Config, data: Data | None) -> None:
     """
     RunFolder(config.run.dir).refuse_foreign()
     checkpoint.refuse_gone(config.run.dir)
-    state = _newest(Path(config.run.dir))
+    state = _newest(config.run.dir)
     if state is None:
         if branch := config.run.branch:
             trunk = checkpoint.verified_state(checkpoint.locate(branch.of, branch.step))
@@ -80,11 +93,9 @@ def refuse_changes(config: Config, data: Data | None) -> None:
     check_continues(state, config.model_copy(update={"train": train.model_copy(update=kept)}), data)
 
 
-def _newest(run: Path) -> State | None:
+def _newest(run: str | Path) -> State | None:
     """The state of the checkpoint that a start would take, as far as its small files tell."""
-    paths = [run / "checkpoints" / f"step-{step:08d}" for step in reversed(checkpoint.steps(run))]
-    latest = checkpoint.pointed(run, "latest")
-    for path in sorted(paths, key=lambda one: one != latest):
+    for path in checkpoint.candidates(run):
         with suppress(UserError):  # the start says so, and takes the next
             return checkpoint.read_state(path)
     return None

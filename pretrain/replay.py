@@ -6,30 +6,27 @@ neighbour's once. A rank whose own two differ is faulty; where neighbours disagr
 disagrees with both of its own.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from pretrain.build import Run
 from pretrain.data.masking import masker
 from pretrain.errors import UserError
 from pretrain.feed import prepare
-from pretrain.parallel.engine import TorchEngine
+from pretrain.parallel.engine import TorchEngine, checksum
 from pretrain.parallel.topology import Topology
-from pretrain.parallel.updates import checksum, odd_ones
 
-SeedDropout = Callable[[Run, int, int], None]
 _ADVICE = "its device or memory is faulty: leave that node out, and go on from the newest checkpoint"
 
 
-def replay(run: Run, seed: SeedDropout) -> None:
+def replay(run: Run) -> None:
     """Compare gradients of this update's first micro-batches, before it is made; collective. UserError names
     the rank whose bits are others."""
     if not run.config.train.deterministic:
         raise UserError("monitor.replay_every compares bits, which needs train.deterministic = true here")
     place = run.topology
     neighbour = (place.data_rank + 1) % place.data_size
-    own = [_gradients(run, place.data_rank, seed) for _ in range(2)]
-    said = (place.tensor_rank, place.data_rank, *own, _gradients(run, neighbour, seed))
+    own = [_gradients(run, place.data_rank) for _ in range(2)]
+    said = (place.tensor_rank, place.data_rank, *own, _gradients(run, neighbour))
     seen = [[int(word) for word in text.split()] for text in place.gather_text(" ".join(map(str, said)))]
     if bad := faulty(seen, place.data_size):
         raise UserError(
@@ -54,7 +51,7 @@ def faulty(seen: list[list[int]], data_size: int) -> list[int]:
     return sorted(set(both if data_size > 2 and both else suspects))
 
 
-def _gradients(run: Run, data_rank: int, seed: SeedDropout) -> int:
+def _gradients(run: Run, data_rank: int) -> int:
     """Return the checksum of what this rank makes of the first micro-batch of a data rank; no gradient
     stays."""
     phase = run.recipe.phases[run.phase].config
@@ -63,7 +60,7 @@ def _gradients(run: Run, data_rank: int, seed: SeedDropout) -> int:
     place: Topology = replace(run.topology, data_rank=data_rank)
     micro = run.recipe.phases[run.phase].micro_batch(place.data_size)
     batch = prepare(phase.train.batch_size, micro, place, run.blend, mask)(run.samples)[0]
-    seed(run, 0, data_rank)
+    run.seed_dropout(0, data_rank)
     assert isinstance(run.engine, TorchEngine)  # the config's checks ask for it
     return run.engine.gradient_checksum(batch)
 
@@ -84,6 +81,15 @@ def compare_weights(run: Run) -> None:
         raise UserError(
             f"step {run.step}: the weights of {_named(bad)} are not those of the others; {_ADVICE}"
         )
+
+
+def odd_ones(sums: list[int]) -> list[int]:
+    """Return the places of those that differ from most; all where there is no majority."""
+    usual = max(sums, key=sums.count)
+    places = range(len(sums))
+    if len(set(sums)) > 1 and 2 * sums.count(usual) <= len(sums):
+        return list(places)
+    return [place for place in places if sums[place] != usual]
 
 
 def _named(ranks: list[int]) -> str:

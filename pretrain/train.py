@@ -24,7 +24,6 @@ from pretrain.account.budget import TOLERANCE, charged
 from pretrain.account.ledger import Totals, peak_resident, timed
 from pretrain.build import Run
 from pretrain.checkpoint import State
-from pretrain.data import rng
 from pretrain.errors import DONE, STOPPED, UserError
 from pretrain.feed import read_phase
 from pretrain.model.late_mask import Batch
@@ -97,7 +96,7 @@ def train(run: Run) -> int:
             evaluate(run, decision)
             ahead = []
             continue  # it took time, which may be what the budget is made of, or what a signal gives
-        if (decision.save_due and not run.updates.in_row) or (ending and run.saved != run.step):
+        if (decision.save_due and not run.statistics.skipped_in_row) or (ending and run.saved != run.step):
             at("save", long=True)
             check_skips(run, 0)  # what makes no numbers is not worth keeping
             replay.compare_weights(run)
@@ -116,17 +115,17 @@ def train(run: Run) -> int:
         batches = run.feed.take(run.samples)
         if replay_every and run.step % replay_every == 0:
             at("replay", long=first)
-            replay.replay(run, seed_dropout)
+            replay.replay(run)
         loss = torch.zeros((), device=run.topology.device)
         for number, batch in enumerate(batches):
             at("first update" if first else "forward", long=first)
-            seed_dropout(run, number, run.topology.data_rank)
+            run.seed_dropout(number, run.topology.data_rank)
             loss += run.engine.backward(batch, 1 / len(batches)) / len(batches)
         at("all-reduce", long=first)
         run.rate = schedule.rate(config, decision.middle)
         wait_for_copy(run)
         run.grad_norm = run.engine.step(run.rate)
-        run.updates.note(loss, run.grad_norm)
+        run.statistics.add(loss, run.grad_norm)
         run.step += 1
         run.samples += run.cost.samples
         if run.ledger:
@@ -257,21 +256,9 @@ def held_back(run: Run, totals: Totals) -> tuple[float, float]:
     return step * watts / 1e3, (end + late) * watts / 1e3
 
 
-def seed_dropout(run: Run, number: int, data_rank: int) -> None:
-    """Seed dropout, a function of (seed, step, micro-batch, data rank) too: nothing to save.
-
-    Ranks that share a model draw alike, so that replicated activations lose the same elements. It is none of
-    the sample: a GPU's fused attention draws for a whole batch, so scores would have to be in memory (as on a
-    CPU, where it would cost nothing), and compiled code draws in a way of its own.
-    """
-    if run.config.model.dropout or run.config.model.decoder_dropout:
-        name = f"dropout {run.step} {number} {data_rank}"
-        torch.manual_seed(rng.name_seed(run.config.run.seed, name))
-
-
 def write_log(run: Run, decision: StepDecision) -> None:
     """Log the loss of the updates since the last log, and the speeds; all ranks take part."""
-    loss, norm = run.updates.take(run.topology)
+    loss, norm = run.statistics.take(run.topology)
     with raise_on_all_ranks(run.topology):  # a rank of a tensor group may be alone in it
         if loss is not None and not math.isfinite(loss):
             raise UserError(
@@ -282,7 +269,7 @@ def write_log(run: Run, decision: StepDecision) -> None:
     (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
     scaling, slowest = check_scale(run), slowest_rank(run)
     if run.monitor and run.ledger:
-        told = {"loss": loss, "lr": run.rate, "skipped_updates": int(run.updates.skipped), **scaling}
+        told = {"loss": loss, "lr": run.rate, "skipped_updates": int(run.statistics.skipped), **scaling}
         run.ledger.peak(peak)
         run.ledger.log(**told)
         run.monitor.log(
@@ -301,7 +288,7 @@ def write_log(run: Run, decision: StepDecision) -> None:
 def check_skips(run: Run, most: int) -> None:
     """Raise UserError where more updates in a row than that were skipped, as their gradients are not finite:
     with their samples, and how to go on from before them."""
-    count, step, lr = int(run.updates.in_row), run.step, run.config.optimizer.lr / 2
+    count, step, lr = int(run.statistics.skipped_in_row), run.step, run.config.optimizer.lr / 2
     if count <= most:
         return
     wait_for_save(run)  # which is where to go on from
@@ -509,7 +496,7 @@ def state_of(run: Run, head: str) -> State:
         loss_scale=run.engine.loss_scale.state() if run.engine.loss_scale else None,
         rules=run.data.rules,
         progress=run.course.progress,
-        skipped=int(run.updates.skipped),
+        skipped=int(run.statistics.skipped),
     )
 
 

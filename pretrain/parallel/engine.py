@@ -30,7 +30,6 @@ from pretrain.parallel import tensor_parallel
 from pretrain.parallel.gradients import GradientSum, Lookups
 from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
 from pretrain.parallel.topology import Topology
-from pretrain.parallel.updates import checksum
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products by `train.precision`; fp32 needs no autocast."""
@@ -236,3 +235,10 @@ class TorchEngine(Engine):
 
     def _clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self.graphs)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """Return the sum of the bits of float32 tensors as integers: the same in any order, another after a
+    single flipped bit. Waits for their device."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0

@@ -489,7 +489,7 @@ def differs(run: Path, inputs: Path, expected: dict[str, Any]) -> str:
         return str(error)
     for step in checkpoint.steps(run):
         path = run / "checkpoints" / f"step-{step:08d}"
-        if checkpoint.problem(path):
+        if not checkpoint.is_whole(path):
             shutil.rmtree(path)
     status = RunFolder(run).status()
     if status.get("state") != "finished" or status.get("exit_code") != 0:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import train
+from pretrain.build import Run
 from pretrain.model.attention import Attention, CrossAttention
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel import tensor_parallel, topology
@@ -105,7 +105,7 @@ def draw(step: int = 0, micro_batch: int = 0, data_rank: int = 0, seed: int = 0,
     """The first number after seeding for that micro-batch."""
     config = small(model={"dropout": 0.1}, run={"dir": "run", "seed": seed})
     here = topology.Topology(data_rank=data_rank, **place)
-    train.seed_dropout(SimpleNamespace(config=config, step=step, topology=here), micro_batch, here.data_rank)  # type: ignore[arg-type]
+    Run.seed_dropout(SimpleNamespace(config=config, step=step), micro_batch, here.data_rank)  # type: ignore[arg-type]
     return torch.rand(()).item()
 
 

@@ -14,8 +14,8 @@ import torch
 from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.monitor import SPIKE_WINDOW, Spikes, read_metrics
-from pretrain.parallel.updates import checksum, odd_ones
-from pretrain.replay import faulty
+from pretrain.parallel.engine import checksum
+from pretrain.replay import faulty, odd_ones
 from tests.support.runs import Strike, attempt, finish, result
 
 Words = Callable[..., list[str]]
