@@ -229,8 +229,16 @@ def test_a_decay_is_the_end_of_a_trapezoid(tiny: Path, tmp_path: Path) -> None:
     assert plan.flops(cell) == pytest.approx(1e9 * (0.8 + 0.2 * 1.5))
 
 
+def test_a_single_rate_is_taken_untried(tiny: Path, tmp_path: Path) -> None:
+    sizes = {"nano": {"budget": 1e9, "speed": 1e9, "rates": [1e-3]}}
+    study_ = open_study(written(tmp_path, tiny, sizes=sizes), None)
+    assert [(cell.tries, cell.lr) for cell in study_.ready([])] == [(False, 1e-3)] * 4
+    assert study_.chosen("nano", "mlm-15", []) == 1e-3
+    assert "at a learning rate of 0.001" in "".join(pages._sections(pages.Found(study_, []), "nano"))
+
+
 def test_a_real_study_stops_when_told(tiny: Path, tmp_path: Path) -> None:
-    sizes = {"nano": {"budget": 1e14, "speed": 1e9, "rates": [1e-3]}}
+    sizes = {"nano": {"budget": 1e14, "speed": 1e9, "rates": [1e-3, 2e-3]}}
     line = words(written(tmp_path, tiny, sizes=sizes), tiny, tmp_path)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen([sys.executable, "-m", "tools.study", *line], env=environ)

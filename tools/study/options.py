@@ -22,7 +22,7 @@ class SizeOptions(Section):
     speed: float = Field(gt=0)
     """FLOP/s of a process, evaluations included: what `--plan` reckons with until there are results."""
     rates: list[float]
-    """Peak learning rates that are tried for each method."""
+    """Peak learning rates that are tried for each method; a single one is taken untried."""
     methods: list[str] = []
     """Methods that are compared at it; none are named: all."""
     config: RunSections = {}

@@ -103,9 +103,12 @@ def _sections(found: Found, size: str) -> Iterator[str]:
     if rows := list(_scores(found, size)):
         yield "Scores at the whole budget: mean over seeds ± standard deviation between them."
         yield tables.markdown(rows)
-    yield _RATES.format(options.tuning)
     rates = [f"{lr:g}" for lr in options.sizes[size].rates]
-    yield tables.markdown([["method", *rates], *_rates(found, size)])
+    if len(rates) == 1:
+        yield f"All at a learning rate of {rates[0]}."
+    else:
+        yield _RATES.format(options.tuning)
+        yield tables.markdown([["method", *rates], *_rates(found, size)])
 
 
 def _with_optimizer(study: Study, baseline: str) -> list[str]:

@@ -100,14 +100,17 @@ class Study:
         return [name for name, method in methods.items() if not headline or method.seeds == most]
 
     def trials(self, size: str, method: str) -> list[StudyCell]:
-        """Return the cells that choose a method's rate."""
-        return [StudyCell(size, method, TUNING_SEED, lr) for lr in self.options.sizes[size].rates]
+        """Return the cells that choose a method's rate; a single one is not tried."""
+        rates = self.options.sizes[size].rates
+        return [StudyCell(size, method, TUNING_SEED, lr) for lr in rates if len(rates) > 1]
 
     def chosen(self, size: str, method: str, results: Sequence[StudyResult]) -> float | None:
         """Return the rate with the least held-out loss; None before all were tried."""
+        if not (trials := self.trials(size, method)):
+            return self.options.sizes[size].rates[0]
         losses = dict[float, float]()
         known = {result.digest: result for result in results}
-        for cell in self.trials(size, method):
+        for cell in trials:
             if (result := known.get(self.targets(cell)[0].digest)) is None:
                 return None
             losses[cell.lr] = result.scores["loss"]
