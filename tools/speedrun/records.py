@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pretrain.errors import UserError
 from tools.study.pages import Found
-from tools.study.plan import Study
+from tools.study.plan import Study, StudyCell
 from tools.study.results import StudyResult
 
 SEEDS = 3
@@ -49,27 +49,31 @@ def refuse_other_encoders(study: Study) -> None:
 
 def finish_line(study: Study, found: Found) -> float | None:
     """Return the bits per byte to be reached; None before the baseline has run with three seeds."""
-    (size,) = study.options.sizes
-    models = found.models(size, study.options.baseline)
-    if len(models) < SEEDS:
-        return None
-    return statistics.mean(seed[-1].scores[SCORE] for seed in models.values())
+    models = _models(study, found, study.options.baseline, -1)
+    return statistics.mean(each.scores[SCORE] for each in models) if models else None
 
 
 def records(study: Study, results: Sequence[StudyResult]) -> Iterator[SpeedrunRecord]:
-    """Yield the record of each recipe that has one, cheapest first."""
-    found = Found(study, results)
-    (size,), goal = study.options.sizes, finish_line(study, found)
-    if goal is None:
+    """Yield the record of each recipe that has one, cheapest first; larger budgets need not have been run."""
+    found, recipes = Found(study, results), list(study.options.methods)
+    if (goal := finish_line(study, found)) is None:
         return
-    by_recipe = {recipe: list(found.models(size, recipe).values()) for recipe in study.options.methods}
-    done = {recipe: seeds for recipe, seeds in by_recipe.items() if len(seeds) >= SEEDS}
     for place, share in enumerate(study.options.shares):
-        for recipe in list(done):
-            models = [seed[place] for seed in done[recipe]]
-            if all(model.scores[SCORE] <= goal for model in models):
+        for recipe in list(recipes):
+            models = _models(study, found, recipe, place)
+            if models and all(model.scores[SCORE] <= goal for model in models):
                 yield SpeedrunRecord(recipe, share, models)
-                del done[recipe]
+                recipes.remove(recipe)
+
+
+def _models(study: Study, found: Found, recipe: str, place: int) -> list[StudyResult]:
+    """Return a recipe's models at one of the budgets, one of each seed; none where a seed is missing."""
+    (size,) = study.options.sizes
+    if (lr := study.chosen(size, recipe, found.results)) is None:
+        return []
+    targets = [study.targets(StudyCell(size, recipe, seed, lr))[place] for seed in range(SEEDS)]
+    models = [found.known[target.digest] for target in targets if target.digest in found.known]
+    return models if len(models) == SEEDS else []
 
 
 def rows(study: Study, results: Sequence[StudyResult]) -> list[list[str]]:
