@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.config import load_config
+from pretrain.errors import DEFECT
 from pretrain.files import check_folder
 from tools.shared import console
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = subprocess.run([sys.executable, *shown[1:]], cwd=ROOT, check=False).returncode
         if code:
             print(f"stopped at this step (exit code {code}); start again to go on", file=sys.stderr)
-            return code
+            return max(code, DEFECT)  # below 0: a signal's number
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{minutes:.1f} minutes. The report: {home / 'demo-report' / 'report.html'}")
     print(f"The encoders, for transformers: {home}/demo-*/export")

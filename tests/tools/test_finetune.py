@@ -448,6 +448,30 @@ def test_processes_work_side_by_side_and_their_errors_are_told(tmp_path: Path) -
     assert kept == {*cells.BASELINES}  # which need no encoder
 
 
+def test_a_process_that_is_killed_alone_is_a_line(tmp_path: Path) -> None:
+    """The others do their share first."""
+    encoder(tmp_path / "encoder")
+    sentences(tmp_path / "data")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "tools.finetune", *command(tmp_path, "--jobs=2", "--lrs=1e-3")]
+    file = tmp_path / "out" / "runs.jsonl"
+    file.parent.mkdir()
+    with file.open("a+b") as opened, files.locked(opened, file):  # so that none can end
+        process = subprocess.Popen(start, env=environ, stderr=subprocess.PIPE, encoding="utf-8")
+        while len(shares := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) < 2:
+            time.sleep(0.05)
+        os.kill(int(shares[0]), signal.SIGKILL)
+    assert process.communicate()[1].splitlines()[-1].startswith("error: a process was ended by SIGKILL; ")
+    assert process.returncode == 2
+    assert 0 < len(lines(file.parent)) < 6
+
+
+@pytest.mark.parametrize("code", [75, 143])
+def test_a_process_that_is_stopped_alone_stops_all(code: int) -> None:
+    with pytest.raises(SystemExit, match="75"):
+        program._check([0, code], ["a warning"])
+
+
 def test_the_signal_of_a_jobs_end_ends_all_processes(tmp_path: Path) -> None:
     encoder(tmp_path / "encoder")
     sentences(tmp_path / "data")

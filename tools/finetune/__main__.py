@@ -88,11 +88,27 @@ def run_here(plan: Plan, words: Sequence[str]) -> None:
                     process.terminate()
                     process.wait()
             said = [line for log in sorted(Path(logs).iterdir()) for line in _lines(log)]
-        if any(process.returncode for process in processes):
-            errors = dict.fromkeys(
-                line.removeprefix("error: ") for line in said if line.startswith("error: ")
-            )
-            raise UserError("\n".join(errors)) if errors else RuntimeError("\n".join(said[-30:]))
+        _check([process.returncode for process in processes], said)
+
+
+def _check(codes: Sequence[int], said: Sequence[str]) -> None:
+    """Raise UserError where a process failed or was killed, SystemExit where one was stopped.
+
+    said: by all of them.
+    """
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    errors += [
+        f"a process was ended by {signal.Signals(-code).name}; start again to go on, with fewer --jobs if"
+        " memory was short"
+        for code in codes
+        if code < 0
+    ]
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+    if any(code == STOPPED or code > 128 for code in codes):  # the last: before it was ready for a signal
+        sys.exit(STOPPED)
+    if any(codes):
+        raise RuntimeError("\n".join(said[-30:]))
 
 
 def _lines(log: Path) -> list[str]:
