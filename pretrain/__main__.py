@@ -22,7 +22,7 @@ from typing import NoReturn
 import numpy as np
 
 from pretrain import __version__, streams
-from pretrain.account import epochs, flops
+from pretrain.account import epochs
 from pretrain.account.budget import Budget
 from pretrain.account.recipe import Phase, Recipe
 from pretrain.config import (
@@ -31,6 +31,7 @@ from pretrain.config import (
     build_config,
     config_warnings,
     dump_config,
+    geometry,
     load_config,
     method_of,
 )
@@ -69,7 +70,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def plan(recipe: Recipe, data_size: int, blend: Blend) -> str:
     """Return what the run will do and the arithmetic behind it, for the reader of a log."""
     config, model = recipe.config, recipe.config.model
-    size = flops.parameters(model, recipe.vocab_size)
+    size = geometry.parameters(model, recipe.vocab_size)
     parts = "  ".join(f"{part} {count / 1e6:.2f} M" for part, count in size.items())
     lines = [
         f"method      {method_of(config)}: {model.num_layers} + {model.decoder_layers} layers x"
@@ -99,7 +100,7 @@ def _phase(phase: Phase, data_size: int) -> list[str]:
     return [
         f"sequence    {count.length} rows: {count.predicted} predicted ({count.masked} [MASK],"
         f" {count.random} random, {count.predicted - count.masked - count.random} kept); the encoder sees"
-        f" {count.length - (flops.late_masks(model, count.masked) if model.mask_from else 0)}",
+        f" {count.length - (geometry.late_masks(model, count.masked) if model.mask_from else 0)}",
         f"update      {train.batch_size} sequences = {data_size} data ranks x {micro} a micro-batch"
         f" x {train.batch_size // data_size // micro} accumulated; {update.total:.3g} FLOPs ({shares})",
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.account import energy, flops
+from pretrain.account import devices, energy, flops
 from pretrain.account.budget import TOLERANCE, Course, price
 from pretrain.account.ledger import Ledger, timed
 from pretrain.account.recipe import Recipe
@@ -291,7 +291,7 @@ def _open_monitor(config: Config, topology: Topology, ledger: Ledger | None) -> 
     if ledger is None:
         return None
     assert config.train.precision
-    peak = flops.peak(device_name(topology.device), config.train.precision)
+    peak = devices.peak(device_name(topology.device), config.train.precision)
     totals, ranks = ledger.totals(), topology.world_size
     board, kind = config.monitor.tensorboard, config.monitor.tracker
     tracker = Tracker(kind, Path(config.run.dir), _flat(config)) if kind else None

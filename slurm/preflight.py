@@ -26,12 +26,11 @@ from typing import Any
 
 import psutil
 
-from pretrain.account import flops
 from pretrain.account.recipe import make_recipe
-from pretrain.config import Config, load_config
+from pretrain.config import Config, geometry, load_config
 from pretrain.data import indexed as corpus
 from pretrain.data.corpora import copy_of, is_copy, mapped
-from pretrain.data.documents import scratch
+from pretrain.data.document_order import scratch
 from pretrain.errors import UserError
 from pretrain.files import own_folder, write_atomic
 from slurm import attempts
@@ -98,7 +97,7 @@ def _space(config: Config, copies: str) -> list[str]:
     """Room for two checkpoints and the milestones where the run lives, and on the node's disk for a copy of
     the corpus and for the orders of many documents."""
     model, run = config.model, Path(config.run.dir)
-    size = flops.parameters(model, model.vocab_size or 65536)
+    size = geometry.parameters(model, model.vocab_size or 65536)
     kept = 2 * 12 + 4 * len(config.checkpoint.keep)  # bytes a parameter
     found = _room(run, kept * size["total"])
     place = scratch(copies or config.corpus.copies)

@@ -22,7 +22,7 @@ from slurm import cluster, scheduler
 from slurm.cluster import Cluster
 from tools.plan import estimate as plan_estimate
 from tools.plan import layouts
-from tools.plan.documents import RunPlan
+from tools.plan.schema import RunPlan
 from tools.text.files import find_files
 
 NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)

@@ -36,11 +36,11 @@ from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.provenance import code_revision
 from tools.plan import layouts
-from tools.plan.documents import CalibratedCase, Calibration, MedianErrors
 from tools.plan.estimate import planned_recipe
 from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout
-from tools.shared import console, documents, measure, outputs
+from tools.plan.schema import CalibratedCase, Calibration, MedianErrors
+from tools.shared import console, measure, outputs, typed_json
 from tools.shared.tables import aligned
 
 if TYPE_CHECKING:
@@ -469,7 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done(1)
     document = compared(rows, device)
     if args.output:
-        outputs.write(args.output, documents.to_json(document) + "\n", FIELDS)
+        outputs.write(args.output, typed_json.to_json(document) + "\n", FIELDS)
     if args.json:
         console.print_json(document)
     else:

@@ -106,3 +106,9 @@ def find(name: str) -> Device | None:
 
 def _words(name: str) -> set[str]:
     return set(name.lower().replace("-", " ").split()) - MAKERS
+
+
+def peak(device: str, precision: str) -> float | None:
+    """Return the dense peak in FLOP/s of the device so named, None when the table does not know it."""
+    found = find(device)
+    return found.peak.get(precision) if found else None

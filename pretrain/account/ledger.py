@@ -150,7 +150,7 @@ class LedgerLine(Statement):
         """Return the lineage with which a branch begins."""
         return _LINEAGE.validate_python(self.details.get("trunk", []))
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the line as it stands in the file."""
         return {name: getattr(self, name) for name in _KEYS} | self.details
 
@@ -753,7 +753,7 @@ class Ledger:
                 seconds={name: round(value, 6) for name, value in self._seconds_at(at).items()},
                 details=details,
             )
-            text = json.dumps(line.document(), default=asdict).encode("ascii")
+            text = json.dumps(line.to_dict(), default=asdict).encode("ascii")
             with named(self._path), open(self._path, "ab") as file:
                 file.write(text + b"\n")
                 file.flush()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pretrain.account import flops, ledger
 from pretrain.account.budget import MEASURED, Budget, spent
-from pretrain.account.flops import Rows, StepCost
-from pretrain.config import Config, MaskingOptions, load_config, phase_configs
+from pretrain.account.flops import StepCost
+from pretrain.config import Config, MaskingOptions, geometry, load_config, phase_configs
+from pretrain.config.geometry import Rows
 from pretrain.data.masking import counts
 from pretrain.errors import UserError
 
@@ -83,7 +84,7 @@ class Recipe:
         of weights and two moments in float32; 0 where training waits, as where every second is paid for."""
         if not self.config.checkpoint.background or self.budget.measured:
             return 0
-        return 12 * flops.parameters(self.config.model, self.vocab_size)["total"]
+        return 12 * geometry.parameters(self.config.model, self.vocab_size)["total"]
 
 
 def make_recipe(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.config import Config, CorpusOptions
 from pretrain.data import rng
-from pretrain.data.documents import order_bytes, scratch
+from pretrain.data.document_order import order_bytes, scratch
 from pretrain.data.indexed import IndexedReader, corpus_file, index_bytes
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.sampler import Blend, Sampler, Segment, used_samples

@@ -31,7 +31,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain.config import MaskingOptions
 from pretrain.data import rng
-from pretrain.data.documents import DocumentOrder, Documents, scratch
+from pretrain.data.document_order import DocumentOrder, Documents, scratch
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
 

@@ -1,7 +1,7 @@
 """Attention over permuted rows: whole, within documents where they are kept apart, or local.
 
 A local layer bounds the difference of two rows' positions. Its rows stand in the order of these, so that a
-block of rows finds what it may attend to in the rows beside it: `flops.local_blocks` says which.
+block of rows finds what it may attend to in the rows beside it: `geometry.local_blocks` says which.
 """
 
 from functools import cache
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from pretrain.account.flops import local_blocks
 from pretrain.config import ModelOptions
+from pretrain.config.geometry import local_blocks
 
 Rotation = tuple[Tensor, Tensor] | None
 """cos and sin, each [B, S, 1, E], of the rows' positions; None where positions are learned."""

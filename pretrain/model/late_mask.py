@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.account import flops
-from pretrain.account.flops import late_masks, padded_vocab
-from pretrain.config import ModelOptions
+from pretrain.config import ModelOptions, geometry
+from pretrain.config.geometry import late_masks, padded_vocab
 from pretrain.data import rng
 from pretrain.data.masking import Masked
 from pretrain.model.attention import (
@@ -331,7 +330,7 @@ class LateMaskModel(nn.Module):
         drops = self.training and bool(m.dropout or m.decoder_dropout)
         varlen = supports_varlen(batch.positions.device) and not drops
         P, K = batch.targets.shape[1], batch.most_documents
-        return Order.of(batch.positions, batch.documents, V, P, K, varlen, flops.one_way(m))
+        return Order.of(batch.positions, batch.documents, V, P, K, varlen, geometry.one_way(m))
 
     def _decode(self, encoded_BVD: Tensor, batch: Batch, P: int, order: Order | None = None) -> Tensor:
         """Decoder output of the predicted rows: [B, P, D]."""

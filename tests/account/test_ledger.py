@@ -102,8 +102,8 @@ def test_each_line_is_a_full_statement(tmp_path):
     account.note("evaluate", loss=6.5)
     start, line = ledger.read(tmp_path)
     assert start.event == "start" and start.previous == "" and start.attempt == 1
-    assert line.previous == ledger._hash(json.dumps(start.document()).encode())
-    assert {name: line.document()[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
+    assert line.previous == ledger._hash(json.dumps(start.to_dict()).encode())
+    assert {name: line.to_dict()[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
         "event": "evaluate",
         "loss": 6.5,
         "time": 1002.0,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.account import flops
+from pretrain.config import geometry
 from pretrain.model import muon
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel.optimizer import Muon
@@ -97,7 +98,7 @@ def test_flops_equal_torchs_counter(method: str, block: str) -> None:
     with FlopCounterMode(display=False) as counter:
         muon.orthogonalize(weights, 8, torch.float32)
     assert counter.get_total_flops() == flops.muon(model.m)
-    elements = sum(rows * columns * n for (rows, columns), n in flops.muon_matrices(model.m).items())
+    elements = sum(rows * columns * n for (rows, columns), n in geometry.muon_matrices(model.m).items())
     assert elements == sum(weight.numel() for weight in weights.values())
 
 

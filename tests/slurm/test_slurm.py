@@ -20,7 +20,7 @@ import pytest
 from pretrain import checkpoint
 from pretrain.account.recipe import make_recipe
 from pretrain.config import Config, dump_config, load_config
-from pretrain.data import corpora, documents
+from pretrain.data import corpora
 from pretrain.data.corpora import mapped, open_blend, open_data
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
@@ -806,7 +806,7 @@ def test_there_must_be_room_for_orders_of_many_documents(
     copies = tmp_path / "copies"
     config = load_config(tiny / "tiny.yaml", [f"run.dir={tmp_path}", f"corpus.copies={copies}"])
     assert preflight._space(config, "") == [] and not copies.exists()
-    monkeypatch.setattr(documents, "MANY", 0)
+    monkeypatch.setattr(document_order, "MANY", 0)
     needed, usage, free = mapped(config.corpus), shutil.disk_usage(tmp_path), 1 << 40
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: usage._replace(free=free if folder == copies else 1 << 40)

@@ -13,11 +13,11 @@ from tools import calibrate
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import gpu
 from tools.benchmark.gpu import GpuReport, Step
-from tools.shared import documents
+from tools.shared import typed_json
 
 
 def report(folder: Path) -> GpuReport:
-    return documents.read(GpuReport, folder / "gpu.json")
+    return typed_json.read(GpuReport, folder / "gpu.json")
 
 
 def states(folder: Path) -> dict[str, str]:

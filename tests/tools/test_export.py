@@ -806,7 +806,7 @@ def test_the_ledgers_head_can_be_compared(finished_run: Path, tmp_path: Path) ->
     (run / "ledger.jsonl").unlink()
     before = ""
     for line in (replace(first, time=first.time - 60), *others):
-        text = json.dumps(replace(line, previous=before).document()).encode()
+        text = json.dumps(replace(line, previous=before).to_dict()).encode()
         with (run / "ledger.jsonl").open("ab") as file:
             file.write(text + b"\n")
         before = hashlib.sha256(text).hexdigest()

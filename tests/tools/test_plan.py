@@ -20,7 +20,7 @@ from pretrain.account import devices, flops
 from pretrain.account.ledger import LedgerLine, as_totals
 from pretrain.account.recipe import baseline, make_recipe
 from pretrain.config import dump_config, load_config, method_of, phase_configs
-from pretrain.data import documents
+from pretrain.data import document_order
 from pretrain.data.corpora import open_blend, open_data
 from pretrain.errors import UserError
 from pretrain.model import late_mask as model
@@ -93,7 +93,7 @@ def test_what_grows_with_documents_is_counted_once_a_node(tiny, tmp_path, capsys
     words = [str(tiny / "tiny.yaml"), f"corpus.copies={tmp_path / 'copies'}"]
     (one,) = planned(capsys, *words)
     assert one["mapped_bytes_per_node"] == {"indexes": (tiny / "train.idx").stat().st_size, "orders": 0}
-    monkeypatch.setattr(documents, "MANY", 0)
+    monkeypatch.setattr(document_order, "MANY", 0)
     (one,) = planned(capsys, *words)
     config = load_config(words[0], words[1:])
     blend = open_blend(config, open_data(config.corpus))

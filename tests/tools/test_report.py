@@ -23,7 +23,7 @@ from PIL import Image
 from pretrain.account import flops
 from pretrain.account.ledger import Ledger
 from pretrain.account.recipe import baseline, make_recipe
-from pretrain.config import Config, method_of
+from pretrain.config import Config, geometry, method_of
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest
 from pretrain.data.masking import counts
@@ -37,7 +37,7 @@ from tests.support.terminal import on_terminal
 from tools.encode_corpus import __main__ as encode_corpus
 from tools.report import __main__ as report
 from tools.report import pages as report_pages
-from tools.report.documents import RunReport
+from tools.report.schema import RunReport
 from tools.shared import downstream, plots
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ class MadeRun:
     ) -> None:
         self.path, self.config, self.step_seconds = path, config, step_seconds
         c = counts(config.masking, config.train.seq_length)
-        rows, t = flops.Rows(c.length, c.visible, c.predicted), config.train
+        rows, t = geometry.Rows(c.length, c.visible, c.predicted), config.train
         self.cost = flops.step_cost(config.model, rows, VOCABULARY, t.batch_size, t.recompute)
         self.clock, folder = Clock(), RunFolder(path)
         folder.claim()

@@ -9,7 +9,7 @@ import pytest
 from pretrain.errors import UserError
 from tools.benchmark import tables
 from tools.benchmark.gpu import GpuReport, StepResult
-from tools.shared import documents
+from tools.shared import typed_json
 from tools.shared.measure import BenchmarkRow
 
 PAGES = {str(path.relative_to(tables.ROOT)): path for path in tables.pages()}
@@ -76,10 +76,10 @@ def test_a_gpus_results_fill_its_column(tmp_path: Path, monkeypatch: pytest.Monk
         assert tables.GPU_COMMAND in tables.gpu_updates() and tables.gpu_others() == "Not measured yet."
         forget()
         (tmp_path / "results" / "gpu").mkdir()
-        (tmp_path / "results" / "gpu" / "h200.json").write_text(documents.to_json(report), encoding="utf-8")
+        (tmp_path / "results" / "gpu" / "h200.json").write_text(typed_json.to_json(report), encoding="utf-8")
         others = tuple(replace(each, device="NVIDIA A100-SXM4-80GB", ours=1.0) for each in rows)
         report = replace(report, steps=[replace(report.steps[0], rows=others)])
-        (tmp_path / "results" / "gpu" / "later.json").write_text(documents.to_json(report), encoding="utf-8")
+        (tmp_path / "results" / "gpu" / "later.json").write_text(typed_json.to_json(report), encoding="utf-8")
         (found,) = [
             line for line in tables.speeds() if line[0].startswith("`3ml-query` time / own `mlm`, base 128")
         ]

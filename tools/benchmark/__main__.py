@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tools.benchmark import attention, corpus, gpu, head, memory, optimizer, scaling, step, tables, training
-from tools.shared import console, documents, outputs
+from tools.shared import console, outputs, typed_json
 from tools.shared.measure import SAME, BenchmarkRow
 from tools.shared.tables import aligned
 
@@ -96,7 +96,7 @@ def _measured(args: argparse.Namespace) -> Iterator[BenchmarkRow]:
 def _write(rows: Sequence[BenchmarkRow], prefix: str) -> None:
     from tools.shared import plots
 
-    outputs.write(f"{prefix}.json", documents.to_json(rows) + "\n", FIELDS)
+    outputs.write(f"{prefix}.json", typed_json.to_json(rows) + "\n", FIELDS)
     compared = [
         plots.Ratio(row.name, row.ratio, row.spread, not row.unit.endswith("/s"), row.flop_ratio)
         for row in rows

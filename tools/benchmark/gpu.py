@@ -25,7 +25,7 @@ from typing import Literal
 
 from pretrain.errors import UserError
 from pretrain.provenance import code_revision
-from tools.shared import console, documents, measure, outputs
+from tools.shared import console, measure, outputs, typed_json
 from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import aligned
 
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
             if left < MIN_SECONDS:
                 break
             found[step.name] = _run(step, folder, min(left, _limit(step, args.rehearse)), args.rehearse)
-            outputs.write(document, documents.to_json(_report(found, args.rehearse)) + "\n", FIELDS)
+            outputs.write(document, typed_json.to_json(_report(found, args.rehearse)) + "\n", FIELDS)
             print(_line(found[step.name]), file=sys.stderr, flush=True)
     print(_table(found.values()))
     return int(any(step.state == "failed" for step in found.values()))
@@ -197,7 +197,7 @@ def _before(document: Path, rehearse: bool) -> Sequence[StepResult]:
     """The steps of an earlier command, which must be of the same code."""
     if not document.exists():
         return []
-    report = documents.read(GpuReport, document)
+    report = typed_json.read(GpuReport, document)
     if (report.commit, report.rehearsed) != (code_revision(), rehearse):
         of = f"{report.commit}, {'a rehearsal' if report.rehearsed else 'on a GPU'}"
         raise UserError(f"{document}: its steps are of {of}; choose another folder")
@@ -253,7 +253,7 @@ def _run(step: Step, folder: Path, limit: float, rehearse: bool) -> StepResult:
 
 def _rows(path: Path) -> tuple[BenchmarkRow, ...]:
     """What a step has written, where it measures."""
-    return tuple(documents.read(list[BenchmarkRow], path)) if path.exists() else ()
+    return tuple(typed_json.read(list[BenchmarkRow], path)) if path.exists() else ()
 
 
 def _line(step: StepResult) -> str:

@@ -37,7 +37,7 @@ from tools.benchmark.task import (
     take_turns,
     timed,
 )
-from tools.shared import console, documents, measure, outputs
+from tools.shared import console, measure, outputs, typed_json
 from tools.shared.measure import BenchmarkRow, Done
 from tools.shared.tables import aligned
 
@@ -217,7 +217,7 @@ def write_profile(side: Callable[[Job], Any], folder: Path, name: str, device: t
     folder.mkdir(parents=True, exist_ok=True)
     operations, trace = _profile_files(folder, name)
     found: list[OperationTime] = side(partial(profile, trace=str(trace), device=device))
-    outputs.write(operations, documents.to_json(found) + "\n", FIELDS)
+    outputs.write(operations, typed_json.to_json(found) + "\n", FIELDS)
     table = [(name, "calls", "s", "share", "TFLOP/s")]
     for row in found:
         speed = f"{row.tflops:.3f}" if row.tflops else ""

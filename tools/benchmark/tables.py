@@ -21,10 +21,10 @@ from tools.finetune import cells
 from tools.finetune import table as finetune_table
 from tools.plan import estimate, layouts, published
 from tools.plan import pages as plan_pages
-from tools.plan.documents import Calibration
+from tools.plan.schema import Calibration
 from tools.report import pages as report_pages
-from tools.report.documents import Report
-from tools.shared import console, documents
+from tools.report.schema import Report
+from tools.shared import console, typed_json
 from tools.shared.measure import BenchmarkRow
 from tools.shared.tables import markdown
 from tools.speedrun import records
@@ -211,7 +211,7 @@ def results(gpu: bool) -> dict[str, BenchmarkRow]:
     """Return the rows of all results of the tables' GPU, or of a CPU, by their names."""
     rows = [row for name in FILES for row in measured(name)]
     for path in sorted((RESULTS / "gpu").glob("*.json")):
-        rows += [row for step in documents.read(GpuReport, path).steps for row in step.rows]
+        rows += [row for step in typed_json.read(GpuReport, path).steps for row in step.rows]
     return {
         row.name: row for row in rows if (GPU in row.device if gpu else not row.device.startswith("NVIDIA"))
     }
@@ -220,7 +220,7 @@ def results(gpu: bool) -> dict[str, BenchmarkRow]:
 @cache
 def measured(name: str) -> list[BenchmarkRow]:
     """Return the rows of one file of results."""
-    return documents.read(list[BenchmarkRow], RESULTS / f"benchmark-{name}.json")
+    return typed_json.read(list[BenchmarkRow], RESULTS / f"benchmark-{name}.json")
 
 
 def speeds() -> Rows:
@@ -412,7 +412,7 @@ def plan_scaling() -> Rows:
 def plan_measured() -> Rows:
     """Return real steps beside their plans."""
     rows = [["", "seconds: plan", "measured", "", "bytes: plan", "measured", ""]]
-    for row in documents.read(Calibration, layouts.RESULTS / "plan-cpu.json").rows:
+    for row in typed_json.read(Calibration, layouts.RESULTS / "plan-cpu.json").rows:
         seconds = [
             f"{row.planned_seconds:.2f}",
             f"{row.seconds:.2f}",
@@ -450,12 +450,12 @@ def plan_published() -> Rows:
 def report(name: str, titles: Sequence[str]) -> Rows:
     """Return columns of a committed report."""
     path = ROOT / "tools" / "report" / "results" / f"{name}.json"
-    return report_pages.columns(documents.read(Report, path), titles)
+    return report_pages.columns(typed_json.read(Report, path), titles)
 
 
 def probes() -> Rows:
     """Return what speaks for each probed encoder."""
-    return probe.summary(documents.read(list[probe.Result], ROOT / "tools" / "results" / "probe.json"))
+    return probe.summary(typed_json.read(list[probe.Result], ROOT / "tools" / "results" / "probe.json"))
 
 
 def finetuned() -> str:

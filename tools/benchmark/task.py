@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pretrain.account import flops
 from pretrain.build import build_engine, keep_freed_memory
-from pretrain.config import Config, build_config
+from pretrain.config import Config, build_config, geometry
 from pretrain.data.masking import Masked, Masker, counts
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
@@ -33,7 +33,7 @@ from tools.shared import console, measure
 from tools.shared.measure import Done, no_progress
 from tools.shared.run_model import default_device
 
-VOCAB = flops.padded_vocab(50_265, 128)
+VOCAB = geometry.padded_vocab(50_265, 128)
 MASK_ID = 50_264
 SIZES = {
     "tiny": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 64},
@@ -125,7 +125,7 @@ class BenchmarkTask:
         """Return the model FLOPs of one update."""
         config = self.config(method)
         c = counts(config.masking, self.length)
-        rows = flops.Rows(c.length, c.visible, c.predicted)
+        rows = geometry.Rows(c.length, c.visible, c.predicted)
         return flops.training(config.model, rows, VOCAB).total * self.batch_size
 
     def settings(self) -> dict[str, Any]:

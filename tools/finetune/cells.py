@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pretrain.errors import UserError
 from pretrain.files import append_line
 from tools.finetune.task import FinetuneTask
-from tools.shared import documents
+from tools.shared import typed_json
 from tools.text.glue import drawn
 
 RUNS = "runs.jsonl"
@@ -108,7 +108,7 @@ _RUN = TypeAdapter(FinetuneRun)
 def read_runs(path: Path) -> list[FinetuneRun]:
     """Return the runs of a file, the last of each cell; what a kill has torn is done again."""
     found: dict[Cell, FinetuneRun] = {}
-    for where, record in documents.read_lines(path, _BEGIN, "no run; choose another --output"):
+    for where, record in typed_json.read_lines(path, _BEGIN, "no run; choose another --output"):
         try:
             record.setdefault("origin", "")  # younger than the first files
             cell = Cell(**{each.name: record.pop(each.name) for each in fields(Cell)})

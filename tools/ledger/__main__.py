@@ -213,7 +213,7 @@ def show(runs: list[str]) -> tuple[Any, str]:
         rows.append(wrapped(run + about, indent=4))
         rows += [wrapped(_row(line), indent=26) for line in _telling(lines)]
     report = [
-        {"run": run, "ettr": shares[run], "lines": [line.document() for line in lines]}
+        {"run": run, "ettr": shares[run], "lines": [line.to_dict() for line in lines]}
         for run, lines in found.items()
     ]
     return report, "\n".join(rows)

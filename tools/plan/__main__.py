@@ -17,8 +17,8 @@ from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from tools.plan import layouts
 from tools.plan import pages as plan_pages
-from tools.plan.documents import RunPlan, ScaledPlan
 from tools.plan.estimate import Tariff, methods, plan, scaling
+from tools.plan.schema import RunPlan, ScaledPlan
 from tools.shared import console, outputs
 
 # ---- the program ---------------------------------------------------------------------------------

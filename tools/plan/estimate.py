@@ -5,21 +5,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pretrain.account import epochs, flops
+from pretrain.account import epochs
 from pretrain.account.devices import Device
 from pretrain.account.flops import Flops
 from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
-from pretrain.config import Config, method_of
+from pretrain.config import Config, geometry, method_of
 from pretrain.continuing import with_branch
 from pretrain.data.corpora import Mapped, mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tools.plan import layouts, traffic
-from tools.plan.documents import (
-    LayoutDocument,
+from tools.plan.layouts import PlannedJob
+from tools.plan.memory import Layout, Memory
+from tools.plan.schema import (
     MethodCosts,
     MissingCount,
     PartCosts,
+    PlannedLayout,
     RelativeCosts,
     RunPlan,
     Scaling,
@@ -27,8 +29,6 @@ from tools.plan.documents import (
     Times,
     Work,
 )
-from tools.plan.layouts import PlannedJob
-from tools.plan.memory import Layout, Memory
 
 MAX_DEVICES = 4096
 """Devices of the largest cluster that is tried."""
@@ -115,7 +115,7 @@ def plan(
         method=method_of(config),
         vocab_size=recipe.vocab_size,
         vocab_size_from=source,
-        parameters=flops.parameters(config.model, recipe.vocab_size),
+        parameters=geometry.parameters(config.model, recipe.vocab_size),
         **vars(work),
         **vars(times),
         relative=run.relative(chosen),
@@ -318,8 +318,8 @@ def _by_part(spent: Flops, number: int = 1) -> PartCosts:
     return PartCosts(**shares)
 
 
-def _described(config: Config, layout: Layout, device: Device | None) -> LayoutDocument:
-    return LayoutDocument(
+def _described(config: Config, layout: Layout, device: Device | None) -> PlannedLayout:
+    return PlannedLayout(
         gpus=layout.ranks,
         device=device.name if device else None,
         **{key: value for key, value in vars(layout).items() if key != "gpu"},

@@ -23,12 +23,12 @@ from typing import Any
 from pretrain.account import devices, flops
 from pretrain.account.devices import Device
 from pretrain.account.recipe import Phase
-from pretrain.config import Config, ModelOptions, build_config
+from pretrain.config import Config, ModelOptions, build_config, geometry
 from pretrain.errors import UserError
 from tools.plan import memory, traffic
-from tools.plan.documents import CalibratedDevice
 from tools.plan.memory import FULL, Layout, Memory
-from tools.shared import documents
+from tools.plan.schema import CalibratedDevice
+from tools.shared import typed_json
 
 RESULTS = Path(__file__).parent
 ACHIEVED = 0.4
@@ -68,7 +68,7 @@ class PlannedJob:
     """What is to be trained, whatever the layout."""
 
     model: ModelOptions
-    rows: flops.Rows
+    rows: geometry.Rows
     vocab_size: int
     batch_size: int
     precision: str
@@ -173,7 +173,7 @@ def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: flo
     B, T = layout.micro_batch, layout.tensor
     cost = flops.step_cost(job.model, job.rows, job.vocab_size, B, layout.recompute)
     saved = memory.activations(job.model, job.rows, replace(layout, recompute="none"))
-    table = flops.padded_vocab(job.vocab_size, job.model.vocab_multiple) // T
+    table = geometry.padded_vocab(job.vocab_size, job.model.vocab_multiple) // T
     moved = B * (PASSES * saved + LOGIT_BYTES * job.rows.predicted * table)
     products = cost.hardware_flops / T / device.peak[job.precision] / achieved
     seconds = products + moved / (device.bandwidth * BANDWIDTH_SHARE)
@@ -206,7 +206,7 @@ def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
 @cache
 def measured() -> dict[str, CalibratedDevice]:
     """Return what `tools.calibrate` left of devices, by their names."""
-    found = (documents.read(CalibratedDevice, path) for path in sorted(RESULTS.glob("plan-*.json")))
+    found = (typed_json.read(CalibratedDevice, path) for path in sorted(RESULTS.glob("plan-*.json")))
     return {one.device.name: one for one in found}
 
 

@@ -18,9 +18,8 @@ predicted rows, W rows of the padded word table, T tensor-parallel ranks.
 
 from dataclasses import dataclass, replace
 
-from pretrain.account import flops
-from pretrain.account.flops import Rows
-from pretrain.config import ModelOptions
+from pretrain.config import ModelOptions, geometry
+from pretrain.config.geometry import Rows
 
 BUCKET = 25_000_000
 """Elements that DeepSpeed reduces, and Muon orthogonalises, at once."""
@@ -81,7 +80,7 @@ def local_parameters(model: ModelOptions, vocab_size: int, tensor: int) -> int:
     """Return the parameters of one of `tensor` ranks that share a model: divided matrices, and all the
     vectors."""
     divided = _divided(model, vocab_size)
-    return flops.parameters(model, vocab_size)["total"] - divided + divided // tensor
+    return geometry.parameters(model, vocab_size)["total"] - divided + divided // tensor
 
 
 def _divided(model: ModelOptions, vocab_size: int) -> int:
@@ -90,7 +89,7 @@ def _divided(model: ModelOptions, vocab_size: int) -> int:
     layer = 4 * D * D + 2 * F * D + (3 * D + F if bias else F * D)
     crossed = model.decoder_layers if model.decoder == "cross" else 0
     cross = 4 * D * D + (3 * D if bias else 0)
-    table = flops.padded_vocab(vocab_size, model.vocab_multiple)
+    table = geometry.padded_vocab(vocab_size, model.vocab_multiple)
     return (model.num_layers + model.decoder_layers) * layer + crossed * cross + table * (D + 1)
 
 
@@ -100,7 +99,9 @@ def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -
     updates = _muon_updates(model, layout) if layout.optimizer == "muon" else 0
     saved = layout.micro_batch * activations(model, rows, layout)
     again = layout.micro_batch * max(_layers(model, rows, layout)) if layout.recompute == "block" else 0
-    table = FULL * flops.padded_vocab(vocab_size, model.vocab_multiple) * model.hidden_size // layout.tensor
+    table = (
+        FULL * geometry.padded_vocab(vocab_size, model.vocab_multiple) * model.hidden_size // layout.tensor
+    )
     head = _head(model, rows, vocab_size, layout)
     casts = _casts(model, vocab_size, layout) if layout.width < FULL else 0
     working = _working(model, rows, layout)
@@ -177,7 +178,7 @@ def _state(model: ModelOptions, vocab_size: int, layout: Layout) -> _State:
 
 def orthogonalized(model: ModelOptions) -> int:
     """Return the elements of all matrices that are Muon's."""
-    return sum(rows * columns * number for (rows, columns), number in flops.muon_matrices(model).items())
+    return sum(rows * columns * number for (rows, columns), number in geometry.muon_matrices(model).items())
 
 
 def _muon_updates(model: ModelOptions, layout: Layout) -> int:
@@ -206,18 +207,18 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     Under recomputation these are the inputs of the layers, and what is between layers.
     """
     stream = FULL * model.hidden_size
-    inputs = flops.encoder_rows(rows, model)
+    inputs = geometry.encoder_rows(rows, model)
     decoder = 0
     if model.decoder_layers:
         # The joined rows with their positions, and (without a rotation) the norm of them.
-        joined = max(flops.decoder_rows(rows, model))
+        joined = max(geometry.decoder_rows(rows, model))
         decoder = stream * joined * (2 if model.block != "modern" else 1)
         decoder += _mask_bytes(layout) * joined * model.hidden_size if model.decoder_dropout else 0
     ends = stream * (inputs[0] + rows.length)  # the embeddings' sum, and what the head reads
     ends += stream * inputs[-1] if model.norm == "pre" else 0
     ends += _mask_bytes(layout) * inputs[0] * model.hidden_size if model.dropout else 0
     if layout.recompute == "block":
-        query_rows, _ = flops.decoder_rows(rows, model)
+        query_rows, _ = geometry.decoder_rows(rows, model)
         return stream * (sum(inputs) + model.decoder_layers * query_rows) + decoder + ends
     return sum(_layers(model, rows, layout)) + decoder + ends
 
@@ -225,7 +226,9 @@ def activations(model: ModelOptions, rows: Rows, layout: Layout) -> int:
 def _layers(model: ModelOptions, rows: Rows, layout: Layout) -> list[int]:
     """Bytes that each layer saves for its backward pass."""
     kinds = map(model.is_local, range(model.num_layers))
-    inputs = [*zip(flops.encoder_rows(rows, model), flops.attended_pairs(rows, model), kinds, strict=True)]
+    inputs = [
+        *zip(geometry.encoder_rows(rows, model), geometry.attended_pairs(rows, model), kinds, strict=True)
+    ]
     each = {one: _self_layer(one[0], model, layout, model.dropout, *one[1:]) for one in set(inputs)}
     encoder = [each[one] for one in inputs]
     decoder = [_decoder_layer(rows, model, layout)] if model.decoder_layers else []
@@ -247,13 +250,13 @@ def _self_layer(
 
 def _decoder_layer(rows: Rows, model: ModelOptions, layout: Layout) -> int:
     L, D, dropout = rows.length, model.hidden_size, model.decoder_dropout or 0.0
-    n, m = flops.decoder_rows(rows, model)
+    n, m = geometry.decoder_rows(rows, model)
     if n < m:  # the joined rows are read by the keys and values
         keys = layout.width * m * D + _attention(n, m, n + 2 * m, model, layout, dropout)
         return keys + _inner(n, model, layout, dropout)
     layer = _self_layer(L, model, layout, dropout)
     if model.decoder == "cross":
-        V = flops.encoded(rows, model)
+        V = geometry.encoded(rows, model)
         layer += _attention(L, V, L + 2 * V, model, layout, dropout) + layout.width * V * D
     return layer
 
@@ -296,8 +299,8 @@ def _mask_bytes(layout: Layout) -> int:
 def _working(model: ModelOptions, rows: Rows, layout: Layout) -> int:
     """Gradients of activations that the backward pass of the last layer holds at once: those of the
     feed-forward layer, or those of scores in memory, when what that one saved is gone."""
-    n, m = flops.decoder_rows(rows, model)
-    m = flops.encoded(rows, model) if model.decoder == "cross" else m
+    n, m = geometry.decoder_rows(rows, model)
+    m = geometry.encoded(rows, model) if model.decoder == "cross" else m
     inner = (2 if model.block == "modern" else 1) * model.ffn_size
     dropout = (model.decoder_dropout if model.decoder_layers else model.dropout) or 0.0
     forward = n * (FULL * model.hidden_size + layout.width * inner // layout.tensor)
@@ -315,14 +318,14 @@ def _unfused_attention(layout: Layout, dropout: float) -> bool:
 def _casts(model: ModelOptions, vocab_size: int, layout: Layout) -> int:
     """Bytes of the matrices that autocast keeps in bf16 until the backward pass, the word table apart."""
     D = model.hidden_size
-    table = flops.padded_vocab(vocab_size, model.vocab_multiple) * (D + 1)
+    table = geometry.padded_vocab(vocab_size, model.vocab_multiple) * (D + 1)
     return layout.width * ((_divided(model, vocab_size) - table) // layout.tensor + D * D)
 
 
 def _head(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> int:
     """The head's rows, the table's gradient, and a chunk of logits with its part of that gradient."""
     D, N, b = model.hidden_size, layout.micro_batch * rows.predicted, layout.width
-    table = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
+    table = geometry.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
     mixed = b if b < FULL else 0  # a second copy of logits and table
     product = mixed + (FULL if mixed and not layout.gpu else 0)
     chunk = min(CHUNK_ROWS["cuda" if layout.gpu else "cpu"], N)

@@ -6,8 +6,8 @@ from textwrap import fill
 from typing import Any
 
 from pretrain.terminal import wrapped
-from tools.plan.documents import LayoutDocument, MethodCosts, MissingCount, RunPlan, ScaledPlan, ScalingRow
 from tools.plan.memory import Layout
+from tools.plan.schema import MethodCosts, MissingCount, PlannedLayout, RunPlan, ScaledPlan, ScalingRow
 from tools.shared.tables import aligned
 
 LEGEND = """Memory of a rank in GiB; the total is that of its fullest moment.
@@ -196,7 +196,7 @@ def methods_text(rows: Sequence[MethodCosts], device: str | None) -> str:
     )
 
 
-def layout_word(layout: Layout | LayoutDocument) -> str:
+def layout_word(layout: Layout | PlannedLayout) -> str:
     """Return ``2x4 z1 16x8``: tensor 2, data 4, ZeRO 1, micro-batches of 16, 8 of them."""
     word = f"{layout.tensor}x{layout.data} z{layout.zero} {layout.micro_batch}x{layout.accumulation}"
     word += {"none": "", "optimizer": " o", "all": " O"}[layout.offload]

@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.plan.documents import ScaledPlan
 from tools.plan.pages import PAYS, pays_up_to
+from tools.plan.schema import ScaledPlan
 from tools.shared import outputs, plots
 
 

@@ -26,10 +26,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.account import flops
 from pretrain.account.devices import Device
-from pretrain.account.flops import Rows
-from pretrain.config import ModelOptions
+from pretrain.config import ModelOptions, geometry
+from pretrain.config.geometry import Rows
 from tools.plan import memory
 from tools.plan.memory import BUCKET, FULL, REDUCE_BUCKET, Layout
 
@@ -78,7 +77,7 @@ def step(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> li
 def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -> Iterator[Collective]:
     """Gradients in buckets; those of the last micro-batch's looked-up words as rows, where that is less."""
     D, width = model.hidden_size, 2 if layout.reduce_dtype == "bf16" else FULL
-    W = flops.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
+    W = geometry.padded_vocab(vocab_size, model.vocab_multiple) // layout.tensor
     looked_up = sum(_looked_up(model, rows))
     every, last = layout.data * layout.micro_batch * looked_up, min(P, REDUCE_BUCKET)
     if every < 2 * W:
@@ -92,9 +91,9 @@ def _plain(P: int, model: ModelOptions, rows: Rows, vocab_size: int, layout: Lay
 
 def _looked_up(model: ModelOptions, rows: Rows) -> Iterator[int]:
     """Yield how many rows the word table gives at a time: the encoder's, and tied [MASK]s that join late."""
-    yield flops.encoder_rows(rows, model)[0]
+    yield geometry.encoder_rows(rows, model)[0]
     if model.mask_from and model.mask_vector == "tied":
-        yield rows.predicted if model.decoder == "bottleneck" else rows.length - flops.encoded(rows, model)
+        yield rows.predicted if model.decoder == "bottleneck" else rows.length - geometry.encoded(rows, model)
 
 
 def _deepspeed(P: int, layout: Layout) -> Iterator[Collective]:
@@ -130,20 +129,20 @@ def _tensor(model: ModelOptions, rows: Rows, layout: Layout) -> Iterator[tuple[i
 
     Each row layer sums its output on the way forward, each column layer the gradient of its input on the
     way back, both as wide as the products; gradients of looked-up words and the loss are float32. What is
-    recomputed is summed again, but for the last sum of a layer that `flops.recomputes_all` says no of.
+    recomputed is summed again, but for the last sum of a layer that `geometry.recomputes_all` says no of.
     """
     D, B = model.hidden_size, layout.micro_batch
     row = layout.width * B * D
 
     def sums(one_way: int, dropout: float | None) -> int:
-        again = one_way - (not flops.recomputes_all(model, dropout)) if layout.recompute == "block" else 0
+        again = one_way - (not geometry.recomputes_all(model, dropout)) if layout.recompute == "block" else 0
         return 2 * one_way + again
 
-    for n, layers in Counter(flops.encoder_rows(rows, model)).items():
+    for n, layers in Counter(geometry.encoder_rows(rows, model)).items():
         yield row * n, sums(2, model.dropout) * layers
-    V, P = flops.encoded(rows, model), rows.predicted
+    V, P = geometry.encoded(rows, model), rows.predicted
     for _ in range(model.decoder_layers):
-        query_rows, keys = flops.decoder_rows(rows, model)
+        query_rows, keys = geometry.decoder_rows(rows, model)
         yield row * query_rows, sums(3 if model.decoder == "cross" else 2, model.decoder_dropout)
         if model.decoder != "self":
             yield row * (V if model.decoder == "cross" else keys), 1

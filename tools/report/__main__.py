@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain import __version__
-from pretrain.account import flops, ledger
+from pretrain.account import ledger
 from pretrain.account.ledger import Totals
 from pretrain.account.recipe import Phase, Recipe, baseline, make_recipe
-from pretrain.config import Config, CorpusOptions, method_of
+from pretrain.config import Config, CorpusOptions, geometry, method_of
 from pretrain.data.corpora import tokenizer_folder
 from pretrain.data.manifest import load_manifest
 from pretrain.data.tokenizer import load_tokenizer
@@ -34,9 +34,9 @@ from pretrain.monitor import Metrics, read_metrics
 from pretrain.run_folder import RunFolder, run_config
 from pretrain.terminal import wrapped
 from tools.ledger.tree import branches, tree
-from tools.plan.documents import RelativeCosts
+from tools.plan.schema import RelativeCosts
 from tools.report import pages as report_pages
-from tools.report.documents import (
+from tools.report.schema import (
     BudgetUse,
     Evaluation,
     HeldOutQuestions,
@@ -324,7 +324,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 def _parameters(recipe: Recipe) -> ParameterCounts:
     """Count the parameters that fine-tuning starts from, and those that only pre-training has."""
-    parts = flops.parameters(recipe.config.model, recipe.vocab_size)
+    parts = geometry.parameters(recipe.config.model, recipe.vocab_size)
     kept = parts["encoder"] + parts["embeddings"]
     return ParameterCounts(kept, parts["total"] - kept, parts["total"])
 

@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import IO, NamedTuple
 
 from pretrain import terminal
-from tools.report.documents import Report, RunPoint, RunReport, TaskScores
+from tools.report.schema import Report, RunPoint, RunReport, TaskScores
 from tools.shared import outputs, plots, tables
 
 

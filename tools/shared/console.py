@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pretrain import __version__, streams
 from pretrain.errors import INTERRUPTED, USER_ERROR, UserError
 from pretrain.files import check_name
-from tools.shared import documents
+from tools.shared import typed_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -282,8 +282,8 @@ def printable(text: str) -> str:
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of a ``--json`` run; what is no number, which JSON cannot say, is null."""
-    finite = json.loads(documents.to_json(document), parse_constant=lambda name: None)
-    print(documents.to_json(finite))
+    finite = json.loads(typed_json.to_json(document), parse_constant=lambda name: None)
+    print(typed_json.to_json(finite))
 
 
 def _below(console: "Console") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.files import append_line
-from tools.shared import documents
+from tools.shared import typed_json
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_results(path: Path) -> list[StudyResult]:
     UserError where a line is none, or corpora differ between lines.
     """
     found = dict[str, StudyResult]()
-    for where, record in documents.read_lines(path, _BEGIN, "no result; restore the file"):
+    for where, record in typed_json.read_lines(path, _BEGIN, "no result; restore the file"):
         try:
             result = _RESULT.validate_python(record)
         except ValidationError:

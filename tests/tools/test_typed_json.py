@@ -7,8 +7,8 @@ import pytest
 
 from pretrain.errors import UserError
 from tools.plan import layouts
-from tools.plan.documents import Calibration
-from tools.shared import documents
+from tools.plan.schema import Calibration
+from tools.shared import typed_json
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Outer:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     document = Outer("a", [Inner(1.5), Inner(2.0)])
-    path.write_text(documents.to_json(document), encoding="utf-8")
-    assert documents.read(Outer, path) == document
+    path.write_text(typed_json.to_json(document), encoding="utf-8")
+    assert typed_json.read(Outer, path) == document
 
 
 def test_a_committed_document_stays_to_the_byte() -> None:
     path = layouts.RESULTS / "plan-cpu.json"
-    text = documents.to_json(documents.read(Calibration, path)) + "\n"
+    text = typed_json.to_json(typed_json.read(Calibration, path)) + "\n"
     assert text == path.read_text(encoding="utf-8")
 
 
@@ -47,4 +47,4 @@ def test_what_is_no_document_is_named(tmp_path: Path, text: str, problem: str) -
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=problem):
-        documents.read(Outer, path)
+        typed_json.read(Outer, path)

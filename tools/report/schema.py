@@ -1,10 +1,10 @@
-"""What a report says: its document, whose fields are the keys of its JSON."""
+"""The schema of what `tools.report` writes as JSON: the fields are its keys."""
 
 from dataclasses import dataclass, field
 
 from pretrain.account.ledger import Totals
 from tools.ledger.tree import Branch
-from tools.plan.documents import RelativeCosts
+from tools.plan.schema import RelativeCosts
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a plan says: the documents of `tools.plan`, whose fields are the keys of its JSON."""
+"""The schema of what `tools.plan` writes as JSON: the fields are its keys."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class RelativeCosts:
 
 
 @dataclass(frozen=True)
-class LayoutDocument:
+class PlannedLayout:
     """How the ranks are laid out, on which device."""
 
     gpus: int
@@ -111,7 +111,7 @@ class RunPlan(Times, Work, PlannedModel):
     """In the host's memory, while a checkpoint is written in the background."""
     bytes_sent_per_rank: dict[str, float]
     """In an update, by group."""
-    layout: LayoutDocument
+    layout: PlannedLayout
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class ScalingRow(Times, Work, DeviceCount):
     """Device-hours of the smallest count over those of this one."""
     gain: float | None
     """How much faster than half as many; None where these have no layout."""
-    layout: LayoutDocument
+    layout: PlannedLayout
 
 
 @dataclass(frozen=True)

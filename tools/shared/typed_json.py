@@ -1,4 +1,4 @@
-"""Documents: what programs write as JSON, frozen dataclasses whose fields are the keys."""
+"""JSON of frozen dataclasses, whose fields are the keys: what programs write, and read again."""
 
 import json
 from collections.abc import Iterator

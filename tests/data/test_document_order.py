@@ -11,7 +11,7 @@ import pytest
 
 from pretrain import __main__ as pretrain
 from pretrain.config import MaskingOptions
-from pretrain.data import documents as place
+from pretrain.data import document_order as place
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler
 from pretrain.data.writer import CorpusWriter
