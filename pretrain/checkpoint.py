@@ -95,7 +95,7 @@ class State:
     loss_scale: dict[str, float] | None = None
     """`LossScale.state` of a run in fp16."""
     rules: int = 1
-    """`rng.RULES` of the program that began the run; a checkpoint that does not say is of an older one."""
+    """`rng.Rules` by which the run began; a checkpoint that does not say is of an older program."""
     progress: float | None = None
     """`Course.progress`: how far the schedule was; None in checkpoints of older programs."""
     account: SavedAccount | None = None

@@ -18,6 +18,7 @@ from pretrain.config import Config, MaskingOptions
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.manifest import load_manifest, refuse_appended_end
 from pretrain.data.masking import Masked, masker
+from pretrain.data.rng import Rules
 from pretrain.data.sampler import Sampler
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
@@ -26,8 +27,8 @@ from pretrain.model.late_mask import Batch
 MASK_RATE = 0.15
 _FIXED = MaskingOptions(rate=MASK_RATE, corruption=(1.0, 0.0, 0.0))
 _SEED = 0
-_RULES = 1
-"""Of `rng.RULES`: the questions stay those that earlier runs answered."""
+_RULES = Rules(1)
+"""The first: the questions stay those that earlier runs answered."""
 
 
 @dataclass(frozen=True)

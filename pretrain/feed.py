@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pretrain.account.recipe import Phase
+from pretrain.config import Config
 from pretrain.data.corpora import Data, open_blend
 from pretrain.data.masking import Masker, masker
 from pretrain.data.sampler import Blend, Segment, share_of_rank
@@ -45,10 +46,14 @@ def read_phase(
     """Make what reads and masks the samples of a phase."""
     config, batch_size = phase.config, phase.config.train.batch_size
     blend = open_blend(config, data, segments)
-    bounded = config.corpus.documents == "bounded"
-    mask = masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
     micro = phase.micro_batch(topology.data_size)
-    return blend, Feed(prepare(batch_size, micro, topology, blend, mask), batch_size)
+    return blend, Feed(prepare(batch_size, micro, topology, blend, open_masker(config, data)), batch_size)
+
+
+def open_masker(config: Config, data: Data) -> Masker:
+    """Return what masks the samples of a phase."""
+    bounded = config.corpus.documents == "bounded"
+    return masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
 
 
 def prepare(

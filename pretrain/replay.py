@@ -9,11 +9,9 @@ disagrees with both of its own.
 from dataclasses import replace
 
 from pretrain.build import Run
-from pretrain.data.masking import masker
 from pretrain.errors import UserError
-from pretrain.feed import prepare
+from pretrain.feed import open_masker, prepare
 from pretrain.parallel.engine import TorchEngine, checksum
-from pretrain.parallel.topology import Topology
 
 _ADVICE = "its device or memory is faulty: leave that node out, and go on from the newest checkpoint"
 
@@ -54,12 +52,9 @@ def faulty(seen: list[list[int]], data_size: int) -> list[int]:
 def _gradients(run: Run, data_rank: int) -> int:
     """Return the checksum of what this rank makes of the first micro-batch of a data rank; no gradient
     stays."""
-    phase = run.recipe.phases[run.phase].config
-    bounded = phase.corpus.documents == "bounded"
-    mask = masker(phase.masking, phase.train.seq_length, run.data.tokenizer, bounded, run.data.rules)
-    place: Topology = replace(run.topology, data_rank=data_rank)
-    micro = run.recipe.phases[run.phase].micro_batch(place.data_size)
-    batch = prepare(phase.train.batch_size, micro, place, run.blend, mask)(run.samples)[0]
+    phase, place = run.recipe.phases[run.phase], replace(run.topology, data_rank=data_rank)
+    micro, mask = phase.micro_batch(place.data_size), open_masker(phase.config, run.data)
+    batch = prepare(phase.config.train.batch_size, micro, place, run.blend, mask)(run.samples)[0]
     run.seed_dropout(0, data_rank)
     assert isinstance(run.engine, TorchEngine)  # the config's checks ask for it
     return run.engine.gradient_checksum(batch)

@@ -25,6 +25,7 @@ from pretrain.checkpoint import State
 from pretrain.config import BranchOptions, Config, build_config
 from pretrain.continuing import branched, carried, check_branches, check_continues, rates, run_segments
 from pretrain.data.corpora import Data
+from pretrain.data.rng import Rules
 from pretrain.data.sampler import Segment
 from pretrain.errors import UserError
 from pretrain.inputs import Inputs
@@ -79,7 +80,7 @@ def open_start(inputs: Inputs, topology: Topology, folder: RunFolder) -> Start:
         state = checkpoint.read_state(Path(path), stamps) if path else None
     branch = config.run.branch if path and Path(path).parent != folder.checkpoints else None
     if state:
-        data = replace(data, rules=state.rules)
+        data = replace(data, rules=Rules(state.rules))
         state = branched(state, recipe, data) if branch else state
     segments = run_segments(config, data, state)
     course = Course(recipe.budget, carried(state, config) if state else None)

@@ -211,8 +211,7 @@ def look_ahead(run: Run) -> list[tuple[int, ...]]:
     for number in range(steps_ahead(run)):
         fits = budget.allows_step(totals, update + end)
         share = course.follow(totals, end)
-        # Runs that began by the first rules take the rate at the update's start.
-        middle = share if run.data.rules < 2 else course.middle(totals)
+        middle = course.middle(totals) if run.data.rules.rate_of_middle else share
         units = int(share * _PROGRESS_UNITS), int(middle * _PROGRESS_UNITS)
         phase, milestone = budget.phase_at(share), milestone_due(run, share if fits else 1.0)
         due = save_due(run, run.step + number)

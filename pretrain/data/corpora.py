@@ -83,7 +83,7 @@ class Data:
     blend: list[tuple[float, str]]
     """(weight, fingerprint) of each of them."""
     fingerprints: dict[str, str]
-    rules: int = rng.RULES
+    rules: rng.Rules = rng.RULES
     """By which samples and masks are drawn: those that the run began with."""
 
 

@@ -87,7 +87,7 @@ class DocumentOrder:
     cannot be used, a warning says so, and the process has the order for itself.
     """
 
-    def __init__(self, documents: Documents, keys: tuple[int, ...], rules: int, folder: Path) -> None:
+    def __init__(self, documents: Documents, keys: tuple[int, ...], rules: rng.Rules, folder: Path) -> None:
         self._documents, self._keys, self._rules = documents, keys, rules
         table = self._mapped(folder) if documents.count >= MANY else self._computed()
         self._begins, self._firsts = np.split(table, [documents.count + 1])

@@ -107,7 +107,7 @@ class Masker:
     mask_id: the [MASK] piece. random_ids: the pieces that may stand in for another. special_ids: pieces
     that are predicted only where nothing else is left. word_starts: bool by piece, True where it begins a
     word; without the table each piece is a word. document_end: the piece that ends a document, where
-    attention is bounded by documents. rules: those of `rng.RULES` that the run began with.
+    attention is bounded by documents. rules: that the run began with.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Masker:
         special_ids: Tokens,
         word_starts: Bools | None = None,
         document_end: int | None = None,
-        rules: int = rng.RULES,
+        rules: rng.Rules = rng.RULES,
     ) -> None:
         self.rules = rules
         self.counts, self.window = counts(masking, length), length
@@ -145,7 +145,7 @@ class Masker:
         low = self._place if unit is None else self._sides(keys)
         sort_keys = self._sort_keys(self._random_bits(keys, unit), special, low)
         ordered = self._ordered(sort_keys, special, low, keys, view, unit)
-        if unit is not None and self.rules > 1:
+        if unit is not None and self.rules.cut_either_side:
             self._draw_kinds(ordered, unit, special, low, keys)
         positions = self._places(ordered, low)
         specials = int(np.count_nonzero(ordered[:, L - c.predicted :] < _ORDINARY))
@@ -155,8 +155,8 @@ class Masker:
         # `clip`, because looking for places out of bounds would take longer than the gather.
         ids = tokens.take(positions + np.arange(0, B * L, L)[:, None], mode="clip").astype(np.int64)
         targets = ids[:, c.length - c.predicted :].copy()
-        shared = self.rules == 1 or self.masking.views == 1
-        self._corrupt(ids, keys if shared else rng.key(keys, view))
+        own = self.rules.own_pieces_by_view and self.masking.views > 1
+        self._corrupt(ids, rng.key(keys, view) if own else keys)
         documents = None
         if self.document_end is not None:
             documents = np.take_along_axis(document_numbers(tokens, self.document_end), positions, 1)
@@ -180,7 +180,7 @@ class Masker:
         begins = self.word_starts[tokens] | alone
         if self.masking.scheme == "span":
             spans = begins & self._span_begins(begins, keys)
-            if self.rules > 1:
+            if self.rules.cut_either_side:
                 return self._spans(spans, special)
             begins &= spans | alone
         return np.maximum.accumulate(np.where(begins, self._place.astype(np.int64), 0), axis=1)
@@ -225,8 +225,8 @@ class Masker:
         """Return the lowest bits of the sort keys [B, L]: the place, in half of the sequences counted from
         the end. Of the unit at the border the larger are predicted."""
         with np.errstate(over="ignore"):
-            backwards = (rng.mix(keys + np.uint64(4)) >> np.uint64(63)).astype(bool) & (self.rules > 1)
-        return np.where(backwards[:, None], self._place[::-1], self._place)
+            backwards = (rng.mix(keys + np.uint64(4)) >> np.uint64(63)).astype(bool)
+        return np.where(backwards[:, None] & self.rules.cut_either_side, self._place[::-1], self._place)
 
     def _places(self, rows: Uint32, low: Uint32) -> Int64:
         """Return the places of rows by their sort keys."""
@@ -359,13 +359,17 @@ def _cut(unit_rows: Int64, predicted: int) -> int:
 
 
 def masker(
-    masking: MaskingOptions, length: int, tokenizer: Tokenizer, bounded: bool = False, rules: int = rng.RULES
+    masking: MaskingOptions,
+    length: int,
+    tokenizer: Tokenizer,
+    bounded: bool = False,
+    rules: rng.Rules = rng.RULES,
 ) -> Masker:
     """Return the masker of a tokenizer's ids; `bounded`: it numbers the documents too."""
     everything: npt.NDArray[np.integer] = np.arange(tokenizer.vocab_size)
     specials = np.setdiff1d(everything, tokenizer.random_ids)
     end = tokenizer.eos if bounded else None
     starts = tokenizer.word_starts
-    if rules > 2:
+    if rules.unspaced_words:
         starts = starts | tokenizer.unspaced
     return Masker(masking, length, tokenizer.mask, tokenizer.random_ids, specials, starts, end, rules)

@@ -17,11 +17,44 @@ import numpy.typing as npt
 Uint64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 
-RULES = 3
-"""Version of how samples and masks are drawn and where the warm-up begins; a run goes on by the rules that it
-began with (`checkpoint.State.rules`). Since 2 the views of a text have random pieces of their own, words and
-spans are cut from either side, corpora of a blend have keys of their own, few items are permuted evenly and
-the first update has a rate above 0. Since 3 each piece of a script without spaces is a word."""
+
+class Rules(int):
+    """Version of how samples and masks are drawn, and of where the warm-up begins; a run goes on by the rules
+    that it began with (`checkpoint.State.rules`). The properties tell what each version has changed."""
+
+    @property
+    def own_pieces_by_view(self) -> bool:
+        """Tell whether the views of a text have random pieces of their own."""
+        return self >= 2
+
+    @property
+    def cut_either_side(self) -> bool:
+        """Tell whether words and spans are cut from either side, and spans run over what divides them."""
+        return self >= 2
+
+    @property
+    def own_keys_by_corpus(self) -> bool:
+        """Tell whether corpora that join a blend have keys of their own."""
+        return self >= 2
+
+    @property
+    def few_by_sorting(self) -> bool:
+        """Tell whether few items are permuted by sorting, so that each order is as likely as another."""
+        return self >= 2
+
+    @property
+    def rate_of_middle(self) -> bool:
+        """Tell whether an update has the learning rate of its middle, so that the first has one above 0."""
+        return self >= 2
+
+    @property
+    def unspaced_words(self) -> bool:
+        """Tell whether each piece of a script without spaces is a word."""
+        return self >= 3
+
+
+RULES = Rules(3)
+"""The newest rules, by which new runs draw."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 3
 _SORTED_SIZE = 4096
@@ -74,7 +107,7 @@ def name_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int, rules: int = RULES) -> Int64:
+def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int, rules: Rules = RULES) -> Int64:
     """Return a pseudo-random permutation of range(size) at `index` only, in memory of sqrt(size).
 
     Few items are sorted by random keys, so that each order is as likely as another. Of many:
@@ -86,7 +119,7 @@ def permute(index: npt.ArrayLike, size: int, keys: Sequence[int] | int, rules: i
     x = np.atleast_1d(np.asarray(index, np.int64))
     assert size > 0 and (x >= 0).all() and (x < size).all()
     parts = (keys,) if isinstance(keys, int) else tuple(keys)
-    if size <= _SORTED_SIZE and rules > 1:
+    if size <= _SORTED_SIZE and rules.few_by_sorting:
         return _shuffled(parts, size)[x].reshape(np.shape(index))
     turns = _turns(parts, size)
     out = _feistel(x, turns)

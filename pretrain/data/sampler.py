@@ -71,7 +71,8 @@ class Sampler:
     """Reads the windows of one corpus in the order of a run.
 
     length: L. bos, eos: pieces that open and close a window; eos also joins documents. name: of a further
-    corpus of a blend (its fingerprint), which has an order and masks of its own. rules: see `rng.RULES`.
+    corpus of a blend (its fingerprint), which has an order and masks of its own. rules: that the run began
+    with.
     folder: of the node's orders of documents; default: `scratch`.
     """
 
@@ -84,11 +85,11 @@ class Sampler:
         bos: int,
         eos: int,
         name: str = "",
-        rules: int = rng.RULES,
+        rules: rng.Rules = rng.RULES,
         folder: Path | None = None,
     ) -> None:
         self.corpus, self.length, self.bos, self.eos, self.rules = corpus, length, bos, eos, rules
-        self.seed = rng.name_seed(seed, name) if name and rules > 1 else seed
+        self.seed = rng.name_seed(seed, name) if name and rules.own_keys_by_corpus else seed
         self.per_text = masking.views if masking.views_mode == "batch" else 1
         self.per_partition = masking.views if masking.views_mode == "epoch" else 1
         self.filled = Documents(corpus)

@@ -12,6 +12,7 @@ import pytest
 from pretrain import __main__ as pretrain
 from pretrain.config import MaskingOptions
 from pretrain.data import document_order as place
+from pretrain.data import rng
 from pretrain.data.indexed import IndexedReader
 from pretrain.data.sampler import Sampler
 from pretrain.data.writer import CorpusWriter
@@ -45,7 +46,7 @@ def read(prefix, folder, epochs=(0,), seed=3):
     return np.concatenate([sampler.read(number * len(epoch) + epoch).tokens for number in epochs])
 
 
-@pytest.mark.parametrize("rules", [1, 2])
+@pytest.mark.parametrize("rules", [rng.Rules(1), rng.Rules(2)])
 @pytest.mark.parametrize("documents", [1, 7, 100, 5000])
 def test_many_documents_are_read_as_few_are(documents, rules, tmp_path, monkeypatch):
     """In the same order, with the same bounds, whether their order is in memory or in a file."""

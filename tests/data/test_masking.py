@@ -314,10 +314,10 @@ def test_a_run_of_earlier_rules_keeps_its_masks():
         {"views": 3, "scheme": "span"},
         {"views": 3, "views_partition": "contiguous"},
     ):
-        masker = Masker(MaskingOptions(**options), 64, 299, random_ids, specials, starts, rules=1)
+        masker = Masker(MaskingOptions(**options), 64, 299, random_ids, specials, starts, rules=rng.Rules(1))
         m = masker(tokens, rng.key(7, np.arange(50)), np.arange(50) % options.get("views", 1))
         digest.update(m.ids.tobytes() + m.positions.tobytes())
-    digest.update(rng.permute(np.arange(100), 100, (1, 2), rules=1).tobytes())
+    digest.update(rng.permute(np.arange(100), 100, (1, 2), rules=rng.Rules(1)).tobytes())
     assert digest.hexdigest()[:16] == "5571115316eae5b5"
 
 

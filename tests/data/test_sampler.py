@@ -226,7 +226,10 @@ def test_corpora_of_a_blend_have_keys_and_an_order_of_their_own(corpus):
     assert len(set(samples.keys.tolist())) == len(samples.keys)
     own = [sampler.read(np.arange(first.samples_per_epoch)).tokens for sampler in (first, second)]
     assert (own[0] != own[1]).any()
-    old = [Sampler(corpus, MaskingOptions(), LENGTH, 5, BOS, EOS, name, rules=1) for name in ("one", "two")]
+    old = [
+        Sampler(corpus, MaskingOptions(), LENGTH, 5, BOS, EOS, name, rules=rng.Rules(1))
+        for name in ("one", "two")
+    ]
     assert (old[0].read(np.arange(4)).keys == old[1].read(np.arange(4)).keys).all()
 
 

@@ -9,6 +9,7 @@ import pytest
 from pretrain.config import load_config
 from pretrain.data.corpora import open_blend, open_data
 from pretrain.data.masking import masker
+from pretrain.data.rng import Rules
 from pretrain.data.tokenizer import _unspaced, load_tokenizer
 from tests.support.runs import finish
 from tools import train_tokenizer
@@ -67,7 +68,7 @@ def test_words_of_a_script_without_spaces(corpora: Path, tiny: Path) -> None:
     tokenizer = load_tokenizer(corpora / "tokenizer")
     masking = load_config(tiny / "tiny.yaml", ["masking.scheme=whole_word"]).masking
     ids = {name: tokenizer.encode((TEXTS / f"{name}.txt").read_text(encoding="utf-8")) for name in LANGUAGES}
-    now, before = (masker(masking, 24, tokenizer, rules=rules).word_starts for rules in (3, 2))
+    now, before = (masker(masking, 24, tokenizer, rules=Rules(rules)).word_starts for rules in (3, 2))
     for name in ("greek", "russian"):
         assert (now[ids[name]] == before[ids[name]]).all()
     assert before[ids["japanese"]].sum() <= 3 < 40 < now[ids["japanese"]].sum()

@@ -20,7 +20,7 @@ import pytest
 from pretrain import checkpoint
 from pretrain.account.recipe import make_recipe
 from pretrain.config import Config, dump_config, load_config
-from pretrain.data import corpora
+from pretrain.data import corpora, document_order
 from pretrain.data.corpora import mapped, open_blend, open_data
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
