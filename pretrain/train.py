@@ -1,10 +1,7 @@
 """A run: `build` makes its parts once, `train` is a loop that names every effect in order.
 
 A step is one update of the optimizer, whether of one micro-batch or of many.
-Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
-what any rank was told (a signal) travel in one small exchange, so that all ranks decide the same. Of many
-ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
-the same sums. Nothing else is shared but gradients.
+Before it the ranks agree on what comes next (`decision`). Nothing else is shared but gradients.
 """
 
 import logging
@@ -13,53 +10,22 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pretrain import checkpoint, replay
-from pretrain.account import energy, schedule
-from pretrain.account.budget import TOLERANCE, charged
+from pretrain.account import schedule
 from pretrain.account.ledger import Totals, peak_resident, timed
 from pretrain.build import Run
 from pretrain.checkpoint import State
+from pretrain.decision import TIME_LIMIT, StepDecision, decide_steps
 from pretrain.errors import DONE, STOPPED, UserError
 from pretrain.feed import read_phase
 from pretrain.model.late_mask import Batch
 from pretrain.model.loss_scale import MIN_SCALE, scale_exhausted
 from pretrain.parallel.topology import raise_on_all_ranks
 from pretrain.start import layout
-
-_TIME_LIMIT = "the job's time limit"  # as a reason to stop
-_PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
-EXCHANGE = 10e-6
-"""Seconds that an exchange holds up the ranks, for each of them: an assumption, for rank 0 takes one message
-after another."""
-EXCHANGE_SHARE = 0.01
-"""Share of the time of the updates that it decides that an exchange may take."""
-ANSWER = 1.0
-"""Seconds, at most, that a signal waits for the next exchange."""
-MOST_AHEAD = 64
-"""Updates that an exchange decides at most."""
-
-
-class StepDecision(NamedTuple):
-    """What all ranks agreed on at a step's boundary."""
-
-    stop: bool
-    step_fits: bool
-    save_due: bool
-    progress: float
-    middle: float
-    """Progress that the rate of the next update belongs to."""
-    phase: int
-    """Index of the phase of the next update."""
-    late: bool
-    """It is the job's time limit that says stop."""
-    milestone: int
-    """Index of the share in `checkpoint.keep` at which the weights stay now; -1: none."""
-
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -79,7 +45,7 @@ def train(run: Run) -> int:
             )
         if decision.late and decision.step_fits and not run.seen:  # nor would it be otherwise another time
             raise UserError(
-                f"{_TIME_LIMIT} leaves no time for an update: raise it, or lower"
+                f"{TIME_LIMIT} leaves no time for an update: raise it, or lower"
                 f" checkpoint.end_margin_minutes = {config.checkpoint.end_margin_minutes:g}"
             )
         ending = decision.stop or not decision.step_fits
@@ -153,106 +119,6 @@ def start_phase(run: Run, number: int) -> None:
         logging.info(said, number, batch_size, length, rate)
         about = {"phase": number, "seq_length": length, "batch_size": batch_size, "rate": rate}
         run.ledger.note("phase-change", **about)
-
-
-def decide_steps(run: Run) -> list[StepDecision]:
-    """Make one exchange: rank 0's budget and clock, anybody's signal, everybody's joules.
-
-    Returns what holds for the next update, and for those after it as far as they are decided ahead.
-    """
-    steps = look_ahead(run) if run.ledger else []
-    last = (len(steps) - 1) * step_seconds(run)
-    if run.deadline and time.time() + last >= run.deadline:
-        run.signals.received = run.signals.received or _TIME_LIMIT
-    late = int(run.signals.received == _TIME_LIMIT)
-    joules, parts = run.meter.joules(), run.meter.parts
-    mine = [
-        int(run.signals.received is not None),
-        late,
-        *(int(1e3 * joules.get(part, 0.0)) for part in parts),
-    ]
-    size, each = len(mine), len(_NOTHING)
-
-    def answer(ranks: Tensor) -> list[int]:
-        padded = [*steps, *[_NOTHING] * (MOST_AHEAD - len(steps))]
-        return [*ranks.sum(0).tolist(), len(steps), *(number for step in padded for number in step)]
-
-    said = run.topology.ask_main(mine, answer, size + 1 + MOST_AHEAD * each)
-    stop, late, *millijoules = said[:size]
-    if run.ledger:
-        run.ledger.meter(dict(zip(parts, (each / 1e3 for each in millijoules), strict=True)))
-    count = 1 if stop else said[size]
-    found = [said[size + 1 + number * each :][:each] for number in range(count)]
-    return [
-        StepDecision(
-            stop=bool(stop),
-            step_fits=bool(fits),
-            save_due=bool(due),
-            progress=progress / _PROGRESS_UNITS,
-            middle=middle / _PROGRESS_UNITS,
-            phase=phase,
-            late=bool(late),
-            milestone=milestone,
-        )
-        for fits, progress, middle, due, phase, milestone in found
-    ]
-
-
-_NOTHING = (0, 0, 0, 0, 0, -1)
-
-
-def look_ahead(run: Run) -> list[tuple[int, ...]]:
-    """Return what rank 0 decides about the next update and those after it: whether it fits, progress and
-    middle, whether a save is due, phase, milestone."""
-    assert run.ledger
-    budget, course, totals = run.recipe.budget, run.course, run.ledger.totals()
-    update, end = held_back(run, totals)
-    found: list[tuple[int, ...]] = []
-    for number in range(steps_ahead(run)):
-        fits = budget.allows_step(totals, update + end)
-        share = course.follow(totals, end)
-        middle = course.middle(totals) if run.data.rules.rate_of_middle else share
-        units = int(share * _PROGRESS_UNITS), int(middle * _PROGRESS_UNITS)
-        phase, milestone = budget.phase_at(share), milestone_due(run, share if fits else 1.0)
-        due = save_due(run, run.step + number)
-        found.append((int(fits), *units, int(due), phase, milestone))
-        if not fits or due or milestone >= 0:
-            break  # what it leads to is asked for anew
-        totals = charged(totals, run.recipe.phases[phase].cost)
-    return found
-
-
-def steps_ahead(run: Run) -> int:
-    """Return how many updates are to be decided at once: more than one where an exchange costs much beside
-    an update, and then no more than a signal may wait."""
-    seconds = step_seconds(run)
-    if run.recipe.budget.measured or not seconds:
-        return 1
-    needed = math.ceil(EXCHANGE * run.topology.world_size / (EXCHANGE_SHARE * seconds))
-    return max(1, min(needed, int(ANSWER / seconds), MOST_AHEAD))
-
-
-def step_seconds(run: Run) -> float:
-    """Return what an update may take, on rank 0; 0 before the first."""
-    return 3600 * run.ledger.step_hours / run.topology.world_size if run.ledger else 0.0
-
-
-def held_back(run: Run, totals: Totals) -> tuple[float, float]:
-    """Return what the next update, and what the end of the run will take of a budget of hours or kWh.
-
-    The end is an evaluation and a save; an evaluation that has not been timed yet takes at most as long as
-    training on its samples. Joules: at the mean power so far, and for the time by which their count is late.
-    """
-    assert run.ledger
-    step = run.ledger.step_hours
-    untimed = step * run.heldout.samples / run.cost.samples if run.heldout else 0.0
-    end = (run.ledger.block_hours("evaluate") or untimed) + run.ledger.block_hours("checkpoint")
-    if run.recipe.budget.unit != "kwh":
-        return step, end
-    late = step + run.topology.world_size * 2 * energy.PERIOD / 3600
-    metered = totals.metered_device_seconds
-    watts = (totals.joules or 0.0) / metered if metered else 0.0  # of one device
-    return step * watts / 1e3, (end + late) * watts / 1e3
 
 
 def write_log(run: Run, decision: StepDecision) -> None:
@@ -379,44 +245,6 @@ def evaluate(run: Run, decision: StepDecision) -> None:
             held_out_bits_per_byte=score.bits_per_byte,
             evaluation_seconds=time.monotonic() - begin,
         )
-
-
-def save_due(run: Run, step: int) -> bool:
-    """Tell by steps, at `step`, or by rank 0's clock."""
-    every = run.config.checkpoint
-    if step == run.saved or step == 0:
-        return False
-    if run.writer and run.writer.failed:
-        return True  # which says so
-    by_cost = run.recipe.budget.measured or every.every_minutes == "auto"
-    if by_cost and run.ledger and not run.ledger.block_hours("checkpoint"):
-        return True  # once early, to know how long a save takes
-    late = time.monotonic() - run.saved_at >= save_interval(run)
-    return bool(late or (every.every_steps and step % every.every_steps == 0))
-
-
-def save_interval(run: Run) -> float:
-    """Return the seconds after which a save is due.
-
-    With `auto` those that lose least to saves and failures together, sqrt(2 x stop x MTBF) (Young, CACM 1974;
-    Daly, FGCS 2006), where a save stops training for `stop` seconds; no fewer than it takes to write.
-    """
-    every = run.config.checkpoint
-    if every.every_minutes != "auto":
-        return 60 * (every.every_minutes or math.inf)
-    assert run.ledger
-    written = run.writer.seconds if run.writer else 0.0
-    return max(written, math.sqrt(2 * run.stopped * run.ledger.mtbf(3600 * every.mtbf_hours)))
-
-
-def milestone_due(run: Run, share: float) -> int:
-    """Return the index of the first share of the budget whose weights should have been kept by now; -1: none.
-
-    Those that were passed before this attempt began are not made up for: its weights are not theirs.
-    """
-    shares = run.config.checkpoint.keep
-    due = (index for index, at in enumerate(shares) if at <= share + TOLERANCE and at not in run.milestones)
-    return next(due, -1)
 
 
 def keep_milestone(run: Run, share: float) -> None:

@@ -26,7 +26,7 @@ LAW = [
     ("continuing", "inputs"),
     ("start",),
     ("build",),
-    ("replay",),
+    ("decision", "replay"),
     ("train",),
     ("__main__",),
 ]

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain import __main__, checkpoint, run_folder, train
+from pretrain import __main__, checkpoint, decision, run_folder, train
 from pretrain import start as start_module
 from pretrain.account import ledger, schedule
 from pretrain.account.recipe import make_recipe
@@ -382,14 +382,14 @@ def test_evaluation_is_followed_by_another_look(
 # ---- updates that are decided ahead, as for many ranks -------------------------------------------
 
 
-def ahead(monkeypatch: pytest.MonkeyPatch, most: int = train.MOST_AHEAD) -> list[int]:
+def ahead(monkeypatch: pytest.MonkeyPatch, most: int = decision.MOST_AHEAD) -> list[int]:
     """Let updates be decided ahead here too; how many were, at each exchange."""
-    monkeypatch.setattr(train, "EXCHANGE", 1e6)
-    monkeypatch.setattr(train, "ANSWER", 1e9)
-    monkeypatch.setattr(train, "MOST_AHEAD", most)
+    monkeypatch.setattr(decision, "EXCHANGE", 1e6)
+    monkeypatch.setattr(decision, "ANSWER", 1e9)
+    monkeypatch.setattr(decision, "MOST_AHEAD", most)
     decide, found = train.decide_steps, []
 
-    def counted(run: Run) -> list[train.StepDecision]:
+    def counted(run: Run) -> list[decision.StepDecision]:
         steps = decide(run)
         found.append(len(steps))
         return steps
@@ -453,10 +453,10 @@ def test_many_ranks_decide_ahead_for_as_long_as_a_signal_may_wait(
     made = SimpleNamespace(step_hours=ranks * seconds / 3600)
     budget, place = SimpleNamespace(measured=False), SimpleNamespace(world_size=ranks)
     run: Any = SimpleNamespace(ledger=made, recipe=SimpleNamespace(budget=budget), topology=place)
-    assert train.steps_ahead(run) == expected
-    assert expected == 1 or expected * seconds <= train.ANSWER
+    assert decision.steps_ahead(run) == expected
+    assert expected == 1 or expected * seconds <= decision.ANSWER
     budget.measured = True
-    assert train.steps_ahead(run) == 1
+    assert decision.steps_ahead(run) == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "trapezoid"])
