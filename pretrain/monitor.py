@@ -1,10 +1,10 @@
 """What is written while training: metrics.jsonl, TensorBoard, a tracker, a progress bar.
 
-The one idea: a speed is the difference of two statements of the ledger, over the seconds of
+A speed is the difference of two statements of the ledger, over the seconds of
 productive work between them, so that an evaluation or a save in between does not look like slow
 training.
 
-`metrics.jsonl` is append-only and the only thing that tables and plots read. The trap: a resumed
+`metrics.jsonl` is append-only and the only thing that tables and plots read. A resumed
 run logs some steps again, so read it with `read_metrics`, which forgets what the run went back
 from.
 

@@ -1,6 +1,6 @@
 """A request to stop, remembered until a step's boundary.
 
-The trap: what is not caught kills, and importing torch takes seconds. So this imports nothing heavy, and
+What is not caught kills, and importing torch takes seconds. So this imports nothing heavy, and
 `__main__` makes the one `Signals` before it imports anything heavy.
 """
 

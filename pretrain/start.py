@@ -197,7 +197,7 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
 def _deadline(margin: float) -> float | None:
     """Return when to stop: `margin` minutes before the job's end; in a short job at most a fifth of it.
 
-    The trap: a shell (of tmux, of salloc) keeps the variables of a job that is over.
+    A shell (of tmux, of salloc) keeps the variables of a job that is over.
     """
     end, now = job_end(os.environ), time.time()
     if end is None:

@@ -1,6 +1,6 @@
 """Experiment trackers: what goes to metrics.jsonl, sent to wandb, MLflow, Aim or trackio as well.
 
-The one idea: a thread sends, and training only puts lines into its queue, so that a server that is slow,
+A thread sends, and training only puts lines into its queue, so that a server that is slow,
 full or dead costs lines of the tracker and nothing else. Nothing leaves the machine unless the tracker's
 own environment variable says where to (WANDB_MODE=online, MLFLOW_TRACKING_URI, ...).
 

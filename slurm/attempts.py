@@ -7,7 +7,7 @@
 Launchers change exit codes, so what counts is the status.json that the run wrote during this attempt; only
 where it said nothing does the code of srun decide.
 
-The one idea: attempts are counted since the last progress, which is a new checkpoint (or a new part of a
+Attempts are counted since the last progress, which is a new checkpoint (or a new part of a
 corpus), not since the beginning. A run that is preempted a hundred times goes on; one that dies at the same
 place `limit` times stops and says so.
 """

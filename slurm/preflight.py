@@ -8,7 +8,7 @@ for the notes of the others; only if all are well do they meet in an all-reduce 
 broken node cannot make the others hang, and the judge, who reads the notes, names it: a node that says what
 is wrong, or says nothing. It prints `again NODES` for the job to go on without them.
 
-The trap: a mistake in the config shows on every node too. What all nodes say, where there are several, is
+A mistake in the config shows on every node too. What all nodes say, where there are several, is
 the user's to mend: `stop`.
 """
 

@@ -1,7 +1,7 @@
 """How the jobs of runs stand: ``python -m slurm.submit --status [RUN...]``.
 
 The queue knows what is alive and what ended lately; the journal knows the rest, also after Slurm has
-forgotten it. A job that neither can account for is called vanished. The trap: Slurm forgets the tasks of an
+forgotten it. A job that neither can account for is called vanished. Slurm forgets the tasks of an
 array one by one, the failed ones too, so that only what is done on disk tells how those ended.
 """
 

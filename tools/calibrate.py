@@ -16,7 +16,7 @@ pace at which these reach the device's peak (`pace` is how much of it they reach
 The file also says what the device can do (a large matrix product, a long copy, an all-reduce), so that
 `tools.plan --device NAME` knows it from then on.
 
-The trap: gloo's threads free tensors unseen by the profiler, so a step is counted from its own beginning,
+Gloo's threads free tensors unseen by the profiler, so a step is counted from its own beginning,
 and of several steps the smallest peak is the true one.
 """
 

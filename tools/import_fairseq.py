@@ -4,7 +4,7 @@
 and the dict.txt beside them and renames every id to that of the tokenizer folder: by the spelling of the
 piece, or, where the dictionary holds numbers, by GPT-2's numbering of pieces.
 
-The traps: fairseq's mmap index has Megatron's magic but no document table and codes of its own; each
+Fairseq's mmap index has Megatron's magic but no document table and codes of its own; each
 item ends in </s>, which our corpora leave out; and an item that is nothing else is the blank line between
 two documents.
 """

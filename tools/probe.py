@@ -5,7 +5,7 @@ or that of the first token. Two sentences are read apart and compared as InferSe
 (Conneau et al. 2017, arXiv 1705.02364). Where pairs have scores, the cosines of the averaged and of the
 first states are rows too, which are not trained at all.
 
-The one idea: nothing is chosen on dev. A fifth of train is held out; by it each probe's regularisation is
+Nothing is chosen on dev. A fifth of train is held out; by it each probe's regularisation is
 chosen, and the layer and states that speak for the encoder. Then the probe is fitted to all of train and
 scored on dev once. What a probe finds may be the probe's own merit, so the same is done with random weights
 of the same architecture, and with the most frequent class.

@@ -8,7 +8,7 @@ a config file and a run folder of the same name, so a sweep that was interrupted
 again, and any variant can be run alone with ``python -m pretrain``. A combination that the config refuses
 is named in the table and left out.
 
-The trap: a decoder needs mask_from = num_layers. Where a swept mask_from lies below, the variant has no
+A decoder needs mask_from = num_layers. Where a swept mask_from lies below, the variant has no
 decoder, unless decoder_layers is swept too.
 """
 

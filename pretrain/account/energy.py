@@ -1,13 +1,13 @@
 """Joules, from what the hardware itself counts: NVML for NVIDIA GPUs, RAPL for the host.
 
-The one idea: every sensor is read by exactly one rank. A GPU belongs to the first rank that drives it (where
+Every sensor is read by exactly one rank. A GPU belongs to the first rank that drives it (where
 Slurm confines a rank to its own GPU, no other rank could read it), a host to the first rank on it. So a sum
 over ranks counts each joule once, however many ranks share a node.
 
 RAPL counts the whole host. A job that has a part of its cores is charged that share of it, and the share is
 written in the ledger. What cannot be read is absent, never invented: most clusters keep RAPL for root.
 
-The trap: counters wrap (RAPL's after minutes under load), and GPUs before Volta have a power reading only,
+Counters wrap (RAPL's after minutes under load), and GPUs before Volta have a power reading only,
 which must be integrated. So a thread looks once a second.
 """
 

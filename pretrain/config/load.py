@@ -5,7 +5,7 @@ defaults of `options`, a YAML file, and ``section.key=value`` words from the com
 config are found and reported at once, each as one line in the user's words; an unknown key is an error
 that names the nearest known one. The resolved config is what a run folder keeps.
 
-The trap: YAML 1.1 guesses. It reads ``1e-4`` as a string, ``1:30`` as 90, ``010`` as 8 and ``yes`` as true,
+YAML 1.1 guesses. It reads ``1e-4`` as a string, ``1:30`` as 90, ``010`` as 8 and ``yes`` as true,
 and pydantic takes true for 1. Here numbers are decimal (1_000, .5 and 1e-4 too), switches are true or false,
 and all else is text.
 """

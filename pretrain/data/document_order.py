@@ -2,7 +2,7 @@
 
 An order is two numbers a document: where it begins in the stream, and where in the file. Of many documents
 (5.8 GB for C4's 365 million) no rank has them for itself: the first on a node writes them to a file, the
-others wait, and all of them map it. The trap: such files outlive the process, perhaps half-written. So one
+others wait, and all of them map it. Such files outlive the process, perhaps half-written. So one
 begins with a seal, written last: a digest of the content, keyed with what it is the order of.
 """
 

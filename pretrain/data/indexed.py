@@ -7,11 +7,11 @@ sha256 per 16 MiB, so that damage is found and named. The manifest is written la
 corpus is foreign or unfinished. Where the text came from several sources, ``PREFIX.src`` says which
 for each document (uint16; the names are in the manifest, 65535 is none); Megatron ignores it.
 
-The one idea: everything streams. The writer keeps lengths in a file beside the tokens, so its
+Everything streams. The writer keeps lengths in a file beside the tokens, so its
 memory does not grow with the corpus; the reader maps the files and answers with views; a merge lets
 the kernel copy the tokens.
 
-The trap: fairseq's mmap index has the same magic and version and another layout. Only the size
+Fairseq's mmap index has the same magic and version and another layout. Only the size
 tells them apart.
 
 Layout of the index, little-endian: magic (9 bytes), version ``<Q``, dtype code ``<B``, sequences S

@@ -1,12 +1,12 @@
 """Text to token ids behind one face, whatever made the vocabulary.
 
 A tokenizer is a folder. ``tokenizer.model`` in it is a SentencePiece model (the kind trained here),
-otherwise any ``tokenizer.json`` is read through the ``tokenizers`` package. The one idea: whatever
+otherwise any ``tokenizer.json`` is read through the ``tokenizers`` package. Whatever
 masking, sampling and export need to know about a vocabulary is a table computed once at load (which
 ids are special, which may replace a token at random, which start a word), so nobody else ever looks
 at a piece's spelling.
 
-The trap: text is only text. A document that contains the characters ``<mask>`` or ``</s>`` must not
+Text is only text. A document that contains the characters ``<mask>`` or ``</s>`` must not
 produce the special id, so ``<mask>`` is a CONTROL piece here and a tokenizer that maps its characters
 to the id is refused.
 

@@ -4,7 +4,7 @@ Each input, weight and gradient is rounded as a whole with a scale of its own at
 al. 2022, arXiv 2209.05433): e4m3 forwards, e5m2 for gradients. Parameters stay float32 under their own names,
 so optimizer, checkpoints and exports know nothing of it; the embeddings and the head are left as they are.
 
-The trap: the kernels take widths that are multiples of 16 only. Other products stay in bf16; the number of
+The kernels take widths that are multiples of 16 only. Other products stay in bf16; the number of
 rows, which the mask decides, is padded.
 """
 

@@ -1,13 +1,13 @@
 """Parameters in Hugging Face's words, both ways, and a run that starts from such a folder.
 
 Four targets hold our blocks exactly: `roberta` and `bert` (post-LN), `roberta-prelayernorm` (pre-LN) and
-`modernbert`, with local layers or without. The one idea: the mapping only renames, slices, reorders and
+`modernbert`, with local layers or without. The mapping only renames, slices, reorders and
 pads with zeros. So it is linear and maps gradients as well as weights, which is how it is tested; and
 it can be undone to the bit. What they have and our models need not (a token type that every token
 has, RoBERTa's rows of positions for padding, BERT's second token type) is kept where a run starts from a
 folder.
 
-The trap: our fused projection is laid out head by head, and Hugging Face wants [all queries; all keys;
+Our fused projection is laid out head by head, and Hugging Face wants [all queries; all keys;
 all values].
 """
 

@@ -23,7 +23,7 @@ position, those that enter the encoder and, after the join, all: see `Order`.
 Letters: B batch, L rows of a sequence, V visible, M late [MASK] rows, P predicted, S rows here, T rows
 attended to, K documents of a sequence at most, D width, F inner width, H heads, E head width.
 
-The trap: under tensor parallelism a rank holds some of the heads, so views infer the head count (-1).
+Under tensor parallelism a rank holds some of the heads, so views infer the head count (-1).
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ reductions per chunk are all that changes; they come in as a function, so no ran
 A chunk of logits is many times what a cache holds, so what counts besides the products is how often it
 is walked through: torch's softmax does in one pass what exponentials, sums and quotients do in five.
 
-The trap: the gradients are scaled in place by the backward pass, which can be run once only. In float16
+The gradients are scaled in place by the backward pass, which can be run once only. In float16
 that would be too late for what has vanished by then, so they are formed with the loss scale in them.
 
 Other people's kernels for the same sum can take its place (`ExternalCrossEntropy`).

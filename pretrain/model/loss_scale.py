@@ -5,10 +5,10 @@ two and the update's gradients are divided by it. A factor that is too large sho
 not finite: that update is skipped, and the factor halved. After INTERVAL updates that went well it is
 doubled.
 
-The one idea: factor and counters are tensors that change in place, so nobody waits for the device to tell
+Factor and counters are tensors that change in place, so nobody waits for the device to tell
 the host whether an update was skipped.
 
-The trap: ranks must agree. They do, since each decides by the norm of the whole model's gradient.
+Ranks must agree. They do, since each decides by the norm of the whole model's gradient.
 """
 
 import torch

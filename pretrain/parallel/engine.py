@@ -12,7 +12,7 @@ The two engines compute the same numbers, and the plain one is the oracle of the
 State leaves and enters as full float32 tensors under the parameters' names (`tensors`,
 `load_tensors`), the same for every layout: a checkpoint knows nothing of ranks, stages or engines.
 
-The trap: sums of floats depend on their order. Gradients are summed in buckets that never change
+Sums of floats depend on their order. Gradients are summed in buckets that never change
 (`gradients`), since DistributedDataParallel builds its buckets anew after the first step, and a resumed run
 would not repeat the bits of an undisturbed one.
 """
@@ -163,7 +163,7 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Plain torch.
 
-    The trap: a layer that is replayed as a CUDA graph writes its results where it wrote them last time. The
+    A layer that is replayed as a CUDA graph writes its results where it wrote them last time. The
     loss is formed outside of the graphs; but a gradient that became `.grad` as it is would be overwritten by
     the next micro-batch, so under graphs `.grad` is memory of its own, to which gradients are added.
     """

@@ -9,7 +9,7 @@ A column layer followed by a row layer needs one sum in each direction (Shoeybi 
 neither, since it infers head counts from shapes. What is not in the table is replicated, with equal
 gradients on all ranks.
 
-The trap: `gate_up` holds two stacked halves (activated; linear) and each half is divided, so a shard
+`gate_up` holds two stacked halves (activated; linear) and each half is divided, so a shard
 is not a contiguous piece. Heads need no such care: the model lays q, k and v out head by head.
 """
 

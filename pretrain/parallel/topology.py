@@ -9,7 +9,7 @@ mpirun                 OMPI_COMM_WORLD_* (Open MPI), PMI_* with MPI_LOCALRANKID 
 srun                   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
 none of these          one process
 
-The trap: variables are inherited. torchrun under srun sees SLURM_PROCID, mpirun in a job starts its
+Variables are inherited. torchrun under srun sees SLURM_PROCID, mpirun in a job starts its
 daemons with srun, and a batch shell has SLURM_PROCID=0 and SLURM_NTASKS=8 though it is one process.
 So the order above is the order of trust, and only a step (SLURM_STEP_NUM_TASKS) counts as srun.
 """

@@ -7,7 +7,7 @@ on where an earlier one stopped.
 
 ``--rehearse`` does the steps at toy size on a CPU, those that differ in nothing but size once.
 
-The trap: a step's own processes hold the GPU's memory as well. A step leads a process group, all of which is
+A step's own processes hold the GPU's memory as well. A step leads a process group, all of which is
 killed when it ends.
 """
 

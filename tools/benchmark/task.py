@@ -4,7 +4,7 @@ The vocabulary is RoBERTa's 50,265 pieces, padded to 50,304 rows for every side,
 token type and the padding positions of Hugging Face's, so the sides have equally many parameters and can
 start from equal ones. Tokens are random: no side's speed depends on them.
 
-The trap: a GPU works on after a function has returned, so a clock is read only when it is done.
+A GPU works on after a function has returned, so a clock is read only when it is done.
 """
 
 import argparse

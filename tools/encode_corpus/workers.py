@@ -1,6 +1,6 @@
 """Encodes the pieces of a corpus in this process, or in others that are spawned.
 
-The trap: a spawned process imports what it is to do by name, which it cannot of a package's `__main__`.
+A spawned process imports what it is to do by name, which it cannot of a package's `__main__`.
 """
 
 import multiprocessing

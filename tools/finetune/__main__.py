@@ -5,7 +5,7 @@
 An encoder is a run, which is exported first, or a Hugging Face folder on this disk; a task is a folder of
 --data: GLUE's, SQuAD's JSON, CoNLL's columns, or TSV and JSONL with a task.yaml.
 
-The one idea: the grid is a list of cells (`cells`), and runs.jsonl has a line for each that is done. So
+The grid is a list of cells (`cells`), and runs.jsonl has a line for each that is done. So
 processes that share the cells out, on this machine or in a job array, need to know nothing of each other.
 """
 

@@ -3,7 +3,7 @@
 Exact match and F1 compare answers without case, punctuation and articles; the best of the reference answers
 counts. A question without an answer is met by the empty one alone.
 
-The trap: a context longer than the model takes is read in windows that overlap (doc stride). The window with
+A context longer than the model takes is read in windows that overlap (doc stride). The window with
 the best answer gives it; "no answer" is as good as it is in the window where it is worst.
 """
 

@@ -1,6 +1,6 @@
 """A cell of the grid: one encoder on one task with one setting and seed, and its line in runs.jsonl.
 
-The one idea: a line holds all that determines a run and all that came of it. What is there is not done again,
+A line holds all that determines a run and all that came of it. What is there is not done again,
 so any number of processes can share the cells, be killed and be started again; a table is read from the
 lines alone.
 """

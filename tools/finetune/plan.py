@@ -1,6 +1,6 @@
 """The grid of a command line: encoders, tasks, settings and seeds, and what of it can be done by now.
 
-The trap: cells that start from a model of MNLI wait until its setting is chosen and it is trained, so there
+Cells that start from a model of MNLI wait until its setting is chosen and it is trained, so there
 are other cells after some runs than before. They are shared by their digest, which is the same whatever is
 known by then.
 """

@@ -1,9 +1,9 @@
 """What all tasks are to the training loop and to the baselines.
 
-The one idea: a task turns rows into inputs of a model, outputs into predictions and predictions into
+A task turns rows into inputs of a model, outputs into predictions and predictions into
 scores; the loop knows nothing else of it.
 
-The trap: a window is not a row. Long rows of words and answers become several inputs each, and what is
+A window is not a row. Long rows of words and answers become several inputs each, and what is
 scored are rows.
 """
 

@@ -1,6 +1,6 @@
 """One fine-tuning from beginning to end: a model with a fresh head, updates, outputs, and what they cost.
 
-The one idea: it is transformers' own loop (AdamW without decay of biases and norms, gradients clipped at 1,
+It is transformers' own loop (AdamW without decay of biases and norms, gradients clipped at 1,
 a rate that rises and falls linearly) in two pages, and a test holds its losses and outputs equal to the
 Trainer's.
 

@@ -3,7 +3,7 @@
 Entities are scored as conlleval does (and seqeval by default): whole entities of the right kind count, and an
 I that nothing begins begins one. Other labels are scored by the share of words that are right.
 
-The trap: a word of several tokens has its label on the first; a text longer than the model takes goes on in
+A word of several tokens has its label on the first; a text longer than the model takes goes on in
 another window, so that every word has a prediction. Words are tokenized as a text, with blanks between them:
 byte-level pieces have the blank before their word, and are others without it.
 """

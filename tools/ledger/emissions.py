@@ -5,7 +5,7 @@ mean of a country and year, each another convention; so the source is given with
 
 The CSV has the column names of CodeCarbon 3.3 and its units (kWh, W, s, kg), one line for each attempt; what
 was not measured is empty: so are the factor for cooling (PUE) and whether it was a cloud. Its energy is what
-this run's ranks and their share of the hosts took. The trap: it may be written on another machine than that
+this run's ranks and their share of the hosts took. It may be written on another machine than that
 of the run, so what it says of machine and software is what the attempt left in provenance.json.
 """
 

@@ -1,6 +1,6 @@
 """A run's ledger against Slurm's own account of its jobs: where each device-second of an allocation went.
 
-The one idea: Slurm counts devices from a job's start to its end, the ledger ranks from a process's start to
+Slurm counts devices from a job's start to its end, the ledger ranks from a process's start to
 its last line; so the difference is what lies before, between and after the attempts, devices that no rank
 drove, and whole jobs that reached no ledger. These parts add up to Slurm's figure, and what remains is its
 rounding to whole seconds.
@@ -9,7 +9,7 @@ Jobs are those that the ledger and the run's journal name: a job that ended befo
 corpus, evaluation, export and report of a pipeline, are paid for as well.
 
 Slurm is asked in the order of what it can say: sacct (slurmdbd), `sacct --completion` (the job completion
-file), scontrol (jobs of the last minutes). The trap: a requeued job keeps its number, so `--duplicates`.
+file), scontrol (jobs of the last minutes). A requeued job keeps its number, so `--duplicates`.
 """
 
 import os

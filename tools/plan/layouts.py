@@ -10,7 +10,7 @@ The time of a step is a model, and each of its parts is stated here:
     collectives  see traffic.py; all ranks wait for them but for what hides behind a part of the pass in
                  which they run
 
-The trap: a layout that fits by the sum of its tensors does not fit a device, whose context, kernels and
+A layout that fits by the sum of its tensors does not fit a device, whose context, kernels and
 fragments take their share (`RESERVE`).
 """
 

@@ -10,7 +10,7 @@ count, as an allocator counts them; a device's context and fragmentation come on
 So the fullest moment is at the end of the forward pass, or just after it, and the parts, each at its own
 largest, sum to more than the total where gradients take the place of activations.
 
-The trap: fused attention saves no scores, but on a CPU dropout of attention weights has no fused kernel.
+Fused attention saves no scores, but on a CPU dropout of attention weights has no fused kernel.
 
 Letters: B sequences of a micro-batch, n rows asking, m rows asked, D width, F inner width, H heads, N
 predicted rows, W rows of the padded word table, T tensor-parallel ranks.

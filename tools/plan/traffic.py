@@ -15,7 +15,7 @@ pass, of the plain engine and of stage 1 beside the last one of an update. The p
 the rows of looked-up words, are sent after it. Stage 3 also fetches parameters ahead in the forward pass. On
 a CPU DeepSpeed waits for every call.
 
-The trap: DeepSpeed's stages 1 and 2 reduce gradients by all-reduce, also where a reduce-scatter would do
+DeepSpeed's stages 1 and 2 reduce gradients by all-reduce, also where a reduce-scatter would do
 with half, and stage 2 does so for every micro-batch.
 
 Letters: see memory.py; S bytes of a tensor.

@@ -4,8 +4,8 @@ Writes report.md, report.html (one file, nothing fetched), loss.png and speed.pn
 and metrics in the run folders; while a run trains, its figures are those up to now. Where a run has a
 downstream.jsonl (see `tools.shared.downstream`), its scores are shown too.
 
-The one idea: one document is gathered first; the pages only show it and ``--json`` prints it.
-The trap: held-out losses compare only where the questions are the same, so whatever differs in them is
+One document is gathered first; the pages only show it and ``--json`` prints it.
+Held-out losses compare only where the questions are the same, so whatever differs in them is
 said in a warning.
 """
 

@@ -1,7 +1,7 @@
 """The pages of a report: its document as Markdown, as one HTML file and as a picture.
 
-The one idea: a column is a title, a cell and the sentence that says what the number means, so that no
-figure is shown without its meaning. The trap: names come from folders, so both kinds of page escape them.
+A column is a title, a cell and the sentence that says what the number means, so that no
+figure is shown without its meaning. Names come from folders, so both kinds of page escape them.
 """
 
 import base64

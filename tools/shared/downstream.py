@@ -1,6 +1,6 @@
 """downstream.jsonl of a folder: what its checkpoints score on tasks.
 
-One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol", "model"}. The one idea: a line
+One line a score: {"step", "task", "metric", "score", "seed", "n", "protocol", "model"}. A line
 is known by all that is no result, so a command that is repeated replaces its lines and nothing counts twice.
 """
 

@@ -1,12 +1,12 @@
 """Frozen encoders behind one face: the checkpoint of a run, or any Hugging Face folder on this disk.
 
-The one idea: texts are batched by their shape, so nothing is padded, and what a text scores depends on no
+Texts are batched by their shape, so nothing is padded, and what a text scores depends on no
 other. A run is used as it was trained: its own tokenizer, its [MASK]s in the decoder where they are late.
 
 A layer's state is its output; state 0 is the embeddings, and the last is taken after the final norm. Letters:
 B texts, L tokens of each, M [MASK]s of each, D width, W pieces.
 
-The trap: transformers fills what a folder has not with random weights and goes on, so a folder without the
+Transformers fills what a folder has not with random weights and goes on, so a folder without the
 head of a masked LM would be scored by noise; missing weights are errors here.
 """
 

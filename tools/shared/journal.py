@@ -6,7 +6,7 @@ end     how it ended, and what follows: `done`, `again` or `stop`
 exit    a job's script ended with a code
 cancel  somebody asked for it
 
-The one idea: Slurm forgets a job some minutes after its end, and its accounting is not everywhere; this
+Slurm forgets a job some minutes after its end, and its accounting is not everywhere; this
 file is enough to say how a run stands. Lines are short appends, so that jobs and people may write at once.
 """
 

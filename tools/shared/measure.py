@@ -3,7 +3,7 @@
 A busy machine slows both sides of a round alike, so the ratio is taken within each round; the row shows
 the median and the extremes of the rounds.
 
-The trap: a young process gives freed memory back to the system at once, so that arrays of a megabyte are
+A young process gives freed memory back to the system at once, so that arrays of a megabyte are
 paid for in page faults. One that has freed a large block, as any training process has, keeps it; both
 sides are measured in that state.
 """

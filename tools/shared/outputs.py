@@ -1,6 +1,6 @@
 """Files that programs write where a user says: they appear whole, and take nobody else's place.
 
-The one idea: what is there already is replaced only if one of these programs wrote it. Pages and pictures
+What is there already is replaced only if one of these programs wrote it. Pages and pictures
 carry a mark; tables and documents, whose rows other programs read, are known by their keys.
 """
 

@@ -1,7 +1,7 @@
 """Quiet line plots: one style, two themes, colours and markers that colour-blind readers tell apart.
 
 Figures are made without pyplot, so that nothing global changes and no window system is asked for.
-The trap: matplotlib reads its settings both when a figure is made and when it is saved, so both must
+Matplotlib reads its settings both when a figure is made and when it is saved, so both must
 happen inside `theme`.
 """
 

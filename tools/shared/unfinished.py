@@ -1,6 +1,6 @@
 """What an unfinished command has computed, so that the same command goes on after a kill.
 
-The one idea: a result lies under a hash of all that determines it. So nothing has to be compared: with other
+A result lies under a hash of all that determines it. So nothing has to be compared: with other
 weights, texts or options there is nothing under the hash.
 """
 

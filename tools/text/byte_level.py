@@ -4,7 +4,7 @@ RoBERTa's: ``vocab.json`` and ``merges.txt``; ids are those of vocab.json. GPT-2
 dictionary: ``encoder.json``, ``vocab.bpe`` and ``dict.txt``; ids are RoBERTa's: four specials, line n of
 dict.txt (from 0) is n + 4, <mask> is last.
 
-The trap: dict.txt names pieces by their number in GPT-2's vocabulary, ordered by frequency, so neither
+The file dict.txt names pieces by their number in GPT-2's vocabulary, ordered by frequency, so neither
 file alone gives the ids of a RoBERTa checkpoint.
 """
 

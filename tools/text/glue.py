@@ -3,9 +3,9 @@
     DATA/CoLA/train.tsv dev.tsv, DATA/MNLI/train.tsv dev_matched.tsv dev_mismatched.tsv, ...
     DATA/NAME/task.yaml train.jsonl dev.jsonl
 
-The one idea: a `Task` says which columns hold the texts and the label; there is one reader for all.
+A `Task` says which columns hold the texts and the label; there is one reader for all.
 
-The trap: GLUE's files have no quoting. A quotation mark is a letter, and a reader of CSV that takes it for
+GLUE's files have no quoting. A quotation mark is a letter, and a reader of CSV that takes it for
 more swallows lines. Lines end at b"\\n" only: U+2028 and others occur inside sentences.
 """
 
