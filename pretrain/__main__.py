@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -188,7 +189,7 @@ def _dry_run(config: Config) -> int:
     _warn_of_epochs(recipe)
     check_start(inputs)
     with tempfile.TemporaryDirectory() as folder:  # for the order of many documents: nothing is to be left
-        blend = open_blend(recipe.phases[-1].config, data, folder=Path(folder))
+        blend = open_blend(recipe.phases[-1].config, replace(data, orders=Path(folder)))
         lines = [plan(recipe, 1, blend), f"masks       {_masks(recipe.config, blend, data.tokenizer)}"]
     print(dump_config(recipe.config))
     if text := foreseen(recipe.budget, _products_rate(recipe.config.train.precision or "fp32")):

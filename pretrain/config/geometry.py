@@ -10,6 +10,16 @@ from dataclasses import dataclass
 
 from pretrain.config.options import ModelOptions
 
+# How much is computed or sent at once.
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+"""Predicted rows whose logits exist at once, by kind of device."""
+REDUCE_BUCKET = 6_553_600
+"""Elements of gradients that the plain engine sums at once (25 MiB, as DistributedDataParallel's), but for
+the word table, which is a bucket of its own: the last bucket has no computation left to hide behind."""
+BUCKET = 25_000_000
+"""Elements that DeepSpeed reduces, and Muon orthogonalises, at once (100 MB): enough for the full
+bandwidth."""
+
 
 @dataclass(frozen=True)
 class Rows:

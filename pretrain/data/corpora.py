@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain.config import Config, CorpusOptions
@@ -85,6 +85,8 @@ class Data:
     fingerprints: dict[str, str]
     rules: rng.Rules = rng.RULES
     """By which samples and masks are drawn: those that the run began with."""
+    orders: Path = field(default_factory=lambda: scratch(None))
+    """Folder of the node's orders of documents."""
 
 
 def open_data(corpus: CorpusOptions) -> Data:
@@ -104,21 +106,26 @@ def open_data(corpus: CorpusOptions) -> Data:
     if len(blend) == 1:
         fingerprints["train"] = blend[0][1]
     corpora = [open_nearest(prefix, corpus.copies) for _, prefix in corpus.blend]
-    return Data(tokenizer, corpora, blend, fingerprints)
+    return Data(tokenizer, corpora, blend, fingerprints, orders=scratch(corpus.copies))
 
 
-def open_blend(
-    config: Config, data: Data, segments: Sequence[Segment] = (), folder: Path | None = None
-) -> Blend:
-    """Return what reads the samples of a run, in the last of its segments. folder: as `Sampler`'s."""
+def open_blend(config: Config, data: Data, segments: Sequence[Segment] = ()) -> Blend:
+    """Return what reads the samples of a run, in the last of its segments."""
     masking, length, tokenizer = config.masking, config.train.seq_length, data.tokenizer
     seed, bos, eos = config.run.data_seed, tokenizer.bos, tokenizer.eos
     # The corpus that the run began with keeps the plain seed, whether others join it or not.
     began_with = segments[0].blend[0][1] if segments else data.blend[0][1]
-    folder = folder or scratch(config.corpus.copies)
     samplers = [
         Sampler(
-            corpus, masking, length, seed, bos, eos, "" if name == began_with else name, data.rules, folder
+            corpus,
+            masking,
+            length,
+            seed,
+            bos,
+            eos,
+            "" if name == began_with else name,
+            data.rules,
+            data.orders,
         )
         for corpus, (_, name) in zip(data.corpora, data.blend, strict=True)
     ]

@@ -26,12 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pretrain.config.geometry import CHUNK_ROWS
 from pretrain.errors import UserError
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
-
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
-"""Large enough for full-speed matrix products, small enough that a chunk of logits is little memory."""
 
 
 def whole(tensor: Tensor, operation: str) -> Tensor:

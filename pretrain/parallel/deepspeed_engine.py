@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.config.geometry import BUCKET
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel
-from pretrain.parallel.buckets import BUCKET
 from pretrain.parallel.engine import AUTOCAST, Engine
 from pretrain.parallel.topology import Topology
 

@@ -13,7 +13,7 @@ Letters: R looked-up rows, W rows of the (local) word table, D width.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.config.geometry import REDUCE_BUCKET
 from pretrain.model.late_mask import LateMaskModel
-from pretrain.parallel.buckets import buckets
 from pretrain.parallel.topology import Topology
-
-REDUCE_BUCKET = 6_553_600
-"""Elements at which a bucket is full (25 MiB, as DistributedDataParallel's): the last one has no computation
-left to hide behind."""
 
 
 class Lookups:
@@ -155,3 +151,15 @@ class GradientSum:
                 work.wait()
             self.lookups.add(*(torch.cat(every) for every, _ in self._words))
             self._words = []
+
+
+def buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Runs of neighbours that reach `size` elements, the last one excepted."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() for t in bucket) >= size:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

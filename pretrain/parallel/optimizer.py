@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from pretrain.account import flops
 from pretrain.config import Config, OptimizerOptions
+from pretrain.config.geometry import BUCKET
 from pretrain.model import muon
 from pretrain.model.late_mask import LateMaskModel
 from pretrain.parallel import tensor_parallel
-from pretrain.parallel.buckets import BUCKET, buckets
+from pretrain.parallel.gradients import buckets
 from pretrain.parallel.topology import Topology
 
 Optimizer = torch.optim.Optimizer

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pretrain.build import build_engine
 from pretrain.config import Config
+from pretrain.config.geometry import BUCKET
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import engine, gradients, topology
-from pretrain.parallel.buckets import BUCKET, buckets
 from pretrain.parallel.deepspeed_engine import deepspeed_config
+from pretrain.parallel.gradients import buckets
 from tests.parallel.test_tensor_parallel import MASK, VOCAB, make_batch
 from tests.support import ranks
 from tests.support.methods import small

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pretrain.account.recipe import make_recipe
-from pretrain.model import loss
-from pretrain.parallel import buckets, gradients, topology
+from pretrain.parallel import topology
 from tests.support import ranks
 from tests.support.methods import BLOCKS, METHODS, small
 from tools import calibrate
@@ -142,11 +141,6 @@ def shards():
 def test_a_ranks_parameters_are_those_of_its_shard():
     expected = [memory.local_parameters(case(*one).model, VOCAB, 2) for one in MIXED]
     assert ranks.run(2, shards) == [expected, expected]
-
-
-def test_buckets_and_chunks_are_the_engines():
-    assert (memory.BUCKET, memory.CHUNK_ROWS) == (buckets.BUCKET, loss.CHUNK_ROWS)
-    assert memory.REDUCE_BUCKET == gradients.REDUCE_BUCKET
 
 
 def test_the_fullest_moment_is_counted_from_each_steps_own_beginning():

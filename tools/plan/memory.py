@@ -19,14 +19,8 @@ predicted rows, W rows of the padded word table, T tensor-parallel ranks.
 from dataclasses import dataclass, replace
 
 from pretrain.config import ModelOptions, geometry
-from pretrain.config.geometry import Rows
+from pretrain.config.geometry import BUCKET, CHUNK_ROWS, REDUCE_BUCKET, Rows
 
-BUCKET = 25_000_000
-"""Elements that DeepSpeed reduces, and Muon orthogonalises, at once."""
-REDUCE_BUCKET = 6_553_600
-"""Elements that the plain engine reduces at once, but for the word table, which is a bucket of its own."""
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
-"""Predicted rows whose logits exist at once."""
 FULL = 4
 """Bytes of a float32: parameters, their gradients and moments, and the stream between layers."""
 

@@ -28,9 +28,9 @@ from typing import Literal
 
 from pretrain.account.devices import Device
 from pretrain.config import ModelOptions, geometry
-from pretrain.config.geometry import Rows
+from pretrain.config.geometry import BUCKET, REDUCE_BUCKET, Rows
 from tools.plan import memory
-from tools.plan.memory import BUCKET, FULL, REDUCE_BUCKET, Layout
+from tools.plan.memory import FULL, Layout
 
 LATENCY = {"node": 3e-6, "network": 8e-6}
 """Seconds of a ring's step, whatever its size: an assumption, where it has not been measured."""
