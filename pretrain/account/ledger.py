@@ -78,14 +78,9 @@ PULSE = 1.0  # seconds between two looks at the clock
 
 
 @dataclass(frozen=True)
-class Statement:
-    """What a run has spent up to a line of its ledger, over all attempts; bare, before the first line.
+class Usage:
+    """What was spent, by the names that both a line of the ledger and its totals have."""
 
-    The fields are keys of the file, in this order.
-    """
-
-    attempt: int = 0
-    step: int = 0
     samples: int = 0
     tokens_seen: int = 0
     tokens_real: int = 0
@@ -101,11 +96,22 @@ class Statement:
         default_factory=lambda: dict.fromkeys((*CATEGORIES, "lost", "total"), 0.0)
     )
     """By what they went into, and their total."""
-    joules: dict[str, float] = field(default_factory=dict)
-    """By part of the hardware; {} where nothing was metered."""
     metered_device_seconds: float = 0.0
     peak_bytes: int = 0
     """The most that a rank has held."""
+
+
+@dataclass(frozen=True)
+class Statement(Usage):
+    """What a run has spent up to a line of its ledger, over all attempts; bare, before the first line.
+
+    The fields are keys of the file.
+    """
+
+    attempt: int = 0
+    step: int = 0
+    joules: dict[str, float] = field(default_factory=dict)
+    """By part of the hardware; {} where nothing was metered."""
 
 
 Lineage = list[tuple[str, Statement]]
@@ -156,33 +162,24 @@ class LedgerLine(Statement):
 
 
 _STATED = [each.name for each in fields(Statement)]
-_KEYS = dict.fromkeys(["previous", "event", "time", "device", "ranks", "seconds", *_STATED])
+_KEYS = dict.fromkeys(
+    ["previous", "event", "time", "device", "ranks", "seconds", "attempt", "step", *_STATED]
+)
 _PARTS = {name: getattr(LedgerLine(), name).keys() for name in ("flops", "device_seconds", "seconds")}
 _LINE, _LINEAGE = TypeAdapter(LedgerLine), TypeAdapter(Lineage)
 _STANDS_FOR = TypeAdapter(dict[str, Statement | None])
 S = TypeVar("S", bound=Statement)
 
 
-@dataclass(frozen=True)
-class Totals:
+@dataclass(frozen=True, kw_only=True)
+class Totals(Usage):
     """What was spent: the promised keys of ``tools.ledger total``."""
 
     steps: int
-    samples: int
-    tokens_seen: int
-    tokens_real: int
-    tokens_predicted: int
-    flops: dict[str, int]
-    hardware_flops: int
-    token_layers: float
-    device_seconds: dict[str, float]
-    lost_flops: int
+    attempts: int
     joules: float | None
     """None where nothing was metered."""
     joules_by_part: dict[str, float]
-    metered_device_seconds: float
-    peak_bytes: int
-    attempts: int
 
     @property
     def flops_without_head(self) -> int:
@@ -421,10 +418,9 @@ def _sum(parts: dict[str, Any]) -> Any:
 
 def as_totals(line: Statement) -> Totals:
     """Return what a statement amounts to."""
-    same = {each.name: getattr(line, each.name) for each in fields(Totals) if each.name in _STATED}
+    usage = {each.name: getattr(line, each.name) for each in fields(Usage)}
     joules = _rounded(sum(line.joules.values())) if line.joules else None
-    renamed = {"steps": line.step, "attempts": line.attempt, "joules": joules, "joules_by_part": line.joules}
-    return Totals(**{**same, **renamed})
+    return Totals(**usage, steps=line.step, attempts=line.attempt, joules=joules, joules_by_part=line.joules)
 
 
 def total(runs: Iterable[str | Path]) -> Totals:
