@@ -44,7 +44,7 @@ HOMES = {
     "pynvml": {"pretrain/account/energy.py"},
     "liger_kernel": {"pretrain/model/loss.py"},
     "torchao": {"pretrain/model/float8.py"},
-    "mpi4py": {"pretrain/parallel/launchers.py", "tools/encode_corpus/__main__.py"},
+    "mpi4py": {"pretrain/parallel/launchers.py", "tools/encode_corpus/ranks.py"},
 }
 
 

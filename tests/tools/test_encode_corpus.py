@@ -27,7 +27,7 @@ from pretrain.data.writer import merge
 from pretrain.errors import UserError
 from tests.support.ranks import PATIENCE
 from tools.encode_corpus import __main__ as encode_corpus
-from tools.encode_corpus import duplicates
+from tools.encode_corpus import duplicates, join
 from tools.encode_corpus import parts as encode_parts
 from tools.verify_corpus import __main__ as verify_corpus
 
@@ -218,7 +218,7 @@ def test_the_error_of_one_rank_is_said_by_the_first(tmp_path: Path) -> None:
     script.write_text(
         "from pretrain.errors import UserError\n"
         "from tools.shared import console\n"
-        "from tools.encode_corpus.__main__ import Ranks\n"
+        "from tools.encode_corpus.ranks import Ranks\n"
         "def main():\n"
         "    ranks = Ranks()\n"
         "    def fail():\n"
@@ -239,7 +239,7 @@ def test_the_error_of_one_rank_is_said_by_the_first(tmp_path: Path) -> None:
 
 def test_srun_without_mpi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    code = "from tools.encode_corpus.__main__ import Ranks; Ranks()"
+    code = "from tools.encode_corpus.ranks import Ranks; Ranks()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "srun started 4 tasks that do not see each other" in done.stderr
 
@@ -371,14 +371,14 @@ def test_only_the_command_that_was_joining_may_go_on(
 ) -> None:
     source, other = write(tmp_path / "a.jsonl", texts[:9]), write(tmp_path / "b.jsonl", texts[9:])
     output, options = tmp_path / "out" / "c", "--workers 1 --holdout 0.4"
-    join = encode_corpus.join_parts
+    join_parts = join.join_parts
 
     def crash(*arguments: object) -> None:
-        join(*arguments)
+        join_parts(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(encode_corpus, "join_parts", crash)
+        broken.setattr(join, "join_parts", crash)
         encode_corpus.main(words(folder, output, source, options=options))
     with pytest.raises(UserError, match="c-valid.json: exists already"):
         encode_corpus.main(words(folder, output, other, options=options))
@@ -703,9 +703,9 @@ def test_what_a_part_was_made_from_is_the_same_after_json(tmp_path: Path) -> Non
 def test_a_join_that_lost_a_document_writes_no_manifest(
     texts: list[dict], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = encode_corpus.CorpusWriter.append_corpus
+    append = join.CorpusWriter.append_corpus
     monkeypatch.setattr(
-        encode_corpus.CorpusWriter,
+        join.CorpusWriter,
         "append_corpus",
         lambda writer, prefix, gone, advance: append(writer, prefix, [0], advance),
     )

@@ -65,6 +65,19 @@ class EncodeJob:
         return ("", "-valid") if self.holdout else ("",)
 
 
+class Part(NamedTuple):
+    """What there is of one piece."""
+
+    prefix: str
+    file: int
+    lines: int
+    read: int
+    """Documents and rejected lines together."""
+    rejected: int
+    end: int
+    """Offset in the file where the next part must begin."""
+
+
 class EncodeTask(NamedTuple):
     """Pieces first, first + stride, ... of a file."""
 
