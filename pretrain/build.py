@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.account import devices, energy, flops
 from pretrain.account.budget import TOLERANCE, Course, price
-from pretrain.account.ledger import Ledger, timed
+from pretrain.account.ledger_writer import Ledger, timed
 from pretrain.account.recipe import Recipe
 from pretrain.checkpoint import State
 from pretrain.config import Config, method_of

@@ -18,7 +18,9 @@ import torch
 from pretrain import checkpoint
 from pretrain.account import energy
 from pretrain.account.budget import Course
-from pretrain.account.ledger import Ledger, process_start, trunk
+from pretrain.account.ledger import trunk
+from pretrain.account.ledger_writer import Ledger
+from pretrain.account.process import process_start
 from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.account.schedule import rate
 from pretrain.checkpoint import State

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from pretrain import checkpoint, replay
 from pretrain.account import schedule
-from pretrain.account.ledger import Totals, peak_resident, timed
+from pretrain.account.ledger import Totals
+from pretrain.account.ledger_writer import timed
+from pretrain.account.process import peak_resident
 from pretrain.build import Run
 from pretrain.checkpoint import State
 from pretrain.decision import TIME_LIMIT, StepDecision, decide_steps

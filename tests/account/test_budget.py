@@ -9,7 +9,7 @@ import yaml
 
 from pretrain.account import budget, ledger
 from pretrain.account.budget import Course
-from pretrain.account.ledger import Ledger
+from pretrain.account.ledger_writer import Ledger
 from pretrain.account.recipe import make_recipe
 from pretrain.config import BUDGET_UNITS, build_config, load_config
 from pretrain.errors import UserError

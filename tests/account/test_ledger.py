@@ -15,7 +15,7 @@ import pytest
 
 from pretrain.account import ledger
 from pretrain.account.flops import Flops, StepCost
-from pretrain.account.ledger import Ledger
+from pretrain.account.ledger_writer import Ledger
 from pretrain.errors import UserError
 from tests.support.ranks import PATIENCE
 from tests.support.runs import Strike, attempt, finish
@@ -102,7 +102,7 @@ def test_each_line_is_a_full_statement(tmp_path):
     account.note("evaluate", loss=6.5)
     start, line = ledger.read(tmp_path)
     assert start.event == "start" and start.previous == "" and start.attempt == 1
-    assert line.previous == ledger._hash(json.dumps(start.to_dict()).encode())
+    assert line.previous == ledger.line_hash(json.dumps(start.to_dict()).encode())
     assert {name: line.to_dict()[name] for name in ("event", "loss", "time", "device", "ranks", "step")} == {
         "event": "evaluate",
         "loss": 6.5,
@@ -554,7 +554,7 @@ def test_what_nothing_holds_is_said(words, tmp_path):
 def test_the_process_start_is_known():
     code = (
         "import time; first = time.time();"
-        "from pretrain.account.ledger import process_start as p; print(p(), first)"
+        "from pretrain.account.process import process_start as p; print(p(), first)"
     )
     before = time.time()
     start, first = map(float, subprocess.check_output([sys.executable, "-c", code]).split())

@@ -62,7 +62,7 @@ PLACES = {
     "evaluation": Place(("pretrain.evaluate:HeldOut.score",), 1),
     "save": Place(("os:fsync", "os:replace"), 30, "pretrain.checkpoint:_write", main=True),
     "gathering": Place(("pretrain.checkpoint:save",), 2),
-    "ledger": Place(("os:fsync",), 8, "pretrain.account.ledger:Ledger.note", main=True),
+    "ledger": Place(("os:fsync",), 8, "pretrain.account.ledger_writer:Ledger.note", main=True),
     "metrics": Place(("pretrain.monitor:Monitor.log",), 4, main=True),
     "status": Place(("pretrain.run_folder:RunFolder.write_status",), 3, main=True),
     "end": Place(("pretrain.train:finish", "pretrain.train:close"), 2),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain import checkpoint
-from pretrain.account.ledger import peak_resident
+from pretrain.account.process import peak_resident
 from pretrain.config import load_config
 from pretrain.data.indexed import HEADER, MAGIC
 from pretrain.data.tokenizer import load_tokenizer

@@ -11,6 +11,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.account import ledger
+from pretrain.account.ledger_writer import Ledger
 from pretrain.checkpoint import State
 from pretrain.config import Config, build_config, load_config
 from pretrain.continuing import refuse_changes
@@ -78,7 +79,7 @@ def _make_run(folder: Path, config: Config) -> None:
     run.claim()
     run.write_config(config)
     run.write_status("stopped", 3, "a reason", 75)
-    book = ledger.Ledger.open(run.path, 1, "CPU")
+    book = Ledger.open(run.path, 1, "CPU")
     book.begin()
     head = book.save()
     book.note("stop")

@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 
 from pretrain import checkpoint
-from pretrain.account import ledger
+from pretrain.account import ledger, process
 from pretrain.account.flops import Flops, StepCost
+from pretrain.account.ledger_writer import Ledger
 from pretrain.checkpoint import FILES, State
 from pretrain.config import build_config, load_config
 from pretrain.continuing import check_continues
@@ -657,7 +658,7 @@ def one_attempt(run):
     """Goes on from where the run is, saving all the time, until it is killed."""
     folder = RunFolder(run)
     folder.claim()
-    account = ledger.Ledger.open(run, 1, "cpu", started=ledger.now())
+    account = Ledger.open(run, 1, "cpu", started=process.now())
     step, head = 0, ""
     if checkpoint.steps(run):
         state = checkpoint.read_state(checkpoint.find(run))
@@ -706,7 +707,7 @@ def test_a_run_killed_at_random_instants_always_goes_on(tmp_path):
                 not (tmp_path / "status.json").exists()
                 or json.loads((tmp_path / "status.json").read_text())["step"] <= reached + 1
             )
-    account = ledger.Ledger.open(tmp_path, 1, "cpu")
+    account = Ledger.open(tmp_path, 1, "cpu")
     account.begin(reached, state.ledger_head)
     assert account.totals().flops["total"] == reached * COST.flops.total
     ledger.check(tmp_path)

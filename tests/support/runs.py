@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 from pretrain import checkpoint
-from pretrain.account import ledger
+from pretrain.account import ledger, ledger_writer
 from pretrain.monitor import read_metrics
 from tests.support.ranks import PATIENCE, free_port
 
@@ -114,7 +114,7 @@ def pace(paces: dict[str, float], start: float, life: float = math.inf) -> None:
     """Let the clock of this process show `start` seconds and those of each call, and kill it after `life`."""
     moment = begin = time.monotonic()
     time.monotonic = lambda: moment
-    ledger.process_start = lambda: ledger.now() - start
+    ledger_writer.process_start = lambda: ledger_writer.now() - start
 
     def pass_time(seconds: float) -> None:
         nonlocal moment

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.account import ledger
-from pretrain.account.ledger import Ledger
+from pretrain.account import ledger, process
+from pretrain.account.ledger_writer import Ledger
 from pretrain.errors import UserError
 from tests.account.test_ledger import COST, Clock
 from tools.ledger import emissions, reconcile
@@ -88,7 +88,7 @@ def test_without_gpus_a_rank_is_a_device(run: Path) -> None:
 def test_what_slurm_prints_is_read() -> None:
     assert reconcile.read_sacct(PENDING) == []
     (running,) = reconcile.read_sacct(RUNNING)
-    assert running.end == pytest.approx(ledger.now(), abs=60) and running.gpus == 4
+    assert running.end == pytest.approx(process.now(), abs=60) and running.gpus == 4
     (cancelled,) = reconcile.read_sacct(COMPLETED.replace("COMPLETED", "CANCELLED by 0"))
     assert cancelled.state == "CANCELLED"
     (done,) = reconcile.read_sacct(COMPLETION)

@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 from pretrain.account import flops
-from pretrain.account.ledger import Ledger
+from pretrain.account.ledger_writer import Ledger
 from pretrain.account.recipe import baseline, make_recipe
 from pretrain.config import Config, geometry, method_of
 from pretrain.data.indexed import IndexedReader

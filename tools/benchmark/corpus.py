@@ -435,7 +435,7 @@ def _exhaust(results: Iterator[Any]) -> None:
 _MERGE_OURS = """
 import sys
 from pretrain.data.writer import merge
-from pretrain.account.ledger import peak_resident
+from pretrain.account.process import peak_resident
 output, *shards = sys.argv[1:]
 merge(shards[:1], output, overwrite=True)
 before = peak_resident()
@@ -447,7 +447,7 @@ _MERGE_MEGATRON = """
 import sys
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from pretrain.account.ledger import peak_resident
+from pretrain.account.process import peak_resident
 output, *shards = sys.argv[1:]
 builder = IndexedDatasetBuilder(output + ".bin", dtype=np.uint16)
 builder.add_index(shards[0])

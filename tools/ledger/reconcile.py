@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain.account import ledger
+from pretrain.account import ledger, process
 from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from tools.shared import journal
@@ -176,7 +176,7 @@ def read_sacct(text: str, source: str = "sacct") -> list[Allocation]:
         if not words:
             raise UserError(f"{source}:{number}: expected {'|'.join(FIELDS)}; save what {SACCT[0]} prints")
         if (begin := _time(words["start"])) is not None:
-            end, tres = _time(words["end"]) or ledger.now(), words["tres"] or ""
+            end, tres = _time(words["end"]) or process.now(), words["tres"] or ""
             found.append(Allocation(words["job"], words["state"], begin, end, _gpus(tres), _nodes(tres)))
     return found
 
@@ -189,7 +189,7 @@ def read_scontrol(text: str) -> list[Allocation]:
         begin = _time(words.get("StartTime", ""))
         if begin is not None and words["JobState"] != "PENDING":  # whose start is a forecast
             tres, state = words.get("AllocTRES") or words.get("TRES", ""), words["JobState"]
-            end = (_time(words.get("EndTime", "")) if state != "RUNNING" else None) or ledger.now()
+            end = (_time(words.get("EndTime", "")) if state != "RUNNING" else None) or process.now()
             found.append(Allocation(words["JobId"], state, begin, end, _gpus(tres), _nodes(tres)))
     return found
 
