@@ -147,7 +147,7 @@ def assemble(
 
 
 def was_joining(args: Namespace, folder: Path) -> bool:
-    """Whether this command has begun to write the corpus before."""
+    """Tell whether this command has begun to write the corpus before."""
     note = folder / JOINING
     return note.is_file() and note.read_text(encoding="utf-8") == _command(args)
 

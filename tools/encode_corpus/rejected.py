@@ -73,4 +73,5 @@ def refuse_foreign_rejected(output: str) -> None:
 
 
 def said_rejected(lines: int, output: str) -> str:
+    """Return how many lines were rejected and where they are, in words."""
     return f"{lines:,} rejected {'line' if lines == 1 else 'lines'} in {output}.rejected.jsonl"
