@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import pytest
 
-from pretrain.account import ledger
+from pretrain.account import ledger, ledger_writer
 from pretrain.account.flops import Flops, StepCost
 from pretrain.account.ledger_writer import Ledger
 from pretrain.errors import UserError
@@ -349,7 +349,7 @@ def test_a_log_is_noted_every_ten_seconds(tmp_path):
 
 
 def test_a_long_block_beats_too_until_the_last_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "PULSE", 0.001)
+    monkeypatch.setattr(ledger_writer, "PULSE", 0.001)
     clock = Clock()
     account = opened(tmp_path, clock)
     account.begin()

@@ -679,7 +679,7 @@ def test_an_attempt_without_time_for_an_update_is_not_started_again(
 ) -> None:
     seconds = count(1000)
     clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
-    for module in (start_module, train):
+    for module in (start_module, decision):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1001")
     run = build_here(words("a", f"checkpoint.end_margin_minutes={margin}"), tmp_path / "a")
@@ -692,7 +692,7 @@ def test_stops_before_its_job_ends(words: Words, tmp_path: Path, monkeypatch: py
     """A fifth of the time is kept for saving; the clock moves on by a second with each look at it."""
     seconds = count(1000)
     clock = SimpleNamespace(**{**vars(time), "time": lambda: next(seconds)})
-    for module in (start_module, train):
+    for module in (start_module, decision):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1100")
     run = build_here(words("a", "budget.steps=1000000", "evaluate.every_steps=null"), tmp_path / "a")
