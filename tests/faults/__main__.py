@@ -28,14 +28,18 @@ def main() -> int:
         compare(args.mtbf, args.seed, args.output)
         return 0
 
+    from pretrain.errors import UserError
     from pretrain.files import json_text
+    from tests.faults import kinds, queued
     from tests.faults.campaign import campaign, summary
-    from tests.faults.kinds import KINDS
 
-    kinds = args.kinds or KINDS
-    if unknown := set(kinds) - set(KINDS):
-        parser.error(f"no such kind: {', '.join(sorted(unknown))}; take of: {', '.join(KINDS)}")
-    records = campaign(args.count, args.seed, args.output, kinds)
+    known = (*kinds.KINDS, *queued.KINDS)
+    if unknown := set(args.kinds or ()) - set(known):
+        parser.error(f"no such kind: {', '.join(sorted(unknown))}; take of: {', '.join(known)}")
+    try:
+        records = campaign(args.count, args.seed, args.output, args.kinds or known)
+    except UserError as error:
+        parser.error(str(error))
     bad = [record for record in records if record.broken or not record.equal]
     for record in bad:
         print(record)

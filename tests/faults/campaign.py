@@ -23,18 +23,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from pretrain import checkpoint
 from pretrain.errors import UserError
 from pretrain.files import append_line
 from pretrain.run_folder import RunFolder
-from tests.conftest import encode, sample_texts
+from tests.faults import queued
 from tests.faults.kinds import (
     INSIDE,
     KINDS,
@@ -48,12 +46,20 @@ from tests.faults.kinds import (
     damage,
     free,
 )
+from tests.faults.workshop import (
+    HANG,
+    LAYOUTS,
+    TOKENIZER,
+    Layout,
+    Record,
+    Workshop,
+    differs,
+    last_word,
+    workshop,
+)
 from tests.support.ranks import free_port
-from tests.support.runs import ENVIRON, Attempt, Outcome, kept, torch_variables
-from tools.ledger import __main__ as ledger_program
+from tests.support.runs import ENVIRON, Attempt, Outcome, torch_variables
 
-HANG = 120.0
-"""Seconds after which an attempt that has not ended counts as one that hangs."""
 PLAIN = 0.02
 """Share of attempts that are plain commands."""
 OF_A_THREAD = "(_die):\nTraceback"
@@ -61,70 +67,6 @@ OF_A_THREAD = "(_die):\nTraceback"
 LONGEST = {1: 12, 2: 6, 4: 3}
 """Attempts of a run that are disturbed, by its ranks; after so many it is left in peace."""
 ROOT = Path(__file__).parents[2]
-TOKENIZER = "tokenizer.model"
-
-
-class Layout(NamedTuple):
-    """How a run is spread, and how often it is drawn."""
-
-    ranks: int
-    words: tuple[str, ...]
-    weight: float
-
-    @property
-    def name(self) -> str:
-        """Return it in words."""
-        words = [word.split(".")[-1] for word in self.words]
-        return " ".join([f"{self.ranks} rank{'s' * (self.ranks > 1)}", *words])
-
-
-_ZERO = {stage: ("train.engine=deepspeed", f"parallel.zero={stage}") for stage in range(4)}
-_TENSOR = "parallel.tensor=2"
-LAYOUTS = (
-    Layout(1, (), 40),
-    Layout(1, _ZERO[0], 18),
-    Layout(1, _ZERO[1], 17),
-    Layout(2, (), 6),
-    Layout(2, (_TENSOR,), 5),
-    Layout(2, _ZERO[1], 4),
-    Layout(2, _ZERO[2], 2),
-    Layout(2, _ZERO[3], 2),
-    Layout(2, (*_ZERO[0], _TENSOR), 3),
-    Layout(4, (), 1),
-    Layout(4, (_TENSOR,), 1),
-    Layout(4, _ZERO[1], 1),
-)
-_CONFIG = {
-    "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "max_positions": 40},
-    "masking": {"rate": 0.5},
-    "train": {"seq_length": 24, "batch_size": 8, "precision": "fp32"},
-    "optimizer": {"lr": 3e-3},
-    "budget": {"steps": 14},
-    "checkpoint": {"every_steps": 2},
-    "evaluate": {"every_steps": 4, "samples": 16},
-    "monitor": {"log_every": 1, "tensorboard": False, "stall_seconds": 24},
-}
-
-
-@dataclass
-class Record:
-    """A line of the campaign's file."""
-
-    run: int
-    layout: str
-    kind: str
-    place: str
-    at: int
-    rank: int
-    plain: bool
-    """The attempt was a plain command."""
-    codes: list[int] = field(default_factory=list)
-    line: str = ""
-    """What rank 0 said last of how it ended."""
-    broken: str = ""
-    """What was not as promised; empty if all was."""
-    equal: bool = False
-    """The run ended as if nobody had disturbed it."""
 
 
 # ---- the campaign --------------------------------------------------------------------------------
@@ -135,11 +77,13 @@ def campaign(count: int, seed: int, output: Path, kinds: Sequence[str] = KINDS) 
     records = read(output)
     if len(records) >= count:
         return records
-    with workshop() as shop:
-        known = [kind for kind in kinds if shop.own_disk or kind not in NEEDS_DISK]
+    with workshop() as shop, queued.known_kinds(kinds) as left:
+        known = [kind for kind in left if shop.own_disk or kind not in NEEDS_DISK]
+        if not known:
+            raise UserError("none of these kinds can be had here")
         run = 1 + max((record.run for record in records), default=-1)
         while len(records) < count:
-            for record in disturbed(shop, run, random.Random(f"{seed} {run}"), known):
+            for record in disturbed(shop, run, seed, known):
                 append_line(output, json.dumps(asdict(record)))
                 records.append(record)
             run += 1
@@ -174,70 +118,6 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@dataclass
-class Workshop:
-    """Where a campaign works."""
-
-    folder: Path
-    """On the machine's disk: corpora, marks of attempts, undisturbed runs."""
-    disk: Path
-    """The disturbed runs."""
-    own_disk: bool
-    """It is a file system of its own, which can be filled."""
-    undisturbed: dict[Layout, dict[str, Any]] = field(default_factory=dict)
-
-    def words(self, layout: Layout, run: Path, inputs: Path) -> list[str]:
-        """Return the command line of a run."""
-        # The manifest would name the tokenizer of the inputs of which these are a copy.
-        corpora = [f"corpus.{name}={inputs}/{name}" for name in ("train", "valid", "tokenizer")]
-        return [f"{self.folder}/toy.yaml", f"run.dir={run}", *corpora, *layout.words]
-
-    def expected(self, layout: Layout) -> dict[str, Any]:
-        """Return the result of the undisturbed run of a layout."""
-        if layout not in self.undisturbed:
-            run = self.folder / "undisturbed"
-            shutil.rmtree(run, ignore_errors=True)
-            outcome = Attempt(self.words(layout, run, self.folder / "inputs"), layout.ranks).wait(HANG)
-            assert outcome.codes == [0] * layout.ranks, outcome.text
-            self.undisturbed[layout] = kept(run)
-        return self.undisturbed[layout]
-
-
-@contextmanager
-def workshop() -> Iterator[Workshop]:
-    """Make the inputs, and a file system for the runs where this process may; all is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="latemask-faults-") as name:
-        folder = Path(name)
-        _make_inputs(folder)
-        disk = folder / "disk"
-        disk.mkdir()
-        own = _mount(disk)
-        try:
-            yield Workshop(folder, disk, own)
-        finally:
-            if own:
-                subprocess.run(["umount", "--lazy", str(disk)], check=False)
-
-
-def _make_inputs(folder: Path) -> None:
-    from pretrain.data.tokenizer import train_sentencepiece
-
-    texts, inputs = sample_texts(), folder / "inputs"
-    train_sentencepiece(texts, inputs / "tokenizer", "unigram", 400)
-    for name, part in {"train": texts[:28], "valid": texts[28:], "other": texts[5:30]}.items():
-        encode(part, inputs / "tokenizer", inputs / name)
-    config = {"run": {"dir": "run"}, "corpus": {"train": "train"}, **_CONFIG}
-    (folder / "toy.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-
-
-def _mount(disk: Path) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "latemask-faults", str(disk)]
-    try:
-        return subprocess.run(command, check=False, capture_output=True).returncode == 0
-    except OSError:
-        return False
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -446,15 +326,17 @@ def wanted(kind: str, path: Path) -> bool:
     return not (kind.endswith("flipped") and path.suffix in (".bin", ".json"))
 
 
-def last_word(text: str) -> str:
-    """Return the line with which an attempt explained its end."""
-    how = r"error: |\S+: (stopped|inter|the budget)|\w+Error"
-    lines = [line for line in text.splitlines() if re.match(how, line)]
-    return re.sub(r"/\S*/", "", lines[-1])[:200] if lines else ""
+def disturbed(shop: Workshop, number: int, seed: int, kinds: Sequence[str]) -> list[Record]:
+    """Disturb a run, by a queue or without, until it is over; compare it, and return what befell it."""
+    here, there = ([kind for kind in kinds if (kind in queued.KINDS) is queues] for queues in (False, True))
+    draw = random.Random(f"{seed} {number}")
+    if there and (not here or random.Random(f"{seed} {number} queue").random() < queued.SHARE):
+        return queued.disturbed(shop, number, draw, there)
+    return disturbed_here(shop, number, draw, here)
 
 
-def disturbed(shop: Workshop, number: int, draw: random.Random, kinds: Sequence[str]) -> list[Record]:
-    """Disturb a run until its budget is spent, compare it, and return what befell it."""
+def disturbed_here(shop: Workshop, number: int, draw: random.Random, kinds: Sequence[str]) -> list[Record]:
+    """Disturb a run of this machine until its budget is spent."""
     run = Disturbed(shop, number, draw, kinds)
     expected = shop.expected(run.layout)
     over = False
@@ -475,34 +357,6 @@ def disturbed(shop: Workshop, number: int, draw: random.Random, kinds: Sequence[
     for path in (run.path, run.inputs):
         shutil.rmtree(path)
     return run.records
-
-
-def differs(run: Path, inputs: Path, expected: dict[str, Any]) -> str:
-    """Return how a run that is over is not like the undisturbed one; "" if it is.
-
-    A checkpoint that was damaged and is not the newest stays as it is, and `tools.ledger check` says so: then
-    it is moved away, as that says.
-    """
-    try:
-        found = kept(run)
-    except UserError as error:
-        return str(error)
-    for step in checkpoint.steps(run):
-        path = run / "checkpoints" / f"step-{step:08d}"
-        if not checkpoint.is_whole(path):
-            shutil.rmtree(path)
-    status = RunFolder(run).status()
-    if status.get("state") != "finished" or status.get("exit_code") != 0:
-        return f"its status says {status}"
-    if found != expected:
-        return f"{found} is not {expected}"
-    if (run / "tokenizer" / TOKENIZER).read_bytes() != (inputs / "tokenizer" / TOKENIZER).read_bytes():
-        return "its tokenizer is another"
-    try:
-        ledger_program.check([str(run)])
-    except UserError as error:
-        return f"tools.ledger check: {error}"
-    return ""
 
 
 # ---- what the campaign does while ranks run ------------------------------------------------------

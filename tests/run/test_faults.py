@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.signals import Signals
-from tests.faults.campaign import campaign, read, workshop
+from tests.faults.campaign import campaign, read
 from tests.faults.ettr import Costs, foreseen, measure
 from tests.faults.kinds import Fault, Plan, free
+from tests.faults.workshop import workshop
 from tests.support.runs import Outcome, attempt, finish
 
 SEED = 2156
@@ -83,10 +84,10 @@ def test_a_file_that_cannot_be_read_is_written_anew(
 
 def test_what_is_foreseen_of_failures() -> None:
     """Young's and Daly's interval is the best where failures are rare, and what is measured is near to it."""
-    costs, mtbf = Costs(start=20, stop=2), 3600.0
-    best = (2 * costs.stop * mtbf) ** 0.5
+    costs, mtbf = Costs(start=20, stop=2, write=5), 3600.0
+    best = costs.best_interval(mtbf)
     assert foreseen(best, mtbf, costs) > max(foreseen(times * best, mtbf, costs) for times in (0.8, 1.25))
-    measured = measure(300.0, "auto", 3, Costs(start=2, stop=0.5), length=3, updates=120)
+    measured = measure(300.0, "auto", 3, Costs(start=2, stop=0.5, write=9), length=3, updates=120)
     assert measured.failures >= 1 and abs(measured.ettr - measured.foreseen) < 0.1
     assert measured.ettr < measured.ettr_by_ledger < 1  # which is not told of the last seconds
 

@@ -11,11 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -42,10 +39,6 @@ from tools.shared import journal
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("slurm")
 
-# Of no importance to the weights but for the rate, which must not depend on where the budget ends.
-LONG = ["budget.steps=1000000", "schedule.warmup=0", "schedule.floor=1", "evaluate.every_steps=null"]
-
-
 FOREVER = "sleep infinity"
 """A job that ends when somebody ends it."""
 
@@ -56,91 +49,33 @@ def odd(tmp_path: Path) -> Path:
     return tmp_path / 'it\'s "a" 100%j $run'
 
 
-def row(run: Path, stage: str = "train") -> dict[str, Any]:
-    (found,) = [line for line in status.rows([run]) if line.stage == stage]
-    return asdict(found)
-
-
-def shorten(run: Path, steps: int) -> None:
-    """Gives a submitted run another budget."""
-    file = run / "slurm" / "config.yaml"
-    tree = yaml.safe_load(file.read_text())
-    tree["budget"]["steps"] = steps
-    file.write_text(yaml.safe_dump(tree))
-
-
 # ---- whatever is done to a run -------------------------------------------------------------------
 
 
-def told(job: str, run: Path) -> None:
-    """What Slurm sends before the time limit."""
-    command("scancel", "--signal=USR1", job)
-
-
-def requeue(job: str, run: Path) -> None:
-    command("scontrol", "requeue", job)
-
-
-def node_down(job: str, run: Path) -> None:
-    command("scontrol", "update", "nodename=lm1", "state=down", "reason=test")
-
-
-def preempt(job: str, run: Path) -> None:
-    urgent = command(
-        "sbatch", "--parsable", "-p", "gpu", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
-    )
-    jobs.until(lambda: jobs.state(urgent.strip()) == "COMPLETED", "the urgent job")
-
-
-def limit(job: str, run: Path) -> None:
-    """Slurm does it, at the earliest full minute that leaves SIGNAL_SECONDS."""
-    running = re.search(r" RunTime=(\d+):(\d+):(\d+)", command("scontrol", "-o", "show", "job", job))
-    assert running
-    hours, minutes, seconds = map(int, running.groups())
-    set_limit(job, 60 * hours + minutes + (2 if seconds < 50 else 3))
-
-
-def set_limit(job: str, minutes: int) -> None:
-    command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-
-
-RESTLESS = "sleep() { command sleep 0.1; }\n"
-"""Of a requeued job Slurm may kill the sleep before the script: nothing must follow that sleep."""
-
-
-EVENTS: dict[str, tuple[Callable[[str, Path], None], int, list[str]]] = {
-    "signal": (told, 1, []),
-    "requeue": (requeue, 1, []),
-    "node down": (node_down, 2, []),
-    "preemption": (preempt, 1, ["--partition", "spare"]),
-    "time limit": (limit, 1, []),
-}
-
-
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", jobs.EVENTS)
 def test_a_run_goes_on_after(event: str, tiny: Path, odd: Path, tmp_path: Path) -> None:
     """The weights are those of a run that nothing happened to."""
-    happen, nodes, options = EVENTS[event]
-    site = jobs.site(tmp_path, RESTLESS)
-    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *LONG, "checkpoint.every_steps=1"]
+    nodes, options = 1 + (event == "node down"), ["--partition", "spare"] if event == "preemption" else []
+    site = jobs.site(tmp_path, jobs.RESTLESS)
+    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *jobs.LONG, "checkpoint.every_steps=1"]
     (job,) = jobs.start([*words, "--nodes", str(nodes), *options], site)
     jobs.trains(odd, job)
-    assert row(odd)["state"] == "running" and row(odd)["seconds_left"] > 0
-    happen(job, odd)
+    assert jobs.row(odd)["state"] == "running" and jobs.row(odd)["seconds_left"] > 0
+    jobs.EVENTS[event](job)
     jobs.requeued(job)
-    assert row(odd)["state"] == "requeued", row(odd)
+    assert jobs.row(odd)["state"] == "requeued", jobs.row(odd)
     if event in ("signal", "time limit"):
-        assert row(odd)["message"] == "stopped by SIGUSR1"
+        assert jobs.row(odd)["message"] == "stopped by SIGUSR1"
     reached = max(checkpoint.steps(odd))
     steps = reached + 3
-    shorten(odd, steps)
-    set_limit(job, 10)
+    jobs.shorten(odd, steps)
+    jobs.set_limit(job, 10)
     jobs.hurry(job)
     assert jobs.wait(job, odd) == "COMPLETED", jobs.log(odd)
-    assert row(odd)["state"] == "finished" and 2 <= row(odd)["attempts"] <= 1 + jobs.restarts(job)
+    assert jobs.row(odd)["state"] == "finished" and 2 <= jobs.row(odd)["attempts"] <= 1 + jobs.restarts(job)
     told_so = RunFolder(odd).status()
     assert (told_so["exit_code"], told_so["step"]) == (0, steps)
-    alone = [*words[:1], f"run.dir={tmp_path / 'alone'}", *LONG, f"budget.steps={steps}"]
+    alone = [*words[:1], f"run.dir={tmp_path / 'alone'}", *jobs.LONG, f"budget.steps={steps}"]
     finish(alone, nodes)
     assert result(odd) == result(tmp_path / "alone")
 
@@ -148,7 +83,7 @@ def test_a_run_goes_on_after(event: str, tiny: Path, odd: Path, tmp_path: Path) 
 def test_scancel_saves_and_ends(
     tiny: Path, odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *LONG]
+    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *jobs.LONG]
     (job,) = jobs.start(words, jobs.site(tmp_path))
     with pytest.raises(UserError, match="train is .* as job"):
         submit.main([*words, "--cluster", str(tmp_path / "cluster.env")])
@@ -158,7 +93,7 @@ def test_scancel_saves_and_ends(
     told_so = RunFolder(odd).status()
     assert (told_so["state"], told_so["exit_code"]) == ("stopped", 75)
     assert checkpoint.steps(odd) == [told_so["step"]]
-    assert row(odd)["state"] == "cancelled"
+    assert jobs.row(odd)["state"] == "cancelled"
 
 
 def test_what_the_user_must_change_stops_the_chain(tiny: Path, odd: Path, tmp_path: Path) -> None:
@@ -172,13 +107,13 @@ def test_what_the_user_must_change_stops_the_chain(tiny: Path, odd: Path, tmp_pa
     command("scontrol", "release", train)
     assert jobs.wait(train, odd) == "FAILED"
     assert jobs.wait(report, odd) == "CANCELLED"
-    assert row(odd)["state"] == "failed" and "bad.bin" in row(odd)["message"], jobs.log(odd)
-    assert row(odd, "report")["state"] == "cancelled"
+    assert jobs.row(odd)["state"] == "failed" and "bad.bin" in jobs.row(odd)["message"], jobs.log(odd)
+    assert jobs.row(odd, "report")["state"] == "cancelled"
 
 
 def test_a_run_that_dies_without_progress_stops(tiny: Path, odd: Path, tmp_path: Path) -> None:
     site = jobs.site(tmp_path, "MAX_ATTEMPTS=2\n")
-    (job,) = jobs.start([str(tiny / "tiny.yaml"), f"run.dir={odd}", *LONG], site)
+    (job,) = jobs.start([str(tiny / "tiny.yaml"), f"run.dir={odd}", *jobs.LONG], site)
     for number in (1, 2):
         begun = (odd / "metrics.jsonl").stat().st_mtime if number == 2 else 0.0
         jobs.until(
@@ -191,7 +126,7 @@ def test_a_run_that_dies_without_progress_stops(tiny: Path, odd: Path, tmp_path:
             jobs.requeued(job)
             jobs.hurry(job)
     assert jobs.wait(job, odd) == "FAILED"
-    assert row(odd)["message"].startswith("NonZeroExitCode; 2 attempts without progress")
+    assert jobs.row(odd)["message"].startswith("NonZeroExitCode; 2 attempts without progress")
 
 
 def test_where_requeue_is_forbidden(
@@ -201,18 +136,18 @@ def test_where_requeue_is_forbidden(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     site = jobs.site(tmp_path, "REQUEUE=no\n")
-    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *LONG, "--pipeline", "train,report"]
+    words = [str(tiny / "tiny.yaml"), f"run.dir={odd}", *jobs.LONG, "--pipeline", "train,report"]
     first, report = jobs.start(words, site)
     jobs.trains(odd, first)
-    shorten(odd, 10**6)
-    told(first, odd)
+    jobs.shorten(odd, 10**6)
+    jobs.tell(first)
     assert jobs.wait(first, odd) == "COMPLETED"
-    second = row(odd)["job"]
+    second = jobs.row(odd)["job"]
     assert second != first and jobs.state(report) == "PENDING"
     jobs.until(lambda: "continues   from" in jobs.log(odd), "the second attempt")
-    told(second, odd)
+    jobs.tell(second)
     jobs.wait(second, odd)
-    third = row(odd)["job"]
+    third = jobs.row(odd)["job"]
     assert third not in (first, second)
     command("scancel", third)
     jobs.wait(third, odd)
@@ -258,9 +193,9 @@ def test_bad_nodes_are_named_and_left_out(
     (job,) = jobs.start([str(tiny / "tiny.yaml"), f"run.dir={odd}", "--nodes", str(nodes)], site)
     for node in bad:
         reason = f"pre-flight: {node}: {SCRATCH}/deep{nodes}/latemask-{getpass.getuser()}: Not a directory"
-        jobs.until(lambda: reason in row(odd)["message"], reason)  # noqa: B023
+        jobs.until(lambda: reason in jobs.row(odd)["message"], reason)  # noqa: B023
         jobs.requeued(job)
-        assert row(odd)["state"] == "requeued"
+        assert jobs.row(odd)["state"] == "requeued"
         jobs.hurry(job)
     assert jobs.wait(job, odd) == "COMPLETED", jobs.log(odd)
     assert [line["nodes"] for line in journal.read(odd) if line["event"] == "begin"] == begun
@@ -341,18 +276,20 @@ def test_an_array_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert submit.main(words) == 0
     (job,) = [line["job"] for line in journal.read(home) if line["event"] == "submit"]
     waiting = {"finished": 2, "requeued": 2, "failed": 1}
-    jobs.until(lambda: row(home, "array")["tasks"] == waiting, "two tasks to be requeued, the others' end")
-    assert row(home, "array")["state"] == "requeued"
+    jobs.until(
+        lambda: jobs.row(home, "array")["tasks"] == waiting, "two tasks to be requeued, the others' end"
+    )
+    assert jobs.row(home, "array")["state"] == "requeued"
     jobs.hurry(f"{job}_2")
     jobs.hurry(f"{job}_4")
-    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
-    assert row(home, "array")["tasks"] == {"finished": 3, "failed": 2}
+    jobs.until(lambda: jobs.row(home, "array")["state"] in status.ENDED, "the array")
+    assert jobs.row(home, "array")["tasks"] == {"finished": 3, "failed": 2}
     assert (home / "never").read_text().split() == ["x", "x"]
     assert sorted((home / "out").read_text().split()) == ["one", "three", "two"]
     assert sorted(path.name for path in (home / "slurm" / "done").iterdir()) == ["0", "1", "2"]
     # Slurm forgets tasks one by one.
     assert sorted(status.tasks(home, journal.read(home), [])) == ["failed"] * 2 + ["finished"] * 3
-    assert row(home, "array")["message"] == "failed in commands.txt: line 4, 5"
+    assert jobs.row(home, "array")["message"] == "failed in commands.txt: line 4, 5"
 
 
 def waiting_for(file: Path) -> int:
@@ -377,11 +314,11 @@ def test_fine_tuning_as_an_array(
         (job,) = [line["job"] for line in journal.read(home) if line["event"] == "submit"]
         jobs.until(lambda: waiting_for(file) == 2, "both shares to have a run to write down")
         command("scancel", "--signal=USR1", job)
-        jobs.until(lambda: row(home, "array")["tasks"] == {"requeued": 2}, "both to be told of the end")
+        jobs.until(lambda: jobs.row(home, "array")["tasks"] == {"requeued": 2}, "both to be told of the end")
     for share in range(2):
         jobs.hurry(f"{job}_{share}")
-    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
-    assert row(home, "array")["tasks"] == {"finished": 2}, jobs.log(home)
+    jobs.until(lambda: jobs.row(home, "array")["state"] in status.ENDED, "the array")
+    assert jobs.row(home, "array")["tasks"] == {"finished": 2}, jobs.log(home)
     assert len(file.read_text(encoding="utf-8").splitlines()) == len(read_runs(file)) == 2 + 2 * 2
     capfd.readouterr()
     assert finetune.main([*words, "--dry-run"]) == 0 and capfd.readouterr().out.startswith("0 runs to do")
@@ -400,8 +337,8 @@ def test_a_job_from_within_a_job_is_a_job_of_its_own(tmp_path: Path, monkeypatch
     home = tmp_path / "array"
     array = ["--array", str(tmp_path / "commands"), "--output", str(home)]
     assert submit.main([*array, "--cluster", str(jobs.site(tmp_path))]) == 0
-    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array")
-    assert row(home, "array")["state"] == "finished", jobs.log(home)
+    jobs.until(lambda: jobs.row(home, "array")["state"] in status.ENDED, "the array")
+    assert jobs.row(home, "array")["state"] == "finished", jobs.log(home)
     given = (tmp_path / "env").read_text().splitlines()
     assert not [f"{name}={value}" for name, value in left.items() if f"{name}={value}" in given]
 
@@ -413,12 +350,12 @@ def test_an_array_where_requeue_is_forbidden(tmp_path: Path) -> None:
     site = jobs.site(tmp_path, f"REQUEUE=no\nsetup() {{ cd '{tmp_path}'; }}\n")
     array = ["--array", str(tmp_path / "commands"), "--output", str(home)]
     assert submit.main([*array, "--cluster", str(site)]) == 0
-    jobs.until(lambda: len(row(home, "array")["jobs"]) == 2, "the successor")
+    jobs.until(lambda: len(jobs.row(home, "array")["jobs"]) == 2, "the successor")
     tasks = {"failed": 1, "running": 1, "finished": 1}
-    jobs.until(lambda: row(home, "array")["tasks"] == tasks, "its end, and that of the first")
+    jobs.until(lambda: jobs.row(home, "array")["tasks"] == tasks, "its end, and that of the first")
     assert submit.main(["--cancel", str(home)]) == 0
-    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array's end")
-    assert row(home, "array")["tasks"] == {"failed": 1, "cancelled": 1, "finished": 1}
+    jobs.until(lambda: jobs.row(home, "array")["state"] in status.ENDED, "the array's end")
+    assert jobs.row(home, "array")["tasks"] == {"failed": 1, "cancelled": 1, "finished": 1}
 
 
 def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -432,18 +369,18 @@ def test_a_sweep_through_the_queue(tiny: Path, tmp_path: Path, capfd: pytest.Cap
     words = [str(tiny / "tiny.yaml"), "budget.steps=3", "--output", str(home), "--over", "run.seed=1,2"]
     words += ["--slurm", "--cluster", str(jobs.site(tmp_path)), "--at-once", "1", "--json"]
     assert sweep.main(words) == 0
-    first = row(home, "array")["job"]
+    first = jobs.row(home, "array")["job"]
     assert sweep.main(words) == 0  # not twice at the same time
     assert f"job {first}: pending" in capfd.readouterr().err
     command("scontrol", "hold", f"{first}_1")
     command("scancel", before)
     jobs.until(lambda: RunFolder(home / "seed-1").status().get("state") == "finished", "the first run")
     submit.main(["--cancel", str(home)])
-    jobs.until(lambda: row(home, "array")["state"] in status.ENDED, "the array's end")
+    jobs.until(lambda: jobs.row(home, "array")["state"] in status.ENDED, "the array's end")
     assert not (home / "seed-2").exists()
     assert sweep.main(words) == 0
     assert len((home / "slurm" / "commands.txt").read_text().splitlines()) == 1
-    jobs.until(lambda: row(home, "array")["state"] == "finished", "the rest")
+    jobs.until(lambda: jobs.row(home, "array")["state"] == "finished", "the rest")
     capfd.readouterr()
     assert sweep.main(words) == 0
     rows = json.loads(capfd.readouterr().out)

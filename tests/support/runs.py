@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -110,21 +112,51 @@ class Paced(Strike):
         super().arm()
 
 
-def pace(paces: dict[str, float], start: float, life: float = math.inf) -> None:
-    """Let the clock of this process show `start` seconds and those of each call, and kill it after `life`."""
-    moment = begin = time.monotonic()
+def pace(paces: dict[str, float], start: float, life: float = math.inf, writing: float = 0.0) -> None:
+    """Let the clock of this process show `start` seconds and those of each call, and kill it after `life`.
+
+    writing: seconds that a checkpoint takes to be written beside all that.
+    """
+    moment = time.monotonic()
+    death = moment + life - start
+    open_writes: list[tuple[float, threading.Event, checkpoint.Writer]] = []
     time.monotonic = lambda: moment
     ledger_writer.process_start = lambda: ledger_writer.now() - start
 
-    def pass_time(seconds: float) -> None:
+    def pass_until(when: float) -> None:
         nonlocal moment
-        moment += seconds
-        if moment - begin + start > life:
+        for due, go, writer in [one for one in open_writes if one[0] <= min(when, death)]:
+            open_writes.clear()
+            moment = max(moment, due)
+            go.set()
+            assert writer._last
+            wait([writer._last])
+        moment = max(moment, when)
+        if moment > death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     for target, seconds in paces.items():
         owner, name = owner_of(target)
-        setattr(owner, name, _taking(seconds, getattr(owner, name), pass_time))
+        setattr(owner, name, _before(getattr(owner, name), lambda s=seconds: pass_until(moment + s)))
+
+    def begin(self: checkpoint.Writer, gathered: Any, write: Callable[[Any], None]) -> None:
+        go = threading.Event()
+        open_writes.append((moment + writing, go, self))
+
+        def late(copies: Any) -> None:
+            go.wait()
+            write(copies)
+
+        start_writer(self, gathered, late)
+
+    def timed(self: checkpoint.Writer, write: Callable[[], None]) -> None:
+        write()
+        self.seconds = writing
+
+    start_writer, checkpoint.Writer.start, checkpoint.Writer._timed = checkpoint.Writer.start, begin, timed
+    checkpoint.Writer.wait = _before(
+        checkpoint.Writer.wait, lambda: pass_until(max((one[0] for one in open_writes), default=moment))
+    )
 
 
 def owner_of(target: str) -> tuple[Any, str]:
@@ -137,14 +169,12 @@ def owner_of(target: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _taking(
-    seconds: float, function: Callable[..., Any], pass_time: Callable[[float], None]
-) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        pass_time(seconds)
+def _before(function: Callable[..., Any], do: Callable[[], None]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        do()
         return function(*args, **kwargs)
 
-    return timed
+    return call
 
 
 class Outcome(NamedTuple):

@@ -1,11 +1,16 @@
-"""What the tests do with jobs: submit, wait, hurry, and look."""
+"""What the tests do with jobs: submit, wait, hurry, look, and what befalls them on a cluster."""
 
+import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pretrain.monitor import read_metrics
-from slurm import scheduler, submit
+from slurm import scheduler, status, submit
 from tests.support.ranks import PATIENCE
 from tests.support.slurm_cluster import cluster
 from tests.support.slurm_cluster.cluster import run as command
@@ -23,6 +28,10 @@ setup() {
     export PYTHONWARNINGS=ignore
 }
 """
+RESTLESS = "sleep() { command sleep 0.1; }\n"
+"""Of a requeued job Slurm may kill the sleep before the script: nothing must follow that sleep."""
+LONG = ["budget.steps=1000000", "schedule.warmup=0", "schedule.floor=1", "evaluate.every_steps=null"]
+"""Of no importance to the weights but for the rate, which must not depend on where the budget ends."""
 LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
 
 
@@ -93,11 +102,75 @@ def hurry(job: str) -> None:
     command("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
-def trains(run: Path, job: str) -> None:
-    """Waits until a run has made some updates in this job."""
+def trains(run: Path, job: str, after: int = 0) -> None:
+    """Waits until a run has made some updates in this job; after: the step that it goes on from."""
 
     def logged() -> bool:
         assert state(job) in LIVE, log(run)
-        return (run / "metrics.jsonl").exists() and len(read_metrics(run)) > 3
+        return (run / "metrics.jsonl").exists() and any(
+            line["step"] > after + 3 for line in read_metrics(run)
+        )
 
     until(logged, f"updates of {run}")
+
+
+def row(run: Path, stage: str = "train") -> dict[str, Any]:
+    """What `--status` says of a stage."""
+    (found,) = [line for line in status.rows([run]) if line.stage == stage]
+    return asdict(found)
+
+
+def shorten(run: Path, steps: int) -> None:
+    """Gives a submitted run another budget."""
+    file = run / "slurm" / "config.yaml"
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree["budget"]["steps"] = steps
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+
+# ---- what befalls a job --------------------------------------------------------------------------
+
+
+def tell(job: str) -> None:
+    """What Slurm sends before the time limit."""
+    command("scancel", "--signal=USR1", job)
+
+
+def requeue(job: str) -> None:
+    """As somebody who runs the cluster may."""
+    command("scontrol", "requeue", job)
+
+
+def node_down(job: str) -> None:
+    """Of all nodes the first, on which rank 0 is."""
+    command("scontrol", "update", "nodename=lm1", "state=down", "reason=test")
+
+
+def preempt(job: str) -> None:
+    """A job of more importance wants all nodes; this one should be of the partition that gives way."""
+    urgent = command(
+        "sbatch", "--parsable", "-p", "gpu", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
+    )
+    until(lambda: state(urgent.strip()) == "COMPLETED", "the urgent job")
+
+
+def limit(job: str) -> None:
+    """Slurm does it, at the earliest full minute that leaves SIGNAL_SECONDS."""
+    running = re.search(r" RunTime=(\d+):(\d+):(\d+)", command("scontrol", "-o", "show", "job", job))
+    assert running
+    hours, minutes, seconds = map(int, running.groups())
+    set_limit(job, 60 * hours + minutes + (2 if seconds < 50 else 3))
+
+
+def set_limit(job: str, minutes: int) -> None:
+    command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+
+EVENTS: dict[str, Callable[[str], None]] = {
+    "signal": tell,
+    "requeue": requeue,
+    "node down": node_down,
+    "preemption": preempt,
+    "time limit": limit,
+}
+"""What sends a job back into the queue."""
