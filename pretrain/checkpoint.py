@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -39,6 +39,8 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pretrain.parallel.pieces import Piece
 from pretrain.files import TEMPORARY, digest, json_text, parse_json, remove, sync, write_atomic
 from pretrain.run_folder import RunFolder
 
@@ -61,9 +63,14 @@ log = logging.getLogger(__name__)
 class TensorSource(Protocol):
     """What a checkpoint needs from an engine. `tensors` is collective: every rank iterates to the end."""
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor", bool]]:
-        """Yields (name, full fp32 tensor, whether it is the engine's own, which the next update changes) for
-        kind param, exp_avg or exp_avg_sq, on all ranks."""
+    def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor"]]:
+        """Yields (name, full fp32 tensor) for kind param, exp_avg or exp_avg_sq, on all ranks."""
+
+    def pieces(self, kind: str) -> Iterator["Piece"]:
+        """Yields what this rank gives to these; not collective."""
+
+    def join(self, pieces: Sequence["Piece"]) -> dict[str, "Tensor"]:
+        """Returns the full tensors of copies of the pieces of all ranks, on rank 0; collective."""
 
     def load_tensors(self, kind: str, get: Callable[[str], "Tensor"]) -> None:
         """Takes what this rank needs of ``get(name)``."""
@@ -116,8 +123,9 @@ _STATE = TypeAdapter(State)
 class Writer:
     """Writes checkpoints on a thread of its own while training goes on, one after the other.
 
-    The one idea: only an update changes what is saved. So the thread copies it while the next forward and
-    backward pass go on, and no more than the update waits for that (`wait_copied`).
+    The one idea: only an update changes what is saved. So the thread of each rank copies the rank's pieces
+    while the next forward and backward pass go on, and no more than the update waits for that
+    (`wait_copied`); then they are put together on rank 0.
 
     As a context manager it leaves with the last one on disk, or as far as it came: only who interrupts at
     once does not wait for it, and finds the one before.
@@ -125,22 +133,22 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._copied: Future[Gathered] | None = None
+        self._copied: Future[Pieces] | None = None
         self._last: Future[None] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
         """Kept from one to the next: memory that is new to the process is slow."""
         self.seconds = 0.0
         """What the last one took to write."""
 
-    def start(self, gathered: "Gathered", write: Callable[["Gathered"], None]) -> None:
+    def start(self, pieces: "Pieces", write: Callable[["Pieces"], None]) -> None:
         """Copy and write; the one before is written (`wait`)."""
         import torch  # which the readers of a run do without
 
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        copied = self._copied = self._pool.submit(self._copy_all, gathered, ready)
+        copied = self._copied = self._pool.submit(self._copy_all, pieces, ready)
         self._last = self._pool.submit(self._timed, lambda: write(copied.result()))
 
-    def _copy_all(self, gathered: "Gathered", ready: Any) -> "Gathered":
+    def _copy_all(self, pieces: "Pieces", ready: Any) -> "Pieces":
         """Copies of what is there once the GPU, if there is one, has passed `ready`."""
         import torch
 
@@ -148,17 +156,18 @@ class Writer:
         if stream:  # not that of the next pass, for which a copy would wait
             stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            return [
-                (kind, {name: self.copy(kind, name, tensor) for name, tensor in tensors.items()})
-                for kind, tensors in gathered
-            ]
+            return {
+                kind: [piece._replace(flat=self._copy(kind, piece)) for piece in each]
+                for kind, each in pieces.items()
+            }
 
-    def copy(self, kind: str, name: str, tensor: "Tensor") -> "Tensor":
+    def _copy(self, kind: str, piece: "Piece") -> "Tensor":
         """Return a copy in the host's memory, which the next one of the same name takes the place of."""
-        copy = self._copies.get((kind, name))
+        copy = self._copies.get((kind, piece.name))
         if copy is None:
-            copy = self._copies[kind, name] = tensor.new_empty(tensor.shape, device="cpu")
-        return copy if copy is tensor else copy.copy_(tensor)
+            copy = piece.flat.new_empty(piece.flat.shape, device="cpu")
+            self._copies[kind, piece.name] = copy
+        return copy.copy_(piece.flat)
 
     @property
     def copying(self) -> bool:
@@ -193,7 +202,9 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
-            with suppress(UserError):  # what ends the run is told
+            with suppress(
+                UserError, RuntimeError
+            ):  # what ends the run is told; the last of a rank that is gone
                 self.wait()
 
 
@@ -207,39 +218,39 @@ def save(
 ) -> Path:
     """Writes a checkpoint, moves the pointers to it and retires old ones; collective over all ranks.
 
-    Only the main rank writes, one kind of tensor at a time in memory; with a `writer` later, from copies of
-    them all, for which the next update has to wait (`Writer.wait_copied`). A step whose good checkpoint is
-    `latest` already is not written again. If writing fails (disk full), the main rank still takes part in all
-    collectives and raises UserError after them.
+    Only the main rank writes, one kind of tensor at a time in memory; with a `writer` later, of copies of
+    what each rank has, for which the next update has to wait (`Writer.wait_copied`). A step whose good
+    checkpoint is `latest` already is not written again. If writing fails (disk full), the main rank still
+    takes part in all collectives and raises UserError after them.
     """
     final = folder.checkpoints / _name(state.step)
     writes = is_main and not (pointed(folder.path, "latest") == final and is_whole(final))
-    copy = writer.copy if writer else lambda kind, name, tensor: tensor.to("cpu")
-    gathered = ((kind, _gather(engine, kind, is_main, copy)) for kind in FILES)
+
+    def write(gathered: Gathered) -> None:
+        try:
+            if writes:
+                _write(folder, state, keep_last, gathered)
+        finally:
+            for _ in gathered:
+                pass
+
     if writer:
-        everything = list(gathered)
-        if writes:
-            writer.start(everything, lambda copies: _write(folder, state, keep_last, copies))
-        return final
-    try:
-        if writes:
-            _write(folder, state, keep_last, gathered)
-    finally:
-        for _ in gathered:
-            pass
+        pieces = {kind: list(engine.pieces(kind)) for kind in FILES}
+        writer.start(pieces, lambda copies: write((kind, engine.join(copies[kind])) for kind in FILES))
+    else:
+        write((kind, _gather(engine, kind, is_main)) for kind in FILES)
     return final
 
 
-Gathered = Iterable[tuple[str, dict[str, "Tensor"]]]
+Pieces = dict[str, list["Piece"]]
+"""By kind."""
+Gathered = Iterator[tuple[str, dict[str, "Tensor"]]]
 """Kinds of tensors, and these by name."""
 
 
-def _gather(
-    engine: TensorSource, kind: str, is_main: bool, copy: Callable[[str, str, "Tensor"], "Tensor"]
-) -> dict[str, "Tensor"]:
-    """On the main rank: the engine's own tensors, and copies of those that were put together for it."""
-    every = engine.tensors(kind)
-    return {name: tensor if own else copy(kind, name, tensor) for name, tensor, own in every if is_main}
+def _gather(engine: TensorSource, kind: str, is_main: bool) -> dict[str, "Tensor"]:
+    """All tensors on the main rank."""
+    return {name: tensor.to("cpu") for name, tensor in engine.tensors(kind) if is_main}
 
 
 def _write(folder: RunFolder, state: State, keep_last: int, gathered: Gathered) -> None:

@@ -255,7 +255,7 @@ def keep_milestone(run: Run, share: float) -> None:
     name = checkpoint.milestone(share)
     head = run.ledger.note("milestone", share=share) if run.ledger else ""
     with timed(run.ledger, "checkpoint"), raise_on_all_ranks(run.topology):
-        tensors = {name: tensor.to("cpu") for name, tensor, _ in run.engine.tensors("param") if main}
+        tensors = {name: tensor.to("cpu") for name, tensor in run.engine.tensors("param") if main}
         if main:
             checkpoint.save_weights(run.folder, state_of(run, head), name, tensors)
     run.milestones.add(share)
@@ -280,9 +280,13 @@ class Progress:
 
     def __init__(self, run: Run) -> None:
         self._engine, self._at = run.engine, run.watchdog.at
-        self.load_tensors = run.engine.load_tensors
+        self.load_tensors, self.pieces, self.join = (
+            self._engine.load_tensors,
+            self._engine.pieces,
+            self._engine.join,
+        )
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor, bool]]:
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield what the engine does."""
         for found in self._engine.tensors(kind):
             self._at("save")

@@ -81,7 +81,8 @@ class Recipe:
     @property
     def copied_bytes(self) -> int:
         """Return what rank 0 keeps of the host's memory to write checkpoints while training goes on: copies
-        of weights and two moments in float32; 0 where training waits, as where every second is paid for."""
+        of weights and two moments in float32, of which other ranks keep what they alone have; 0 where
+        training waits, as where every second is paid for."""
         if not self.config.checkpoint.background or self.budget.measured:
             return 0
         return 12 * geometry.parameters(self.config.model, self.vocab_size)["total"]

@@ -183,6 +183,26 @@ class DeepSpeedEngine(Engine):
             return utils.safe_get_full_fp32_param(parameter)
         return utils.safe_get_full_optimizer_state(parameter, kind)
 
+    def _piece(self, kind: str, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        if self.stage == 3:
+            key = None if kind == "param" else kind
+            # Not safe_get_local_fp32_param, which moves what is offloaded to the device.
+            share, _ = self.zero._get_fp32_opt_state_partition(parameter, True, key)
+            start = share.numel() * self.topology.data_rank
+            return start, share[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+        if self.stage == 0 or kind == "param":
+            return super()._piece(kind, parameter)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return 0, parameter.new_empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(kind)
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape if self.stage == 3 else parameter.shape  # type: ignore[attr-defined]
+
+    def _divided(self) -> bool:
+        return self.stage > 0 or super()._divided()
+
     def _write(self, kind: str, parameter: nn.Parameter, part: Tensor) -> None:
         from deepspeed import utils
 

@@ -18,7 +18,7 @@ would not repeat the bits of an undisturbed one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from pretrain.model.loss_scale import LossScale
 from pretrain.parallel import tensor_parallel
 from pretrain.parallel.gradients import GradientSum, Lookups
 from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
+from pretrain.parallel.pieces import Piece, join
 from pretrain.parallel.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,15 +99,26 @@ class Engine(ABC):
         assert self.micro_batches_done == 0
         self.accumulation = micro_batches
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor, bool]]:
-        """Yield (name, full float32 tensor, whether it is this engine's own, which the next update changes)
-        of every parameter that has one; collective, to be read to the end."""
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        kept = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *states)}
+    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full float32 tensor) of every parameter that has one; collective, to be read to the
+        end."""
         for name, parameter in self._having(kind):
             part = self._read(kind, parameter)
-            full = tensor_parallel.gather(name, part, self.topology).detach().float()
-            yield name, full, full.untyped_storage().data_ptr() in kept
+            yield name, tensor_parallel.gather(name, part, self.topology).detach().float()
+
+    def pieces(self, kind: str) -> Iterator[Piece]:
+        """Yield what this rank alone gives to the same tensors (`join`), as the next update will change it;
+        not collective."""
+        for name, parameter in self._having(kind):
+            start, flat = self._piece(kind, parameter)
+            if self.topology.tensor_rank and tensor_parallel.cut(name) is None:
+                flat = flat[:0]
+            yield Piece(name, self._shape(parameter), start, flat.detach())
+
+    def join(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """Return, on rank 0, the full tensors by name of the pieces of all ranks, which lie in the host's
+        memory; collective over those that have any."""
+        return join(pieces, self.topology, self._divided())
 
     def load_tensors(self, kind: str, get: Callable[[str], Tensor]) -> None:
         """Load, the inverse of `tensors`: ``get(name)`` is the full tensor, on every rank; collective."""
@@ -145,6 +157,23 @@ class Engine(ABC):
         if self.muon and parameter in self.muon.owner:
             return self.muon.momentum(parameter)
         return self.optimizer.state[parameter][kind]
+
+    def _piece(self, kind: str, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """Where what this data rank alone gives of `_read` begins in that, and what it is, both flat."""
+        muon = self.muon if kind == "exp_avg" else None
+        owner = muon.owner.get(parameter, 0) if muon else 0
+        if owner != self.topology.data_rank:
+            return 0, parameter.new_empty(0)
+        whole = muon.state[parameter]["exp_avg"] if muon else self._read(kind, parameter)
+        return 0, whole.reshape(-1)
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of this tensor-parallel rank's part."""
+        return parameter.shape
+
+    def _divided(self) -> bool:
+        """True where data ranks have pieces of their own."""
+        return self.muon is not None
 
     def _write(self, kind: str, parameter: nn.Parameter, part: Tensor) -> None:
         self._read(kind, parameter).copy_(part)

@@ -64,6 +64,8 @@ class Topology:
     data_size: int = 1
     data_group: dist.ProcessGroup | None = None
     flags: dist.ProcessGroup | None = None
+    saves: dist.ProcessGroup | None = None
+    """A gloo group over all ranks too, for the threads that write checkpoints."""
 
     @property
     def is_main(self) -> bool:
@@ -253,6 +255,7 @@ def _grouped(topology: Topology, tensor: int, patience: timedelta) -> Topology:
     """The topology with its groups; neighbouring ranks share a model, as they share a node."""
     on_cpu = topology.device.type == "cpu"
     flags = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=patience)
+    topology = replace(topology, saves=dist.new_group(backend="gloo", timeout=patience))
     if tensor == 1:
         return replace(
             topology,

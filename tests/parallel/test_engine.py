@@ -177,7 +177,7 @@ def close(a: State, b: State) -> None:
 
 
 def state_of(built: engine.Engine) -> State:
-    return {kind: {name: tensor.clone() for name, tensor, _ in built.tensors(kind)} for kind in KINDS}
+    return {kind: {name: tensor.clone() for name, tensor in built.tensors(kind)} for kind in KINDS}
 
 
 def give(built: engine.Engine, state: State, step: int) -> None:
@@ -205,6 +205,9 @@ def check(case: Case, place: topology.Topology, expected: Expected) -> State:
     straight = build_engine(case.config(), make_model(case), place, micro)
     seen = [update(straight, place, micro, step) for step in range(MIDDLE)]
     middle = state_of(straight)
+    joined = {kind: straight.join(list(straight.pieces(kind))) for kind in KINDS}
+    if place.is_main:
+        same_bits(joined, middle)
     assert straight.optimizer_step == MIDDLE
     seen += [update(straight, place, micro, step) for step in range(MIDDLE, STEPS)]
     end = state_of(straight)

@@ -115,7 +115,7 @@ def overlapped(case: Case, place: topology.Topology) -> Found:
         built.step(1e-3)
         passes(built, case, place)
         built.step(1e-3)
-        found.ends.append({name: tensor for name, tensor, _ in built.tensors("param")})
+        found.ends.append({name: tensor for name, tensor in built.tensors("param")})
         found.sent.append(calls)
     return found._replace(buckets=len(built.sum.buckets))
 

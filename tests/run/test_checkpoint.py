@@ -30,6 +30,8 @@ from pretrain.config import build_config, load_config
 from pretrain.continuing import check_continues
 from pretrain.errors import UserError
 from pretrain.files import TEMPORARY, remove, truncate_torn_line
+from pretrain.parallel.pieces import Piece, join
+from pretrain.parallel.topology import Topology
 from pretrain.provenance import code_revision
 from pretrain.run_folder import RunFolder
 
@@ -45,9 +47,15 @@ class TinyEngine:
 
     def tensors(self, kind):
         value = self.step + list(FILES).index(kind) / 4
-        yield "word.weight", torch.full((8, self.size), value), True
-        yield "bias", torch.full((self.size,), -value), False
-        yield "turned", torch.arange(6.0).reshape(2, 3).T + value, True  # not contiguous
+        yield "word.weight", torch.full((8, self.size), value)
+        yield "bias", torch.full((self.size,), -value)
+        yield "turned", torch.arange(6.0).reshape(2, 3).T + value  # not contiguous
+
+    def pieces(self, kind):
+        return (Piece(name, tensor.shape, 0, tensor.flatten()) for name, tensor in self.tensors(kind))
+
+    def join(self, pieces):
+        return join(pieces, Topology(), divided=True)
 
     def load_tensors(self, kind, get):
         self.loaded[kind] = {name: get(name) for name in ("word.weight", "bias", "turned")}
@@ -72,7 +80,7 @@ def assert_holds(path, step):
     engine = TinyEngine()
     checkpoint.load(path, engine)
     for kind in FILES:
-        expected = {name: tensor for name, tensor, _ in TinyEngine(step).tensors(kind)}
+        expected = {name: tensor for name, tensor in TinyEngine(step).tensors(kind)}
         assert engine.loaded[kind].keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(engine.loaded[kind][name], tensor)
@@ -375,8 +383,8 @@ def test_copies_are_of_the_moment_of_the_save(folder, device):
 
     class Live(TinyEngine):
         def tensors(self, kind):
-            yield "own", word, True
-            yield "put together", word + 0.5, False
+            yield "own", word
+            yield "put together", word + 0.5
 
     with checkpoint.Writer() as writer:
         for step in range(3):

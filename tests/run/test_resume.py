@@ -85,6 +85,29 @@ def test_killed_between_checkpoints(variant: str, words: Words, tiny: Path, tmp_
     check_ledger(tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    ("victim", "layout"),
+    [(0, ("parallel.tensor=2",)), (1, ("train.engine=deepspeed", "parallel.zero=1"))],
+)
+def test_killed_while_ranks_join_their_pieces(
+    victim: int, layout: tuple[str, ...], words: Words, tmp_path: Path
+) -> None:
+    """In the second save beside training: the first is gone on from, and in the end all bytes are those of
+    saves that training waits for."""
+    options = (*layout, "budget.steps=6", "checkpoint.every_steps=2", "evaluate.every_steps=2")
+    options = (*options, "schedule.warmup=0", "schedule.floor=1")
+    finish(words("whole", *options), 2)
+    options = (*options, "checkpoint.background=true")
+    finish(words("cut", *options, "budget.steps=2"), 2)
+    strike = Strike(SIGKILL, 3, ("torch.distributed:recv", "torch.distributed:send"), victim)
+    cut = attempt(words("cut", *options), 2, strike)
+    assert cut.codes[victim] == -SIGKILL, cut.text
+    assert checkpoint.steps(tmp_path / "cut") == [2]
+    finish(words("cut", *options), 2)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    check_ledger(tmp_path / "cut")
+
+
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_killed_before_every_write(background: str, words: Words, tmp_path: Path) -> None:
     """The n-th attempt dies just before its n-th fsync or rename, wherever that is."""

@@ -496,8 +496,12 @@ FAULTS = Path(ROOT, "tests", "faults", "results")
 
 
 def faults(group: str) -> Rows:
-    """Return what a campaign of faults has counted, by `kind` or `layout`."""
-    told = json.loads((FAULTS / "campaign.json").read_text(encoding="utf-8"))[group]
+    """Return what the campaigns of faults have counted, by `kind` or `layout`."""
+    told: dict[str, list[int]] = {}
+    for file in ("campaign.json", "slurm.json"):
+        for name, counts in json.loads((FAULTS / file).read_text(encoding="utf-8"))[group].items():
+            told[name] = [a + b for a, b in zip(told.get(name, [0, 0, 0]), counts, strict=True)]
+    told = dict(sorted(told.items()))
     total = [sum(column) for column in zip(*told.values(), strict=True)]
     rows = [[group, "faults", "ended otherwise than promised", "in a run that did not end equal"]]
     return [*rows, *([name, *map(str, counts)] for name, counts in {**told, "all": total}.items())]
@@ -508,7 +512,7 @@ def failures() -> Rows:
     told = json.loads((FAULTS / "ettr.json").read_text(encoding="utf-8"))["runs"]
     rows = [
         ["mean time between failures", "`checkpoint.every_minutes`", "failures", "save every"]
-        + ["effective time, measured", "foreseen", "Young's and Daly's interval", "foreseen there"]
+        + ["effective time, measured", "foreseen", "best interval", "foreseen there"]
     ]
     for one in told:
         every = (
