@@ -40,7 +40,7 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.parallel.pieces import Piece
+    from pretrain.parallel.pieces import TensorPiece
 from pretrain.files import TEMPORARY, digest, json_text, parse_json, remove, sync, write_atomic
 from pretrain.run_folder import RunFolder
 
@@ -66,10 +66,10 @@ class TensorSource(Protocol):
     def tensors(self, kind: str) -> Iterator[tuple[str, "Tensor"]]:
         """Yields (name, full fp32 tensor) for kind param, exp_avg or exp_avg_sq, on all ranks."""
 
-    def pieces(self, kind: str) -> Iterator["Piece"]:
+    def pieces(self, kind: str) -> Iterator["TensorPiece"]:
         """Yields what this rank gives to these; not collective."""
 
-    def join(self, pieces: Sequence["Piece"]) -> dict[str, "Tensor"]:
+    def join(self, pieces: Sequence["TensorPiece"]) -> dict[str, "Tensor"]:
         """Returns the full tensors of copies of the pieces of all ranks, on rank 0; collective."""
 
     def load_tensors(self, kind: str, get: Callable[[str], "Tensor"]) -> None:
@@ -161,7 +161,7 @@ class Writer:
                 for kind, each in pieces.items()
             }
 
-    def _copy(self, kind: str, piece: "Piece") -> "Tensor":
+    def _copy(self, kind: str, piece: "TensorPiece") -> "Tensor":
         """Return a copy in the host's memory, which the next one of the same name takes the place of."""
         copy = self._copies.get((kind, piece.name))
         if copy is None:
@@ -242,7 +242,7 @@ def save(
     return final
 
 
-Pieces = dict[str, list["Piece"]]
+Pieces = dict[str, list["TensorPiece"]]
 """By kind."""
 Gathered = Iterator[tuple[str, dict[str, "Tensor"]]]
 """Kinds of tensors, and these by name."""

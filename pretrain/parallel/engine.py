@@ -29,7 +29,7 @@ from pretrain.model.loss_scale import LossScale
 from pretrain.parallel import tensor_parallel
 from pretrain.parallel.gradients import GradientSum, Lookups
 from pretrain.parallel.optimizer import Muon, build_optimizer, new_state
-from pretrain.parallel.pieces import Piece, join
+from pretrain.parallel.pieces import TensorPiece, join
 from pretrain.parallel.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,16 +106,16 @@ class Engine(ABC):
             part = self._read(kind, parameter)
             yield name, tensor_parallel.gather(name, part, self.topology).detach().float()
 
-    def pieces(self, kind: str) -> Iterator[Piece]:
+    def pieces(self, kind: str) -> Iterator[TensorPiece]:
         """Yield what this rank alone gives to the same tensors (`join`), as the next update will change it;
         not collective."""
         for name, parameter in self._having(kind):
             start, flat = self._piece(kind, parameter)
             if self.topology.tensor_rank and tensor_parallel.cut(name) is None:
                 flat = flat[:0]
-            yield Piece(name, self._shape(parameter), start, flat.detach())
+            yield TensorPiece(name, self._shape(parameter), start, flat.detach())
 
-    def join(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    def join(self, pieces: Sequence[TensorPiece]) -> dict[str, Tensor]:
         """Return, on rank 0, the full tensors by name of the pieces of all ranks, which lie in the host's
         memory; collective over those that have any."""
         return join(pieces, self.topology, self._divided())

@@ -15,7 +15,7 @@ from pretrain.parallel import tensor_parallel
 from pretrain.parallel.topology import Topology
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """What a rank has of a parameter, or of a moment of it."""
 
     name: str
@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     """float32; empty where others have it all."""
 
 
-def join(pieces: Sequence[Piece], topology: Topology, divided: bool) -> dict[str, Tensor]:
+def join(pieces: Sequence[TensorPiece], topology: Topology, divided: bool) -> dict[str, Tensor]:
     """Return the full tensors by name on rank 0, nothing on others; collective.
 
     pieces: of the same names in the same order on all ranks, on the host. divided: all ranks take part, and
@@ -52,7 +52,7 @@ def join(pieces: Sequence[Piece], topology: Topology, divided: bool) -> dict[str
     }
 
 
-def _joined(mine: Piece, others: dict[int, list[int]], place: Topology) -> Tensor:
+def _joined(mine: TensorPiece, others: dict[int, list[int]], place: Topology) -> Tensor:
     """The full tensor of rank 0's piece and those of others; these: (start, elements) by rank."""
     parts = [mine.flat]
     if any(elements for _, elements in others.values()):

@@ -30,7 +30,7 @@ from pretrain.config import build_config, load_config
 from pretrain.continuing import check_continues
 from pretrain.errors import UserError
 from pretrain.files import TEMPORARY, remove, truncate_torn_line
-from pretrain.parallel.pieces import Piece, join
+from pretrain.parallel.pieces import TensorPiece, join
 from pretrain.parallel.topology import Topology
 from pretrain.provenance import code_revision
 from pretrain.run_folder import RunFolder
@@ -52,7 +52,7 @@ class TinyEngine:
         yield "turned", torch.arange(6.0).reshape(2, 3).T + value  # not contiguous
 
     def pieces(self, kind):
-        return (Piece(name, tensor.shape, 0, tensor.flatten()) for name, tensor in self.tensors(kind))
+        return (TensorPiece(name, tensor.shape, 0, tensor.flatten()) for name, tensor in self.tensors(kind))
 
     def join(self, pieces):
         return join(pieces, Topology(), divided=True)

@@ -498,7 +498,7 @@ FAULTS = Path(ROOT, "tests", "faults", "results")
 def faults(group: str) -> Rows:
     """Return what the campaigns of faults have counted, by `kind` or `layout`."""
     told: dict[str, list[int]] = {}
-    for file in ("campaign.json", "slurm.json"):
+    for file in ("campaign.json", "jobs.json"):
         for name, counts in json.loads((FAULTS / file).read_text(encoding="utf-8"))[group].items():
             told[name] = [a + b for a, b in zip(told.get(name, [0, 0, 0]), counts, strict=True)]
     told = dict(sorted(told.items()))
