@@ -103,6 +103,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return Inline(study.main(study.cell_words(plan, cell, args)[1:]))
         except SystemExit as end:
             return Inline(int(end.code or 0))
+        except UserError:
+            return Inline(2)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -192,7 +194,11 @@ def test_a_run_of_another_budget_is_not_taken_for_done(
 
 @pytest.mark.parametrize(
     ("end", "raised"),
-    [("os.kill(os.getpid(), 15)", SystemExit(75)), ("raise UserError('told')", UserError("exit code 2"))],
+    [
+        ("os.kill(os.getpid(), 15)", SystemExit(75)),
+        ("os.kill(os.getpid(), 9)", UserError("ended by SIGKILL")),
+        ("raise UserError('told')", UserError("exit code 2")),
+    ],
 )
 def test_a_program_that_is_stopped_stops_the_study(
     end: str, raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

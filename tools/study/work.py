@@ -4,6 +4,7 @@ All of it is done by other programs, and each of their folders says what is done
 on where it was. When its lines are written, what no line needs any more is removed.
 """
 
+import signal
 import sys
 import tempfile
 import time
@@ -60,10 +61,11 @@ def prepare(study: Study, data: Path) -> None:
 def _run(words: Sequence[str]) -> None:
     """Run a program; UserError where it fails, SystemExit where it was stopped."""
     code = sweep.start([sys.executable, "-m", *words])
-    if code == STOPPED or code < 0 or code > 128:  # the last two: by a signal
+    if code in (STOPPED, -signal.SIGTERM) or code > 128:  # the last two: before it was ready for a signal
         sys.exit(STOPPED)
     if code:
-        raise UserError(f"{' '.join(words[:2])}: ended with exit code {code}; see above")
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}; see above"
+        raise UserError(f"{' '.join(words[:2])}: ended {how}")
 
 
 # ---- a cell --------------------------------------------------------------------------------------
