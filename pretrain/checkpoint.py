@@ -202,9 +202,7 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
-            with suppress(
-                UserError, RuntimeError
-            ):  # what ends the run is told; the last of a rank that is gone
+            with suppress(UserError, RuntimeError):  # what ends the run is told; and of a rank that is gone
                 self.wait()
 
 
@@ -259,6 +257,7 @@ def _write(folder: RunFolder, state: State, keep_last: int, gathered: Gathered) 
     try:
         for kind, tensors in gathered:
             _write_tensors(temporary, state, kind, tensors)
+            del tensors  # before the next kind is put together
         _publish(folder, temporary, state, keep_last)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -40,6 +40,8 @@ OWN = ("data", "forward")
 _PACKAGE = os.path.dirname(__file__)
 _DEAD = 1
 """Exit code where a rank is dead: it may be a defect that killed it."""
+_WRITER = "checkpoint"
+"""How `checkpoint.Writer` names its thread."""
 _NOTICE = 10.0
 """Seconds in which a rank may end by itself, or write to a disk that may hang."""
 
@@ -191,6 +193,8 @@ class Watchdog:
     def _state(self) -> dict[str, Any]:
         """What the others are told of this rank, by the names of `Peer`."""
         place, (frame, waits) = self._place, _frames(self._main)
+        if frame.startswith("checkpoint.py"):  # what its thread waits for, it does
+            waits = waits or any(_frames(thread)[1] for thread in _named(_WRITER))
         where = f"{place.where} ({frame})" if frame else place.where
         stood = time.monotonic() - max(place.since, self._awake)
         return {"passed": place.passed, "where": where, "long": place.long, "stood": stood, "waits": waits}
@@ -360,6 +364,11 @@ def _process_state(pid: int, started: str) -> str:
     if not fields or fields[0] in "ZX" or fields[19] != started:
         return "gone"
     return "stopped" if fields[0] in "Tt" else "alive"
+
+
+def _named(prefix: str) -> list[int]:
+    """The threads whose name begins so."""
+    return [each.ident for each in threading.enumerate() if each.ident and each.name.startswith(prefix)]
 
 
 def _frames(thread: int) -> tuple[str, bool]:

@@ -162,10 +162,10 @@ class Ledger:
             self.note("branch", stands_for=lost, phase=phase, **branch)
         if found:
             log.warning("warning: %s %s; goes on with what is known of step %d", self._path, found, step)
-            origin = {}
+            begin = {}
             if account and account.begun and not self.head:  # all of the ledger is gone
-                origin = {"begun": account.begun, "trunk": account.trunk}
-            self.note("gap", stands_for=lost, found=found, phase=phase, **origin)
+                begin = {"begun": account.begun, "trunk": account.trunk}
+            self.note("gap", stands_for=lost, found=found, phase=phase, **begin)
         if self._torn:
             self.note("repaired", torn=self._torn.decode("ascii", "replace"))
         if self._last is None and not found:

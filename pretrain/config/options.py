@@ -425,8 +425,8 @@ class CheckpointOptions(Section):
     end_margin_minutes: float = Field(5.0, ge=0)
     """In a Slurm job, stop and save so long before its time limit (in a short job, at a fifth of it)."""
     background: bool = True
-    """Write on a thread of its own while training goes on, from copies for which rank 0 keeps 12 bytes a
-    parameter in the host's memory; budgets of hours and kWh wait all the same."""
+    """Write on a thread of its own while training goes on, from copies of 12 bytes a parameter in the host's
+    memory, of which each rank keeps what it alone has; budgets of hours and kWh wait all the same."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept; the best by held-out loss is kept besides."""
     keep: list[Annotated[float, Field(ge=0, le=1)]] = []

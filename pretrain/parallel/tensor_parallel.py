@@ -72,7 +72,7 @@ def split(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
 def merge(name: str, shards: list[Tensor]) -> Tensor:
     """Return the whole tensor of the ranks' parts in rank order: the inverse of `split`."""
     how = cut(name)
-    if how is None:
+    if how is None or len(shards) == 1:
         return shards[0]
     parts = [shard.chunk(how.groups, how.axis) for shard in shards]
     return torch.cat([shard for group in zip(*parts, strict=True) for shard in group], how.axis)

@@ -255,7 +255,7 @@ def _grouped(topology: Topology, tensor: int, patience: timedelta) -> Topology:
     """The topology with its groups; neighbouring ranks share a model, as they share a node."""
     on_cpu = topology.device.type == "cpu"
     flags = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=patience)
-    topology = replace(topology, saves=dist.new_group(backend="gloo", timeout=patience))
+    topology = replace(topology, saves=dist.new_group(backend="gloo", timeout=10 * patience))
     if tensor == 1:
         return replace(
             topology,

@@ -53,6 +53,8 @@ BLOWS: dict[str, Callable[[], Any]] = {
 }
 ENDS_ITSELF = ("sleeps", "raises", "pauses")
 SAVE = ("pretrain.checkpoint:save",)
+WRITE = ("pretrain.checkpoint:_write",)
+"""On a thread, to which the other rank's sends what it has."""
 CASES: dict[str, tuple[int, str, int, tuple[str, ...]]] = {
     "one of two sleeps": (2, "sleeps", 1, UPDATE),
     "the only one sleeps": (1, "sleeps", 0, UPDATE),
@@ -64,6 +66,7 @@ CASES: dict[str, tuple[int, str, int, tuple[str, ...]]] = {
     "one raises": (2, "raises", 1, UPDATE),
     "one raises in a save": (2, "raises", 0, SAVE),
     "one pauses in a save": (2, "pauses", 0, SAVE),
+    "one pauses in a write": (2, "pauses", 0, WRITE),
 }
 
 
@@ -81,8 +84,9 @@ def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
             "train.batch_size=6",
             "evaluate.every_steps=null",
         ]
-        at = 1 if targets == SAVE else 5
-        options = ["checkpoint.every_steps=3"] if targets == SAVE else []
+        at = 5 if targets == UPDATE else 1
+        options = [] if targets == UPDATE else ["checkpoint.every_steps=3"]
+        options += ["checkpoint.background=true", "parallel.tensor=2"] if targets == WRITE else []
         options += ["budget.steps=4"] if kind == "pauses" else []
         blow = Blow(SIGKILL, at, targets, victim, kind)
         attempts[name] = run, victim, Attempt([*words, *options], ranks, blow), kind in ENDS_ITSELF
@@ -127,8 +131,9 @@ def test_a_rank_is_named(name: str, code: int, said: str, ended: dict[str, tuple
         assert status["stalled"]["hosts"] == [os.uname().nodename]
 
 
-def test_what_takes_long_is_named_and_goes_on(ended: dict[str, tuple[Path, Outcome]]) -> None:
-    run, (codes, text) = ended["one pauses in a save"]
+@pytest.mark.parametrize("name", ["one pauses in a save", "one pauses in a write"])
+def test_what_takes_long_is_named_and_goes_on(name: str, ended: dict[str, tuple[Path, Outcome]]) -> None:
+    run, (codes, text) = ended[name]
     assert codes == [0, 0], text
     said = f"warning: rank 0 on {os.uname().nodename} stands still, in save ("
     assert sum(line.startswith(said) for line in text.splitlines()) == 2, text

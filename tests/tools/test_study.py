@@ -195,7 +195,8 @@ def test_a_run_of_another_budget_is_not_taken_for_done(
 @pytest.mark.parametrize(
     ("end", "raised"),
     [
-        ("os.kill(os.getpid(), 15)", SystemExit(75)),
+        *((f"os.kill(os.getpid(), {number})", SystemExit(75)) for number in (15, 10)),
+        ("import signal; signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)", SystemExit(75)),
         ("os.kill(os.getpid(), 9)", UserError("ended by SIGKILL")),
         ("raise UserError('told')", UserError("exit code 2")),
     ],

@@ -17,10 +17,11 @@ class Ranks:
         self.rank, self.size, self._world = 0, 1, None
         if tasks == 1 and not any(name in os.environ for name in names):
             return
-        # MPICH over UCX publishes 4,096 bytes of a shorter address, the rest being what the heap held, and a
-        # line of Slurm's PMI has room for 1,024 characters: where that is not mostly zeros, all ranks hang
-        # (github.com/pmodels/mpich/issues/6924). What is sent here is short, so any network will do.
-        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        if tasks > 1:
+            # MPICH over UCX publishes 4,096 bytes of a shorter address, the rest being what the heap held;
+            # unless that is mostly zeros, it is too long for a line of Slurm's PMI (1,024), and all ranks
+            # hang (github.com/pmodels/mpich/issues/6924). What is sent is short: any network will do.
+            os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
         from mpi4py import MPI
 
         self._world = MPI.COMM_WORLD

@@ -101,11 +101,12 @@ def _check(codes: Sequence[int], said: Sequence[str]) -> None:
         f"a process was ended by {signal.Signals(-code).name}; start again to go on, with fewer --jobs if"
         " memory was short"
         for code in codes
-        if code < 0
+        if code < 0 and code != -signal.SIGTERM
     ]
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
-    if any(code == STOPPED or code > 128 for code in codes):  # the last: before it was ready for a signal
+    early = -signal.SIGTERM  # before it was ready for a signal
+    if any(code in (STOPPED, early) or code > 128 for code in codes):
         sys.exit(STOPPED)
     if any(codes):
         raise RuntimeError("\n".join(said[-30:]))

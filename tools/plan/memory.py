@@ -12,7 +12,7 @@ largest, sum to more than the total where gradients take the place of activation
 
 Fused attention saves no scores, but on a CPU dropout of attention weights has no fused kernel.
 
-Letters: B sequences of a micro-batch, n rows asking, m rows asked, D width, F inner width, H heads, N
+Letters: B sequences of a micro-batch, n rows of queries, m rows of keys, D width, F inner width, H heads, N
 predicted rows, W rows of the padded word table, T tensor-parallel ranks.
 """
 

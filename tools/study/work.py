@@ -61,7 +61,8 @@ def prepare(study: Study, data: Path) -> None:
 def _run(words: Sequence[str]) -> None:
     """Run a program; UserError where it fails, SystemExit where it was stopped."""
     code = sweep.start([sys.executable, "-m", *words])
-    if code in (STOPPED, -signal.SIGTERM) or code > 128:  # the last two: before it was ready for a signal
+    early = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)  # before it was ready for a signal
+    if code in (STOPPED, *early) or code > 128:
         sys.exit(STOPPED)
     if code:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}; see above"
