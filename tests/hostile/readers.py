@@ -71,7 +71,7 @@ class Tensors:
     """A checkpoint's source."""
 
     def tensors(self, kind: str) -> Any:
-        yield "tok.weight", torch.ones(4, 4), False
+        yield "tok.weight", torch.ones(4, 4)
 
 
 def _make_run(folder: Path, config: Config) -> None:
