@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from pretrain.account import epochs, ledger
 from pretrain.config import Config, dump_config, load_config, method_of, parse_overrides
-from pretrain.errors import STOPPED, UserError
+from pretrain.errors import STOPPED, UserError, was_stopped
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from pretrain.terminal import wrapped
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         print(f"== {number} of {len(possible)}: {variant.name}", file=sys.stderr, flush=True)
         result = run(variant, args.output)
-        if result == STOPPED:
+        if was_stopped(result):
             print(f"stopped in {variant.name}; start the same again to go on", file=sys.stderr)
             return STOPPED
         code = code or (result if result >= 0 else KILLED)

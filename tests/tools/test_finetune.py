@@ -466,7 +466,7 @@ def test_a_process_that_is_killed_alone_is_a_line(tmp_path: Path) -> None:
     assert 0 < len(lines(file.parent)) < 6
 
 
-@pytest.mark.parametrize("code", [75, 143, -15])
+@pytest.mark.parametrize("code", [75, 143, -15, -10, -2])
 def test_a_process_that_is_stopped_alone_stops_all(code: int) -> None:
     with pytest.raises(SystemExit, match="75"):
         program._check([0, code], ["a warning"])

@@ -92,6 +92,20 @@ def test_an_interrupted_sweep_goes_on(
     assert result(alone) == result(tmp_path / "cut" / second)
 
 
+@pytest.mark.parametrize(
+    ("code", "ended", "runs"), [(-15, 75, 1), (-10, 75, 1), (-2, 75, 1), (-9, sweep.KILLED, 2)]
+)
+def test_a_signal_before_a_run_was_ready_stops_the_sweep(
+    code: int, ended: int, runs: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was killed, as for want of memory, was not asked to stop: the next run has its turn."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(sweep, "start", lambda command: started.append(command) or code)
+    over = ["--over", "model.decoder_layers=1,2", "model.mask_from=2"]
+    assert sweep.main([str(tiny / "tiny.yaml"), *BASE[1:], "--output", str(tmp_path), *over]) == ended
+    assert len(started) == runs
+
+
 def test_impossible_combinations_are_named(
     tiny: Path, tmp_path: Path, started: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

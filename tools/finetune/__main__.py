@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.errors import STOPPED, UserError
+from pretrain.errors import STOPPED, UserError, was_stopped
 from pretrain.files import remove
 from tools.finetune import table
 from tools.finetune.cells import MNLI, RANDOM, RUNS, FinetuneRun, append, chosen, current, do, read_runs
@@ -101,12 +101,11 @@ def _check(codes: Sequence[int], said: Sequence[str]) -> None:
         f"a process was ended by {signal.Signals(-code).name}; start again to go on, with fewer --jobs if"
         " memory was short"
         for code in codes
-        if code < 0 and code != -signal.SIGTERM
+        if code < 0 and not was_stopped(code)
     ]
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
-    early = -signal.SIGTERM  # before it was ready for a signal
-    if any(code in (STOPPED, early) or code > 128 for code in codes):
+    if any(map(was_stopped, codes)):
         sys.exit(STOPPED)
     if any(codes):
         raise RuntimeError("\n".join(said[-30:]))

@@ -16,7 +16,7 @@ import torch
 from pretrain.account import ledger
 from pretrain.config import Config, dump_config
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.errors import STOPPED, UserError
+from pretrain.errors import STOPPED, UserError, was_stopped
 from pretrain.evaluate import HeldOut
 from pretrain.files import remove, write_whole
 from pretrain.provenance import code_revision
@@ -61,8 +61,7 @@ def prepare(study: Study, data: Path) -> None:
 def _run(words: Sequence[str]) -> None:
     """Run a program; UserError where it fails, SystemExit where it was stopped."""
     code = sweep.start([sys.executable, "-m", *words])
-    early = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)  # before it was ready for a signal
-    if code in (STOPPED, *early) or code > 128:
+    if was_stopped(code):
         sys.exit(STOPPED)
     if code:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}; see above"
