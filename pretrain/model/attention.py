@@ -17,7 +17,8 @@ from pretrain.config import ModelOptions
 from pretrain.config.geometry import local_blocks
 
 Rotation = tuple[Tensor, Tensor] | None
-"""cos and sin, each [B, S, 1, E], of the rows' positions; None where positions are learned."""
+"""cos and sin, each [B, S, 1, E], of the rows' positions, sin negative in a head's first half; None where
+positions are learned."""
 
 
 class Bounds(NamedTuple):
@@ -312,9 +313,13 @@ def supports_flex(device: torch.device) -> bool:
 
 
 def rotate(x_BSHE: Tensor, rotation: Rotation) -> Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) in the half-split layout, in float32."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) in the half-split layout, in float32.
+
+    The halves are exchanged by rolling: of two halves put together in 16 bits, torch 2.13 compiles a backward
+    pass for the CPU that gives no numbers.
+    """
     if rotation is None:
         return x_BSHE
     cos, sin = rotation
-    first, second = x_BSHE.chunk(2, -1)
-    return (x_BSHE * cos + torch.cat((-second, first), -1) * sin).to(x_BSHE.dtype)
+    x = x_BSHE.to(torch.promote_types(x_BSHE.dtype, cos.dtype))
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x_BSHE.dtype)

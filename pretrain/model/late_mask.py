@@ -409,7 +409,10 @@ class LateMaskModel(nn.Module):
         return self.mask_vector.expand(B, M, -1)
 
     def rotation(self, positions_BS: Tensor, theta: float | None = None) -> Rotation:
-        """Return cos and sin of position x frequency, in float32 (as Hugging Face computes them)."""
+        """Return cos and sin of position x frequency, in float32 (as Hugging Face computes them).
+
+        The first half of a head turns the other way than the second.
+        """
         if self.m.block != "modern":
             return None
         E = self.m.hidden_size // self.m.num_heads
@@ -417,7 +420,7 @@ class LateMaskModel(nn.Module):
         frequency = 1.0 / ((theta or self.m.rope_theta) ** (even / E))
         with torch.autocast(positions_BS.device.type, enabled=False):
             angle = positions_BS.float()[:, :, None, None] * frequency
-            angle = torch.cat((angle, angle), -1)
+            angle = torch.cat((-angle, angle), -1)
             return angle.cos(), angle.sin()
 
 

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pretrain.build import build_engine
 from pretrain.config import config_warnings
+from pretrain.model import attention
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.parallel import engine, tensor_parallel, topology
 from tests.parallel.test_engine import BATCH, TENSOR, ZERO, Case, check, expectation, on_ranks, update
@@ -90,6 +91,29 @@ def test_every_form_of_a_layer_is_compiled() -> None:
             model(batch, score=True)
         forms.append(counter.frame_count)
     assert forms == [forms[0], 2 * forms[0], 3 * forms[0]] and forms[-1] > 8
+
+
+def test_rotated_attention_in_16_bits_has_the_gradients_it_had() -> None:
+    """Of wide heads: torch 2.13 can compile a rotation, for a CPU, into what gives no numbers."""
+    B, S, H, E = 2, 128, 2, 64
+    places = torch.arange(S).expand(B, S)
+    rotation = make_model(config("mlm", "modern")).rotation(places)
+    assert rotation
+    cos, sin = (x.repeat_interleave(E // x.shape[-1], -1) for x in rotation)
+
+    def mix(qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (H, 3, E)).unbind(-2)
+        return attention.attend(
+            attention.rotate(q, (cos, sin)), attention.rotate(k, (cos, sin)), v, dropout=0.0
+        )
+
+    torch.manual_seed(0)
+    qkv = torch.randn(B, S, H * 3 * E, dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for function in (mix, torch.compile(mix, dynamic=False)):
+        mixed = function(qkv)
+        found.append(torch.autograd.grad(mixed, qkv, mixed.detach())[0].float())
+    assert (found[0] - found[1]).norm() <= 1e-2 * found[0].norm()
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
