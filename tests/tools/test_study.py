@@ -244,6 +244,17 @@ def test_a_single_rate_is_taken_untried(tiny: Path, tmp_path: Path) -> None:
     assert "at a learning rate of 0.001" in "".join(pages._sections(pages.Found(study_, []), "nano"))
 
 
+def test_a_method_may_try_other_rates(tiny: Path, tmp_path: Path) -> None:
+    """As many as all others do."""
+    methods = {**TINY["methods"], "late-50": {**TINY["methods"]["late-50"], "rates": [1e-2, 4e-3]}}
+    study_ = open_study(written(tmp_path, tiny, methods=methods), None)
+    rates = {name: [cell.lr for cell in study_.trials("nano", name)] for name in methods}
+    assert rates == {"mlm-15": [3e-3, 1e-5], "late-50": [1e-2, 4e-3]}
+    methods["late-50"]["rates"] = [1e-2]
+    with pytest.raises(UserError, match="methods.late-50.rates: 1 of them; all methods try as many, 2"):
+        open_study(written(tmp_path, tiny, methods=methods), None)
+
+
 def test_a_real_study_stops_when_told(tiny: Path, tmp_path: Path) -> None:
     sizes = {"nano": {"budget": 1e14, "speed": 1e9, "rates": [1e-3, 2e-3]}}
     line = words(written(tmp_path, tiny, sizes=sizes), tiny, tmp_path)

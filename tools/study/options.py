@@ -1,5 +1,6 @@
 """Every option of a study, with its default and its meaning: the one page of reference."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class MethodOptions(Section):
     """Share of the encoder's layers before which the [MASK] rows join; 0: ordinary MLM, 1: in the decoder."""
     seeds: int = Field(3, ge=1)
     """Runs. Methods with more seeds than others come first, seed by seed."""
+    rates: list[float] = []
+    """Peak learning rates that are tried instead of a size's, as many as those; none are named: the size's."""
     against: str = ""
     """A second method that it is compared with, such as ordinary MLM with the same optimizer."""
 
@@ -132,6 +135,11 @@ def _problems(options: StudyOptions) -> Iterator[str]:
     shares = options.shares
     if sorted(set(shares)) != shares or not shares or not 0 < shares[0] <= shares[-1] <= 1:
         yield f"shares = {shares}: should ascend, above 0 and up to 1"
-    for name, size in options.sizes.items():
-        if not size.rates or min(size.rates) <= 0 or len(set(size.rates)) < len(size.rates):
-            yield f"sizes.{name}.rates = {size.rates}: should be different learning rates above 0"
+    rates = {f"sizes.{name}": size.rates for name, size in options.sizes.items()}
+    own = {f"methods.{name}": method.rates for name, method in options.methods.items() if method.rates}
+    for name, tried in (rates | own).items():
+        if not tried or min(tried) <= 0 or len(set(tried)) < len(tried):
+            yield f"{name}.rates = {tried}: should be different learning rates above 0"
+    for (name, tried), size in itertools.product(own.items(), options.sizes.values()):
+        if len(tried) != len(size.rates):
+            yield f"{name}.rates: {len(tried)} of them; all methods try as many, {len(size.rates)}"

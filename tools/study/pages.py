@@ -105,7 +105,8 @@ def _sections(found: Found, size: str) -> Iterator[str]:
         yield tables.markdown(rows)
     rates = [f"{lr:g}" for lr in options.sizes[size].rates]
     if len(rates) == 1:
-        yield f"All at a learning rate of {rates[0]}."
+        own = [f", `{name}` {method.rates[0]:g}" for name, method in options.methods.items() if method.rates]
+        yield f"All at a learning rate of {rates[0]}{''.join(own)}."
     else:
         yield _RATES.format(options.tuning)
         yield tables.markdown([["method", *rates], *_rates(found, size)])
@@ -188,6 +189,8 @@ def _rates(found: Found, size: str) -> Iterator[list[str]]:
         for cell in found.study.trials(size, method):
             result = found.known.get(found.study.targets(cell)[0].digest)
             text = f"{result.scores['loss']:.3f}" if result else "-"
+            if result and found.study.options.methods[method].rates:
+                text += f" at {cell.lr:g}"
             row.append(f"**{text}**" if chosen == cell.lr else text)
         if set(row[1:]) != {"-"}:
             yield row

@@ -99,15 +99,19 @@ class Study:
         most = max(method.seeds for method in methods.values())
         return [name for name, method in methods.items() if not headline or method.seeds == most]
 
+    def rates(self, size: str, method: str) -> list[float]:
+        """Return the learning rates among which a method's is chosen."""
+        return self.options.methods[method].rates or self.options.sizes[size].rates
+
     def trials(self, size: str, method: str) -> list[StudyCell]:
         """Return the cells that choose a method's rate; a single one is not tried."""
-        rates = self.options.sizes[size].rates
+        rates = self.rates(size, method)
         return [StudyCell(size, method, TUNING_SEED, lr) for lr in rates if len(rates) > 1]
 
     def chosen(self, size: str, method: str, results: Sequence[StudyResult]) -> float | None:
         """Return the rate with the least held-out loss; None before all were tried."""
         if not (trials := self.trials(size, method)):
-            return self.options.sizes[size].rates[0]
+            return self.rates(size, method)[0]
         losses = dict[float, float]()
         known = {result.digest: result for result in results}
         for cell in trials:
@@ -132,7 +136,7 @@ class Study:
                         if seed == 0:
                             yield from self.trials(size, name)
                         lr = self.chosen(size, name, results)
-                        yield StudyCell(size, name, seed, lr or self.options.sizes[size].rates[0])
+                        yield StudyCell(size, name, seed, lr or self.rates(size, name)[0])
 
     def todo(self, results: Sequence[StudyResult]) -> list[StudyCell]:
         """Return the cells that are not done."""
