@@ -263,6 +263,8 @@ def prepare_torch(deterministic: bool) -> None:
     if deterministic:  # asked for by cuBLAS, and read when the first product on a GPU is formed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    # Or each new tensor would first be filled with what is no number, for code that reads what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
 
 

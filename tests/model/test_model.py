@@ -722,6 +722,23 @@ def test_recompute_changes_nothing(block: str, method: str) -> None:
         assert torch.equal(gradient, other_grads[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [*BLOCKS, "local"])
+@pytest.mark.parametrize("method", VARIANTS)
+def test_nothing_is_read_that_nobody_wrote(block: str, method: str, dtype: torch.dtype) -> None:
+    """Why runs need not fill new tensors, as torch does here, with what is no number."""
+    model, (_, batch, _) = make_model(block, method), make_batches()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(9).isnan().all()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(batch)
+        assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @blocks
 def test_recompute_runs_layers_again(block: str) -> None:
     model = make_model(block, "3ml-self", recompute=True)
