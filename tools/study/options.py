@@ -40,7 +40,7 @@ class MethodOptions(Section):
     seeds: int = Field(3, ge=1)
     """Runs. Methods with more seeds than others come first, seed by seed."""
     rates: list[float] = []
-    """Peak learning rates that are tried instead of a size's, as many as those; none are named: the size's."""
+    """Peak learning rates that are tried instead of a size's, as many as those; none: the size's."""
     against: str = ""
     """A second method that it is compared with, such as ordinary MLM with the same optimizer."""
 
