@@ -34,7 +34,7 @@ from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.provenance import code_revision
+from pretrain.provenance import code_revision, processor
 from tools.plan import layouts
 from tools.plan.estimate import planned_recipe
 from tools.plan.layouts import PlannedJob
@@ -333,7 +333,7 @@ def this_core() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = console.available_cores()
     return Device(
-        name=f"{measure.device()} core",
+        name=f"{processor()} core",
         peak={"bf16": found["bf16"], "fp32": found["fp32"]},
         memory=memory / cores,
         bandwidth=found["copy"],

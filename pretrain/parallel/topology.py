@@ -16,14 +16,12 @@ So the order above is the order of trust, and only a step (SLURM_STEP_NUM_TASKS)
 
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +31,7 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.parallel.launchers import Identity, ask_mpi, identify
+from pretrain.provenance import processor
 
 RENDEZVOUS = timedelta(minutes=10)
 """How long the first rank waits for the last one; imports from a slow file system take minutes."""
@@ -292,14 +291,7 @@ def _parallel_state() -> ModuleType:
 
 def device_name(device: torch.device) -> str:
     """Return what the hardware calls itself: ``NVIDIA H200``, or the model name of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "CPU"
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def device_uuid(device: torch.device) -> str:

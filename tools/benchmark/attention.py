@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.model.attention import Attention, Bounds, Order
+from pretrain.parallel.topology import device_name
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import SIZES, BenchmarkTask, device_name, in_turns
+from tools.benchmark.task import SIZES, BenchmarkTask, in_turns
 from tools.shared import measure
 from tools.shared.measure import BenchmarkRow, Done
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.loss import ChunkedCrossEntropy, by_liger, by_torch
+from pretrain.parallel.topology import device_name
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import VOCAB, device_name, in_turns
+from tools.benchmark.task import VOCAB, in_turns
 from tools.shared import console, measure
 from tools.shared.measure import BenchmarkRow, Done
 

@@ -13,8 +13,9 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pretrain.parallel.topology import device_name
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import RATE, BenchmarkTask, device_name, ours
+from tools.benchmark.task import RATE, BenchmarkTask, ours
 from tools.shared import measure
 from tools.shared.measure import BenchmarkRow, Done
 

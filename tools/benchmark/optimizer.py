@@ -16,8 +16,9 @@ from pretrain.account import flops
 from pretrain.model.late_mask import Batch, LateMaskModel
 from pretrain.parallel import topology
 from pretrain.parallel.engine import Engine, TorchEngine
+from pretrain.parallel.topology import device_name
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import LEARNING_RATE, BenchmarkTask, clock_of, device_name, take_turns
+from tools.benchmark.task import LEARNING_RATE, BenchmarkTask, clock_of, take_turns
 from tools.shared import console, measure
 from tools.shared.measure import BenchmarkRow, Done
 

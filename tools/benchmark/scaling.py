@@ -37,9 +37,10 @@ from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch
 from pretrain.parallel import tensor_parallel, topology
 from pretrain.parallel.engine import TorchEngine
+from pretrain.parallel.topology import device_name
 from tools.benchmark import network
 from tools.benchmark import task as benchmark_task
-from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, device_name, in_turns, ours, take_turns
+from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, in_turns, ours, take_turns
 from tools.plan import layouts, traffic
 from tools.plan.memory import Layout
 from tools.shared import console, measure

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity
 from pretrain.build import keep_freed_memory
 from pretrain.config import TrainOptions
 from pretrain.errors import UserError
+from pretrain.parallel.topology import device_name
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.peers import MODERN, PEERS
 from tools.benchmark.task import (
@@ -30,7 +31,6 @@ from tools.benchmark.task import (
     Update,
     apart,
     clock_of,
-    device_name,
     finish,
     held_bytes,
     ours,

@@ -21,24 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.account import flops
+from pretrain.account.recipe import make_recipe
 from pretrain.build import build_engine, keep_freed_memory
 from pretrain.config import Config, build_config, geometry
-from pretrain.data.masking import Masked, Masker, counts
+from pretrain.data.masking import Masked, Masker
 from pretrain.errors import UserError
 from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import topology
 from pretrain.train import peak_bytes
-from tools.shared import console, measure
+from tools.plan import layouts
+from tools.shared import console
 from tools.shared.measure import Done, no_progress
 from tools.shared.run_model import default_device
 
-VOCAB = geometry.padded_vocab(50_265, 128)
+VOCAB = geometry.padded_vocab(layouts.ROBERTA_PIECES, 128)
 MASK_ID = 50_264
 SIZES = {
     "tiny": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_size": 64},
-    "base": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "ffn_size": 3072},
-    "large": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "ffn_size": 4096},
+    **layouts.SIZES,
     "modernbert-base": {"num_layers": 22, "hidden_size": 768, "num_heads": 12, "ffn_size": 1152},
 }
 """Widths and depths; `modernbert-base` is of the modern block, whose layers here all attend to all rows."""
@@ -123,10 +123,8 @@ class BenchmarkTask:
 
     def flops(self, method: str) -> int:
         """Return the model FLOPs of one update."""
-        config = self.config(method)
-        c = counts(config.masking, self.length)
-        rows = geometry.Rows(c.length, c.visible, c.predicted)
-        return flops.training(config.model, rows, VOCAB).total * self.batch_size
+        (phase,) = make_recipe(self.config(method), VOCAB).phases
+        return phase.cost.flops.total
 
     def settings(self) -> dict[str, Any]:
         """Return what a row says of this."""
@@ -294,11 +292,6 @@ def finish(device: torch.device) -> None:
     """Waits for what a GPU still has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device as rows show it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else measure.device()
 
 
 # ---- arguments -----------------------------------------------------------------------------------

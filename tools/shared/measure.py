@@ -9,19 +9,16 @@ sides are measured in that state.
 """
 
 import gc
-import importlib.metadata
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.provenance import code_revision
+from pretrain import provenance
 
 _LARGE_BLOCK = 31 << 20
 """Bytes; glibc keeps what is smaller than the largest block freed so far, up to 32 MiB."""
@@ -116,10 +113,10 @@ def row(
         ratio=statistics.median(ratios) if ratios else None,
         spread=[min(ratios), max(ratios)] if ratios else [],
         runs=len(ours),
-        device=device_name or device(),
+        device=device_name or provenance.processor(),
         dtype=dtype,
         versions={"python": platform.python_version()} | {package: version(package) for package in packages},
-        commit=code_revision(),
+        commit=provenance.code_revision(),
         flop_ratio=flop_ratio,
         settings=settings or {},
     )
@@ -127,17 +124,4 @@ def row(
 
 def version(package: str) -> str:
     """Return the version of an installed distribution, "absent" otherwise."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-@cache
-def device() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return provenance.version(package) or "absent"
