@@ -31,13 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.account import devices
 from pretrain.account.devices import Device
-from pretrain.account.recipe import Recipe
+from pretrain.account.recipe import Phase, Recipe
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.provenance import code_revision, processor
 from tools.plan import layouts
 from tools.plan.estimate import planned_recipe
-from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout
 from tools.plan.schema import CalibratedCase, Calibration, MedianErrors
 from tools.shared import console, measure, outputs, typed_json
@@ -353,7 +352,7 @@ class Observation:
     """A case as it was measured: seconds of a step, at which pace, and bytes at its fullest moment."""
 
     case: Case
-    job: PlannedJob
+    phase: Phase
     layout: Layout
     seconds: float
     pace: float
@@ -364,18 +363,18 @@ def observed(case: Case, device: Device, products: float) -> Observation:
     """Return a case's layout, its seconds and bytes; products: FLOP/s of those that tell the pace."""
     config = load_config(CONFIGS / f"{case.config}.yaml", list(case.overrides))
     recipe, _ = planned_recipe(config, device)
-    job = layouts.job(recipe.phases[0], device)
-    layout = layouts.configured(recipe.config, case.ranks, job.precision, gpu=device.gpu)
+    phase = recipe.phases[0]
+    layout = layouts.configured(recipe.config, case.ranks, phase.precision, gpu=device.gpu)
     seconds, pace, held_bytes = launch(
         case.ranks, measured, recipe, layout.micro_batch, products, gpu=device.gpu
     )
-    return Observation(case, job, layout, seconds, pace, held_bytes)
+    return Observation(case, phase, layout, seconds, pace, held_bytes)
 
 
 def compared(found: Sequence[Observation], device: Device) -> Calibration:
     """Return what a calibration says: the first case gives the share, the others are held against it."""
     first = found[0]
-    share = layouts.share_of(first.job, first.layout, device, first.seconds)
+    share = layouts.share_of(first.phase, first.layout, device, first.seconds)
     rows = [_beside_its_plan(one, device, share) for one in found]
     return Calibration(
         device=device,
@@ -391,8 +390,8 @@ def compared(found: Sequence[Observation], device: Device) -> Calibration:
 
 
 def _beside_its_plan(one: Observation, device: Device, share: float) -> CalibratedCase:
-    seconds = layouts.step_seconds(one.job, one.layout, device, share)
-    held = layouts.memory_of(one.job, one.layout).total
+    seconds = layouts.step_seconds(one.phase, one.layout, device, share)
+    held = layouts.memory_of(one.phase, one.layout).total
     return CalibratedCase(
         name=one.case.name,
         config=one.case.config,

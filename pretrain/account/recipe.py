@@ -47,6 +47,12 @@ class Phase:
     """What an update costs."""
 
     @property
+    def precision(self) -> str:
+        """Return that of the matrix products, which a recipe leaves open no more."""
+        assert self.config.train.precision
+        return self.config.train.precision
+
+    @property
     def sequence_costs(self) -> SequenceCosts:
         """Return what a sequence costs; two recipes are compared by the quotients of these fields."""
         used, samples = self.cost.flops, self.cost.samples

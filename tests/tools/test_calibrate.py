@@ -19,15 +19,15 @@ def observed(size, seconds_at, factor=1.0):
     """A row of a device whose products reach `seconds_at` of the peak, `factor` slower than planned."""
     device = devices.find("H100")
     recipe = make_recipe(layouts.recipe(size, 128), layouts.ROBERTA_PIECES)
-    job = layouts.job(recipe.phases[0], device)
+    (phase,) = recipe.phases
     layout = layouts.Layout(micro_batch=64, accumulation=32)
     return calibrate.Observation(
         case=calibrate.Case(size, size, ()),
-        job=job,
+        phase=phase,
         layout=layout,
-        seconds=factor * layouts.step_seconds(job, layout, device, seconds_at),
+        seconds=factor * layouts.step_seconds(phase, layout, device, seconds_at),
         pace=1.0,
-        bytes=layouts.memory_of(job, layout).total / 1.25,
+        bytes=layouts.memory_of(phase, layout).total / 1.25,
     )
 
 

@@ -115,9 +115,7 @@ def test_planned_bytes_are_the_allocators(world, cases):
     planned = {}
     for name, config in cases.items():
         layout = layouts.configured(config, world, config.train.precision, gpu=False)
-        planned[name] = layouts.memory_of(
-            layouts.job(make_recipe(config, VOCAB).phases[0], None), layout
-        ).total
+        planned[name] = layouts.memory_of(make_recipe(config, VOCAB).phases[0], layout).total
     assert planned == pytest.approx(counted, rel=CLOSE)
 
 

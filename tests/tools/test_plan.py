@@ -326,9 +326,9 @@ def test_a_share_of_another_recipe_is_planned(tmp_path):
 def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
     """Over every micro-batch, not the largest that fits; by the margins that stages have."""
     device = devices.find(name)
-    job = layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)
-    share, _ = layouts.achieved(device, job.precision)
-    (chosen,) = layouts.fastest([job], gpus, device, share)
+    phase = make_recipe(load_config(LARGE), 50265).phases[0]
+    share, _ = layouts.achieved(device, phase.precision)
+    (chosen,) = layouts.fastest([phase], gpus, device, share)
     best = float("inf")
     for tensor in (1, 2, 4, 8):
         for zero, offload in layouts.SAVINGS:
@@ -348,22 +348,22 @@ def test_the_fastest_layout_is_that_of_trying_all(name, gpus):
                         recompute=recompute,
                         precision="bf16",
                     )
-                    if layouts.needs(layouts.memory_of(job, one)) <= device.memory:
-                        best = min(best, layouts.with_margin(job, one, device, share))
-    assert layouts.with_margin(job, chosen, device, share) <= best * (1 + layouts.TOLERANCE)
-    assert layouts.needs(layouts.memory_of(job, chosen)) <= device.memory
+                    if layouts.needs(layouts.memory_of(phase, one)) <= device.memory:
+                        best = min(best, layouts.with_margin(phase, one, device, share))
+    assert layouts.with_margin(phase, chosen, device, share) <= best * (1 + layouts.TOLERANCE)
+    assert layouts.needs(layouts.memory_of(phase, chosen)) <= device.memory
 
 
 @pytest.mark.parametrize("gpus", [2**n for n in range(13)])
 def test_zero_is_not_preferred_for_less_than_its_margin(gpus):
     """Memory does not ask for it here: what is chosen is plain, or faster by more than what is doubted."""
     device = devices.find("H100")
-    jobs = [layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)]
-    (chosen,) = layouts.fastest(jobs, gpus, device, 0.4)
-    plain = [one for (one,) in layouts.candidates(jobs, gpus, device) if one.zero == 0]
-    seconds = min(layouts.step_seconds(jobs[0], one, device, 0.4) for one in plain)
+    phases = [make_recipe(load_config(LARGE), 50265).phases[0]]
+    (chosen,) = layouts.fastest(phases, gpus, device, 0.4)
+    plain = [one for (one,) in layouts.candidates(phases, gpus, device) if one.zero == 0]
+    seconds = min(layouts.step_seconds(phases[0], one, device, 0.4) for one in plain)
     margin = 1 + layouts.MARGIN[chosen.zero]
-    assert chosen.zero == 0 or layouts.step_seconds(jobs[0], chosen, device, 0.4) * margin < seconds
+    assert chosen.zero == 0 or layouts.step_seconds(phases[0], chosen, device, 0.4) * margin < seconds
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -382,12 +382,12 @@ def test_what_hides_is_what_deepspeed_overlaps(stage):
 def test_collectives_of_zero_3_hide_behind_a_part_of_their_pass():
     """On a link so slow that all but that part shows."""
     device = replace(devices.find("H100"), link=1e9)
-    job = layouts.job(make_recipe(load_config(LARGE), 50265).phases[0], device)
+    phase = make_recipe(load_config(LARGE), 50265).phases[0]
     layout = memory.Layout(data=8, micro_batch=32, accumulation=8, engine="deepspeed", zero=3)
-    computing = 8 * layouts.micro_seconds(job, layout, device, 0.4)
-    calls = traffic.step(job.model, job.rows, job.vocab_size, layout)
+    computing = 8 * layouts.micro_seconds(phase, layout, device, 0.4)
+    calls = traffic.step(phase.config.model, phase.rows, phase.vocab_size, layout)
     lasting = sum(traffic.seconds(call, layout, device) for call in calls)
-    whole = layouts.step_seconds(job, layout, device, 0.4) - layouts.update_seconds(job, layout, device)
+    whole = layouts.step_seconds(phase, layout, device, 0.4) - layouts.update_seconds(phase, layout, device)
     assert whole == pytest.approx(computing * (1 - layouts.OVERLAP_SHARE) + lasting)
 
 
@@ -488,11 +488,11 @@ def test_a_calibrated_machine_is_a_device(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("run", published.RUNS, ids=lambda run: f"{run.name}, {run.gpus}")
 def test_a_published_run_is_planned(run):
     """At the share that is told the plan has the published rate."""
-    job, layout, device = run.job()
-    seconds = layouts.step_seconds(job, layout, device, run.share())
+    phase, layout, device = run.job()
+    seconds = layouts.step_seconds(phase, layout, device, run.share())
     assert run.batch_size * run.length / seconds / run.gpus == pytest.approx(run.rate)
     assert layout.ranks == run.gpus and 0.1 < run.share() < 0.9 and run.source.startswith("https://")
-    assert layouts.needs(layouts.memory_of(job, layout)) < device.memory
+    assert layouts.needs(layouts.memory_of(phase, layout)) < device.memory
 
 
 def test_modernberts_hours_are_what_the_assumed_share_is_from():

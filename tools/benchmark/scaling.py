@@ -180,10 +180,10 @@ def planned(task: BenchmarkTask, ranks: int, mbit: int, passes: list[float]) -> 
     h100 = devices.find("H100")
     assert h100
     device = replace(h100, link=rate, network=rate, gpu=False)  # of which nothing but the links counts
-    job = layouts.job(make_recipe(task.config(), VOCAB).phases[0], device)
+    (phase,) = make_recipe(task.config(), VOCAB).phases
     layout = Layout(data=ranks, micro_batch=task.batch_size, precision=task.precision, gpu=False)
     computing = statistics.median(passes)
-    shown, whole = (1e3 * layouts.exposed_seconds(job, layout, device, ms / 1e3) for ms in (computing, 0.0))
+    shown, whole = (1e3 * layouts.exposed_seconds(phase, layout, device, ms / 1e3) for ms in (computing, 0.0))
     return {"planned_ms": shown, "planned_peer_ms": whole, "pass_ms": computing}
 
 

@@ -15,7 +15,6 @@ from pretrain.data.corpora import Mapped, mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from tools.plan import layouts, traffic
-from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout, Memory
 from tools.plan.schema import (
     MethodCosts,
@@ -76,7 +75,7 @@ def epochs_read(recipe: Recipe, steps: int | None) -> float | None:
 
 
 def plan(
-    of: Config | Recipe,
+    config: Config,
     gpus: int | None = None,
     device: Device | str | None = None,
     fastest: bool = False,
@@ -84,24 +83,40 @@ def plan(
     name: str = "",
     achieved: float | None = None,
 ) -> RunPlan:
+    """Return everything that can be said about a run of a config before it starts, as `plan_recipe` does.
+
+    device: a name of the table, or a Device.
+    """
+    device = layouts.named(device) if isinstance(device, str) else device
+    recipe, source = planned_recipe(config, device)
+    return plan_recipe(recipe, gpus, device, fastest, tariff, name, achieved, source)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    gpus: int | None = None,
+    device: Device | None = None,
+    fastest: bool = False,
+    tariff: Tariff = Tariff(),
+    name: str = "",
+    achieved: float | None = None,
+    source: str = "config",
+) -> RunPlan:
     """Return everything that can be said about a run before it starts.
 
-    of: a config, or the recipe that was made of it. gpus: devices; default: as many as parallel.tensor.
-    device: a name of the table, or a Device; without one there are no times. fastest: choose the fastest
-    layout that fits, instead of the config's. name: of the config, to be shown. achieved: share of the
-    peak that products reach, where one knows better.
+    gpus: devices; default: as many as parallel.tensor. device: without one there are no times. fastest:
+    choose the fastest layout that fits, instead of the config's. name: of the config, to be shown. achieved:
+    share of the peak that products reach, where one knows better. source: of the number of pieces.
 
     Of a run in phases, what is said of a sequence is the mean over all of its sequences, of a step that over
     all of its updates (`figures_of`: where only a run can tell how many, the last phase's); the layout is
     the last phase's, and memory that of the one that needs most.
-    UserError if the devices do not divide, if the layout (with `fastest`: any) does not fit, or if the
-    budget pays for no update.
+    UserError if the devices do not divide, if the layout (with `fastest`: any) does not fit, if the device is
+    not known to have the precision, or if the budget pays for no update.
     """
-    device = layouts.named(device) if isinstance(device, str) else device
-    recipe, source = (of, "config") if isinstance(of, Recipe) else planned_recipe(of, device)
     config, last = recipe.config, recipe.phases[-1]
-    run = PlannedRun(recipe, device, tariff, achieved)
     try:
+        run = PlannedRun(recipe, device, tariff, achieved)
         recipe.budget.check()
         chosen = run.layouts(gpus or config.parallel.tensor, fastest)
         work, times = run.totals(chosen)
@@ -123,7 +138,7 @@ def plan(
         memory_bytes_per_rank=run.memory(chosen),
         mapped_bytes_per_node=_mapped(config),
         copied_bytes_on_rank_0=recipe.copied_bytes,
-        bytes_sent_per_rank=_sent(layouts.job(last, device), chosen[-1]),
+        bytes_sent_per_rank=_sent(last, chosen[-1]),
         layout=_described(last.config, chosen[-1], device),
     )
 
@@ -138,9 +153,10 @@ class PlannedRun:
     achieved: float | None = None
     """Share of the device's peak that products reach; None: what layouts.achieved says."""
 
-    @property
-    def _jobs(self) -> list[PlannedJob]:
-        return [layouts.job(phase, self.device) for phase in self.recipe.phases]
+    def __post_init__(self) -> None:
+        """Raise UserError if the device is not known to have the recipe's precision."""
+        if self.device:
+            layouts.refuse_precision(self.recipe.phases[-1], self.device)
 
     @property
     def _device(self) -> Device:
@@ -151,7 +167,7 @@ class PlannedRun:
         """Return (share of the device's peak that products reach, where it is from)."""
         if self.achieved is not None:
             return self.achieved, "given"
-        return layouts.achieved(self._device, self._jobs[-1].precision)
+        return layouts.achieved(self._device, self.recipe.phases[-1].precision)
 
     # ---- layouts
 
@@ -161,8 +177,8 @@ class PlannedRun:
             if found := self.fastest(gpus):
                 return found
             raise UserError(self._refusal(gpus))
-        precision, gpu = self._jobs[-1].precision, self.device is None or self.device.gpu
-        found = [layouts.configured(phase.config, gpus, precision, gpu) for phase in self.recipe.phases]
+        gpu = self.device is None or self.device.gpu
+        found = [layouts.configured(one.config, gpus, one.precision, gpu) for one in self.recipe.phases]
         needed = layouts.needs(self.memory(found))
         if self.device and needed > self.device.memory:
             raise UserError(
@@ -173,22 +189,22 @@ class PlannedRun:
 
     def fastest(self, gpus: int) -> list[Layout] | None:
         """Return the fastest that fits, of each phase; None: nothing does."""
-        return layouts.fastest(self._jobs, gpus, self._device, self.share()[0])
+        return layouts.fastest(self.recipe.phases, gpus, self._device, self.share()[0])
 
     def obstacle(self, gpus: int) -> str:
         """Return why there is no layout on so many devices."""
-        if layouts.divisions(self._jobs, gpus, self._device):
+        if layouts.divisions(self.recipe.phases, gpus, self._device):
             return "nothing fits"
         return f"{self._batches} sequences cannot be so divided"
 
     @property
     def _batches(self) -> str:
-        return " or ".join(dict.fromkeys(str(job.batch_size) for job in self._jobs))
+        return " or ".join(dict.fromkeys(str(phase.cost.samples) for phase in self.recipe.phases))
 
     def _refusal(self, gpus: int) -> str:
-        if layouts.divisions(self._jobs, gpus, self._device):
+        if layouts.divisions(self.recipe.phases, gpus, self._device):
             return f"nothing fits {gpus} x {self._device.name}; {self._smallest()}"
-        near = ", ".join(f"{count:,}" for count in layouts.nearest(self._jobs, gpus, self._device))
+        near = ", ".join(f"{count:,}" for count in layouts.nearest(self.recipe.phases, gpus, self._device))
         return f"{self._batches} sequences cannot be divided among {gpus:,} ranks; nearest: {near}"
 
     def _smallest(self) -> str:
@@ -201,8 +217,8 @@ class PlannedRun:
 
     def memory(self, chosen: Sequence[Layout]) -> Memory:
         """Return that of the phase that needs most."""
-        held = [layouts.memory_of(job, layout) for job, layout in zip(self._jobs, chosen, strict=True)]
-        return max(held, key=lambda one: one.total)
+        phases = zip(self.recipe.phases, chosen, strict=True)
+        return max((layouts.memory_of(*one) for one in phases), key=lambda held: held.total)
 
     # ---- what is spent
 
@@ -234,7 +250,7 @@ class PlannedRun:
         """Of an update of each phase."""
         share, _ = self.share()
         return [
-            layouts.step_seconds(layouts.job(phase, self.device), layout, self._device, share)
+            layouts.step_seconds(phase, layout, self._device, share)
             for phase, layout in zip(phases, chosen, strict=True)
         ]
 
@@ -294,7 +310,7 @@ class PlannedRun:
             device_hours=device_hours,
             kwh=device_hours and self.tariff.kwh(self.device, device_hours),
             cost=device_hours and self.tariff.dollars(self.device, device_hours),
-            mfu=work / step / ranks / self.device.peak[self._jobs[-1].precision],
+            mfu=work / step / ranks / self.device.peak[self.recipe.phases[-1].precision],
             achieved=share,
             achieved_from=source,
             price=self.tariff.dollars(self.device, 1.0),
@@ -335,10 +351,10 @@ def _mapped(config: Config) -> Mapped | None:
         return None
 
 
-def _sent(job: PlannedJob, layout: Layout) -> dict[str, float]:
+def _sent(phase: Phase, layout: Layout) -> dict[str, float]:
     """Bytes that a rank sends in an update, by group."""
     found = {"data": 0.0, "tensor": 0.0}
-    for call in traffic.step(job.model, job.rows, job.vocab_size, layout):
+    for call in traffic.step(phase.config.model, phase.rows, phase.vocab_size, layout):
         found[call.group] += traffic.sent(call, layout)
     return found
 

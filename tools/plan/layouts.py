@@ -15,7 +15,7 @@ fragments take their share (`RESERVE`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from pretrain.account import devices, flops
 from pretrain.account.devices import Device
 from pretrain.account.recipe import Phase
-from pretrain.config import Config, ModelOptions, build_config, geometry
+from pretrain.config import Config, build_config, geometry
 from pretrain.errors import UserError
 from tools.plan import memory, traffic
 from tools.plan.memory import FULL, Layout, Memory
@@ -63,29 +63,13 @@ too fast by, beyond what it was for plain, on two ranks (results/plan-cpu.json: 
 38 %); how much of that a GPU hides has not been measured."""
 
 
-@dataclass(frozen=True)
-class PlannedJob:
-    """What is to be trained, whatever the layout."""
-
-    model: ModelOptions
-    rows: geometry.Rows
-    vocab_size: int
-    batch_size: int
-    precision: str
-    optimizer: str = "adamw"
-
-
-def job(phase: Phase, device: Device | None) -> PlannedJob:
-    """Return the job of a phase; UserError if the device is not known to have its precision."""
-    precision = phase.config.train.precision
-    assert precision
-    if device is not None and precision not in device.peak:
+def refuse_precision(phase: Phase, device: Device) -> None:
+    """Raise UserError if the device is not known to have the phase's precision."""
+    if phase.precision not in device.peak:
         raise UserError(
-            f"train.precision = {precision}: how fast {device.name} is in it is not known; take one of"
+            f"train.precision = {phase.precision}: how fast {device.name} is in it is not known; take one of"
             f" {', '.join(device.peak)}"
         )
-    batch_size, kind = phase.config.train.batch_size, phase.config.optimizer.kind
-    return PlannedJob(phase.config.model, phase.rows, phase.vocab_size, batch_size, precision, kind)
 
 
 def configured(config: Config, gpus: int, precision: str, gpu: bool = True) -> Layout:
@@ -142,9 +126,9 @@ def changes(config: Config, layout: Layout) -> str:
 # ---- what a layout needs -------------------------------------------------------------------------
 
 
-def memory_of(job: PlannedJob, layout: Layout) -> Memory:
+def memory_of(phase: Phase, layout: Layout) -> Memory:
     """Return the bytes of a rank."""
-    return memory.per_rank(job.model, job.rows, job.vocab_size, layout)
+    return memory.per_rank(phase.config.model, phase.rows, phase.vocab_size, layout)
 
 
 def needs(held: Memory) -> float:
@@ -152,50 +136,50 @@ def needs(held: Memory) -> float:
     return held.total * (1 + FRAGMENTS) + RESERVE
 
 
-def step_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
+def step_seconds(phase: Phase, layout: Layout, device: Device, achieved: float) -> float:
     """Return the seconds of an update."""
-    computing = layout.accumulation * micro_seconds(job, layout, device, achieved)
-    waiting = exposed_seconds(job, layout, device, computing)
-    waiting += orthogonalizing_seconds(job, layout, device, achieved)
-    return computing + waiting + update_seconds(job, layout, device)
+    computing = layout.accumulation * micro_seconds(phase, layout, device, achieved)
+    waiting = exposed_seconds(phase, layout, device, computing)
+    waiting += orthogonalizing_seconds(phase, layout, device, achieved)
+    return computing + waiting + update_seconds(phase, layout, device)
 
 
-def exposed_seconds(job: PlannedJob, layout: Layout, device: Device, computing: float) -> float:
+def exposed_seconds(phase: Phase, layout: Layout, device: Device, computing: float) -> float:
     """Return the seconds of an update's collectives that so many seconds of computing do not hide."""
     return sum(
         max(0.0, traffic.seconds(call, layout, device) - OVERLAP_SHARE * call.beside * computing)
-        for call in traffic.step(job.model, job.rows, job.vocab_size, layout)
+        for call in traffic.step(phase.config.model, phase.rows, phase.vocab_size, layout)
     )
 
 
-def micro_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
+def micro_seconds(phase: Phase, layout: Layout, device: Device, achieved: float) -> float:
     """Return the seconds of a micro-batch's forward and backward pass."""
-    B, T = layout.micro_batch, layout.tensor
-    cost = flops.step_cost(job.model, job.rows, job.vocab_size, B, layout.recompute)
-    saved = memory.activations(job.model, job.rows, replace(layout, recompute="none"))
-    table = geometry.padded_vocab(job.vocab_size, job.model.vocab_multiple) // T
-    moved = B * (PASSES * saved + LOGIT_BYTES * job.rows.predicted * table)
-    products = cost.hardware_flops / T / device.peak[job.precision] / achieved
+    B, T, model, rows = layout.micro_batch, layout.tensor, phase.config.model, phase.rows
+    cost = flops.step_cost(model, rows, phase.vocab_size, B, layout.recompute)
+    saved = memory.activations(model, rows, replace(layout, recompute="none"))
+    table = geometry.padded_vocab(phase.vocab_size, model.vocab_multiple) // T
+    moved = B * (PASSES * saved + LOGIT_BYTES * rows.predicted * table)
+    products = cost.hardware_flops / T / device.peak[phase.precision] / achieved
     seconds = products + moved / (device.bandwidth * BANDWIDTH_SHARE)
-    layers = job.model.num_layers + job.model.decoder_layers
+    layers = model.num_layers + model.decoder_layers
     hooks = layers * HOOKS if layout.zero == 3 else 0.0
     # A GPU computes while its host starts kernels; a CPU does one after the other.
     return max(seconds, layers * KERNELS * LAUNCH + hooks) if device.gpu else seconds + hooks
 
 
-def orthogonalizing_seconds(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
+def orthogonalizing_seconds(phase: Phase, layout: Layout, device: Device, achieved: float) -> float:
     """Return the seconds of Muon's products: those of a data-parallel rank's share of the matrices, which all
     ranks that share the model form."""
-    if job.optimizer != "muon":
+    if phase.config.optimizer.kind != "muon":
         return 0.0
-    precision = "fp32" if job.precision == "fp16" else job.precision
-    peak = device.peak.get(precision, device.peak[job.precision])
-    return flops.muon(job.model) / layout.data / peak / achieved
+    precision = "fp32" if phase.precision == "fp16" else phase.precision
+    peak = device.peak.get(precision, device.peak[phase.precision])
+    return flops.muon(phase.config.model) / layout.data / peak / achieved
 
 
-def update_seconds(job: PlannedJob, layout: Layout, device: Device) -> float:
+def update_seconds(phase: Phase, layout: Layout, device: Device) -> float:
     """Return the seconds of the optimizer, and of carrying what is offloaded to it."""
-    P = memory.local_parameters(job.model, job.vocab_size, layout.tensor)
+    P = memory.local_parameters(phase.config.model, phase.vocab_size, layout.tensor)
     share = -(-P // layout.data) if layout.zero else P
     if layout.offload == "none":
         return UPDATE_BYTES * share / (device.bandwidth * BANDWIDTH_SHARE)
@@ -219,9 +203,9 @@ def achieved(device: Device, precision: str) -> tuple[float, str]:
     return ACHIEVED, "assumed"
 
 
-def share_of(job: PlannedJob, layout: Layout, device: Device, seconds: float) -> float:
+def share_of(phase: Phase, layout: Layout, device: Device, seconds: float) -> float:
     """Return the share of the peak at which an update takes so long: its time is A / share + B."""
-    whole, half = (step_seconds(job, layout, device, share) for share in (1.0, 0.5))
+    whole, half = (step_seconds(phase, layout, device, share) for share in (1.0, 0.5))
     return (half - whole) / (seconds - (2 * whole - half))
 
 
@@ -253,32 +237,34 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
 # ---- which layout --------------------------------------------------------------------------------
 
 
-def divisions(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[tuple[int, int]]:
+def divisions(phases: Sequence[Phase], gpus: int, device: Device) -> list[tuple[int, int]]:
     """Return (tensor-parallel, data-parallel ranks) into which a model and the batches of all its phases
     divide."""
-    model, found = jobs[-1].model, []
+    model, found = phases[-1].config.model, []
     for tensor in powers(min(gpus, device.per_node)):
         data = gpus // tensor
         widths = (model.num_heads, model.ffn_size, model.vocab_multiple, gpus)
-        if not any(width % tensor for width in widths) and not any(job.batch_size % data for job in jobs):
+        if not any(width % tensor for width in widths) and not any(
+            phase.cost.samples % data for phase in phases
+        ):
             found.append((tensor, data))
     return found
 
 
-def nearest(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> list[int]:
+def nearest(phases: Sequence[Phase], gpus: int, device: Device) -> list[int]:
     """Return the next smaller and the next larger number of devices among which all divides, where there is
     one."""
-    most = device.per_node * max(job.batch_size for job in jobs)
+    most = device.per_node * max(phase.cost.samples for phase in phases)
     found = []
     for counts in (range(min(gpus - 1, most), 0, -1), range(gpus + 1, most + 1)):
-        found += [next((count for count in counts if divisions(jobs, count, device)), 0)]
+        found += [next((count for count in counts if divisions(phases, count, device)), 0)]
     return [count for count in found if count]
 
 
-def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterator[list[Layout]]:
+def candidates(phases: Sequence[Phase], gpus: int, device: Device) -> Iterator[list[Layout]]:
     """Yield for each way to divide the model, its state and its activations, the simpler ones first: the
     layout of each phase, with the largest micro-batch that fits."""
-    divided, kind = divisions(jobs, gpus, device), jobs[-1].optimizer
+    divided, kind = divisions(phases, gpus, device), phases[-1].config.optimizer.kind
     for zero, offload in SAVINGS if kind == "adamw" else SAVINGS[:1]:
         for tensor, data in divided:
             for recompute in ("none", "block"):
@@ -289,13 +275,13 @@ def candidates(jobs: Sequence[PlannedJob], gpus: int, device: Device) -> Iterato
                     zero=zero,
                     offload=offload,
                     recompute=recompute,
-                    precision=jobs[-1].precision,
+                    precision=phases[-1].precision,
                     optimizer=kind,
                     gpu=device.gpu,
                 )
-                fitting = [largest_micro_batch(job, layout, device) for job in jobs]
+                fitting = [largest_micro_batch(phase, layout, device) for phase in phases]
                 found = [one for one in fitting if one]
-                if len(found) == len(jobs):
+                if len(found) == len(phases):
                     yield found
 
 
@@ -312,15 +298,15 @@ def powers(limit: int) -> list[int]:
     return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
 
-def largest_micro_batch(job: PlannedJob, layout: Layout, device: Device) -> Layout | None:
+def largest_micro_batch(phase: Phase, layout: Layout, device: Device) -> Layout | None:
     """Return the layout with the largest micro-batch, of those that divide a rank's samples, that fits;
     None: not even 1."""
-    samples, rest = divmod(job.batch_size, layout.data)
+    samples, rest = divmod(phase.cost.samples, layout.data)
     if rest:
         return None
     for micro in sorted(divisors(samples), reverse=True):
         tried = replace(layout, micro_batch=micro, accumulation=samples // micro)
-        if needs(memory_of(job, tried)) <= device.memory:
+        if needs(memory_of(phase, tried)) <= device.memory:
             return tried
     return None
 
@@ -331,19 +317,19 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def fastest(jobs: Sequence[PlannedJob], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
+def fastest(phases: Sequence[Phase], gpus: int, device: Device, achieved: float) -> list[Layout] | None:
     """Return the simplest layout that fits all phases and is, in the last of them, nearly as fast as the
     fastest, by the margins above; of each phase. None: nothing fits."""
     found = [
-        (with_margin(jobs[-1], one[-1], device, achieved), one) for one in candidates(jobs, gpus, device)
+        (with_margin(phases[-1], one[-1], device, achieved), one) for one in candidates(phases, gpus, device)
     ]
     best = min((seconds for seconds, _ in found), default=0.0)
     return next((one for seconds, one in found if seconds <= best * (1 + TOLERANCE)), None)
 
 
-def with_margin(job: PlannedJob, layout: Layout, device: Device, achieved: float) -> float:
+def with_margin(phase: Phase, layout: Layout, device: Device, achieved: float) -> float:
     """Return the seconds of an update with the margin of its stage: by these, layouts are compared."""
-    return step_seconds(job, layout, device, achieved) * (1 + MARGIN[layout.zero])
+    return step_seconds(phase, layout, device, achieved) * (1 + MARGIN[layout.zero])
 
 
 def named(name: str, given: str = "--device ") -> Device:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.account.devices import Device
+from pretrain.account.recipe import Phase
 from pretrain.config import build_config
 from tools.plan import layouts
 from tools.plan.estimate import planned_recipe
-from tools.plan.layouts import PlannedJob
 from tools.plan.memory import Layout
 
 _LARGE = layouts.SIZES["large"]
@@ -45,7 +45,7 @@ class PublishedRun:
     why: str
     """What it did otherwise."""
 
-    def job(self) -> tuple[PlannedJob, Layout, Device]:
+    def job(self) -> tuple[Phase, Layout, Device]:
         """Return what was trained, in which layout of the plain engine, on what."""
         tree = {
             "run": {"dir": "-"},
@@ -62,14 +62,14 @@ class PublishedRun:
         }
         device = layouts.named(self.device) if isinstance(self.device, str) else self.device
         recipe, _ = planned_recipe(build_config(tree), device)
-        job = layouts.job(recipe.phases[0], device)
-        return job, layouts.configured(recipe.config, self.gpus, job.precision), device
+        (phase,) = recipe.phases
+        return phase, layouts.configured(recipe.config, self.gpus, phase.precision), device
 
     def planned_rate(self) -> float:
         """Return the rows of input a second and GPU that the plan expects."""
-        job, layout, device = self.job()
-        share, _ = layouts.achieved(device, job.precision)
-        return self._rows / layouts.step_seconds(job, layout, device, share)
+        phase, layout, device = self.job()
+        share, _ = layouts.achieved(device, phase.precision)
+        return self._rows / layouts.step_seconds(phase, layout, device, share)
 
     def share(self) -> float:
         """Return the share of the peak in products at which the plan would give the published rate."""
