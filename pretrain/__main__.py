@@ -185,7 +185,7 @@ def _dry_run(config: Config) -> int:
     config = with_branch(config)
     inputs = open_inputs(config, torch.device("cpu"), 1)
     recipe, data = inputs.recipe, inputs.data
-    refuse_changes(config.model_copy(update={"model": recipe.config.model}), data)
+    refuse_changes(config, recipe, data)
     _warn_of_epochs(recipe)
     check_start(inputs)
     with tempfile.TemporaryDirectory() as folder:  # for the order of many documents: nothing is to be left

@@ -53,13 +53,16 @@ def _past(state: State) -> list[Segment]:
 def check_continues(state: State, config: Config, data: Data | None) -> None:
     """Raise UserError with all reasons, one a line, why the checkpoint cannot go on; data: None where it is
     not here."""
-    reasons = []
+    reasons, changes = [], []
     try:
         if data:
             run_segments(config, data, state)
     except UserError as error:
         reasons.append(str(error))
-    changes = changed_keys(build_config(state.config, _WHOSE), config)
+    try:
+        changes += changed_keys(build_config(state.config, _WHOSE), config)
+    except UserError as error:
+        reasons.append(str(error))
     known = state.fingerprints.get("tokenizer")
     if data and known and data.tokenizer.hash != known:
         changes.append(
@@ -72,12 +75,14 @@ def check_continues(state: State, config: Config, data: Data | None) -> None:
         raise UserError("\n".join(reasons))
 
 
-def refuse_changes(config: Config, data: Data | None) -> None:
-    """Raise UserError where the run of a config, its vocabulary size known, has a checkpoint that cannot go
-    on with it, or its folder is another's, as its start would say.
+def refuse_changes(config: Config, recipe: Recipe, data: Data | None) -> None:
+    """Raise UserError where the run of a config has a checkpoint that cannot go on with it, or its folder is
+    another's, as its start would say.
 
-    What only a start knows, such as the precision of its device, is taken to be as it was.
+    recipe: of the config, for the size of its vocabulary and the step of its trunk. What only a start knows,
+    such as the precision of its device, is taken to be as it was.
     """
+    config = config.model_copy(update={"model": recipe.config.model, "run": recipe.config.run})
     RunFolder(config.run.dir).refuse_foreign()
     checkpoint.refuse_gone(config.run.dir)
     state = _newest(config.run.dir)
@@ -86,11 +91,15 @@ def refuse_changes(config: Config, data: Data | None) -> None:
             trunk = checkpoint.verified_state(checkpoint.locate(branch.of, branch.step))
             check_branches(trunk, config, data)
         return
-    before, train = build_config(state.config, _WHOSE).train, config.train
-    kept = {
-        name: getattr(before, name) for name in ("precision", "deterministic") if getattr(train, name) is None
-    }
-    check_continues(state, config.model_copy(update={"train": train.model_copy(update=kept)}), data)
+    with suppress(UserError):  # which is said with all other reasons
+        before, train = build_config(state.config, _WHOSE).train, config.train
+        kept = {
+            name: getattr(before, name)
+            for name in ("precision", "deterministic")
+            if getattr(train, name) is None
+        }
+        config = config.model_copy(update={"train": train.model_copy(update=kept)})
+    check_continues(state, config, data)
 
 
 def _newest(run: str | Path) -> State | None:
@@ -160,8 +169,22 @@ def check_branches(state: State, config: Config, data: Data | None) -> None:
     """Raise UserError, a line for each reason, where a branch cannot have the weights of a checkpoint; data:
     None where it is not here."""
     assert config.run.branch
-    before = build_config(state.config, _WHOSE)
-    old, new = before.model, config.model
+    reasons, changes = [], []
+    try:
+        changes += _other_weights(build_config(state.config, _WHOSE), config)
+    except UserError as error:
+        reasons.append(str(error))
+    if data and data.tokenizer.hash != state.fingerprints.get("tokenizer", data.tokenizer.hash):
+        changes.append("corpus: another tokenizer")
+    advice = f"a branch has the weights of {config.run.branch.of}; set it back, or leave run.branch out"
+    reasons += [f"{change}: {advice}" for change in changes]
+    if reasons:
+        raise UserError("\n".join(reasons))
+
+
+def _other_weights(before: Config, config: Config) -> list[str]:
+    """Return what of a config asks for other weights, or moments, than those of the config before."""
+    old, new, kind = before.model, config.model, config.optimizer.kind
     free = {
         *_SHAPELESS,
         *(["max_positions"] if new.block == "modern" else []),
@@ -172,14 +195,9 @@ def check_branches(state: State, config: Config, data: Data | None) -> None:
         for name, value in old
         if name not in free and value != getattr(new, name)
     ]
-    if data and data.tokenizer.hash != state.fingerprints.get("tokenizer", data.tokenizer.hash):
-        changes.append("corpus: another tokenizer")
-    kind = config.optimizer.kind
     if before.optimizer.kind == "muon" != kind:
         changes.append(f"optimizer.kind: muon -> {kind}, but its matrices have no second moment")
-    if changes:
-        advice = f"a branch has the weights of {config.run.branch.of}; set it back, or leave run.branch out"
-        raise UserError("\n".join(f"{change}: {advice}" for change in changes))
+    return changes
 
 
 def branched(state: State, recipe: Recipe, data: Data) -> State:

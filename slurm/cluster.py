@@ -9,11 +9,14 @@ import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pretrain.account.devices import Device
 from pretrain.errors import UserError
 from slurm.time_limit import time_limit, yes_or_no
+from tools.plan import layouts
 from tools.shared.console import whole
 
 HERE = Path(__file__).parent
@@ -40,7 +43,7 @@ class Cluster:
     time: str = "24:00:00"
     cpu_time: str = ""
     options: str = ""
-    device: str = ""
+    device: Device | None = None
     signal_seconds: int = 300
     requeue: str = "yes"
     max_attempts: int = 3
@@ -62,6 +65,7 @@ FORMS: dict[str, Callable[[str], Any]] = {
     "GPUS_PER_NODE": whole(0),
     "TASKS_PER_NODE": whole(1),
     "CPUS_PER_TASK": whole(1),
+    "DEVICE": partial(layouts.named, given=""),
     "TIME": time_limit,
     "CPU_TIME": time_limit,
     "SIGNAL_SECONDS": whole(1, 65535),
@@ -88,7 +92,7 @@ def read(path: Path | None = None) -> Cluster:
         try:
             if value:
                 found[name.lower()] = FORMS.get(name, str)(value)
-        except ArgumentTypeError as error:
+        except (ArgumentTypeError, UserError) as error:
             raise UserError(f"{path}: {name}: {error}") from None
     return Cluster(text, **found)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain import checkpoint, continuing
+from pretrain import checkpoint
 from pretrain.account import epochs
 from pretrain.account.devices import Device
 from pretrain.account.recipe import Recipe
@@ -20,8 +20,7 @@ from pretrain.errors import UserError
 from pretrain.terminal import wrapped
 from slurm import cluster, scheduler
 from slurm.cluster import Cluster
-from tools.plan import estimate as plan_estimate
-from tools.plan import layouts
+from tools.plan.estimate import plan_recipe
 from tools.plan.schema import RunPlan
 from tools.text.files import find_files
 
@@ -68,9 +67,7 @@ def warn(message: str) -> None:
 
 def device_of(site: Cluster, args: argparse.Namespace) -> Device | None:
     """Return what the ranks of a job drive; None where nothing is known of it."""
-    bare = args.gpus_per_node == 0 and site.gpus_per_node  # DEVICE is that of the site's GPUs
-    where = f"{args.cluster or cluster.DEFAULT}: DEVICE="
-    return layouts.named(site.device, where) if site.device and not bare else None
+    return None if args.gpus_per_node == 0 and site.gpus_per_node else site.device  # that of the site's GPUs
 
 
 def shape(
@@ -87,9 +84,7 @@ def shape(
     for nodes in [args.nodes] if args.nodes else NODE_COUNTS:
         try:
             form = Shape(nodes, tasks, gpus)
-            return form, [
-                plan_estimate.plan(each, form.ranks, device, name=name) for name, each in runs.items()
-            ]
+            return form, [plan_recipe(each, form.ranks, device, name=name) for name, each in runs.items()]
         except UserError as error:
             refusal = refusal or error
     assert refusal
@@ -156,13 +151,6 @@ def _found(config: Config, stages: Sequence[str], args: argparse.Namespace) -> D
             return open_data(read)
         return None
     return open_data(read)
-
-
-def refuse_changes(config: Config, recipe: Recipe, data: Data | None) -> None:
-    """Raise UserError where the run has a checkpoint that cannot go on with this config, as its job would
-    say."""
-    known = {"model": recipe.config.model, "run": recipe.config.run}
-    continuing.refuse_changes(config.model_copy(update=known), data)
 
 
 def tokenizer_of(config: Config) -> Path | None:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pretrain.config import dump_config, load_config
+from pretrain.continuing import refuse_changes
 from pretrain.data.tokenizer import SMALLEST
 from pretrain.errors import UserError
 from pretrain.files import write_atomic
@@ -35,7 +36,6 @@ from slurm.sizing import (
     device_of,
     epochs_of,
     read_site,
-    refuse_changes,
     settled,
     shape,
     shape_of_array,
@@ -88,34 +88,40 @@ def start_array(
     return submit(here, {"array": script})[0]["job"]
 
 
-def submit_run(args: argparse.Namespace) -> int:
-    """Put the jobs of a CONFIG into the queue."""
-    site = read_site(args)
-    config = load_config(args.config, args.overrides)
-    stages = args.pipeline.split(",")
+def read_stages(words: str) -> list[str]:
+    """Return the stages of a pipeline, which are to be named in their order."""
+    stages = words.split(",")
     if wrong := [stage for stage in stages if stage not in STAGES]:
         raise UserError(f"--pipeline: no stage {wrong[0]!r}; there are {','.join(STAGES)}")
     if stages != sorted(stages, key=STAGES.index) or len(set(stages)) < len(stages):
-        raise UserError(f"--pipeline {args.pipeline}: name stages once, in the order of {','.join(STAGES)}")
+        raise UserError(f"--pipeline {words}: name stages once, in the order of {','.join(STAGES)}")
+    return stages
+
+
+def submit_run(args: argparse.Namespace) -> int:
+    """Put the jobs of a CONFIG into the queue."""
+    site, stages = read_site(args), read_stages(args.pipeline)
+    config = load_config(args.config, args.overrides)
+    run = Path(config.run.dir)
     planned = with_tokenizer(config, args) if "corpus" in stages else config
     device = device_of(site, args)
     recipe, _ = planned_recipe(planned, device)
     form, (estimate,) = shape({args.config: recipe}, device, site, args)
+    sizing = size_line(form, [estimate]) + (epochs_of(recipe, estimate) if "train" in stages else "")
+    frozen = dump_config(settled(config, recipe))
     files = scripts(config, site, form, stages, args)
-    refuse_foreign(Path(config.run.dir) / "slurm")
+    refuse_foreign(run / "slurm")
     data = check_files(config, stages, args)
     if "train" in stages:
         refuse_changes(config, recipe, data)
-    sizing = size_line(form, [estimate]) + (epochs_of(recipe, estimate) if "train" in stages else "")
     if args.dry_run:
         print(wrapped(sizing, sys.stderr), file=sys.stderr)
         return show(files, args.json)
-    run = Path(config.run.dir)
     refuse_live(run)
     folder = run.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     freeze(folder, site, form)
-    write_atomic(folder / "config.yaml", dump_config(settled(config, recipe)))
+    write_atomic(folder / "config.yaml", frozen)
     submitted = submit(folder, files)
     if args.json:
         console.print_json(submitted)

@@ -12,6 +12,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.account import ledger
 from pretrain.account.ledger_writer import Ledger
+from pretrain.account.recipe import make_recipe
 from pretrain.checkpoint import State
 from pretrain.config import Config, build_config, load_config
 from pretrain.continuing import refuse_changes
@@ -136,7 +137,7 @@ def _start_from(name: str) -> Callable[[Path], Any]:
 
 
 def _checkpoint(folder: Path) -> Any:
-    path = checkpoint.find(folder / "run", 3)
+    path = checkpoint.find_verified(folder / "run", 3)[0]
     return checkpoint.read_state(path), checkpoint.read_tensors(path)
 
 
@@ -157,7 +158,8 @@ def _corpus(folder: Path) -> Any:
 
 def _continues(folder: Path) -> Any:
     config = load_config(folder / "config.yaml")
-    refuse_changes(config, open_data(config.corpus))
+    data = open_data(config.corpus)
+    refuse_changes(config, make_recipe(config, data.tokenizer.vocab_size), data)
 
 
 def _tokenizer(name: str) -> Callable[[Path], Any]:

@@ -273,7 +273,7 @@ def test_the_dry_run_of_a_sweep_shows_file_and_size(capfd: pytest.CaptureFixture
 
 def test_an_unknown_device_is_the_sites(tmp_path: Path) -> None:
     file = site(tmp_path, "DEVICE=V100\n")
-    with pytest.raises(UserError, match=f"^{file}: DEVICE='V100': not in the table"):
+    with pytest.raises(UserError, match=f"^{file}: DEVICE: 'V100': not in the table"):
         submit.main([LARGE, "--cluster", str(file), "--dry-run"])
 
 
@@ -788,7 +788,7 @@ def test_there_must_be_room_for_two_checkpoints(
     """As large as one is on disk."""
     run = tmp_path / "run"
     runs.finish([str(tiny / "tiny.yaml"), f"run.dir={run}", "budget.steps=1"])
-    size = sum(file.stat().st_size for file in checkpoint.find(run).iterdir())
+    size = sum(file.stat().st_size for file in checkpoint.find_verified(run)[0].iterdir())
     usage, free = shutil.disk_usage(run), 0
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
     config = load_config(run / "config.yaml")
