@@ -26,7 +26,7 @@ from pretrain.data.sampler import Blend, Segment
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut
-from pretrain.feed import Feed, read_phase
+from pretrain.feed import Feed
 from pretrain.files import check_folder, write_atomic
 from pretrain.inputs import Inputs
 from pretrain.model import float8, huggingface
@@ -151,25 +151,24 @@ def build(inputs: Inputs, start: Start, signals: Signals, watchdog: Watchdog | N
     """
     recipe, config = inputs.recipe, inputs.recipe.config
     phase = recipe.phases[start.phase]
-    topology, folder, data = start.topology, start.folder, start.data
+    topology, folder = start.topology, start.folder
     ledger, state = start.ledger, start.state
     with timed(ledger, "startup"):
         prepare_torch(bool(config.train.deterministic))
         if topology.device.type == "cpu":
             keep_freed_memory()
         with raise_on_all_ranks(topology):
-            module = make_module(config, data.tokenizer, fresh=state is None)
+            module = make_module(config, start.data.tokenizer, fresh=state is None)
         if config.model.init_from and state is None and topology.world_size > 1:
             refuse_other_weights(config.model.init_from, module, topology)
         engine = build_engine(phase.config, module, topology, phase.micro_batch(topology.data_size))
         if engine.deepspeed_json and topology.is_main:
             write_atomic(folder.path / "deepspeed.json", engine.deepspeed_json)
-        blend, feed = read_phase(phase, topology, data, start.segments)
         run = Run(
             recipe=recipe,
             topology=topology,
             folder=folder,
-            data=data,
+            data=start.data,
             course=start.course,
             engine=engine,
             heldout=inputs.heldout,
@@ -182,8 +181,8 @@ def build(inputs: Inputs, start: Start, signals: Signals, watchdog: Watchdog | N
             deadline=start.deadline,
             segments=start.segments,
             phase=start.phase,
-            blend=blend,
-            feed=feed,
+            blend=start.blend,
+            feed=start.feed,
             writer=checkpoint.Writer() if recipe.copied_bytes else None,
         )
         if state:

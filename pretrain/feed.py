@@ -1,17 +1,16 @@
 """Reads and masks the next update on a thread of its own while this one is computed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from pretrain.account.recipe import Phase
-from pretrain.config import Config
-from pretrain.data.corpora import Data, open_blend
-from pretrain.data.masking import Masker, masker
-from pretrain.data.sampler import Blend, Segment, share_of_rank
+from pretrain.data.corpora import Data
+from pretrain.data.masking import masker
+from pretrain.data.sampler import Blend, share_of_rank
 from pretrain.model.late_mask import Batch
 from pretrain.parallel.topology import Topology
 
@@ -40,32 +39,23 @@ class Feed:
         self._pool.shutdown(cancel_futures=True)
 
 
-def read_phase(
-    phase: Phase, topology: Topology, data: Data, segments: Sequence[Segment]
-) -> tuple[Blend, Feed]:
-    """Make what reads and masks the samples of a phase."""
-    config, batch_size = phase.config, phase.config.train.batch_size
-    blend = open_blend(config, data, segments)
-    micro = phase.micro_batch(topology.data_size)
-    return blend, Feed(prepare(batch_size, micro, topology, blend, open_masker(config, data)), batch_size)
+def open_feed(phase: Phase, topology: Topology, data: Data, blend: Blend) -> Feed:
+    """Return what prepares the updates of a phase from the samples of a blend."""
+    return Feed(micro_batches(phase, topology, data, blend), phase.cost.samples)
 
 
-def open_masker(config: Config, data: Data) -> Masker:
-    """Return what masks the samples of a phase."""
-    bounded = config.corpus.documents == "bounded"
-    return masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
-
-
-def prepare(
-    batch_size: int, micro: int, topology: Topology, blend: Blend, mask: Masker
-) -> Callable[[int], list[Batch]]:
+def micro_batches(phase: Phase, topology: Topology, data: Data, blend: Blend) -> Callable[[int], list[Batch]]:
     """Return what reads and masks this rank's micro-batches of the update that starts at a sample."""
+    config = phase.config
+    micro = phase.micro_batch(topology.data_size)
+    bounded = config.corpus.documents == "bounded"
+    mask = masker(config.masking, config.train.seq_length, data.tokenizer, bounded, data.rules)
 
     def prepare(first: int) -> list[Batch]:
         if topology.device.type == "cuda":  # a thread begins with the first GPU
             torch.cuda.set_device(topology.device)
         rank, ranks = topology.data_rank, topology.data_size
-        s = blend.read(np.concatenate(share_of_rank(first, batch_size, micro, rank, ranks)))
+        s = blend.read(np.concatenate(share_of_rank(first, phase.cost.samples, micro, rank, ranks)))
         batches = []
         for start in range(0, len(s.keys), micro):
             some = slice(start, start + micro)

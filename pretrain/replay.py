@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from pretrain.build import Run
 from pretrain.errors import UserError
-from pretrain.feed import open_masker, prepare
+from pretrain.feed import micro_batches
 from pretrain.parallel.engine import TorchEngine, checksum
 
 _ADVICE = "its device or memory is faulty: leave that node out, and go on from the newest checkpoint"
@@ -53,8 +53,7 @@ def _gradients(run: Run, data_rank: int) -> int:
     """Return the checksum of what this rank makes of the first micro-batch of a data rank; no gradient
     stays."""
     phase, place = run.recipe.phases[run.phase], replace(run.topology, data_rank=data_rank)
-    micro, mask = phase.micro_batch(place.data_size), open_masker(phase.config, run.data)
-    batch = prepare(phase.config.train.batch_size, micro, place, run.blend, mask)(run.samples)[0]
+    batch = micro_batches(phase, place, run.data, run.blend)(run.samples)[0]
     run.seed_dropout(0, data_rank)
     assert isinstance(run.engine, TorchEngine)  # the config's checks ask for it
     return run.engine.gradient_checksum(batch)

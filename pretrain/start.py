@@ -19,17 +19,18 @@ from pretrain import checkpoint
 from pretrain.account import energy
 from pretrain.account.budget import Course
 from pretrain.account.ledger import trunk
-from pretrain.account.ledger_writer import Ledger
+from pretrain.account.ledger_writer import Ledger, timed
 from pretrain.account.process import process_start
 from pretrain.account.recipe import Recipe, make_recipe
 from pretrain.account.schedule import rate
 from pretrain.checkpoint import State
 from pretrain.config import BranchOptions, Config, build_config
 from pretrain.continuing import branched, carried, check_branches, check_continues, rates, run_segments
-from pretrain.data.corpora import Data
+from pretrain.data.corpora import Data, open_blend
 from pretrain.data.rng import Rules
-from pretrain.data.sampler import Segment
+from pretrain.data.sampler import Blend, Segment
 from pretrain.errors import UserError
+from pretrain.feed import Feed, open_feed
 from pretrain.inputs import Inputs
 from pretrain.parallel.launchers import job_end
 from pretrain.parallel.topology import Topology, device_name, device_uuid, on_main, raise_on_all_ranks
@@ -45,6 +46,11 @@ class Start:
     data: Data
     """What the samples are read from, by the rules that the run began with."""
     segments: list[Segment]
+    phase: int
+    """Index of the phase of the update before."""
+    blend: Blend
+    """What reads the samples of that phase, in the last of the segments."""
+    feed: Feed
     course: Course
     meter: energy.Meter
     ledger: Ledger | None
@@ -59,11 +65,6 @@ class Start:
     """Stamps of the checkpoint's files, which tell whether they changed since."""
     branch: BranchOptions | None = None
     """What the config says of the branch, where the checkpoint is another run's."""
-
-    @property
-    def phase(self) -> int:
-        """Return the index of the phase of the update before."""
-        return self.state.phase if self.state else 0
 
 
 def open_start(inputs: Inputs, topology: Topology, folder: RunFolder) -> Start:
@@ -93,8 +94,25 @@ def open_start(inputs: Inputs, topology: Topology, folder: RunFolder) -> Start:
             _say_branch(ledger, state, branch, config, course)
         else:
             _note_changes(ledger, state, recipe, course, segments, layout(recipe, topology))
+    phase = state.phase if state else 0
+    with timed(ledger, "startup"):
+        blend = open_blend(recipe.phases[phase].config, data, segments)
     return Start(
-        topology, folder, data, segments, course, meter, ledger, deadline, state, Path(path), stamps, branch
+        topology=topology,
+        folder=folder,
+        data=data,
+        segments=segments,
+        phase=phase,
+        blend=blend,
+        feed=open_feed(recipe.phases[phase], topology, data, blend),
+        course=course,
+        meter=meter,
+        ledger=ledger,
+        deadline=deadline,
+        state=state,
+        path=Path(path),
+        stamps=stamps,
+        branch=branch,
     )
 
 

@@ -21,9 +21,10 @@ from pretrain.account.ledger_writer import timed
 from pretrain.account.process import peak_resident
 from pretrain.build import Run
 from pretrain.checkpoint import State
+from pretrain.data.corpora import open_blend
 from pretrain.decision import TIME_LIMIT, StepDecision, decide_steps
 from pretrain.errors import DONE, STOPPED, UserError
-from pretrain.feed import read_phase
+from pretrain.feed import open_feed
 from pretrain.model.late_mask import Batch
 from pretrain.model.loss_scale import MIN_SCALE, scale_exhausted
 from pretrain.parallel.topology import raise_on_all_ranks
@@ -110,7 +111,8 @@ def start_phase(run: Run, number: int) -> None:
     if run.segments[-1].length != length:
         run.segments.append(run.segments[-1]._replace(first=run.samples, length=length))
     run.feed.close()
-    run.blend, run.feed = read_phase(phase, run.topology, run.data, run.segments)
+    run.blend = open_blend(phase.config, run.data, run.segments)
+    run.feed = open_feed(phase, run.topology, run.data, run.blend)
     run.engine.set_accumulation(
         batch_size // (phase.micro_batch(run.topology.data_size) * run.topology.data_size)
     )

@@ -55,7 +55,7 @@ def _both(method: str) -> tuple[str, ...]:
 PLACES = {
     "claim": Place(("pretrain.run_folder:RunFolder.claim",), 1, main=True),
     "inputs": Place(("pretrain.inputs:open_inputs",), 1),
-    "build": Place(("pretrain.build:build_engine", "pretrain.build:read_phase"), 2),
+    "build": Place(("pretrain.build:build_engine", "pretrain.start:open_feed"), 2),
     "batch": Place(("pretrain.feed:Feed.take",), 4),
     "backward": Place(_both("backward"), 4),
     "update": Place(_both("_update"), 4),

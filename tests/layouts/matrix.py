@@ -21,8 +21,9 @@ from pretrain.build import build_engine, make_module, prepare_torch
 from pretrain.checkpoint import State
 from pretrain.config import Config, load_config
 from pretrain.continuing import run_segments
+from pretrain.data.corpora import open_blend
 from pretrain.errors import UserError
-from pretrain.feed import read_phase
+from pretrain.feed import open_feed
 from pretrain.inputs import Inputs, open_inputs
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.topology import Topology, connect
@@ -171,7 +172,8 @@ class Stage:
         micro = phase.micro_batch(place.data_size)
         self.engine: Engine = build_engine(phase.config, module, place, micro)
         segments = run_segments(self.config, inputs.data, None)
-        self.blend, self.feed = read_phase(phase, place, inputs.data, segments)
+        self.blend = open_blend(phase.config, inputs.data, segments)
+        self.feed = open_feed(phase, place, inputs.data, self.blend)
         self.step = 0
 
     def update(self) -> float:
