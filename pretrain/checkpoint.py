@@ -422,11 +422,6 @@ Stamps = dict[str, list[int]]
 written to since: inode, size, time of the last change. No device number: another node has another one."""
 
 
-def find(run: str | Path, which: str | int = "latest") -> Path:
-    """Return the folder of a checkpoint, every byte of it verified; see `find_verified`."""
-    return find_verified(run, which)[0]
-
-
 def find_verified(run: str | Path, which: str | int = "latest") -> tuple[Path, Stamps]:
     """Return the folder of a checkpoint, every byte of it verified, and the stamps of its files, by which
     those who read them know that they read what was verified; `which` is latest, best, a step or the name of

@@ -46,7 +46,7 @@ def test_config_makes_updates(path: Path, tiny: Path, tmp_path: Path) -> None:
     outcome = finish([str(path), f"run.dir={tmp_path}", *reduced(path, tiny)])
     assert f"method      {method}" in outcome.text
     assert "warning" not in outcome.text.lower()
-    assert checkpoint.read_state(checkpoint.find(tmp_path)).step == 2
+    assert checkpoint.read_state(checkpoint.find_verified(tmp_path)[0]).step == 2
 
 
 def test_the_long_branch_that_a_recipe_describes(tiny: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_long_branch_that_a_recipe_describes(tiny: Path, tmp_path: Path) -> 
     ]
     own = [f"run.dir={tmp_path}/long", f"run.branch.of={tmp_path}/trunk"]
     finish([str(path), *begin, *words, *more, *own])
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "long"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "long")[0])
     assert (state.step, state.config["model"]["rope_theta"], state.config["schedule"]["kind"]) == (
         4,
         160000,

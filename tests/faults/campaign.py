@@ -281,7 +281,7 @@ class Disturbed:
         try:
             checkpoint.refuse_gone(self.path)
             if checkpoint.steps(self.path):
-                checkpoint.find(self.path)
+                checkpoint.find_verified(self.path)[0]
             self.record(fault)
         except UserError:
             self.refused(fault, "error: .*(is whole|no other is there)")

@@ -35,7 +35,7 @@ def test_a_corpus_and_its_tokenizer_are_whole(here: Path) -> None:
 
 
 def test_a_run_goes_on_as_it_began(here: Path) -> None:
-    state = checkpoint.read_state(checkpoint.find("run"))
+    state = checkpoint.read_state(checkpoint.find_verified("run")[0])
     assert (state.step, state.rules) == (4, 1)
     lines = ledger.check("run")
     command = [sys.executable, "-m", "pretrain", "config.yaml", "budget.steps=8"]
@@ -50,4 +50,4 @@ def test_a_run_goes_on_as_it_began(here: Path) -> None:
     assert losses == {step: pytest.approx(loss, rel=1e-5) for step, loss in LOSSES.items()}
     assert made[-1]["held_out_loss"] == pytest.approx(HELD_OUT, rel=1e-5)
     assert ledger.check("run") > lines and ledger.total(["run"]).steps == 8
-    assert checkpoint.read_state(checkpoint.find("run")).rules == 1
+    assert checkpoint.read_state(checkpoint.find_verified("run")[0]).rules == 1

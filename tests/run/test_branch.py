@@ -169,7 +169,7 @@ def test_what_keeps_the_weights_shape_may_differ(
 ) -> None:
     options = (*branch(trunk), "budget.steps=10", *CHANGES[change])
     finish(words("a", *options, *EVERY))
-    first = checkpoint.read_state(checkpoint.find(tmp_path / "a", 5))
+    first = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a", 5)[0])
     assert first.samples == 4 * 8 + first.config["train"]["batch_size"] and first.optimizer_step == 5
     ledger_program.check([str(tmp_path / "a")])
     assert attempt(words("a", *options)).codes == [0]
@@ -179,14 +179,14 @@ def test_rotary_positions_are_extended(words: Words, tmp_path: Path) -> None:
     finish(words("trunk", "model.block=modern"))
     longer = ("model.max_positions=80", "train.seq_length=60", "model.rope_theta=160000")
     finish(words("a", "model.block=modern", *branch(tmp_path / "trunk", "best"), "budget.steps=10", *longer))
-    assert checkpoint.read_state(checkpoint.find(tmp_path / "a")).step == 10
+    assert checkpoint.read_state(checkpoint.find_verified(tmp_path / "a")[0]).step == 10
 
 
 def test_another_corpus_begins_at_its_start(words: Words, trunk: Path, tiny: Path, tmp_path: Path) -> None:
     """As it does in a run of its own; with the same one, the order goes on."""
 
     finish(words("a", *branch(trunk), f"corpus.train={tiny}/short"))
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a")[0])
     assert [(segment[1], len(state.segments)) for segment in state.segments] == [(32, 1)]
     config = build_config(state.config)
     data = open_data(config.corpus)
@@ -194,7 +194,7 @@ def test_another_corpus_begins_at_its_start(words: Words, trunk: Path, tiny: Pat
     here, alone = open_blend(config, data, _past(state)), open_blend(config, data)
     some = torch.arange(8).numpy()
     assert (here.read(32 + some).tokens == alone.read(some).tokens).all()
-    assert checkpoint.read_state(checkpoint.find(trunk)).segments[0][1] == 0
+    assert checkpoint.read_state(checkpoint.find_verified(trunk)[0]).segments[0][1] == 0
 
 
 def refusal(words: list[str]) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,8 @@ from pretrain.account.flops import Flops, StepCost
 from pretrain.account.ledger_writer import Ledger
 from pretrain.checkpoint import FILES, State
 from pretrain.config import build_config, load_config
-from pretrain.continuing import check_continues
+from pretrain.continuing import check_branches, check_continues
+from pretrain.data.corpora import open_data
 from pretrain.errors import UserError
 from pretrain.files import TEMPORARY, remove, truncate_torn_line
 from pretrain.parallel.pieces import TensorPiece, join
@@ -106,7 +109,7 @@ def folder(tmp_path, no_fsync):
 
 def test_what_was_saved_is_read_back(folder):
     path = save(folder, 12, loss=1 / 3)
-    assert path == folder.checkpoints / "step-00000012" == checkpoint.find(folder.path)
+    assert path == folder.checkpoints / "step-00000012" == checkpoint.find_verified(folder.path)[0]
     assert_holds(path, 12)
     assert checkpoint.read_state(path) == make_state(12, loss=1 / 3)
     weights = checkpoint.read_tensors(path)
@@ -147,14 +150,14 @@ def test_a_good_latest_is_not_written_twice(folder):
     (path / "state.json").write_text("{}")
     save(folder, 5)
     assert path.stat().st_ino != before
-    assert_holds(checkpoint.find(folder.path), 5)
+    assert_holds(checkpoint.find_verified(folder.path)[0], 5)
 
 
 def test_retention_keeps_the_newest_and_the_best(folder):
     for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, float("nan"))):
         save(folder, step, loss)
     assert checkpoint.steps(folder.path) == [2, 4, 5]
-    assert checkpoint.find(folder.path, "best").name == "step-00000002"
+    assert checkpoint.find_verified(folder.path, "best")[0].name == "step-00000002"
     save(folder, 6, 2.5, keep_last=1)
     assert checkpoint.steps(folder.path) == [6]
 
@@ -163,7 +166,7 @@ def test_what_the_run_went_back_from_is_retired(folder):
     for step in (10, 20, 30):
         save(folder, step, keep_last=3)
     (folder.checkpoints / "latest").write_text("step-00000010\n")
-    assert checkpoint.find(folder.path).name == "step-00000010"
+    assert checkpoint.find_verified(folder.path)[0].name == "step-00000010"
     save(folder, 15)
     assert checkpoint.steps(folder.path) == [10, 15]
 
@@ -193,13 +196,13 @@ def test_any_damage_is_named_and_an_older_good_checkpoint_taken(folder, name, da
     bad = folder.checkpoints / "step-00000002"
     DAMAGES[damage](bad / name)
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.find(folder.path)
+        found = checkpoint.find_verified(folder.path)[0]
     assert_holds(found, 1)
     assert str(bad) in caplog.text and name in caplog.text and "refused" in caplog.text
     for which in ("best", 2, "2"):
         with pytest.raises(UserError, match=name):
-            checkpoint.find(folder.path, which)
-    assert_holds(checkpoint.find(folder.path, "1"), 1)
+            checkpoint.find_verified(folder.path, which)[0]
+    assert_holds(checkpoint.find_verified(folder.path, "1")[0], 1)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": {}}', "null", '{"files": null}', "\xff"])
@@ -207,7 +210,7 @@ def test_a_checkpoint_without_a_whole_manifest_is_refused(folder, text):
     path = save(folder, 1)
     (path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"step 1: |none of its 1 checkpoints is whole"):
-        checkpoint.find(folder.path)
+        checkpoint.find_verified(folder.path)[0]
 
 
 def test_a_manifest_damaged_at_any_byte_is_refused_or_harmless(folder):
@@ -229,7 +232,7 @@ def test_without_a_usable_pointer_the_newest_is_taken(folder, pointer):
         (folder.checkpoints / "latest").unlink()
     else:
         (folder.checkpoints / "latest").write_bytes(os.fsencode(pointer))
-    assert_holds(checkpoint.find(folder.path), 2)
+    assert_holds(checkpoint.find_verified(folder.path)[0], 2)
 
 
 def test_a_state_that_was_changed_is_not_believed(folder):
@@ -250,14 +253,14 @@ def test_a_latest_that_is_gone_is_named(folder, caplog):
     save(folder, 1)
     gone = save(folder, 2)
     remove(gone)
-    assert_holds(checkpoint.find(folder.path), 1)
+    assert_holds(checkpoint.find_verified(folder.path)[0], 1)
     assert f"{gone}: is gone, though it is the latest" in caplog.text
     remove(folder.checkpoints / "step-00000001")
     with pytest.raises(UserError, match=f"^{gone}: is gone, and no other is there; .* to start over$"):
-        checkpoint.find(folder.path)
+        checkpoint.find_verified(folder.path)[0]
     remove(folder.checkpoints)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        checkpoint.find(folder.path)
+        checkpoint.find_verified(folder.path)[0]
 
 
 def swapped(path):
@@ -304,11 +307,11 @@ def test_what_changes_while_it_is_read_is_refused(folder):
 
 def test_what_is_not_there_is_a_users_error(folder):
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        checkpoint.find(folder.path)
+        checkpoint.find_verified(folder.path)[0]
     save(folder, 1)
     for which in ("best", "7", "newest", "-1"):
         with pytest.raises(UserError, match="take latest, or one of 1"):
-            checkpoint.find(folder.path, which)
+            checkpoint.find_verified(folder.path, which)[0]
 
 
 def test_another_format_is_a_users_error(folder):
@@ -336,6 +339,16 @@ def test_only_what_may_change_may_change():
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines] == ["run.seed", "model.num_layers", "optimizer.lr"]
     assert all("set it back, or choose another run.dir" in line for line in lines)
+
+
+@pytest.mark.parametrize("check", [check_continues, check_branches])
+def test_an_unreadable_config_hides_no_other_reason(check, tiny):
+    """Of a checkpoint that this program cannot read the config of, and a tokenizer that has changed."""
+    config = make_config(run={"dir": "r", "branch": {"of": "trunk"}}, corpus={"train": str(tiny / "train")})
+    old = replace(make_state(5), config={"budget": {"days": 3}}, fingerprints={"tokenizer": "another"})
+    with pytest.raises(UserError, match="unknown key budget.days") as caught:
+        check(old, config, open_data(config.corpus))
+    assert re.search("^corpus: .*tokenizer", str(caught.value), re.M)
 
 
 def test_a_full_disk_is_a_users_error_after_all_collectives(folder, monkeypatch):
@@ -369,11 +382,11 @@ def test_what_could_not_be_written_in_the_background_is_told(folder, monkeypatch
         with pytest.raises(UserError, match="step-00000002: cannot be saved .*No space left"):
             writer.wait()
         assert not writer.failed
-    assert checkpoint.find(folder.path).name == "step-00000001"
+    assert checkpoint.find_verified(folder.path)[0].name == "step-00000001"
     with pytest.raises(RuntimeError), checkpoint.Writer() as writer:  # the run ends, the checkpoint stays
         checkpoint.save(folder, TinyEngine(5), make_state(5), 2, writer=writer)
         raise RuntimeError
-    assert_holds(checkpoint.find(folder.path), 5)
+    assert_holds(checkpoint.find_verified(folder.path)[0], 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -399,7 +412,7 @@ def test_copies_are_of_the_moment_of_the_save(folder, device):
     assert len(memory) == 2 * len(FILES)
     for step in range(3):
         for kind in FILES:
-            found = checkpoint.read_tensors(checkpoint.find(folder.path, step), kind)
+            found = checkpoint.read_tensors(checkpoint.find_verified(folder.path, step)[0], kind)
             assert set(found["own"].tolist()) == {step}
             assert set(found["put together"].tolist()) == {step + 0.5}
 
@@ -640,7 +653,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path, prep
         assert_resumable(folder, allowed)
     assert crash_at > 15
     assert checkpoint.pointed(folder.path, "latest").name == "step-00000020"
-    assert_holds(checkpoint.find(folder.path), 20)
+    assert_holds(checkpoint.find_verified(folder.path)[0], 20)
 
 
 def assert_resumable(folder, allowed):
@@ -650,14 +663,14 @@ def assert_resumable(folder, allowed):
     for old in {10} & {*checkpoint.steps(again.path)}:  # whole or gone
         assert checkpoint.is_whole(again.checkpoints / f"step-{old:08d}")
     if checkpoint.steps(again.path) or allowed != {20}:
-        found = checkpoint.find(again.path)
+        found = checkpoint.find_verified(again.path)[0]
         step = checkpoint.read_state(found).step
         assert step in allowed
         assert_holds(found, step)
     save(again, 20, 3.0)
     save(again, 30, 2.0, keep_last=1)
-    assert_holds(checkpoint.find(again.path), 30)
-    assert checkpoint.find(again.path, "best") == checkpoint.find(again.path)
+    assert_holds(checkpoint.find_verified(again.path)[0], 30)
+    assert checkpoint.find_verified(again.path, "best")[0] == checkpoint.find_verified(again.path)[0]
     assert sorted(p.name for p in again.checkpoints.iterdir()) == ["best", "latest", "step-00000030"]
     again.release()
 
@@ -669,7 +682,7 @@ def one_attempt(run):
     account = Ledger.open(run, 1, "cpu", started=process.now())
     step, head = 0, ""
     if checkpoint.steps(run):
-        state = checkpoint.read_state(checkpoint.find(run))
+        state = checkpoint.read_state(checkpoint.find_verified(run)[0])
         step, head = state.step, state.ledger_head
     account.begin(step, head)
     while True:
@@ -705,7 +718,7 @@ def test_a_run_killed_at_random_instants_always_goes_on(tmp_path):
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"attempt {attempt} failed by itself"
         if checkpoint.steps(tmp_path):
-            found = checkpoint.find(tmp_path)
+            found = checkpoint.find_verified(tmp_path)[0]
             state = checkpoint.read_state(found)
             assert_holds(found, state.step)
             assert state.step >= reached

@@ -40,7 +40,7 @@ def test_milestones_are_the_checkpoints_of_their_steps(ranks: int, words: Words,
     run = tmp_path / "a"
     assert checkpoint.named_weights(run) == list(NAMES)
     for name, step in NAMES.items():
-        path = checkpoint.find(run, name)
+        path = checkpoint.find_verified(run, name)[0]
         assert checkpoint.read_state(path).step == step
         assert sorted(file.name for file in path.iterdir()) == [
             "manifest.json",
@@ -106,25 +106,25 @@ def test_damaged_weights_keep_no_run_from_going_on(words: Words, tmp_path: Path)
     finish(words("a", *KEEP), 2)
     assert checkpoint.named_weights(tmp_path / "a") == list(NAMES)
     with pytest.raises(UserError, match="share-0.3: state.json has 1 bytes instead of"):
-        checkpoint.find(tmp_path / "a", "share-0.3")
+        checkpoint.find_verified(tmp_path / "a", "share-0.3")[0]
 
 
 def test_weights_are_used_where_checkpoints_are_gone(words: Words, tmp_path: Path) -> None:
     finish(words("a", *KEEP))
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")
-    assert checkpoint.read_state(checkpoint.find(tmp_path / "a", "share-1")).step == 8
+    assert checkpoint.read_state(checkpoint.find_verified(tmp_path / "a", "share-1")[0]).step == 8
     with pytest.raises(UserError, match="step-00000008: is gone"):
-        checkpoint.find(tmp_path / "a")
+        checkpoint.find_verified(tmp_path / "a")[0]
 
 
 def test_weights_are_damaged_or_unknown_by_name(words: Words, tmp_path: Path) -> None:
     finish(words("a", *KEEP))
     with pytest.raises(UserError, match="has no checkpoint 'share-0.7'; take latest, or one of 8, share-0, "):
-        checkpoint.find(tmp_path / "a", "share-0.7")
+        checkpoint.find_verified(tmp_path / "a", "share-0.7")[0]
     file = tmp_path / "a" / "weights" / "share-1" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"share-1: model.safetensors has \d+ bytes instead of"):
-        checkpoint.find(tmp_path / "a", "share-1")
+        checkpoint.find_verified(tmp_path / "a", "share-1")[0]
 
 
 def test_what_takes_a_checkpoint_takes_kept_weights(
@@ -138,7 +138,7 @@ def test_what_takes_a_checkpoint_takes_kept_weights(
     three = [weights(tmp_path / "a", which) for which in ("share-0.3", "share-0.5", "8")]
     for name, mean in weights(tmp_path / "a", "three").items():
         assert torch.allclose(mean, (sum(one[name].double() for one in three) / 3).float(), rtol=0, atol=1e-7)
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a", "three"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a", "three")[0])
     assert state.averaged == pytest.approx(dict.fromkeys(("share-0.3", "share-0.5", "step-00000008"), 1 / 3))
     assert state.step == 8 and state.loss is None
     ledger_program.check([run])
@@ -159,7 +159,7 @@ def test_a_decaying_average_weighs_the_newest_most(words: Words, tmp_path: Path)
     first, last = weights(tmp_path / "a", "share-0.3"), weights(tmp_path / "a", "8")
     for name, mean in weights(tmp_path / "a", "average").items():
         assert torch.allclose(mean, first[name] / 3 + 2 * last[name] / 3, rtol=0, atol=1e-6)
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a", "average"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a", "average")[0])
     assert state.averaged == pytest.approx({"share-0.3": 1 / 3, "step-00000008": 2 / 3})
 
 

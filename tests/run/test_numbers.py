@@ -80,7 +80,7 @@ def test_an_update_is_skipped_and_counted(
     counts = [line["skipped_updates"] for line in read_metrics(tmp_path / "a")]
     assert counts == [0, 0, 0, 1, 1, 1, 1, 1] and "skipped 1" in ended.text
     assert [line["loss"] is None for line in read_metrics(tmp_path / "a")].index(True) == 3
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a")[0])
     assert (state.step, state.optimizer_step, state.skipped) == (8, 7, 1)
     finish(words("a", *all_options, "budget.steps=9"), ranks)
     assert read_metrics(tmp_path / "a")[-1]["skipped_updates"] == 1

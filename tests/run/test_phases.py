@@ -47,7 +47,7 @@ def test_everything_is_counted_and_noted(words: Words, tmp_path: Path) -> None:
     scores = [line.details["held_out"] for line in lines if line.event == "evaluate"]
     assert len(scores) == 3  # the same questions in all phases: 20 windows of 24, 15 % of 22
     assert {score["predicted_tokens"] for score in scores} == {20 * 3}
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a")[0])
     assert [segment[1:2] + segment[3:] for segment in state.segments] == [[0, 16], [52, 24]]
 
 
@@ -58,7 +58,9 @@ def test_killed_in_every_phase(words: Words, tmp_path: Path) -> None:
         cut = attempt(words("cut", "checkpoint.every_steps=1", *STEPS), strike=Strike(SIGKILL, 4))
         assert cut.codes == [code], cut.text
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
-    first, second = (checkpoint.read_state(checkpoint.find(tmp_path / name)) for name in ("whole", "cut"))
+    first, second = (
+        checkpoint.read_state(checkpoint.find_verified(tmp_path / name)[0]) for name in ("whole", "cut")
+    )
     assert first.segments == second.segments
     events = [line.event for line in ledger.read(tmp_path / "cut")]
     assert events.count("crash-detected") == 3

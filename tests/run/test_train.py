@@ -148,7 +148,7 @@ def test_a_run_goes_on_by_the_rates_that_it_began_with(words: Words, tmp_path: P
     """Of an older program's: the rate at the start of an update; no progress in its checkpoint."""
     stopped = attempt(words("a", "budget.steps=8"), strike=Strike(SIGTERM, 4))
     assert stopped.codes == [75], stopped.text
-    path = checkpoint.find(tmp_path / "a")
+    path = checkpoint.find_verified(tmp_path / "a")[0]
     state = json.loads((path / "state.json").read_text())
     del state["rules"], state["progress"]
     (path / "state.json").write_text(json.dumps(state))
@@ -326,7 +326,7 @@ def test_an_update_waits_for_the_copy_of_what_it_changes(
     for number in (2, 4, 6, 8):
         for kind in checkpoint.FILES:
             saved = [
-                checkpoint.read_tensors(checkpoint.find(tmp_path / name, number), kind)
+                checkpoint.read_tensors(checkpoint.find_verified(tmp_path / name, number)[0], kind)
                 for name in ("a", "whole")
             ]
             assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
@@ -419,8 +419,10 @@ def test_updates_decided_ahead_are_those_decided_one_by_one(
         events.append([(line.event, line.step) for line in lines if line.event in EVENTS])
     assert result(tmp_path / "one by one") == result(tmp_path / "ahead")
     assert events[0] == events[1]
-    assert checkpoint.read_state(checkpoint.find(tmp_path / "one by one")).progress == pytest.approx(
-        checkpoint.read_state(checkpoint.find(tmp_path / "ahead")).progress, rel=1e-15
+    assert checkpoint.read_state(
+        checkpoint.find_verified(tmp_path / "one by one")[0]
+    ).progress == pytest.approx(
+        checkpoint.read_state(checkpoint.find_verified(tmp_path / "ahead")[0]).progress, rel=1e-15
     )
     assert max(exchanges) >= 3 and len(exchanges) < run.step + 10
 
@@ -440,7 +442,7 @@ def test_a_signal_is_answered_at_the_next_exchange(
     assert train.train(run) == 75
     train.close(run)
     assert exchanges[:3] == [1, 5, 5] and checkpoint.steps(tmp_path / "a") == [11]
-    state = checkpoint.read_state(checkpoint.find(tmp_path / "a"))
+    state = checkpoint.read_state(checkpoint.find_verified(tmp_path / "a")[0])
     assert state.step == 11 and state.progress == 11 / 1000
 
 

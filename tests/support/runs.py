@@ -253,7 +253,7 @@ def result(run: Path) -> dict[str, Any]:
 
 def kept(run: Path) -> dict[str, Any]:
     """The same, but for what only metrics.jsonl says."""
-    files = checkpoint.find(run)
+    files = checkpoint.find_verified(run)[0]
     totals = ledger.total([run])
     return {
         "step": files.name,

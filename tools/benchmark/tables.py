@@ -3,6 +3,9 @@
 A page says where a table stands, ``<!-- table: NAME -->`` and ``<!-- end -->``; what is between the two is
 what `TABLES[NAME]` returns. A new table is a function that returns its rows, a line in `TABLES`, and the two
 marks. ``--check`` writes nothing and fails where a page says other than its documents.
+
+It imports the rooms whose documents it shows, and no other room imports this one: how a table of scores, of
+a plan or of a study looks is said there, and what stands in which page is said here.
 """
 
 import json
