@@ -96,11 +96,7 @@ class IndexedReader:
         self._check_index(index_path)
         expected = self.num_tokens * self.dtype.itemsize
         if raw.size != expected:
-            what = "truncated" if raw.size < expected else "too long"
-            raise UserError(
-                f"{tokens_path}: {what}: {raw.size} bytes where its index asks for {expected}; "
-                "copy or encode it again"
-            )
+            raise _wrong_size(tokens_path, raw.size, expected, "its index")
         self.tokens: TokenArray = raw.view(self.dtype)
 
     def _check_index(self, path: Path) -> None:
@@ -205,9 +201,10 @@ def read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any]
         raise UserError(f"{path}: dtype code {code} is not an integer type of Megatron's")
     expected = index_bytes(sequences, entries)
     if entries < 1 or index.size not in (expected, expected + sequences):  # + modes (multimodal)
-        what = "truncated" if index.size < expected else "too long"
-        raise UserError(
-            f"{path}: {what}: {index.size} bytes where its header asks for {expected}; "
-            "copy or encode it again"
-        )
+        raise _wrong_size(path, index.size, expected, "its header")
     return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, entries
+
+
+def _wrong_size(path: Path, size: int, expected: int, by: str) -> UserError:
+    what = "truncated" if size < expected else "too long"
+    return UserError(f"{path}: {what}: {size} bytes where {by} asks for {expected}; copy or encode it again")

@@ -43,11 +43,7 @@ SIZES = {
 }
 """Widths and depths; `modernbert-base` is of the modern block, whose layers here all attend to all rows."""
 RATE = {"mlm": 0.15, "3ml-self": 0.5, "3ml-cross": 0.5, "3ml-query": 0.5, "mae-lm": 0.15}
-LATE: dict[str, dict[str, Any]] = {
-    **{f"3ml-{kind}": {"decoder_layers": 2, "decoder": kind} for kind in ("self", "cross", "query")},
-    "mae-lm": {"decoder_layers": 4, "mask_vector": "tied"},
-}
-"""What makes a late method of a model whose masks join after its layers."""
+LATE = [method for method in RATE if method != "mlm"]
 LEARNING_RATE = 1e-4
 
 Update = Callable[[], Tensor]
@@ -69,8 +65,7 @@ class BenchmarkTask:
         shape: dict[str, Any] = {**SIZES[self.size], "vocab_size": VOCAB, "token_type": not self.modern}
         if self.modern:
             shape["block"] = "modern"
-        if method in LATE:
-            shape |= {"mask_from": shape["num_layers"], **LATE[method]}
+        shape |= layouts.late(method, shape["num_layers"])
         all_mask = {"corruption": (1.0, 0.0, 0.0)} if method == "mae-lm" else {}
         tree: dict[str, Any] = {
             "run": {"dir": "benchmark"},

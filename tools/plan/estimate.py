@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pretrain.account import epochs
 from pretrain.account.devices import Device
@@ -402,21 +401,10 @@ def methods(length: int, device: Device | None, achieved: float | None = None) -
         masking = {"rate": rate, "corruption": (1.0, 0.0, 0.0) if all_mask else (0.8, 0.1, 0.1)}
         for size in layouts.SIZES:
             layers = layouts.SIZES[size]["num_layers"]
-            config = layouts.recipe(size, length, _late(name, layers), **masking)
+            config = layouts.recipe(size, length, layouts.late(name, layers), **masking)
             relative = plan(config, 1, device, achieved=achieved).relative
             rows.append(MethodCosts(name, rate, all_mask, size, length, relative))
     return rows
-
-
-def _late(method: str, layers: int) -> dict[str, Any]:
-    """What makes a method of a model with so many layers."""
-    if method == "mlm":
-        return {}
-    if method == "shared-depth":
-        return {"mask_from": layers // 2}
-    if method == "mae-lm":
-        return {"mask_from": layers, "decoder_layers": 4, "mask_vector": "tied"}
-    return {"mask_from": layers, "decoder_layers": 2, "decoder": method.removeprefix("3ml-")}
 
 
 METHODS = [

@@ -234,6 +234,17 @@ def recipe(size: str, length: int, model: dict[str, Any] = {}, **masking: Any) -
     return build_config(tree)
 
 
+def late(method: str, layers: int) -> dict[str, Any]:
+    """Return the keys of `model` that make a method of a model with so many layers."""
+    if method == "mlm":
+        return {}
+    if method == "shared-depth":
+        return {"mask_from": layers // 2}
+    if method == "mae-lm":
+        return {"mask_from": layers, "decoder_layers": 4, "mask_vector": "tied"}
+    return {"mask_from": layers, "decoder_layers": 2, "decoder": method.removeprefix("3ml-")}
+
+
 # ---- which layout --------------------------------------------------------------------------------
 
 

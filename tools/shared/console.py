@@ -132,35 +132,24 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return number
 
 
-def share(text: str) -> float:
-    """Return the type of an argument: a number between 0 and 1, without both."""
-    value = _number(text)
-    if 0 < value < 1:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.005")
+def _real(what: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return the type of an argument: a number for which `holds` is true, which is `what`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if holds(value):
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return number
 
 
-def part(text: str) -> float:
-    """Return the type of an argument: a number above 0, and 1 at most."""
-    value = _number(text)
-    if 0 < value <= 1:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1, such as 0.4")
-
-
-def positive(text: str) -> float:
-    """Return the type of an argument: a finite number above 0."""
-    value = _number(text)
-    if 0 < value < math.inf:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+share = _real("a share between 0 and 1, such as 0.005", lambda value: 0 < value < 1)
+part = _real("a number above 0 and up to 1, such as 0.4", lambda value: 0 < value <= 1)
+positive = _real("a number above 0", lambda value: 0 < value < math.inf)
 
 
 def prefix(text: str) -> str:
