@@ -183,7 +183,7 @@ def build(inputs: Inputs, start: Start, signals: Signals, watchdog: Watchdog | N
             phase=start.phase,
             blend=start.blend,
             feed=start.feed,
-            writer=checkpoint.Writer() if recipe.copied_bytes else None,
+            writer=checkpoint.Writer() if recipe.saves_beside_training else None,
         )
         if state:
             _restore(run, state, start.path, start.stamps)

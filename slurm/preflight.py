@@ -14,13 +14,14 @@ the user's to mend: `stop`.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from pretrain.data.corpora import copy_of, is_copy, mapped
 from pretrain.data.document_order import scratch
 from pretrain.errors import UserError
 from pretrain.files import own_folder, write_atomic
+from pretrain.parallel.launchers import Identity, identify
 from slurm import attempts
+from tools.plan import layouts, memory
 from tools.shared import console, journal
 
 NOTE_TIMEOUT_S = 120.0
@@ -47,9 +50,16 @@ MEMORY_BYTES = 1 << 30
 # ---- a rank looks round --------------------------------------------------------------------------
 
 
-def check_alone(config: Config, copies: str, gpus: int, rank: int) -> list[str]:
+def check_alone(config: Config, copies: str, gpus: int, me: Identity) -> list[str]:
     """Return what this rank finds wrong without the others."""
-    return [*_device(gpus), *_memory(config, rank), *_corpus(config), *_space(config, copies)]
+    ranks = node_ranks(me, os.environ)
+    return [*_device(gpus), *_memory(config, ranks, me.world_size), *_corpus(config), *_space(config, copies)]
+
+
+def node_ranks(me: Identity, environ: Mapping[str, str]) -> range:
+    """Return the ranks of this rank's node, which our sbatch files have one after the other."""
+    first, nodes = me.rank - me.local_rank, int(environ.get("SLURM_STEP_NUM_NODES", 1))
+    return range(first, min(first + math.ceil(me.world_size / nodes), me.world_size))
 
 
 def _device(gpus: int) -> list[str]:
@@ -69,14 +79,16 @@ def _device(gpus: int) -> list[str]:
         return [f"the GPU fails: {str(error).splitlines()[0]}"]
 
 
-def _memory(config: Config, rank: int) -> list[str]:
-    """The host's: what a rank needs at least, what grows with the documents, once a node, and on rank 0 the
-    copies of a checkpoint."""
-    free, wanted = psutil.virtual_memory().available, MEMORY_BYTES  # what is cached counts as free
+def _memory(config: Config, ranks: Sequence[int], world_size: int) -> list[str]:
+    """The host's: what each of a node's ranks needs at least, and takes for its part of a checkpoint, and
+    what grows with the documents, once."""
+    free, wanted = psutil.virtual_memory().available, len(ranks) * MEMORY_BYTES  # what is cached is free
     with contextlib.suppress(UserError):  # a corpus that is not there is said of it
         wanted += mapped(config.corpus).total
     with contextlib.suppress(UserError):  # nor a budget that cannot be known yet
-        wanted += 0 if rank else make_recipe(config).copied_bytes
+        recipe = make_recipe(config)
+        layout = layouts.configured(config, world_size, "")
+        wanted += sum(memory.copied(recipe, layout, rank) for rank in ranks)
     return [] if free >= wanted else [f"{free / 1e9:.1f} GB of memory free, {wanted / 1e9:.1f} needed"]
 
 
@@ -176,11 +188,9 @@ def off(clocks: Mapping[str, float], node: str) -> float:
 
 def report(config: Config, folder: Path, copies: str, gpus: int) -> int:
     """Return one rank's part; exit code 1 if any rank found something."""
-    from pretrain.parallel.launchers import identify
-
     me = identify(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    _note(folder, me.rank, check_alone(config, copies, gpus, me.rank))
+    _note(folder, me.rank, check_alone(config, copies, gpus, me))
     end = time.monotonic() + NOTE_TIMEOUT_S
     while len(_said(folder)) < me.world_size and time.monotonic() < end:
         time.sleep(0.2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from pretrain.account import flops, ledger
 from pretrain.account.budget import MEASURED, Budget, spent
 from pretrain.account.flops import StepCost
-from pretrain.config import Config, MaskingOptions, geometry, load_config, phase_configs
+from pretrain.config import Config, MaskingOptions, load_config, phase_configs
 from pretrain.config.geometry import Rows
 from pretrain.data.masking import counts
 from pretrain.errors import UserError
@@ -85,13 +85,10 @@ class Recipe:
         return self.phases[0].vocab_size
 
     @property
-    def copied_bytes(self) -> int:
-        """Return what rank 0 keeps of the host's memory to write checkpoints while training goes on: copies
-        of weights and two moments in float32, of which other ranks keep what they alone have; 0 where
-        training waits, as where every second is paid for."""
-        if not self.config.checkpoint.background or self.budget.measured:
-            return 0
-        return 12 * geometry.parameters(self.config.model, self.vocab_size)["total"]
+    def saves_beside_training(self) -> bool:
+        """Return whether checkpoints are copied, and written while training goes on; not where every second
+        is paid for."""
+        return self.config.checkpoint.background and not self.budget.measured
 
 
 def make_recipe(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.account.recipe import make_recipe
 from pretrain.build import build_engine
 from pretrain.config import Config
 from pretrain.config.geometry import BUCKET
@@ -20,15 +21,19 @@ from pretrain.model.late_mask import Batch, LateMaskModel, init_weights
 from pretrain.parallel import engine, gradients, topology
 from pretrain.parallel.deepspeed_engine import deepspeed_config
 from pretrain.parallel.gradients import buckets
+from pretrain.parallel.pieces import TensorPiece
 from tests.parallel.test_tensor_parallel import MASK, VOCAB, make_batch
 from tests.support import ranks
 from tests.support.methods import small
 from tests.support.optimizers import Reference as ReferenceOptimizer
+from tools.plan import memory
+from tools.plan.layouts import configured
 
 BATCH, LR = 12, 1e-3
 MIDDLE, STEPS = 2, 3
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 State = dict[str, dict[str, Tensor]]
+Pieces = dict[str, list[TensorPiece]]
 
 # Threads cost more than they bring at this size, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -205,7 +210,9 @@ def check(case: Case, place: topology.Topology, expected: Expected) -> State:
     straight = build_engine(case.config(), make_model(case), place, micro)
     seen = [update(straight, place, micro, step) for step in range(MIDDLE)]
     middle = state_of(straight)
-    joined = {kind: straight.join(list(straight.pieces(kind))) for kind in KINDS}
+    pieces = {kind: list(straight.pieces(kind)) for kind in KINDS}
+    joined = {kind: straight.join(pieces[kind]) for kind in KINDS}
+    planned(case, place, pieces, joined, middle)
     if place.is_main:
         same_bits(joined, middle)
     assert straight.optimizer_step == MIDDLE
@@ -234,6 +241,21 @@ def check(case: Case, place: topology.Topology, expected: Expected) -> State:
         close(state_of(resumed), expected.end)
     not_a_number(resumed, place, micro)
     return middle
+
+
+def planned(case: Case, place: topology.Topology, pieces: Pieces, joined: State, state: State) -> None:
+    """What a save takes of each rank's memory, copies of its pieces and on rank 0 what is put together, is
+    what the plan has; but for where a partition happens to end: a rank has some whole tensors more."""
+    copies = [piece.flat for each in pieces.values() for piece in each]
+    of_copies = {flat.untyped_storage().data_ptr() for flat in copies}
+    new = {
+        kind: sum(t.nbytes for t in each.values() if t.untyped_storage().data_ptr() not in of_copies)
+        for kind, each in joined.items()
+    }
+    taken = sum(flat.nbytes for flat in copies) + max(new.values())
+    layout = configured(case.config(), place.world_size, case.precision, gpu=False)
+    plan = memory.copied(make_recipe(case.config(), VOCAB), layout, place.rank)
+    assert abs(taken - plan) < 0.15 * sum(t.nbytes for t in state["param"].values()), (taken, plan)
 
 
 def score(built: engine.Engine, case: Case, state: State) -> None:

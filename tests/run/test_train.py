@@ -37,6 +37,7 @@ from tests.conftest import encode
 from tests.support.ranks import PATIENCE
 from tests.support.ranks import run as on_ranks
 from tests.support.runs import NEVER, Outcome, Paced, Strike, attempt, finish, losses, result
+from tools.plan import memory
 from tools.shared.run_model import load_model
 
 Words = Callable[..., list[str]]
@@ -266,7 +267,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     options = ("checkpoint.background=true", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
     run = build_here(words("a", *options), tmp_path / "a")
     take, write, begun, written = run.feed.take, checkpoint._write, threading.Event(), []
-    copied: list[int] = []
 
     def watched(first: int) -> Any:
         if first == 3 * 8:
@@ -277,14 +277,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         assert begun.wait(PATIENCE)
         written.append((state.step, run.step))
         write(folder, state, *rest)
-        copied.append(sum(copy.nbytes for copy in run.writer._copies.values()))
 
     monkeypatch.setattr(run.feed, "take", watched)
     monkeypatch.setattr(checkpoint, "_write", late)
     assert train.train(run) == 0
     train.close(run)
     assert written[0][0] == 2 and written[0][1] >= 3
-    assert set(copied) == {run.recipe.copied_bytes}
+    copied = sum(copy.nbytes for copy in run.writer._copies.values())
+    assert copied == memory.copied(run.recipe, memory.Layout(), 0)
     assert [step for step, _ in written] == checkpoint.steps(tmp_path / "a") == [2, 4, 6, 8]
     assert result(tmp_path / "a") == result(tmp_path / "whole")
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000008")

@@ -24,6 +24,7 @@ from pretrain.data import corpora, document_order
 from pretrain.data.corpora import mapped, open_blend, open_data
 from pretrain.data.indexed import IndexedReader
 from pretrain.errors import UserError
+from pretrain.parallel.launchers import Identity
 from pretrain.run_folder import RunFolder
 from slurm import attempts, cluster, preflight, scheduler, stage, status, submit
 from slurm import time_limit as forms
@@ -32,6 +33,7 @@ from slurm.scheduler import Seen
 from tests.support import ranks, runs
 from tests.support.slurm_cluster.jobs import site
 from tools import sweep
+from tools.plan import memory as plan_memory
 from tools.shared import journal
 
 ROOT = Path(__file__).parents[2]
@@ -829,15 +831,26 @@ def test_there_must_be_room_for_orders_of_many_documents(
     memory = psutil.virtual_memory()
     available = preflight.MEMORY_BYTES + needed.total
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=available))
-    assert preflight._memory(config, 1) == []
+    assert preflight._memory(config, range(1), 1) == []
     available -= 1
-    (said,) = preflight._memory(config, 1)
+    (said,) = preflight._memory(config, range(1), 1)
     assert "GB of memory free" in said
-    writes = load_config(tiny / "tiny.yaml", ["checkpoint.background=true", "model.vocab_size=400"])
-    available += 1 + make_recipe(writes).copied_bytes
-    assert preflight._memory(writes, 0) == [] and make_recipe(writes).copied_bytes
-    available -= 1
-    assert preflight._memory(writes, 1) == [] != preflight._memory(writes, 0)
+    words = ["checkpoint.background=true", "model.vocab_size=400", "parallel.tensor=2"]
+    writes = load_config(tiny / "tiny.yaml", words)
+    copies = [plan_memory.copied(make_recipe(writes), plan_memory.Layout(tensor=2), rank) for rank in (0, 1)]
+    assert copies[0] > copies[1] > 0
+    for node in (range(1), range(1, 2), range(2)):  # each rank has a node of its own, or both have one
+        available = len(node) * preflight.MEMORY_BYTES + needed.total + sum(copies[rank] for rank in node)
+        assert preflight._memory(writes, node, 2) == []
+        available -= 1
+        assert preflight._memory(writes, node, 2) != []
+
+
+def test_the_ranks_of_a_node() -> None:
+    for nodes, expected in ((1, [range(4)] * 4), (2, [range(2)] * 2 + [range(2, 4)] * 2)):
+        places = [Identity("srun", rank, 4, rank % (4 // nodes)) for rank in range(4)]
+        environ = {"SLURM_STEP_NUM_NODES": str(nodes)}
+        assert [preflight.node_ranks(me, environ) for me in places] == expected
 
 
 # ---- copies of the corpus ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pretrain.continuing import with_branch
 from pretrain.data.corpora import Mapped, mapped, tokenizer_folder
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
-from tools.plan import layouts, traffic
+from tools.plan import layouts, memory, traffic
 from tools.plan.memory import Layout, Memory
 from tools.plan.schema import (
     MethodCosts,
@@ -136,7 +136,7 @@ def plan_recipe(
         epochs=epochs_read(recipe, work.steps),
         memory_bytes_per_rank=run.memory(chosen),
         mapped_bytes_per_node=_mapped(config),
-        copied_bytes_on_rank_0=recipe.copied_bytes,
+        copied_bytes_on_rank_0=memory.copied(recipe, chosen[-1], 0),
         bytes_sent_per_rank=_sent(last, chosen[-1]),
         layout=_described(last.config, chosen[-1], device),
     )

@@ -18,6 +18,7 @@ predicted rows, W rows of the padded word table, T tensor-parallel ranks.
 
 from dataclasses import dataclass, replace
 
+from pretrain.account.recipe import Recipe
 from pretrain.config import ModelOptions, geometry
 from pretrain.config.geometry import BUCKET, CHUNK_ROWS, REDUCE_BUCKET, Rows
 
@@ -119,6 +120,30 @@ def per_rank(model: ModelOptions, rows: Rows, vocab_size: int, layout: Layout) -
         total=always + max(forward, turn, end),
         host=state.host,
     )
+
+
+def copied(recipe: Recipe, layout: Layout, rank: int) -> int:
+    """Return the bytes of the host's memory that a rank takes to write checkpoints while training goes on:
+    copies of its own pieces of weights and two moments, in float32, and on rank 0 one kind of them that is
+    put together where others have some of it. 0 where training waits."""
+    if not recipe.saves_beside_training:
+        return 0
+    model, vocab_size = recipe.config.model, recipe.vocab_size
+    whole, divided = geometry.parameters(model, vocab_size)["total"], _divided(model, vocab_size)
+    data_rank, tensor_rank = divmod(rank, layout.tensor)
+    part = divided // layout.tensor + (0 if tensor_rank else whole - divided)
+    matrices = orthogonalized(model) if layout.optimizer == "muon" else 0
+    own = part - matrices // layout.tensor  # of it AdamW's, or what stands in for AdamW
+    weights = part / layout.data if layout.zero == 3 else part * (data_rank == 0)
+    moments = 2 * own / layout.data if layout.zero else 2 * own * (data_rank == 0)
+    momentum = matrices / layout.ranks
+    if layout.tensor > 1:
+        joined: float = whole if layout.zero and layout.data > 1 else divided
+    elif layout.zero == 3:
+        joined = whole * (layout.data > 1)
+    else:  # what is rank 0's own is there
+        joined = (whole if layout.zero else matrices) * (1 - 1 / layout.data)
+    return int(FULL * (weights + moments + momentum + (0 if rank else joined)))
 
 
 # ---- state ---------------------------------------------------------------------------------------
