@@ -141,9 +141,10 @@ class Writer:
         """What the last one took to write."""
 
     def start(self, pieces: "Pieces", write: Callable[["Pieces"], None]) -> None:
-        """Copy and write; the one before is written (`wait`)."""
+        """Copy and write; the one before is written (`wait`). UserError where memory is lacking."""
         import torch  # which the readers of a run do without
 
+        self._take_memory(pieces)
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         copied = self._copied = self._pool.submit(self._copy_all, pieces, ready)
         self._last = self._pool.submit(self._timed, lambda: write(copied.result()))
@@ -161,13 +162,23 @@ class Writer:
                 for kind, each in pieces.items()
             }
 
+    def _take_memory(self, pieces: "Pieces") -> None:
+        """Take the host's memory for a copy of each; here, where all ranks hear of an error of one."""
+        try:
+            for kind, each in pieces.items():
+                for piece in each:
+                    if (kind, piece.name) not in self._copies:
+                        copy = piece.flat.new_empty(piece.flat.shape, device="cpu")
+                        self._copies[kind, piece.name] = copy
+        except RuntimeError as error:
+            raise UserError(
+                f"{os.uname().nodename}: no memory for the copies of a checkpoint; set"
+                f" checkpoint.background=false, or start fewer ranks a node ({str(error).splitlines()[0]})"
+            ) from None
+
     def _copy(self, kind: str, piece: "TensorPiece") -> "Tensor":
         """Return a copy in the host's memory, which the next one of the same name takes the place of."""
-        copy = self._copies.get((kind, piece.name))
-        if copy is None:
-            copy = piece.flat.new_empty(piece.flat.shape, device="cpu")
-            self._copies[kind, piece.name] = copy
-        return copy.copy_(piece.flat)
+        return self._copies[kind, piece.name].copy_(piece.flat)
 
     @property
     def copying(self) -> bool:

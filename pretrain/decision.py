@@ -1,7 +1,8 @@
 """What all ranks decide together before an update: whether it fits the budget, and what is due.
 
 Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
-what any rank was told (a signal) travel in one small exchange, so that all ranks decide the same. Of many
+what only one rank may know (a signal, a checkpoint that could not be written) travel in one small exchange,
+so that all ranks decide the same. Of many
 ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
 the same sums.
 """
@@ -56,23 +57,28 @@ def _packed(step: StepDecision) -> list[int]:
     return [int(step.step_fits), int(step.save_due), progress, middle, step.phase, step.milestone]
 
 
-def _unpacked(numbers: list[int], stop: bool, late: bool) -> StepDecision:
+def _unpacked(numbers: list[int], stop: bool, late: bool, failed: bool) -> StepDecision:
     fits, save, progress, middle, phase, milestone = numbers
     shares = progress / _PROGRESS_UNITS, middle / _PROGRESS_UNITS
-    return StepDecision(bool(fits), bool(save), *shares, phase, milestone, stop, late)
+    return StepDecision(bool(fits), bool(save) or failed, *shares, phase, milestone, stop, late)
 
 
 def decide_steps(run: Run) -> list[StepDecision]:
     """Make one exchange: rank 0's budget and clock, anybody's signal, everybody's joules.
 
-    Returns what holds for the next update, and for those after it as far as they are decided ahead.
+    Returns what holds for the next update, and for those after it as far as they are decided ahead. Where
+    the last checkpoint could not be written, by whatever rank, a save is due, which says so.
     """
     steps = look_ahead(run) if run.ledger else []
     last = (len(steps) - 1) * step_seconds(run)
     if run.deadline and time.time() + last >= run.deadline:
         run.signals.received = run.signals.received or TIME_LIMIT
     received, joules, parts = run.signals.received, run.meter.joules(), run.meter.parts
-    told = [int(received is not None), int(received == TIME_LIMIT)]
+    told = [
+        int(received is not None),
+        int(received == TIME_LIMIT),
+        int(bool(run.writer and run.writer.failed)),
+    ]
     mine = told + [int(1e3 * joules.get(part, 0.0)) for part in parts]
 
     def answer(ranks: Tensor) -> list[int]:
@@ -81,12 +87,12 @@ def decide_steps(run: Run) -> list[StepDecision]:
         return [*ranks.sum(0).tolist(), len(steps), *decided, *padding]
 
     said = run.topology.ask_main(mine, answer, len(mine) + 1 + MOST_AHEAD * _NUMBERS)
-    (stop, late, *millijoules), (count, *decided) = said[: len(mine)], said[len(mine) :]
+    (stop, late, failed, *millijoules), (count, *decided) = said[: len(mine)], said[len(mine) :]
     if run.ledger:
         run.ledger.meter(dict(zip(parts, (each / 1e3 for each in millijoules), strict=True)))
     return [
-        _unpacked(decided[number * _NUMBERS :][:_NUMBERS], bool(stop), bool(late))
-        for number in range(1 if stop else count)
+        _unpacked(decided[number * _NUMBERS :][:_NUMBERS], bool(stop), bool(late), bool(failed))
+        for number in range(1 if stop or failed else count)
     ]
 
 
@@ -147,8 +153,6 @@ def save_due(run: Run, step: int) -> bool:
     every = run.config.checkpoint
     if step == run.saved or step == 0:
         return False
-    if run.writer and run.writer.failed:
-        return True  # which says so
     by_cost = run.recipe.budget.measured or every.every_minutes == "auto"
     if by_cost and run.ledger and not run.ledger.block_hours("checkpoint"):
         return True  # once early, to know how long a save takes

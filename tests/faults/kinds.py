@@ -62,13 +62,17 @@ PLACES = {
     "evaluation": Place(("pretrain.evaluate:HeldOut.score",), 1),
     "save": Place(("os:fsync", "os:replace"), 30, "pretrain.checkpoint:_write", main=True),
     "gathering": Place(("pretrain.checkpoint:save",), 2),
+    "copying": Place(("pretrain.checkpoint:Writer._copy_all",), 2),
+    "joining": Place(("pretrain.parallel.engine:join",), 3),
     "ledger": Place(("os:fsync",), 8, "pretrain.account.ledger_writer:Ledger.note", main=True),
     "metrics": Place(("pretrain.monitor:Monitor.log",), 4, main=True),
     "status": Place(("pretrain.run_folder:RunFolder.write_status",), 3, main=True),
     "end": Place(("pretrain.train:finish", "pretrain.train:close"), 2),
 }
 EVERYWHERE = tuple(PLACES)
-TRAINING = ("batch", "backward", "update", "evaluation", "save", "gathering", "ledger", "metrics")
+BESIDE = ("copying", "joining")
+"""On the thread that writes."""
+TRAINING = ("batch", "backward", "update", "evaluation", "save", "gathering", *BESIDE, "ledger", "metrics")
 
 
 class Kind(NamedTuple):

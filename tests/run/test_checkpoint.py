@@ -389,6 +389,23 @@ def test_what_could_not_be_written_in_the_background_is_told(folder, monkeypatch
     assert_holds(checkpoint.find_verified(folder.path)[0], 5)
 
 
+def test_no_memory_for_copies_is_a_users_error(folder):
+    """At the save, and not on the thread, where other ranks would wait for what this one does not send."""
+
+    class Vast(TinyEngine):
+        def tensors(self, kind):
+            yield "vast", torch.zeros(1).expand(1 << 50)
+
+        def pieces(self, kind):
+            for name, tensor in self.tensors(kind):
+                yield TensorPiece(name, tensor.shape, 0, tensor)
+
+    with checkpoint.Writer() as writer:
+        with pytest.raises(UserError, match="no memory for the copies .*; set checkpoint.background=false"):
+            checkpoint.save(folder, Vast(), make_state(1), 2, writer=writer)
+        assert not writer.copying and not writer.failed
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_copies_are_of_the_moment_of_the_save(folder, device):
     """On a GPU too, where that comes later; their memory is that of the save before."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.monitor import read_metrics
+from pretrain.run_folder import RunFolder
 from pretrain.signals import Signals
 from tests.faults.campaign import campaign, read
 from tests.faults.ettr import Costs, foreseen, measure
@@ -44,6 +46,20 @@ def test_a_loss_that_is_no_number_on_one_rank_of_a_tensor_group(words: Words, tm
     outcome = struck(words("a", "parallel.tensor=2"), fault, tmp_path, ranks=2)
     assert outcome.codes == [2, 2]
     assert re.search("^error: step 8: the gradients of the last 7 updates", outcome.text, re.MULTILINE)
+
+
+def test_a_copy_that_fails_on_another_rank_ends_all_before_the_next_save(
+    words: Words, tmp_path: Path
+) -> None:
+    """Rank 0 waits for what it would send, and training goes on meanwhile."""
+    options = ("parallel.tensor=2", "checkpoint.background=true", "checkpoint.every_steps=6")
+    fault = Fault("raise", "copying", 1, rank=1)
+    outcome = struck(words("a", *options, "budget.steps=24"), fault, tmp_path, ranks=2)
+    assert outcome.codes == [1, 1]
+    assert "rank 1 on" in outcome.text and "ended: RuntimeError: injected" in outcome.text
+    assert max(line["step"] for line in read_metrics(tmp_path / "a")) < 12
+    assert RunFolder(tmp_path / "a").status()["exit_code"] == 1
+    finish(words("a", *options, "budget.steps=8"), 2)
 
 
 @pytest.mark.parametrize("place", ["ledger", "metrics", "status", "save", "save in the background"])
