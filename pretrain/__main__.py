@@ -256,7 +256,7 @@ def _run(config: Config, local_rank: int | None) -> int:
     from pretrain.run_folder import RunFolder
     from pretrain.start import open_start
     from pretrain.train import close, train
-    from pretrain.watchdog import Watchdog, patience
+    from pretrain.watchdog import NOTICE, Watchdog, patience
 
     for warning in config_warnings(config):
         logging.warning("warning: %s", warning)
@@ -265,7 +265,7 @@ def _run(config: Config, local_rank: int | None) -> int:
     try:
         needs_group = config.train.engine == "deepspeed"
         topology = connect(config.parallel.tensor, needs_group, local_rank, patience(stall))
-        on_main(topology, folder.claim)
+        on_main(topology, lambda: folder.claim(_patience_with_others(stall)))
         # What NCCL leaves when it gives up by itself.
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.path.resolve() / "nccl-dump-rank-"))
         watchdog = Watchdog(topology, folder, stall)
@@ -291,8 +291,7 @@ def _run(config: Config, local_rank: int | None) -> int:
         topology.close()
         return code
     except BaseException as error:
-        if not signals.received:
-            watchdog.ask(error)
+        watchdog.ask(error, bool(signals.received))
         code, reason = _verdict(error, signals.received)
         watchdog.leave(code, reason)
         signals.leave_with(code)
@@ -306,11 +305,23 @@ def _run(config: Config, local_rank: int | None) -> int:
         state = "stopped" if code == STOPPED else "failed"
         with suppress(OSError):  # of a disk that is full, which has been said
             folder.write_failure(state, reason, code)
+    if code == USER_ERROR and not topology.main_has_said(2 * NOTICE):
+        _say(UserError(f"rank {topology.rank}: {reason}"))
     if topology.world_size == 1:
         folder.release()  # the watchdog's thread has it for some seconds yet
         return code
     # The other ranks may be waiting in a collective: nothing tidy is possible any more.
     leave(code)
+
+
+def _patience_with_others(stall: float) -> float:
+    """Return how many seconds to wait for a process that has the run's folder.
+
+    Slurm starts a job again while a rank of it may still be alive on a node that it has lost; that leaves
+    when it hears nothing of the others.
+    """
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return 2 * stall + 60 if restarted else 0
 
 
 def leave(code: int) -> NoReturn:

@@ -42,7 +42,7 @@ _DEAD = 1
 """Exit code where a rank is dead: it may be a defect that killed it."""
 _WRITER = "checkpoint"
 """How `checkpoint.Writer` names its thread."""
-_NOTICE = 10.0
+NOTICE = 10.0
 """Seconds in which a rank may end by itself, or write to a disk that may hang."""
 
 
@@ -148,12 +148,16 @@ class Watchdog:
         own, self._own = self._own, 0.0
         return own
 
-    def ask(self, error: BaseException) -> None:
+    def ask(self, error: BaseException, signalled: bool) -> None:
         """Find out whose fault it is that a collective failed with `error`: where it is another rank's, that
-        is said and this process ends. Returns where it is not, after `monitor.stall_seconds` at most."""
+        is said and this process ends. Returns where it is not, after `monitor.stall_seconds` at most.
+
+        signalled: this process was told to stop, as by a launcher that has seen another rank fail, and will
+        be killed before long.
+        """
         if self._peers and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             self._ends = True
-            self._over.wait(self._seconds)
+            self._over.wait(min(self._seconds, NOTICE) if signalled else self._seconds)
 
     def leave(self, code: int, reason: str) -> None:
         """Tell all ranks that this one ends, and how."""
@@ -215,7 +219,7 @@ class Watchdog:
             return Fault(tuple(peer.fault[0]), *peer.fault[1:])
         if peer.left:
             code, reason = peer.left
-            said = Fault((rank,), f"ended: {reason}", "", float("inf"), notice=_NOTICE, code=code)
+            said = Fault((rank,), f"ended: {reason}", "", float("inf"), notice=NOTICE, code=code)
             return said if code else None
         state = _process_state(peer.pid, peer.started) if peer.started else ""
         peer.gone = peer.gone + 1 if state == "gone" else 0
@@ -306,7 +310,7 @@ def _in_time(action: Callable[..., None], *arguments: Any) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(_NOTICE)
+    thread.join(NOTICE)
 
 
 def _say(text: str) -> None:

@@ -19,7 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType
@@ -38,6 +38,7 @@ RENDEZVOUS = timedelta(minutes=10)
 COLLECTIVE = timedelta(minutes=30)
 """How long a rank waits for the others later on, e.g. while rank 0 reads or writes a checkpoint, where
 nobody says otherwise."""
+_SAID = "how the run failed is said"
 
 
 # ---- the ranks, connected ------------------------------------------------------------------------
@@ -136,6 +137,21 @@ class Topology:
     def barrier(self) -> None:
         """Returns when every rank is here."""
         self.agree([0])
+
+    def main_has_said(self, seconds: float) -> bool:
+        """Tell the others, on rank 0, that it has said how the run failed; on others return whether it has,
+        or is gone, within so many seconds. A launcher ends all ranks once one has left with an error."""
+        if self.world_size == 1 or not dist.is_initialized():
+            return True
+        store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+        with suppress(dist.DistError, RuntimeError):  # it is gone, which the watchdog has said
+            if self.is_main:
+                store.set(_SAID, "")
+            while not store.check([_SAID]):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.05)
+        return True
 
     def mpu(self) -> "ModelParallelUnit | None":
         """Return the face that DeepSpeed wants; None without tensor parallelism: it makes its own groups."""

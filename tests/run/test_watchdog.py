@@ -2,15 +2,18 @@
 
 import ctypes
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM, Signals
 from typing import Any
 
 import pytest
 
+from pretrain.errors import UserError
 from pretrain.monitor import read_metrics
 from pretrain.run_folder import RunFolder
 from tests.support import runs
@@ -35,6 +38,15 @@ def fail() -> None:
     raise RuntimeError("only here")
 
 
+def refuse() -> None:
+    raise UserError("only here; free space")
+
+
+def slow() -> None:
+    """As a disk may be, by what a launcher needs to see that another rank has left."""
+    time.sleep(2.0)
+
+
 def pause() -> None:
     """For longer than a rank may stand still elsewhere, and until both ranks have said that this one does."""
     time.sleep(8.0)
@@ -50,6 +62,8 @@ BLOWS: dict[str, Callable[[], Any]] = {
     "pauses": pause,
     "killed": lambda: os.kill(os.getpid(), SIGKILL),
     "raises": fail,
+    "refuses": refuse,
+    "slow": slow,
 }
 ENDS_ITSELF = ("sleeps", "raises", "pauses")
 SAVE = ("pretrain.checkpoint:save",)
@@ -138,6 +152,44 @@ def test_what_takes_long_is_named_and_goes_on(name: str, ended: dict[str, tuple[
     said = f"warning: rank 0 on {os.uname().nodename} stands still, in save ("
     assert sum(line.startswith(said) for line in text.splitlines()) == 2, text
     assert "stalled" not in RunFolder(run).status()
+
+
+def by_srun(words: list[str], blow: Blow) -> Outcome:
+    """Two ranks as srun has them: with --kill-on-bad-exit it tells the others to stop when one has failed."""
+    started = Attempt(words, 2, blow)
+    wait([process.sentinel for process in started.processes])
+    for process in started.processes:
+        process.terminate()
+    return started.wait()
+
+
+def test_what_one_rank_refuses_is_said_under_srun(words: Words, tmp_path: Path) -> None:
+    """And stays: the job is not started again as one that was preempted."""
+    options = (STALL, "budget.steps=1000")
+    outcome = by_srun(words("a", *options), Blow(SIGKILL, 5, UPDATE, 1, "refuses"))
+    assert outcome.codes == [2, 2], outcome.text
+    (line,) = re.findall("^error: .*", outcome.text, re.MULTILINE)
+    assert re.search("rank 1 on .* ended: only here; free space", line)
+    status = RunFolder(tmp_path / "a").status()
+    assert (status["state"], status["exit_code"]) == ("failed", 2) and "only here" in status["reason"]
+
+
+def test_who_ends_a_job_is_named_under_srun(words: Words, tmp_path: Path) -> None:
+    options = (STALL, "budget.steps=1000")
+    outcome = by_srun(words("a", *options), Blow(SIGKILL, 5, UPDATE, 1, "raises"))
+    assert outcome.codes == [1, 1], outcome.text
+    status = RunFolder(tmp_path / "a").status()
+    assert status["state"] == "failed" and "ended: RuntimeError: only here" in status["reason"]
+    assert status["stalled"]["ranks"] == [1]
+
+
+def test_ranks_stay_until_it_is_written_why_they_end(words: Words, tmp_path: Path) -> None:
+    blow = Blow(SIGKILL, 1, ("pretrain.run_folder:RunFolder.write_failure",), 0, "slow")
+    outcome = by_srun(words("a", STALL, "optimizer.lr=1e30", "train.max_skipped=1"), blow)
+    assert outcome.codes == [2, 2], outcome.text
+    status = RunFolder(tmp_path / "a").status()
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert len(re.findall("^error: ", outcome.text, re.MULTILINE)) == 1
 
 
 def test_the_same_command_goes_on(ended: dict[str, tuple[Path, Outcome]], tiny: Path, tmp_path: Path) -> None:
