@@ -81,8 +81,9 @@ class RunFolder:
         self._before: dict[str, Any] = {}  # what it said before that
         self._writing = threading.Lock()
 
-    def claim(self) -> None:
-        """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use.
+    def claim(self, patience: float = 0.0) -> None:
+        """Creates and locks the folder and clears the remains of killed writes; UserError if it is in use,
+        and still is after so many seconds.
 
         The lock belongs to the process: however that ends, the folder is free again.
         """
@@ -94,7 +95,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another run.dir"
             ) from None
-        _lock_or_refuse(lock, self.path)
+        _lock_or_refuse(lock, self.path, patience)
         self._lock = lock
         for place in (self.path, self.checkpoints, self.weights):
             for remains in place.glob(TEMPORARY + "*"):
@@ -210,12 +211,18 @@ class RunFolder:
             write_whole(kept, content)
 
 
-def _lock_or_refuse(file: IO[str], path: Path) -> None:
-    if not try_lock(file, path):
+def _lock_or_refuse(file: IO[str], path: Path, patience: float) -> None:
+    end, waits = time.monotonic() + patience, False
+    while not try_lock(file, path):
         file.seek(0)
         owner = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir")
+        if time.monotonic() >= end:
+            file.close()
+            raise UserError(f"{path}: in use by {owner}; wait for it, stop it, or choose another run.dir")
+        if not waits:
+            log.warning("warning: %s: in use by %s; waiting for it, %.0f s at most", path, owner, patience)
+        waits = True
+        time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

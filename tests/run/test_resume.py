@@ -21,7 +21,7 @@ from pretrain.account import ledger
 from pretrain.files import TEMPORARY
 from pretrain.run_folder import RunFolder
 from tests.conftest import encode
-from tests.support.runs import DISK, Attempt, Strike, attempt, finish, losses, result
+from tests.support.runs import DISK, NEVER, Attempt, Strike, attempt, finish, losses, result
 
 ROOT = Path(__file__).parents[2]
 Words = Callable[..., list[str]]
@@ -328,6 +328,28 @@ def test_folder_in_use_is_refused(words: Words, tmp_path: Path) -> None:
     first.processes[0].terminate()
     assert first.wait().codes == [75]
     assert status(tmp_path / "a")["state"] == "stopped"
+
+
+class Restarted(Strike):
+    """A rank of a job that Slurm has started again."""
+
+    def arm(self) -> None:
+        os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
+def test_a_job_that_slurm_started_again_waits_for_what_is_left_of_it(words: Words, tmp_path: Path) -> None:
+    """On a node that Slurm has lost a rank may go on for a while."""
+    first = Attempt(words("a", "budget.steps=100000"))
+    while not (tmp_path / "a" / "metrics.jsonl").exists():
+        assert first.processes[0].is_alive()
+        time.sleep(0.01)
+    second = Attempt(words("a", "budget.steps=100000"), strike=Restarted(SIGTERM, NEVER))
+    while f"in use by process {first.processes[0].pid}" not in second.said():
+        assert second.processes[0].is_alive(), second.said()
+        time.sleep(0.05)
+    for started in (first, second):
+        started.processes[0].terminate()
+        assert started.wait().codes == [75]
 
 
 def test_copy_of_a_run_goes_on_elsewhere(words: Words, tmp_path: Path, whole: Whole) -> None:

@@ -211,9 +211,12 @@ class Attempt:
         for process in slow:
             process.kill()
             process.join()
-        text = "".join(path.read_text() for path in sorted(Path(self._logs.name).iterdir()))
-        assert not slow, f"{len(slow)} ranks did not end:\n{text}"
-        return Outcome([process.exitcode for process in self.processes], text)
+        assert not slow, f"{len(slow)} ranks did not end:\n{self.said()}"
+        return Outcome([process.exitcode for process in self.processes], self.said())
+
+    def said(self) -> str:
+        """What the ranks have written so far."""
+        return "".join(path.read_text() for path in sorted(Path(self._logs.name).iterdir()))
 
 
 def _rank(words: list[str], environ: dict[str, str], log: str, strike: Armed | None) -> None:

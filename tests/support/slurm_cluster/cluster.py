@@ -140,10 +140,11 @@ def healthy() -> bool:
 
 
 def heal() -> None:
-    """Returns nodes to service, as the people who run a cluster do.
+    """Returns nodes to service and held jobs to the queue, as the people who run a cluster do.
 
     A test takes nodes out of it, and so does Slurm where this machine stands still for a moment: a step that
-    took long to kill drains its node, and only a person's word ends that.
+    took long to kill drains its node, a job whose launch a node refused is held, and only a person's word
+    ends that.
     """
     for number, node in enumerate(NODES, 1):
         if not _alive(f"slurmd.{node}"):
@@ -151,6 +152,9 @@ def heal() -> None:
     for node, state in _states().items():
         if state.rstrip("*") in ("down", "drain", "drng", "fail", "failg"):
             run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+    for job in run("squeue", "-h", "-t", "PENDING", "-o", "%A %r", check=False).splitlines():
+        if job.endswith("launch failed requeued held"):
+            run("scontrol", "release", job.split()[0], check=False)
 
 
 def mended() -> bool:
