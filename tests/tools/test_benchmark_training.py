@@ -130,6 +130,7 @@ def test_sides_take_turns() -> None:
             ["scaling", *TINY, "--dtype", "fp32", "--only", "tensor"],
             ["a layer, tensor parallel 2 against 1"],
         ),
+        (["scaling", *TINY, "--dtype", "fp32", "--only", "TP 2"], ["a save of 2 ranks, TP 2, tiny 24"]),
     ],
     ids=lambda value: value[0],
 )

@@ -8,6 +8,7 @@ anew for each row; a row's rounds take turns with its peer inside them.
     data 2 / 1          slots a second of two ranks, against one
     an exchange         milliseconds of a sum of a few integers by way of rank 0, as before updates, against
                         that of an all-reduce
+    a save              seconds for which ranks do not train, beside training against waited for (`saves`)
     exposed             milliseconds from the end of the slowest rank's backward pass until gradients are
                         added up, of sums that begin in it, against sums that begin then; on links with a
                         rate (root only)
@@ -38,7 +39,7 @@ from pretrain.model.late_mask import Batch
 from pretrain.parallel import tensor_parallel, topology
 from pretrain.parallel.engine import TorchEngine
 from pretrain.parallel.topology import device_name
-from tools.benchmark import network
+from tools.benchmark import network, saves
 from tools.benchmark import task as benchmark_task
 from tools.benchmark.task import SIZES, VOCAB, BenchmarkTask, in_turns, ours, take_turns
 from tools.plan import layouts, traffic
@@ -192,6 +193,7 @@ SUBJECTS: dict[str, tuple[int, str, Callable[[BenchmarkTask, int], Any]]] = {
     "an update, zero 1 against the plain engine": (1, "s", zero_update),
     "data parallel 2 against 1": (2, "slots/s", data_update),
     "an exchange of 8 ranks": (8, "ms", exchange),
+    **{f"a save of 2 ranks, {layout}": (2, "s", partial(saves.stops, layout)) for layout in saves.LAYOUTS},
     "exposed sums of 2 ranks": (2, "ms", exposed),
     "exposed sums of 4 ranks": (4, "ms", exposed),
 }
