@@ -69,10 +69,10 @@ PLACES = {
     "status": Place(("pretrain.run_folder:RunFolder.write_status",), 3, main=True),
     "end": Place(("pretrain.train:finish", "pretrain.train:close"), 2),
 }
-EVERYWHERE = tuple(PLACES)
 BESIDE = ("copying", "joining")
-"""On the thread that writes."""
-TRAINING = ("batch", "backward", "update", "evaluation", "save", "gathering", *BESIDE, "ledger", "metrics")
+"""On the thread that writes; not drawn yet."""
+EVERYWHERE = tuple(place for place in PLACES if place not in BESIDE)
+TRAINING = ("batch", "backward", "update", "evaluation", "save", "gathering", "ledger", "metrics")
 
 
 class Kind(NamedTuple):
