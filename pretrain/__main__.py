@@ -291,7 +291,8 @@ def _run(config: Config, local_rank: int | None) -> int:
         topology.close()
         return code
     except BaseException as error:
-        watchdog.ask(error, bool(signals.received))
+        with suppress(KeyboardInterrupt):  # who interrupts again need not know
+            watchdog.ask(error, bool(signals.received))
         code, reason = _verdict(error, signals.received)
         watchdog.leave(code, reason)
         signals.leave_with(code)
