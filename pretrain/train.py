@@ -135,8 +135,8 @@ def write_log(run: Run, decision: StepDecision) -> None:
                 " in a new run.dir"
             )
     check_skips(run, run.config.train.max_skipped)
-    (peak,) = run.topology.agree([peak_bytes(run.topology.device)])
-    scaling, slowest = check_scale(run), slowest_rank(run)
+    scaling = check_scale(run)
+    peak, slowest = peak_and_slowest(run)
     if run.monitor and run.ledger:
         told = {"loss": loss, "lr": run.rate, "skipped_updates": int(run.statistics.skipped), **scaling}
         run.ledger.peak(peak)
@@ -172,15 +172,20 @@ def check_skips(run: Run, most: int) -> None:
     )
 
 
-def slowest_rank(run: Run) -> dict[str, float]:
-    """Return which of several ranks took longest for its own work since the last log, and by what share more
-    than they did on average."""
-    own, ranks = int(1e6 * run.watchdog.own_seconds()), run.topology.world_size
-    if ranks == 1:
-        return {}
-    longest, rank = divmod(run.topology.agree([own * ranks + run.topology.rank])[0], ranks)
-    (total,) = run.topology.add_up([own])
-    return {"slowest_rank": rank, "slowest_excess": longest * ranks / max(1, total) - 1}
+def peak_and_slowest(run: Run) -> tuple[int, dict[str, float]]:
+    """Return the most bytes that a rank has held, and which of several ranks took longest for its own work
+    since the last log, and by what share more than they did on average; in one exchange."""
+
+    def answer(ranks: Tensor) -> list[int]:
+        peaks, own = ranks.unbind(1)
+        return [int(peaks.max()), int(own.argmax()), int(own.max()), int(own.sum())]
+
+    mine = [peak_bytes(run.topology.device), int(1e6 * run.watchdog.own_seconds())]
+    peak, rank, longest, total = run.topology.ask_main(mine, answer, 4)
+    if run.topology.world_size == 1:
+        return peak, {}
+    excess = longest * run.topology.world_size / max(1, total) - 1
+    return peak, {"slowest_rank": rank, "slowest_excess": excess}
 
 
 def check_scale(run: Run) -> dict[str, float]:
