@@ -2,9 +2,9 @@
 
 Rank 0 has the ledger and the clock; what it decides (the next step fits the budget, a save is due) and
 what only one rank may know (a signal, a checkpoint that could not be written) travel in one small exchange,
-so that all ranks decide the same. Of many
-ranks it is not asked for before every update: where a budget can be counted, rank 0 decides some ahead, by
-the same sums.
+so that all ranks decide the same. Where a budget can be counted, rank 0 decides the updates of about a second
+at once, by the same sums: an exchange wakes every rank, so it costs what the machine's scheduler makes of it
+and not what its bytes take.
 """
 
 import math
@@ -20,13 +20,8 @@ from pretrain.build import Run
 
 TIME_LIMIT = "the job's time limit"  # as a reason to stop
 _PROGRESS_UNITS = 2**53  # progress travels as an integer, cut to sixteen digits
-EXCHANGE = 10e-6
-"""Seconds that an exchange holds up the ranks, for each of them: an assumption, for rank 0 takes one message
-after another."""
-EXCHANGE_SHARE = 0.01
-"""Share of the time of the updates that it decides that an exchange may take."""
 ANSWER = 1.0
-"""Seconds, at most, that a signal waits for the next exchange."""
+"""Seconds, at most, that a signal to one of several ranks waits for their next exchange, or an update."""
 MOST_AHEAD = 64
 """Updates that an exchange decides at most."""
 
@@ -116,13 +111,12 @@ def look_ahead(run: Run) -> list[StepDecision]:
 
 
 def steps_ahead(run: Run) -> int:
-    """Return how many updates are to be decided at once: more than one where an exchange costs much beside
-    an update, and then no more than a signal may wait."""
+    """Return how many updates are to be decided at once: as many as a signal may wait for; one where there is
+    no exchange to save, or where only the clock tells what an update spends."""
     seconds = step_seconds(run)
-    if run.recipe.budget.measured or not seconds:
+    if run.topology.world_size == 1 or run.recipe.budget.measured or not seconds:
         return 1
-    needed = math.ceil(EXCHANGE * run.topology.world_size / (EXCHANGE_SHARE * seconds))
-    return max(1, min(needed, int(ANSWER / seconds), MOST_AHEAD))
+    return max(1, min(int(ANSWER / seconds), MOST_AHEAD))
 
 
 def step_seconds(run: Run) -> float:

@@ -383,9 +383,7 @@ def test_evaluation_is_followed_by_another_look(
 
 def ahead(monkeypatch: pytest.MonkeyPatch, most: int = decision.MOST_AHEAD) -> list[int]:
     """Let updates be decided ahead here too; how many were, at each exchange."""
-    monkeypatch.setattr(decision, "EXCHANGE", 1e6)
-    monkeypatch.setattr(decision, "ANSWER", 1e9)
-    monkeypatch.setattr(decision, "MOST_AHEAD", most)
+    monkeypatch.setattr(decision, "steps_ahead", lambda run: most if decision.step_seconds(run) else 1)
     decide, found = train.decide_steps, []
 
     def counted(run: Run) -> list[decision.StepDecision]:
@@ -446,11 +444,13 @@ def test_a_signal_is_answered_at_the_next_exchange(
     assert state.step == 11 and state.progress == 11 / 1000
 
 
-@pytest.mark.parametrize(("ranks", "seconds", "expected"), [(8, 0.1, 1), (1000, 0.1, 10), (1000, 5.0, 1)])
-def test_many_ranks_decide_ahead_for_as_long_as_a_signal_may_wait(
+@pytest.mark.parametrize(
+    ("ranks", "seconds", "expected"),
+    [(1, 0.1, 1), (8, 0.001, 64), (8, 0.1, 10), (1000, 0.1, 10), (8, 5.0, 1)],
+)
+def test_several_ranks_decide_ahead_for_as_long_as_a_signal_may_wait(
     ranks: int, seconds: float, expected: int
 ) -> None:
-    """An exchange of a thousand ranks is taken for 10 ms."""
     made = SimpleNamespace(step_hours=ranks * seconds / 3600)
     budget, place = SimpleNamespace(measured=False), SimpleNamespace(world_size=ranks)
     run: Any = SimpleNamespace(ledger=made, recipe=SimpleNamespace(budget=budget), topology=place)

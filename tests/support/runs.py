@@ -196,7 +196,7 @@ class Attempt:
         for rank in range(ranks):
             environ = torch_variables(rank, ranks, port) if ranks > 1 else {}
             hit = strike.at_rank(rank) if strike else None
-            job = (words, environ, f"{self._logs.name}/{rank}", hit)
+            job = (words, environ, f"{self._logs.name}/{rank}", hit, strike is not None)
             self.processes.append(_server.Process(target=_rank, args=job, daemon=True))
         with mock.patch.dict(os.environ, ENVIRON):  # the first start starts the server
             for process in self.processes:
@@ -219,13 +219,17 @@ class Attempt:
         return "".join(path.read_text() for path in sorted(Path(self._logs.name).iterdir()))
 
 
-def _rank(words: list[str], environ: dict[str, str], log: str, strike: Armed | None) -> None:
+def _rank(words: list[str], environ: dict[str, str], log: str, strike: Armed | None, struck: bool) -> None:
+    """Be a rank; struck: one of the ranks is."""
+    from pretrain import decision
     from pretrain.__main__ import leave, main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environ)
+    if struck:
+        decision.ANSWER = 0.0  # they exchange before every update: a strike has its effect at a known one
     if strike:
         strike.arm()
     leave(main(words))
