@@ -84,6 +84,7 @@ FILES = (
         "scaling-zero",
         "scaling-tensor-bf16",
         "scaling-exposed",
+        "scaling-saves",
         "head",
         "attention-128",
         "attention-512",
@@ -238,6 +239,17 @@ def _speeds() -> Iterator[list[str]]:
         title, gpu = name.replace("DTYPE", "bf16"), results(True)
         row = gpu.get(f"{title}, compile default") or gpu.get(title)
         yield [what, goal, *cpu, ratio(row) if row else "not measured yet"]
+
+
+def saves() -> Rows:
+    """Return for how long a save keeps ranks from training, beside one that they all wait for."""
+    rows = [["", "beside training, ms", "waited for, ms", "share"]]
+    for row in measured("scaling-saves"):
+        assert row.ratio and row.peer
+        spread = f"{100 * row.spread[0]:.1f} to {100 * row.spread[1]:.1f}"
+        share = f"{100 * row.ratio:.1f} % ({spread})"
+        rows.append([row.name, f"{1e3 * row.ours:.0f}", f"{1e3 * row.peer:,.0f}", share])
+    return rows
 
 
 def exposed() -> Rows:
@@ -556,6 +568,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "speeds": speeds,
         "memory": memory,
         "exposed": exposed,
+        "saves": saves,
         "commands": partial(commands, False),
         "corpus": corpus,
         "corpus-memory": corpus_memory,
